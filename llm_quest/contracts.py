@@ -215,9 +215,22 @@ class Evaluator(Protocol):
     def evaluate(self, model: Any, step: int) -> Mapping[str, float]: ...
 
 
+@runtime_checkable
+class ObservableRouter(Protocol):
+    """A router of a mixture of experts that calls `observe_routing` with what each pass chose, which has
+    `tokens_per_expert()`. weight (E,D): a row for each expert."""
+
+    weight: Any
+    observe_routing: Callable[[Any], None] | None
+
+
 class MetricsCallback(Protocol):
     """Reads every row of metrics that is logged and returns advice in words. It raises GuardStop to end a run that
-    cannot recover. Every process reads the same sums, so that all stop together."""
+    cannot recover. Every process reads the same sums, so that all stop together. collapse_since: of a run that has
+    gone wrong, the step of the last row that was well; None for one that is well, or never was."""
+
+    @property
+    def collapse_since(self) -> int | None: ...
 
     def on_log(self, row: Mapping[str, Any]) -> Sequence[str]: ...
 

@@ -17,7 +17,7 @@ OfflineOption = Annotated[bool, typer.Option("--offline", help="Never use the ne
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="A Hugging Face folder or hub id, or a run: RUN, RUN@best, RUN@last, RUN@120."
+        metavar="MODEL", help="A Hugging Face folder or hub id, or a run: RUN, RUN@best, RUN@good, RUN@120."
     ),
 ]
 ImageOption = Annotated[

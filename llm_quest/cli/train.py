@@ -15,6 +15,7 @@ from llm_quest.contracts import LogFn
 from llm_quest.cost.plan import Plan
 from llm_quest.errors import UsageError, tolerate_failure
 from llm_quest.files import atomic_write_json
+from llm_quest.hub.locate import resolve_checkpoint
 from llm_quest.recipes.config import config_to_yaml
 from llm_quest.recipes.config_schema import RunConfig
 from llm_quest.recipes.engine import run_recipe
@@ -73,10 +74,10 @@ def predict_cost(recipe: Recipe, config: RunConfig, settings: RawConfig, folder:
 def choose_run_dir(recipe: str, config: RunConfig, out: Path | None, resume: str) -> tuple[Path, str]:
     """(run folder, resume mode): the mode is auto, never or a checkpoint."""
     if resume not in ("auto", "never"):
-        place = Path(resume)
+        place = resolve_checkpoint(resume) if "@" in resume else Path(resume)
         if not place.is_dir():
             raise UsageError(
-                f"--resume {resume}: no such folder; give auto, never, a run folder or a checkpoint in one"
+                f"--resume {resume}: no such folder; give auto, never, a run folder or a checkpoint in one (RUN@good)"
             )
         if place.parent.name == "checkpoints":
             return out or place.resolve().parent.parent, str(place)

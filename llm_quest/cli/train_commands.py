@@ -60,7 +60,9 @@ def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE|RUN", help="A name, a YAML file, a run folder.")],
     pairs: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run folder (default: a new one in runs/).")] = None,
-    resume: Annotated[str, typer.Option(help="auto (if there is a checkpoint), never, or a run folder.")] = "auto",
+    resume: Annotated[
+        str, typer.Option(help="auto (if there is a checkpoint), never, or a run, or its checkpoint (RUN@good).")
+    ] = "auto",
     accept: Annotated[
         str, typer.Option(help="What may have changed since the checkpoint, by comma: settings, model.load.")
     ] = "",

@@ -61,8 +61,9 @@ def locate_model(name_or_path: str | Path, *, revision: str | None = None, allow
 
 
 def resolve_checkpoint(name_or_path: str | Path) -> Path:
-    """The folder that a name stands for: of `RUN@best` (by metric_for_best_model), `RUN@last` and `RUN@120` a
-    checkpoint of the run, of anything else itself. DataError for one that is not there."""
+    """The folder that a name stands for: of `RUN@best` (by metric_for_best_model), `RUN@good` (before the run began to
+    go wrong; of one that is well the last), `RUN@last` and `RUN@120` a checkpoint of the run, of anything else itself.
+    DataError for one that is not there."""
     folder = Path(name_or_path).expanduser()
     run, at, chosen = str(folder).rpartition("@")
     if not at or folder.is_dir():
@@ -72,9 +73,12 @@ def resolve_checkpoint(name_or_path: str | Path) -> Path:
         return folder
     there = {int(path.name[5:]): path for path in steps.glob("step-*") if path.name[5:].isdigit()}
     last = max(there, default=None)
-    step = {"last": last, "best": best_step(there.get(last or 0))}.get(
-        chosen, int(chosen) if chosen.isdigit() else None
-    )
+    newest = there.get(last or 0)
+    if chosen in ("best", "good"):
+        step = noted_step(newest, chosen)
+        step = last if step is None and chosen == "good" else step
+    else:
+        step = last if chosen == "last" else int(chosen) if chosen.isdigit() else None
     if step in there:
         return there[step]
     if chosen == "best":
@@ -100,16 +104,17 @@ def result_run(run: Path) -> Path:
     return named
 
 
-def best_step(checkpoint: Path | None) -> int | None:
-    """The step of the best checkpoint, as the newest one knows it."""
+def noted_step(checkpoint: Path | None, which: str) -> int | None:
+    """The step of the best, or of the last good checkpoint, as the newest one knows it."""
     if checkpoint is None:
         return None
     file = checkpoint / "state.json"
     try:
-        found = load_json(file)["progress"]["best_step"]
+        progress = load_json(file)["progress"]
+        found = progress["best_step"] if which == "best" else progress.get("good_step")  # older runs have none
         return None if found is None else int(found)
-    except (ValueError, LookupError, TypeError, OverflowError) as error:
-        raise DataError(f"{file} does not say which checkpoint is the best ({error}); name a step") from None
+    except (ValueError, LookupError, TypeError, OverflowError, AttributeError) as error:
+        raise DataError(f"{file} does not say which checkpoint is the {which} one ({error}); name a step") from None
 
 
 def locate_local(folder: Path) -> ModelLocation:

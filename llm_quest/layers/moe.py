@@ -84,7 +84,8 @@ class SoftmaxRouter(nn.Module):
     recipes.
 
     A model fills further slots itself: `mask_groups`, which experts may be chosen by their scores;
-    `routed_scaling_factor`, by which the weights are multiplied; `bias` (E), of the logits."""
+    `routed_scaling_factor`, by which the weights are multiplied; `bias` (E), of the logits. observe_routing: called
+    with each pass's RouterOutput, while something counts."""
 
     def __init__(self, dim: int, num_experts: int, *, top_k: int, norm_topk_prob: bool, aux_loss_coef: float = 0.001):
         super().__init__()
@@ -94,6 +95,7 @@ class SoftmaxRouter(nn.Module):
         self.routed_scaling_factor = 1.0
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.bias: nn.Parameter | None = None
+        self.observe_routing: Callable[[RouterOutput], None] | None = None
 
     def forward(self, x: Float[Tensor, "N D"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         logits = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -121,7 +123,7 @@ class SigmoidRouter(nn.Module):
     their two best experts) are eligible.
 
     tokens_per_expert (E): tokens received since the last balancing step; the objective adds to it, the balancing
-    callback resets it.
+    callback resets it. observe_routing: as of SoftmaxRouter.
 
     Commonly got wrong: groups that are not eligible get -inf, not 0 (biased scores may be negative); the weights are
     the unbiased scores, renormalised, times `routed_scaling_factor`. The bias is float32 whatever the model's dtype,
@@ -144,6 +146,7 @@ class SigmoidRouter(nn.Module):
         self.mask_groups.check(top_k, num_experts)
         self.top_k = top_k
         self.tokens_per_expert: Tensor | None = None
+        self.observe_routing: Callable[[RouterOutput], None] | None = None
         self.norm_topk_prob, self.routed_scaling_factor = norm_topk_prob, routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32), requires_grad=False)
@@ -243,5 +246,9 @@ def route_tokens(router: nn.Module, flat: Tensor, x: Tensor, scope: Scope) -> tu
     """Choose experts and weights (N,K), and record the router's output in the scope."""
     scores, logits, topk_ids, topk_weights = router(flat)
     non_padding = (scope.position_ids >= 0).expand(x.shape[:2]).flatten()
-    scope.record("routing", RouterOutput(scores, logits, topk_ids, topk_weights, non_padding, router, x.shape[0]))
+    routing = RouterOutput(scores, logits, topk_ids, topk_weights, non_padding, router, x.shape[0])
+    scope.record("routing", routing)
+    observe: Callable[[RouterOutput], None] | None = router.observe_routing  # type: ignore[assignment]
+    if observe is not None:
+        observe(routing)
     return topk_ids, topk_weights

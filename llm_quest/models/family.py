@@ -82,7 +82,8 @@ class Family:
 
     def matches(self, hf_config: Mapping[str, Any]) -> bool:
         """Is this config.json one of this family?"""
-        kind, classes = hf_config.get("model_type"), hf_config.get("architectures") or ()
+        kind, named = hf_config.get("model_type"), hf_config.get("architectures")
+        classes = named if isinstance(named, list) else ()
         return kind in self.model_types or (kind is None and any(one in classes for one in self.architectures.values()))
 
     def read(self, hf_config: Mapping[str, Any]) -> Any:

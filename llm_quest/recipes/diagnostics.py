@@ -1,12 +1,12 @@
-"""Signs that a supervised run fails while it looks healthy, each with its remedy: a rate that is too high, overfitting,
-a classifier or a reward model at chance, answers that lose probability on both sides, steps that are not finite.
+"""Signs that a supervised run fails while it looks healthy, each with its remedy: overfitting, a classifier or a reward
+model at chance, answers that lose probability on both sides, steps that are not finite.
 
-`rollouts/diagnostics.py` has those of reinforcement learning, and says each once until its sign is gone."""
+`rollouts/diagnostics.py` has those of reinforcement learning, and says each once until its sign is gone;
+`train/divergence.py` finds a loss that rises."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
 from llm_quest.rollouts.diagnostics import MetricsRow, Symptom, metric_value
@@ -15,8 +15,6 @@ WINDOW = 3
 """Rows whose mean stands for one number."""
 EVALUATIONS = 3
 """Evaluations in a row that show the same before it is said."""
-RISE_FACTOR, RISE_NATS = 1.5, 0.3
-"""A loss has blown up where it is so many times its lowest, and so much more."""
 OVERFIT_RISE = 0.01
 SKIPPED_FRACTION = 0.01
 CHANCE_MARGIN = 0.02
@@ -25,21 +23,6 @@ CHANCE_MARGIN = 0.02
 def main_loss(row: MetricsRow) -> float:
     """The loss that the run is about, without router, look-ahead and teacher terms."""
     return metric_value(row, "next_token", metric_value(row, "loss"))
-
-
-def window_means(rows: Sequence[MetricsRow]) -> list[float]:
-    """The mean loss of every WINDOW rows, those that are finite."""
-    losses = [value for value in map(main_loss, rows) if math.isfinite(value)]
-    return [sum(losses[i : i + WINDOW]) / WINDOW for i in range(len(losses) - WINDOW + 1)]
-
-
-def loss_blew_up(rows: Sequence[MetricsRow]) -> bool:
-    """Far above the lowest it has been, the first step's loss included, by the mean of the newest rows."""
-    means = window_means(rows)
-    if len(means) <= 1:
-        return False
-    lowest = min([main_loss(rows[0]), *means])
-    return means[-1] > max(RISE_FACTOR * lowest, lowest + RISE_NATS)
 
 
 def last_evaluations(rows: Sequence[MetricsRow], name: str, number: int) -> list[float]:
@@ -78,15 +61,7 @@ def steps_were_skipped(rows: Sequence[MetricsRow]) -> bool:
     return skipped >= 2 and skipped > SKIPPED_FRACTION * rows[-1]["step"]
 
 
-def blow_up_advice(row: MetricsRow) -> str:
-    return (
-        f"the loss has risen to {main_loss(row):.3f}: the rate ({metric_value(row, 'learning_rate'):.1e}) is too high; "
-        "lower learning_rate, or raise warmup_steps"
-    )
-
-
 SUPERVISED_SYMPTOMS: tuple[Symptom, ...] = (
-    Symptom("rate too high", loss_blew_up, blow_up_advice),
     Symptom(
         "overfitting",
         is_overfitting,

@@ -94,7 +94,7 @@ def run_job(job: Job, context: Context, callbacks: Sequence[Callback] = ()) -> R
             job.loader,
             optimizer,
             job.lr_schedule or build_lr_schedule(config),
-            train_settings(config, expected_loss=job.expected_loss),
+            train_settings(config, expected_loss=job.expected_loss, watch_loss=job.watch_loss),
             run,
             parallel=parallel,
             callbacks=[*job.callbacks, *callbacks, *compile_timers(config, parallel)],
@@ -293,7 +293,9 @@ def build_lr_schedule(config: RunConfig) -> LRSchedule:
     )
 
 
-def train_settings(config: RunConfig, *, expected_loss: float | None = None) -> TrainingArguments:
+def train_settings(
+    config: RunConfig, *, expected_loss: float | None = None, watch_loss: bool = True
+) -> TrainingArguments:
     """The engine's view of the config, whose `auto`s are decided."""
     return TrainingArguments(
         steps=config.max_steps,
@@ -316,6 +318,7 @@ def train_settings(config: RunConfig, *, expected_loss: float | None = None) -> 
         max_seconds=config.max_seconds,
         seed=derive_seed(config.seed, "dropout"),
         expected_loss=expected_loss,
+        watch_loss=watch_loss,
     )
 
 

@@ -238,6 +238,7 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
         tokenizer,
         callbacks=policy.callbacks,
         watchers=[Diagnostics(config.diagnostics_patience)],
+        watch_loss=False,
         blocks=policy.blocks,
         before=report.before,
         finish=report.after,

@@ -106,13 +106,13 @@ class Job:
     """An assembled run.
 
     config: without any `auto`; it is written to the run folder. lr_schedule: None for the config's own. blocks: what
-    FSDP shards one by one; None for `model.blocks`. adamw_parameters: prefixes of what Muon leaves to AdamW. identity:
-    name -> hash of what a resumed run may not change. facts: about the data, for the report. expected_loss: of random
-    weights. prepare: what the loss and the evaluators need of the model before the first step (a reference), while it
-    is whole, before it is sharded; what it returns is called with the run folder once that is open. before: measures
-    the model that a new run begins with, by name. finish: after the loop. baselines: what other methods reach on the
-    held-out data; with_baselines: whether a run that has finished asks. intervals: name -> 95 % confidence interval of
-    a held-out number."""
+    FSDP shards one by one; None for `model.blocks`. watch_loss: of TrainingArguments. adamw_parameters: prefixes of
+    what Muon leaves to AdamW. identity: name -> hash of what a resumed run may not change. facts: about the data, for
+    the report. expected_loss: of random weights. prepare: what the loss and the evaluators need of the model before
+    the first step (a reference), while it is whole, before it is sharded; what it returns is called with the run
+    folder once that is open. before: measures the model that a new run begins with, by name. finish: after the loop.
+    baselines: what other methods reach on the held-out data; with_baselines: whether a run that has finished asks.
+    intervals: name -> 95 % confidence interval of a held-out number."""
 
     config: RunConfig
     objective: nn.Module
@@ -128,6 +128,7 @@ class Job:
     blocks: Sequence[nn.Module] | None = None
     adamw_parameters: Sequence[str] = ("embed.", "head.", "value_head.", "value_model.embed.")
     expected_loss: float | None = None
+    watch_loss: bool = True
     prepare: Callable[[], Callable[[Path], None]] = lambda: save_nothing
     before: Callable[[], Mapping[str, float]] = dict
     finish: Callable[[TrainResult], None] = lambda result: None

@@ -5,7 +5,9 @@ groups without spread, truncated completions, the policy's entropy, importance r
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,17 +15,23 @@ from typing import Any
 from llm_quest.errors import GuardStop
 
 MetricsRow = Mapping[str, Any]
+WINDOW = 3
+"""Rows whose mean reward is compared."""
+LEAST_REWARD_FALL, NOISE_FACTOR = 0.1, 4.0
+"""A mean reward has fallen where it is so much lower, and so many times the noise of a row."""
 
 
 @dataclass(frozen=True)
 class Symptom:
     """A condition of a run and the advice for it. is_present(rows): does the newest row of metrics, given those before
-    it, show it? fatal: a run that shows it for long cannot learn."""
+    it, show it? fatal: a run that shows it for long cannot learn. collapse: a run that was well before and shows it has
+    gone wrong, so that its last good checkpoint is kept."""
 
     name: str
     is_present: Callable[[Sequence[MetricsRow]], bool]
     advice: Callable[[MetricsRow], str]
     fatal: bool = False
+    collapse: bool = False
 
 
 @dataclass
@@ -36,6 +44,7 @@ class Diagnostics:
     symptoms: Sequence[Symptom] | None = None
     rows: list[MetricsRow] = field(default_factory=list)
     reported: set[str] = field(default_factory=set)
+    last_well: dict[str, int] = field(default_factory=dict)
     first_seen: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def on_log(self, row: MetricsRow) -> list[str]:
@@ -44,6 +53,7 @@ class Diagnostics:
         for sign in SYMPTOMS if self.symptoms is None else self.symptoms:
             if not sign.is_present(self.rows):
                 self.reported.discard(sign.name)
+                self.last_well[sign.name] = row["step"]
                 self.first_seen.pop(sign.name, None)
                 continue
             if sign.name not in self.reported:
@@ -51,6 +61,14 @@ class Diagnostics:
                 self.reported.add(sign.name)
             self._check_fatal(sign, row)
         return advice
+
+    @property
+    def collapse_since(self) -> int | None:
+        """The step of the last row before the collapse that the newest row shows; None if it shows none, or has shown
+        it from the first row on."""
+        known = SYMPTOMS if self.symptoms is None else self.symptoms
+        names = [sign.name for sign in known if sign.collapse and sign.name in self.reported]
+        return min((self.last_well[name] for name in names if name in self.last_well), default=None)
 
     def _check_fatal(self, symptom: Symptom, row: MetricsRow) -> None:
         first, times = self.first_seen.get(symptom.name, (row["step"], 0))
@@ -92,6 +110,18 @@ def reward_without_accuracy(rows: Sequence[MetricsRow]) -> bool:
     first, last = looked[0], looked[-1]
     rise = metric_value(last, "reward") - metric_value(first, "reward")
     return rise >= 0.1 and metric_value(last, "eval/accuracy") <= metric_value(first, "eval/accuracy")
+
+
+def reward_fell(rows: Sequence[MetricsRow]) -> bool:
+    """What the reward had gained is lost again, by the mean of the newest rows, and more than chance explains."""
+    rewards = [reward for row in rows if math.isfinite(reward := metric_value(row, "reward"))]
+    if len(rewards) < 3 * WINDOW:
+        return False
+    means = [sum(rewards[i : i + WINDOW]) / WINDOW for i in range(len(rewards) - WINDOW + 1)]
+    noise = (
+        statistics.fmean(abs(later - before) for before, later in itertools.pairwise(rewards)) / 1.128
+    )  # a row's std
+    return means[-1] <= means[0] and max(means) - means[-1] > max(LEAST_REWARD_FALL, NOISE_FACTOR * noise)
 
 
 SYMPTOMS: tuple[Symptom, ...] = (
@@ -141,6 +171,7 @@ SYMPTOMS: tuple[Symptom, ...] = (
             f"{metric_value(row, 'completions/clipped_ratio'):.0%} of the answers do not end within the budget: raise "
             "max_new_tokens, or fine-tune on answers with their end-of-text token"
         ),
+        collapse=True,
     ),
     Symptom(
         "no chance left",
@@ -149,6 +180,16 @@ SYMPTOMS: tuple[Symptom, ...] = (
             f"the policy hardly varies any more ({metric_value(row, 'entropy'):.3f} nats a token): lower "
             "learning_rate, raise loss_kwargs.epsilon_high, or add an entropy bonus (entropy_coef)"
         ),
+        collapse=True,
+    ),
+    Symptom(
+        "reward fell",
+        reward_fell,
+        lambda row: (
+            f"the mean reward has lost what it had gained (now {metric_value(row, 'reward'):.3g}): lower "
+            "learning_rate, raise kl_coef, or take fewer num_iterations per rollout"
+        ),
+        collapse=True,
     ),
     Symptom(
         "far ratio",

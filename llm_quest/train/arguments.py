@@ -23,7 +23,8 @@ class TrainingArguments:
     saved and kept too (greater_is_better: the largest value is best; None: as its name says).
     early_stopping_patience: measurements of it without a better value that end the run. load_best_model_at_end: the
     model is then the best one. precision: fp32, or bf16 (autocast; the weights stay float32). max_nonfinite_steps,
-    max_empty_steps: more of them in a row stop the run. max_seconds: after so long it saves and ends. name: what the
+    max_empty_steps: more of them in a row stop the run. watch_loss: whether a loss that rises far means that the run
+    diverges; that of a policy gradient does not. max_seconds: after so long it saves and ends. name: what the
     progress display calls the run. expected_loss: of the first step (ln V); a loss far from it gives a warning.
     on_disk_full: stop, or continue without that checkpoint. async_save: write checkpoints in the background, from a
     copy in memory."""
@@ -43,6 +44,7 @@ class TrainingArguments:
     compile: bool = False
     max_nonfinite_steps: int = 10
     max_empty_steps: int = 100
+    watch_loss: bool = True
     max_seconds: float | None = None
     seed: int = 0
     expected_loss: float | None = None

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,17 +182,40 @@ def rename_aside(folder: Path, suffix: str) -> Path:
     return target
 
 
-def prune_checkpoints(root: Path, keep_last: int, keep_every: int = 0, best_steps: Collection[int] = ()) -> None:
-    """Keep the last `keep_last` (0: all), those at multiples of `keep_every`, and the best; remove the others, by
-    way of a rename."""
-    folders = list_checkpoints(root)
-    for folder in folders[: max(0, len(folders) - keep_last)] if keep_last else []:
-        step = checkpoint_step(folder)
-        if not (keep_every and step % keep_every == 0) and step not in best_steps:
-            trash = folder.with_name(f".trash-{folder.name}")
-            with contextlib.suppress(OSError):  # one too many is no reason to end a run
-                os.rename(folder, trash)
-            shutil.rmtree(trash, ignore_errors=True)
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints are kept: the `keep_last` newest ones (0: all), those at multiples of `keep_every`, those of
+    keep_steps (the best, the last good one), and the newest that is known to be well.
+
+    That is the newest of a step up to `well_until`. The oldest one after it is kept too: it is the next that will be
+    known to be well, where checkpoints are saved more often than it takes to know that."""
+
+    keep_last: int
+    keep_every: int = 0
+    keep_steps: Collection[int] = ()
+    well_until: int | None = None
+
+    def select(self, steps: Sequence[int]) -> set[int]:
+        """Those of these steps, oldest first, whose checkpoints are kept."""
+        if not self.keep_last:
+            return set(steps)
+        kept = set(steps[-self.keep_last :]) | set(self.keep_steps)
+        kept |= {step for step in steps if self.keep_every and step % self.keep_every == 0}
+        if self.well_until is not None:
+            kept |= set([step for step in steps if step <= self.well_until][-1:])
+            kept |= set([step for step in steps if step > self.well_until][:1])
+        return kept
+
+
+def prune_checkpoints(root: Path, retention: Retention) -> None:
+    """Remove the checkpoints that are not kept, by way of a rename."""
+    folders = {checkpoint_step(folder): folder for folder in list_checkpoints(root)}
+    kept = retention.select(list(folders))
+    for folder in [folder for step, folder in folders.items() if step not in kept]:
+        trash = folder.with_name(f".trash-{folder.name}")
+        with contextlib.suppress(OSError):  # one too many is no reason to end a run
+            os.rename(folder, trash)
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 def remove_partial_checkpoints(root: Path) -> None:

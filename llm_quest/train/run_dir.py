@@ -203,9 +203,7 @@ class RunDir:
     def save_checkpoint(
         self,
         checkpoint: Checkpoint,
-        keep_last: int,
-        keep_every: int,
-        best_step: int | None,
+        retention: files.Retention,
         parallel: DistributedContext | None = None,
     ) -> Path:
         """Commit a checkpoint, and only then remove older ones. parallel: the processes that write it together, each
@@ -220,8 +218,7 @@ class RunDir:
 
             folder = save_sharded_checkpoint(self.checkpoints, checkpoint, parallel)
         if self.is_main_process:
-            best_steps = () if best_step is None else (best_step,)
-            files.prune_checkpoints(self.checkpoints, keep_last, keep_every, best_steps)
+            files.prune_checkpoints(self.checkpoints, retention)
         return folder
 
     def mark_best(self, folder: Path) -> None:

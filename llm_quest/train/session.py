@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -14,20 +12,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from llm_quest.contracts import Callback, Evaluator, Loader, MetricsCallback, RewindableLoader
-from llm_quest.errors import GuardStop, ResourceError
-from llm_quest.files import damaged_file_errors
+from llm_quest.errors import GuardStop
 from llm_quest.progress import Logger, phase
 from llm_quest.train import step
 from llm_quest.train.arguments import TrainingArguments, TrainResult
 from llm_quest.train.best_model import BestModel
-from llm_quest.train.checkpoint import (
-    SHARDS_DIR,
-    STATE_FILE,
-    Checkpoint,
-    CheckpointSaver,
-    checkpoint_step,
-    load_checkpoint,
-)
+from llm_quest.train.checkpoint_manager import CheckpointManager
+from llm_quest.train.divergence import DivergenceMonitor
 from llm_quest.train.guards import (
     MAX_PLAUSIBLE_WEIGHT,
     NO_CULPRIT,
@@ -40,18 +31,13 @@ from llm_quest.train.guards import (
     require_fp32_parameters,
     suggest_remedies,
 )
+from llm_quest.train.health import HealthMonitor
 from llm_quest.train.optimizers import LRSchedule
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir, json_safe
+from llm_quest.train.run_log import RunLog
 from llm_quest.train.signals import STOP_SIGNALS, SignalHandler, StepInterrupted
-from llm_quest.train.state import (
-    GeneratorStates,
-    Progress,
-    RNGState,
-    TrainState,
-    capture_generators,
-    evaluation_mode,
-)
+from llm_quest.train.state import GeneratorStates, Progress, RNGState, TrainState, capture_generators, evaluation_mode
 
 PHASE_NAMES = {"eval": "evaluating", "samples": "writing samples", "ratio": "gathering ratios"}
 """Name of an evaluator -> what is shown while it works."""
@@ -80,13 +66,17 @@ class TrainSession:
         self.guard = NonFiniteGuard(args.max_nonfinite_steps, args.max_empty_steps)
         self.state = TrainState(
             self.model, optimizer, dataloader, lr_schedule, self.guard, RNGState(args.seed, parallel.rank),
+            divergence=DivergenceMonitor(watch_loss=args.watch_loss),
             parallel=parallel, settings={"precision": args.precision, "compile": args.compile},
         )  # fmt: skip
-        self.saver = CheckpointSaver(args.async_save and parallel.strategy != "fsdp")  # whose processes write together
+        self.run_log = RunLog(run_dir, logger, parallel.is_main_process)
+        self.log_event = self.run_log.event
+        self.checkpoints = CheckpointManager(args, run_dir, parallel, self.run_log)
+        self.health = HealthMonitor(self.state, args, self.checkpoints, self.run_log, parallel)
         self.micro_batches: Sequence[Any] = ()
         self.status = "" if args.steps else "finished"
         self.signal_number = 0
-        self.checkpoint_path, self.checkpoint_step, self.save_requested = "", -1, False
+        self.save_requested = False
         self.eval_metrics: dict[str, Any] = {}
         self.callback_metrics: dict[str, Any] = {}
         self.evaluators_run: set[int] = set()  # those that have measured, by their id
@@ -110,35 +100,20 @@ class TrainSession:
             step.compile_objective(self.objective) if self.args.compile else self.objective
         )
         self.initial_progress, self.start_time = replace(self.progress), time.monotonic()
-        self.last_save_time = self.start_time
+        self.checkpoints.last_save_time = self.start_time
+        self.health.experts.start()
         self.last_logged = self.initial_progress
         self.logger.start(self.progress.step, self.args.steps)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.saver.close()
+        self.health.experts.stop()
+        self.checkpoints.saver.close()
         self.logger.close()
 
     def _resume_or_start(self) -> None:
         """Resume from the run's checkpoint, or start with a seed of its own for every process."""
-        leads = self.run_dir is not None and self.parallel.is_main_process
-        folder = self.parallel.broadcast(
-            str(self.run_dir.resolve_checkpoint() or "") if leads and self.run_dir is not None else ""
-        )
-        if folder:
-            checkpoint = load_checkpoint(Path(folder))
-            load_tensors = None
-            if (Path(folder) / SHARDS_DIR).is_dir():
-                from llm_quest.train.sharded_checkpoint import open_shards
-
-                load_tensors = open_shards(Path(folder)).load_into
-            with damaged_file_errors(Path(folder) / STATE_FILE, "resume from an older checkpoint, or start a new run"):
-                self.state.load_state_dict(checkpoint.state_dict, load_tensors)
-                changes = self.state.environment_changes(checkpoint.state_dict)
-            self.checkpoint_path, self.checkpoint_step = folder, checkpoint.step
-            self.log_event("resumed", checkpoint=folder, step=checkpoint.step)
-            for note in changes:
-                self.log_event("changed", message=note)
+        if self.checkpoints.load_into(self.state):
             return
         self.state.rng.seed()
         if bad := self.parallel.first_found(find_bad_parameter(self.model)):
@@ -182,8 +157,8 @@ class TrainSession:
 
     def _requests(self, signal_handler: SignalHandler) -> tuple[bool, ...]:
         """Which stop signal came to this process, whether to save, and whether the time is over."""
-        now, limit, every = time.monotonic(), self.args.max_seconds, self.args.save_seconds
-        save = signal_handler.save_requested or (every > 0 and now - self.last_save_time >= every)
+        now, limit = time.monotonic(), self.args.max_seconds
+        save = signal_handler.save_requested or self.checkpoints.is_late()
         signal_handler.save_requested = False
         late = limit is not None and now - self.start_time >= limit
         return (*(signal_handler.stop_signal == number for number in STOP_SIGNALS), save, late)
@@ -213,8 +188,12 @@ class TrainSession:
         if not refused:
             step.scale_gradients_(self.trainable_parameters, stats, self.args.max_grad_norm)
             self.optimizer.step()
-        elif self.guard.stop_reason or self.guard.nonfinite_streak == 1:
-            refused = self._locate_nonfinite(refused)
+            self.health.after_update(self.progress.step + 1, stats)
+        else:
+            if self.guard.nonfinite_streak:
+                self.health.after_skip(self.progress.step + 1)
+            if self.guard.stop_reason or self.guard.nonfinite_streak == 1:
+                refused = self._locate_nonfinite(refused)
         self.progress.step += 1
         self.optimizer.zero_grad(set_to_none=True)
         self.callback_metrics = {}
@@ -303,54 +282,20 @@ class TrainSession:
         }  # fmt: skip
         progress.latest_metrics = progress.latest_metrics | json_safe(row)
         self.last_logged = replace(progress)
-        if self.parallel.is_main_process:
-            self.logger.log_metrics(row)
-            if self.run_dir is not None:
-                self.run_dir.log_metrics(row)
-        for watcher in watchers:
-            self._run_watcher(watcher, row)
-
-    def _run_watcher(self, watcher: MetricsCallback, row: Mapping[str, Any]) -> None:
-        """Log the watcher's advice; if it stops the run, write crash.json first."""
-        try:
-            for advice in watcher.on_log(row):
-                self.log_event("advice", step=self.progress.step, message=advice)
-        except GuardStop as stop:
-            report = {"step": self.progress.step, "reason": str(stop), "last_row": self.progress.latest_metrics}
-            if self.run_dir is not None:
-                self.run_dir.write_crash_report(report)
-            self.log_event("stopped_by_guard", **report)
-            raise
+        self.run_log.metrics(row)
+        self.health.consult(watchers, row)
 
     def save(self) -> None:
         """Save a checkpoint if one is due or requested, and log the one that has been written meanwhile."""
-        progress, every = self.progress, self.args.save_every
-        due = self.is_finished or self.save_requested or self.improved or (every > 0 and progress.step % every == 0)
-        self._collect_saved(wait=due)
-        if due and self.run_dir is not None and progress.step != self.checkpoint_step:
+        number = self.progress.step
+        due = self.is_finished or self.save_requested or self.improved or self.checkpoints.is_due(number)
+        self.checkpoints.collect(wait=due)
+        if due and self.run_dir is not None and number != self.checkpoints.step:
             bad = find_bad_parameter(self.model) or find_bad_optimizer_state(self.model, self.optimizer)
             if bad := self.parallel.first_found(bad):
-                self._stop_run(f"{bad} after the update of step {progress.step}")
-            checkpoint = Checkpoint(progress.step, self.state.state_dict(), self.run_dir.identity)
-            self.checkpoint_step, self.last_save_time = progress.step, time.monotonic()
-            keep = (self.args.keep_last, self.args.keep_every, progress.best_step)
-            if self.parallel.strategy == "fsdp":
-                self.saver.start(partial(self.run_dir.save_checkpoint, checkpoint, *keep, self.parallel))
-            elif self.parallel.is_main_process:
-                self.saver.start(partial(self.run_dir.save_checkpoint, checkpoint, *keep))
-        self._collect_saved(wait=self.is_finished)
-
-    def _collect_saved(self, wait: bool) -> None:
-        try:
-            folder = self.saver.take_result(wait)
-        except ResourceError as error:
-            self.log_event("save_failed", message=str(error))
-            if self.args.on_disk_full == "stop":
-                raise
-            return
-        if folder is not None:
-            self.checkpoint_path = str(folder)
-            self.log_event("saved", checkpoint=self.checkpoint_path, step=checkpoint_step(folder))
+                self._stop_run(f"{bad} after the update of step {number}")
+            self.checkpoints.save(self.state, is_last=self.status == "finished")
+        self.checkpoints.collect(wait=self.is_finished)
 
     def _stop_if_weights_are_bad(self, error: Exception) -> None:
         """Raise GuardStop in place of an error in a step or an evaluation whose cause is a weight."""
@@ -375,26 +320,18 @@ class TrainSession:
 
     def _stop_run(self, reason: str, last: str = "") -> NoReturn:
         """Write crash.json, and raise GuardStop with the place, the last good checkpoint and the remedies."""
-        self._collect_saved(wait=True)
+        self.checkpoints.collect(wait=True)
         number, args = self.progress.step + 1, self.args
-        report = {"step": number, "reason": reason, "last": last, "checkpoint": self.checkpoint_path}
+        report = {"step": number, "reason": reason, "last": last, "checkpoint": self.checkpoints.path}
         report |= {"loader": self.dataloader.state_dict(), "guard": asdict(self.guard)}
         report |= {"last_row": self.progress.latest_metrics}
-        where = f" ({self.run_dir.write_crash_report(report)})" if self.run_dir is not None else ""
-        self.log_event("stopped_by_guard", **report)
+        where = self.run_log.write_crash_report(report)
+        is_well = self.progress.good_step is None
+        good = describe_good_checkpoint(self.checkpoints.path) if is_well else self.health.describe_good()
         raise GuardStop(
-            f"stopped at step {number}: {reason}{where}.\n{describe_good_checkpoint(self.checkpoint_path)}.\n"
+            f"stopped at step {number}: {reason}{where}.\n{good}.\n"
             + suggest_remedies(self.optimizer.param_groups[0]["lr"], args.precision, args.max_grad_norm)
         )
-
-    def log_event(self, name: str, **fields: Any) -> None:
-        """Log an event to the logger and to the run folder."""
-        if self.parallel.is_main_process:
-            self.logger.log_event(
-                f"{name}: " + "  ".join(str(v) if k == "message" else f"{k} {v}" for k, v in fields.items())
-            )
-            if self.run_dir is not None:
-                self.run_dir.log_event(name, **fields)
 
     def result(self) -> TrainResult:
         """The result of the run."""
@@ -411,5 +348,5 @@ class TrainSession:
             seconds=time.monotonic() - self.start_time,
             tokens=tokens,
             tokens_per_second=tokens / busy if busy else 0.0,
-            checkpoint_path=self.checkpoint_path,
+            checkpoint_path=self.checkpoints.path,
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import operator
 import platform
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from llm_quest.contracts import Loader
 from llm_quest.errors import DataError
 from llm_quest.machine.hardware import processor_name
 from llm_quest.tensor_files import align
+from llm_quest.train.divergence import DivergenceMonitor
 from llm_quest.train.guards import NonFiniteGuard
 from llm_quest.train.optimizers import LRSchedule
 from llm_quest.train.parallel import DistributedContext, copy_full_, full_tensor, shard_as
@@ -242,7 +244,8 @@ def _decode_tensor(text: str) -> Tensor:
 @dataclass
 class Progress:
     """How far a run is. step: how many steps are done. train_seconds: time spent in steps alone. best_metric,
-    best_step, best_name: of the metric by which the best checkpoint is kept. latest_metrics: the newest value of every
+    best_step, best_name: of the metric by which the best checkpoint is kept. good_step: of the checkpoint from before
+    the run began to go wrong, which is kept too; None while it is well. latest_metrics: the newest value of every
     metric."""
 
     step: int = 0
@@ -252,7 +255,20 @@ class Progress:
     best_step: int | None = None
     best_name: str = ""
     measurements_since_best: int = 0
+    good_step: int | None = None
     latest_metrics: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """TypeError for a value of another type, ValueError for a step below 0: what a file says is taken at once."""
+        for name in ("step", "tokens", "measurements_since_best", "best_step", "good_step"):
+            value = getattr(self, name)
+            if not (value is None and name.endswith("_step")):
+                setattr(self, name, operator.index(value))
+        self.train_seconds, self.best_name = float(self.train_seconds), str(self.best_name)
+        self.best_metric = None if self.best_metric is None else float(self.best_metric)
+        self.latest_metrics = dict(self.latest_metrics)
+        if self.step < 0:
+            raise ValueError(f"step is {self.step}")
 
 
 class TrainState:
@@ -270,11 +286,13 @@ class TrainState:
         guard: NonFiniteGuard,
         rng: RNGState,
         *,
+        divergence: DivergenceMonitor | None = None,
         parallel: DistributedContext | None = None,
         settings: Mapping[str, Any] | None = None,
     ):
         self.model, self.optimizer, self.loader, self.schedule = model, optimizer, loader, schedule
         self.guard, self.rng, self.parallel = guard, rng, parallel or DistributedContext()
+        self.divergence = divergence or DivergenceMonitor()
         self.settings = dict(settings or {})
         self.progress = Progress()
         for group in optimizer.param_groups:
@@ -299,6 +317,7 @@ class TrainState:
         values = {
             "progress": asdict(self.progress),
             "guard": self.guard.state_dict(),
+            "divergence": self.divergence.state_dict(),
             "optimizer_class": type(self.optimizer).__name__,
             "optimizer_numbers": numbers,
             "loaders": self.parallel.all_gather(self.loader.state_dict()),
@@ -326,6 +345,7 @@ class TrainState:
             load_tensors(self.model, self.optimizer, numbers)
         self.progress = Progress(**state_dict["progress"])
         self.guard.load_state_dict(state_dict["guard"])
+        self.divergence.load_state_dict(state_dict.get("divergence", {}))
         same_world_size = len(state_dict["rng"]) == self.parallel.world_size
         rank = self.parallel.rank if same_world_size else 0
         self.loader.load_state_dict(state_dict["loaders"][rank])

@@ -18,18 +18,22 @@ def fuzz(words: Sequence[str]) -> int:
     parser.add_argument("kinds", nargs="*", help=", ".join(target.name for target in TARGETS))
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=1, help="how often all targets get COUNT further inputs")
     arguments = parser.parse_args(words)
-    total = 0
-    for target in TARGETS:
-        if arguments.kinds and not any(target.name.startswith(kind) for kind in arguments.kinds):
-            continue
-        begin = time.monotonic()
-        faults = run_target(target, arguments.count, arguments.start)
-        total += len(faults)
-        took = time.monotonic() - begin
-        print(f"{target.name}: {arguments.count:,} inputs, {len(faults)} faults, {took:.0f} s", flush=True)
-        for fault in faults:
-            print(f"  {fault}")
+    wanted = [one for one in TARGETS if not arguments.kinds or any(one.name.startswith(k) for k in arguments.kinds)]
+    total = inputs = 0
+    for number in range(arguments.rounds):
+        for target in wanted:
+            begin = time.process_time()
+            faults = run_target(target, arguments.count, arguments.start + number * arguments.count)
+            total, inputs = total + len(faults), inputs + arguments.count
+            took = time.process_time() - begin
+            print(
+                f"{target.name}: {arguments.count:,} inputs, {len(faults)} faults, {took:.1f} CPU seconds", flush=True
+            )
+            for fault in faults:
+                print(f"  {fault}", flush=True)
+        print(f"round {number + 1}: {inputs:,} inputs so far, {total} faults", flush=True)
     return int(total > 0)
 
 

@@ -42,7 +42,7 @@ from llm_quest.experiments.page import read_losses
 from llm_quest.files import damaged_file_errors, load_json
 from llm_quest.hub.inspect import content_conditions, inspect_folder
 from llm_quest.hub.load_save import load, read_model_config, save, write_model_json
-from llm_quest.hub.locate import best_step
+from llm_quest.hub.locate import noted_step
 from llm_quest.hub.pickled import read_pickled
 from llm_quest.machine.probe import REQUIRED
 from llm_quest.machine.profile import VERSION, identify_machine, read_profile
@@ -86,7 +86,11 @@ def base_folder(kind: str) -> Path:
         return folder / "run"
     if kind == "run":
         write_model_json(folder, model)
-        values = {"model": dict(model.state_dict()), "optimizer": {}, "progress": asdict(Progress(step=3, best_step=3))}
+        values = {
+            "model": dict(model.state_dict()),
+            "optimizer": {},
+            "progress": asdict(Progress(step=3, best_step=3, good_step=3)),
+        }
         save_checkpoint(folder / "checkpoints", Checkpoint(3, values, {"settings": "{}"}))
         return folder
     if kind == "tokens":
@@ -125,6 +129,10 @@ def resume_training(folder: Path) -> object:
         (folder / name).unlink(missing_ok=True)  # links to those of the base folder
     with RunDir(folder) as run:
         return go(3, run, made=objective(dropout=0.0))
+
+
+def read_noted_steps(folder: Path) -> object:
+    return noted_step(folder / STEP, "best"), noted_step(folder / STEP, "good")
 
 
 def json_of(kind: str, name: str) -> Callable[[], list[Any]]:
@@ -284,7 +292,7 @@ FILE_TARGETS: tuple[Target, ...] = (
     Target("model.json", beside("run", lambda folder: inspect_folder(folder).lines()), json_of("run", "model.json")),
     Target("state.json", beside("run", lambda folder: load_checkpoint(folder / STEP), STEP),
            json_of("run", f"{STEP}/state.json")),
-    Target("best checkpoint", beside("run", lambda folder: best_step(folder / STEP), STEP),
+    Target("best checkpoint", beside("run", read_noted_steps, STEP),
            json_of("run", f"{STEP}/state.json"), file="state.json"),
     Target("model.safetensors.index.json", beside("shards", lambda folder: inspect_folder(folder).lines()),
            json_of("shards", "model.safetensors.index.json")),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.numbers import POISONS, check_recipe, run_straight
+from tests.faults.numbers import POISONS, check_divergence, check_recipe, run_straight
 from tests.recipes.every_recipe import NAMES, prepare
 
 
@@ -25,3 +25,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_recipe_stops_where_a_weight_goes_wrong_and_resumes(number: int, folder: Path):
     poison = list(POISONS)[number % len(POISONS)]
     assert check_recipe(NAMES[number], poison, folder) == ""
+
+
+@pytest.mark.parametrize("recipe", ["sft", "vit", "iterative"])
+def test_a_recipe_whose_rate_becomes_too_high_says_so_and_keeps_the_good_checkpoint(recipe: str, folder: Path):
+    """The others: `python -m tests.faults.numbers`."""
+    assert check_divergence(recipe, folder) == ""

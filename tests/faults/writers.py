@@ -119,7 +119,7 @@ def write_run(folder: Path, version: int) -> None:
         run.log_metrics({"step": version, "loss": 1.0})
         run.write_crash_report({"version": version})
         if not checkpoints.checkpoint_dir(run.checkpoints, version).exists():
-            run.save_checkpoint(made_checkpoint(version), 1, 0, None)
+            run.save_checkpoint(made_checkpoint(version), checkpoints.Retention(1))
 
 
 def read_run_rows(folder: Path) -> object:

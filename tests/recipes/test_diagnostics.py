@@ -14,6 +14,7 @@ import pytest
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
 from llm_quest.recipes.dpo import PROBABILITY_SYMPTOMS
 from llm_quest.rollouts.diagnostics import Diagnostics
+from llm_quest.train.divergence import STREAK
 from tests.recipes import every_recipe
 from tests.recipes.every_recipe import prepare, run_tiny
 
@@ -31,7 +32,6 @@ def rows_of(losses: list[float], **columns: list[Any]) -> Iterator[dict[str, Any
 FALLING = [5.0 * 0.8**n + 1 for n in range(12)]
 NONE = [None] * 3
 ILL: dict[str, list[dict[str, Any]]] = {
-    "rate too high": list(rows_of([*FALLING[:6], 2.5, 3.0, 4.5, 6.0, 8.0, 9.0])),
     "overfitting": list(
         rows_of(FALLING, eval__loss=[*NONE, 3.0, *NONE[:1], 3.1, *NONE[:1], 3.3, *NONE[:1], 3.6, None, None])
     ),
@@ -110,5 +110,7 @@ def test_a_rate_that_is_far_too_high_is_told_in_a_real_run(tmp_path: Path, monke
         "sft", tmp_path, tmp_path / "run", "learning_rate=1.0", "max_steps=12", "save_steps=0", "max_grad_norm=null"
     )
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    told = [event["message"] for event in events if event["event"] == "advice"]
-    assert any("lower learning_rate" in text for text in told), told
+    (told,) = [event for event in events if event["event"] == "diverging"]
+    assert told["step"] == 1 + STREAK
+    assert "Lower learning_rate" in told["message"]
+    assert "set max_grad_norm" in told["message"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ ILL = {
     "unscorable": [{"rewards/unscorable": 0.2}],
     "cut off": [{"completions/clipped_ratio": 0.6}],
     "no chance left": [{"entropy": 0.01}],
+    "reward fell": [{"reward": 0.1 + 0.05 * step} for step in range(9)] + [{"reward": 0.05}] * 3,
     "far ratio": [{"ratio/max": 30.0}],
     "far from the reference": [{"kl": 3.0}],
     "longer for nothing": [{"completions/mean_length": 10.0}, {"completions/mean_length": 20.0}],
@@ -52,6 +54,22 @@ def test_every_sign_is_seen_and_said_once(sign):
     assert [sign.advice({**WELL, **ILL[sign.name][-1]})] == told
     assert watched(doctor, ILL[sign.name][-1]) == [[]]
     assert set(ILL) == {sign.name for sign in SYMPTOMS}
+
+
+def test_chance_in_the_reward_is_no_fall():
+    rng = random.Random(0)
+    rows = [{"reward": 0.3 + rng.gauss(0, 0.15)} for _ in range(200)]
+    assert watched(Diagnostics(), *rows) == [[]] * 200
+
+
+def test_a_collapse_is_one_only_where_the_run_was_well_before():
+    doctor = Diagnostics()
+    watched(doctor, {"entropy": 0.01})
+    assert doctor.collapse_since is None
+    watched(doctor, {}, {}, {"entropy": 0.01}, {"entropy": 0.01})
+    assert doctor.collapse_since == 2
+    watched(doctor, {})
+    assert doctor.collapse_since is None
 
 
 def test_a_sign_that_comes_back_is_said_again():

@@ -121,10 +121,26 @@ def test_retention_keeps_the_last_the_multiples_and_the_best(tmp_path):
     root = tmp_path / "checkpoints"
     for step in range(10, 80, 10):
         files.save_checkpoint(root, made(step))
-    files.prune_checkpoints(root, 2, keep_every=30, best_steps=(20,))
+    files.prune_checkpoints(root, files.Retention(2, keep_every=30, keep_steps=(20,)))
     assert [files.checkpoint_step(folder) for folder in files.list_checkpoints(root)] == [20, 30, 60, 70]
-    files.prune_checkpoints(root, 0)
+    files.prune_checkpoints(root, files.Retention(0))
     assert len(files.list_checkpoints(root)) == 4
+
+
+@pytest.mark.parametrize(
+    ("every", "keep_last", "most"), [(1, 1, 3), (1, 2, 4), (3, 1, 3), (7, 1, 2), (50, 1, 2), (50, 2, 2)]
+)
+def test_a_checkpoint_that_is_known_to_be_well_is_always_there(every: int, keep_last: int, most: int):
+    """It becomes known seven steps later; however often checkpoints are saved, few are kept for that."""
+    there: list[int] = []
+    for step in range(every, 300, every):
+        there = sorted(files.Retention(keep_last, well_until=step - 7).select([*there, step]))
+        assert len(there) <= most
+        for now in range(step, step + every):
+            assert min(there) <= max(every, now - 7), (there, now)
+            known = [one for one in there if one <= now - 7]
+            assert now - 7 < every or known, (there, now)
+        assert known == [] or step - known[-1] <= 7 + 2 * max(every, 7)
 
 
 def test_leftovers_of_killed_processes_are_swept_and_others_are_not(tmp_path):

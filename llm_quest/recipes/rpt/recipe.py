@@ -136,6 +136,7 @@ def build_rpt(config: RptConfig, context: Context) -> Job:
         start.tokenizer,
         callbacks=policy.callbacks,
         watchers=[Diagnostics(config.diagnostics_patience)],
+        watch_loss=False,
         blocks=policy.blocks,
         before=partial(report_before, evaluator, log),
         finish=partial(report_after, evaluator, log),

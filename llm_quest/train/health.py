@@ -1,0 +1,112 @@
+"""HealthMonitor: what shows that a run goes wrong although its numbers are finite, told in the step in which it is
+certain, with the module, the last good checkpoint and the remedy.
+
+A loss that diverges, gradients that explode (`divergence.py`), experts that get no tokens (`expert_load.py`), and what
+the watchers of a recipe take for a collapse (`rollouts/diagnostics.py`). From then on the newest checkpoint from before
+it began is kept, whatever `keep_last` says, and is RUN@good, until the run is well again.
+
+`guards.py` has what stops a run: numbers that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llm_quest.contracts import MetricsCallback
+from llm_quest.errors import GuardStop
+from llm_quest.train.arguments import TrainingArguments
+from llm_quest.train.checkpoint import checkpoint_dir
+from llm_quest.train.checkpoint_manager import CheckpointManager
+from llm_quest.train.divergence import MARGIN, largest_gradient
+from llm_quest.train.expert_load import ExpertLoadMonitor
+from llm_quest.train.guards import suggest_remedies
+from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.run_log import RunLog
+from llm_quest.train.state import TrainState
+from llm_quest.train.step import StepStats
+
+EXPERT_REMEDY = (
+    "Raise router_aux_loss_coef (or, where routers have a bias, expert_bias_update_speed), or lower learning_rate"
+)
+
+
+class HealthMonitor:
+    """signs: what shows now that the run goes wrong, by name, each with the last step after which the run was well."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        args: TrainingArguments,
+        checkpoints: CheckpointManager,
+        log: RunLog,
+        parallel: DistributedContext,
+    ):
+        self.state, self.args, self.checkpoints, self.run_log, self.parallel = state, args, checkpoints, log, parallel
+        self.experts = ExpertLoadMonitor(state.model, parallel)
+        self.signs: dict[str, int | None] = {}
+
+    def after_update(self, step: int, stats: StepStats) -> None:
+        """Look at the numbers of an update; its gradients are still there."""
+        loss = stats.metrics.get("next_token", stats.loss)  # without router, look-ahead and teacher terms
+        found = self.state.divergence.update(step, loss, stats.grad_norm, stats.parameter_norm)
+        self._judge(step, f"{found}; {largest_gradient(self.state.model, self.parallel)}" if found else "")
+        found, last_well = self.experts.update(step), self.experts.last_well
+        self._note("experts", bool(self.experts.dead), None if last_well is None else last_well - MARGIN)
+        if found:
+            self._tell("dead_experts", step, f"{found}. {self.describe_good()}. {EXPERT_REMEDY}")
+
+    def after_skip(self, step: int) -> None:
+        """Look at a step that was left out, because its numbers are not finite."""
+        self._judge(step, self.state.divergence.skip(step))
+
+    def _judge(self, step: int, found: str) -> None:
+        divergence, args = self.state.divergence, self.args
+        self._note("divergence", divergence.is_diverging, divergence.onset)
+        if found:
+            rate = self.state.optimizer.param_groups[0]["lr"]
+            remedies = suggest_remedies(rate, args.precision, args.max_grad_norm)
+            self._tell("diverging", step, f"{found}. {self.describe_good()}. {remedies}")
+
+    def consult(self, watchers: Sequence[MetricsCallback], row: Mapping[str, Any]) -> None:
+        """Log the advice of the recipe's watchers; if one stops the run, write crash.json first."""
+        step = self.state.progress.step
+        for number, watcher in enumerate(watchers):
+            try:
+                advice, stop = watcher.on_log(row), None
+            except GuardStop as error:
+                advice, stop = [], error
+            since = watcher.collapse_since
+            self._note(f"watcher {number}", since is not None, None if since is None else since - MARGIN)
+            good = f". {self.describe_good()}" if since is not None else ""
+            for text in advice:
+                self._tell("advice", step, text + good)
+            if stop is not None:
+                last_row = self.state.progress.latest_metrics
+                self.run_log.write_crash_report({"step": step, "reason": str(stop), "last_row": last_row})
+                raise GuardStop(f"{stop}{good}") from stop
+
+    def _tell(self, name: str, step: int, message: str) -> None:
+        self.run_log.event(name, step=step, message=message)
+
+    def _note(self, sign: str, is_present: bool, onset: int | None) -> None:
+        """Keep the newest checkpoint up to the onset while any sign is there. onset None: it was never well."""
+        progress = self.state.progress
+        if is_present and (sign not in self.signs or self.signs[sign] != onset):
+            self.signs[sign] = onset
+            if progress.good_step is None and onset is not None:
+                progress.good_step = self.checkpoints.last_good(onset)
+        elif not is_present and sign in self.signs:
+            del self.signs[sign]
+            if not self.signs:
+                progress.good_step = None
+
+    def describe_good(self) -> str:
+        """Where the run can go on from, as it was before it went wrong."""
+        run_dir, step = self.checkpoints.run_dir, self.state.progress.good_step
+        if run_dir is None or step is None:
+            return "There is no checkpoint from before (save_steps, save_minutes)"
+        run = run_dir.folder
+        return (
+            f"The last good checkpoint is {checkpoint_dir(run_dir.checkpoints, step)}, which is kept; go on from it "
+            f"by: quest train {run} --resume {run}@good --accept settings"
+        )
