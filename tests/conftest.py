@@ -45,6 +45,7 @@ settings.load_profile("tests")
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # a later collection need not walk through every imported library again
+    gc.set_threshold(5_000, 10, 40)  # nor through every model that laws share after each few thousand objects
     gc.enable()
 
 

@@ -165,5 +165,17 @@ def shared(name: str) -> Decoder:
     return own(name).requires_grad_(False)
 
 
+def keep_block_kinds_(model: Decoder) -> Decoder:
+    """The last block of each kind alone, for what takes seconds a block: equal blocks are the same code."""
+    model.blocks = nn.ModuleList({block_kind(block): block for block in model.blocks}.values())
+    return model
+
+
+def block_kind(block: nn.Module) -> str:
+    """What tells blocks apart: equal blocks are the same code, and one of them is traced."""
+    details = [(getattr(part, "sliding_window", None), getattr(part, "rotary", None)) for part in block.modules()]
+    return f"{block} {details}"
+
+
 def random_tokens(model: Decoder, batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -208,6 +208,7 @@ def test_chained_answers_are_supervised_step_by_step(tmp_path: Path):
         "max_new_tokens=20",
         "process_supervision=true",
         "loss_type=gspo_token",
+        "warmup.max_steps=60",
     ]
     started(tmp_path / "run", *pairs, "max_steps=2")
     assert all(row["completions/mean_length"] > 0 for row in metrics(tmp_path / "run"))

@@ -78,14 +78,14 @@ def tokens_of(completions) -> list[list[int]]:
 @pytest.mark.parametrize("name", TINY)
 def test_a_greedy_text_is_the_plain_one_token_for_token(name):
     model = target(name)
-    plain = generate(model, RAGGED, max_new_tokens=24, temperature=0.0)
+    plain = generate(model, RAGGED, max_new_tokens=16, temperature=0.0)
     for kind in DRAFTS:
         tally = SpeculationStats()
         rows = generate_completions(
             model,
             RAGGED,
             SamplingParams(temperature=0.0),
-            StoppingCriteria(max_new_tokens=24),
+            StoppingCriteria(max_new_tokens=16),
             draft=drafting(kind, model),
             stats=tally,
         )
@@ -93,7 +93,7 @@ def test_a_greedy_text_is_the_plain_one_token_for_token(name):
         assert [row.finish_reason for row in rows] == ["length"] * 4
         for row, other in zip(rows, plain, strict=True):
             assert row.logprobs == pytest.approx(other.logprobs, abs=1e-4)
-        assert tally.num_passes <= 24, "max_new_tokens is exact, and every pass writes at least a token in each row"
+        assert tally.num_passes <= 16, "max_new_tokens is exact, and every pass writes at least a token in each row"
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -102,9 +102,9 @@ def test_a_greedy_text_is_the_plain_one_token_for_token(name):
 def test_a_sampled_row_is_the_same_alone_and_among_neighbours(name, kind, choice):
     model = target(name, "float64")
     draft = drafting(kind, model)
-    together = generate(model, RAGGED, max_new_tokens=24, seed=3, draft=draft, **choice)
+    together = generate(model, RAGGED, max_new_tokens=14, seed=3, draft=draft, **choice)
     for prompt, row in zip(RAGGED[:3], together, strict=False):
-        (alone,) = generate(model, [prompt], max_new_tokens=24, seed=3, draft=draft, **choice)
+        (alone,) = generate(model, [prompt], max_new_tokens=14, seed=3, draft=draft, **choice)
         assert alone.tokens == row.tokens
         assert alone.logprobs == pytest.approx(row.logprobs, abs=2e-5)
 
@@ -190,8 +190,8 @@ def completed(law: Counter[tuple[int, ...]], path: tuple[int, ...], p: Tensor) -
     return total
 
 
-@pytest.mark.parametrize(("kind", "samples"), [("model", 20_000), ("mtp", 4_000), ("ngram", 4_000)])
-def test_twenty_thousand_samples_have_the_models_law(kind, samples):
+@pytest.mark.parametrize(("kind", "samples"), [("model", 10_000), ("mtp", 4_000), ("ngram", 4_000)])
+def test_thousands_of_samples_have_the_models_law(kind, samples):
     """The whole loop, five symbols, three tokens: 125 texts against their exact probabilities."""
     config = dataclasses.replace(
         preset("llama3.2-tiny").config, vocab_size=5, hidden_size=16, num_hidden_layers=1, max_position_embeddings=16
