@@ -87,7 +87,7 @@ def papers() -> Iterator[Subject]:
     from llm_quest.papers import PAPERS
 
     for name in PAPERS:
-        yield Subject("paper", name, f"papers/{name}.py")
+        yield Subject("paper", name, "papers/paper.py", "Paper")
 
 
 def read_questions() -> dict[str, str]:

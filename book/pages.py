@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import html
 import inspect
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from typing import TYPE_CHECKING
+
+import yaml
 
 from book.api import Module, module_name
 from book.blocks import breaks_block, card_block, code_block, figure_block, mistakes_block, mutations_of
@@ -15,6 +19,9 @@ from book.catalog import Subject
 from book.equations import symbol_rows
 from book.markdown import Renderer, colour_code, output_block
 from book.source import ROOT, code_of, docstring_of, flat, papers_of, paragraphs, public_names, split_mistakes
+
+if TYPE_CHECKING:
+    from llm_quest.papers import Paper
 
 Section = tuple[str, str]
 """(heading, HTML)."""
@@ -28,34 +35,42 @@ PAGE_FIGURES = {
 PAPER_PAGES = {
     "technique/qk_clip": "qk_clip", "technique/dyt": "dyt", "technique/hyper_connections": "hyper_connections",
     "layer/hyper_connections": "hyper_connections", "technique/length": "yarn", "technique/multi_token": "multi_token",
-    "layer/multi_token_prediction": "multi_token", "layer/moe": "expert_bias", "objective/routing": "expert_bias",
-    "objective/number_token": "number_token", "technique/lora": "lora", "objective/surrogates": "variants",
-    "objective/policy_gradient": "variants", "objective/process_reward": "process", "recipe/prm": "process",
-    "objective/preference_losses": "label_noise", "objective/reward_model": "overoptimization",
-    "recipe/rpt": "memorizes", "recipe/grpo": "countdown",
+    "layer/multi_token_prediction": "multi_token", "layer/moe": "fine_grained", "objective/routing": "expert_bias",
+    "objective/number_token": "number_token", "technique/lora": "lora", "technique/dora": "dora",
+    "technique/rslora": "rslora", "technique/softcap": "soft_cap", "objective/surrogates": "gspo",
+    "objective/policy_gradient": "dr_grpo", "objective/process_reward": "process",
+    "objective/preference_losses": "label_noise", "objective/reward_model": "kl_penalty",
+    "recipe/rpt": "rpt", "recipe/grpo": "countdown", "recipe/gkd": "gkd", "layer/latent_attention": "mla",
+    "layer/delta_net": "gated_deltanet", "family/gpt_oss": "sinks", "family/olmo2": "post_norm",
 }  # fmt: skip
 """The card in which a subject was measured."""
 
 
 def title_of(subject: Subject) -> str:
     """The name of a page: a paper's title, else the subject's own name."""
-    if subject.kind == "paper":
-        from llm_quest.papers import load_paper
+    return paper_of(subject).title if subject.kind == "paper" else subject.name
 
-        return load_paper(subject.name).title
-    return subject.name
+
+def paper_of(subject: Subject) -> Paper:
+    from llm_quest.papers import load_paper
+
+    return load_paper(subject.name)
 
 
 def make_sections(subject: Subject, markdown: Renderer) -> list[Section]:
     """The parts of a page; those that a subject does not have are left out."""
     makers = {"family": family_sections, "recipe": recipe_sections, "paper": paper_sections}
     parts = [("Idea", idea(subject, markdown)), *makers.get(subject.kind, code_sections)(subject, markdown)]
-    parts += [
-        ("What breaks without it", breaks(subject)),
-        ("Commonly got wrong", mistakes_block(subject.file)),
-        ("Measured here", measured(subject, markdown)),
-        ("Sources", sources(subject)),
-    ]
+    parts += (
+        []
+        if subject.kind == "paper"
+        else [
+            ("What breaks without it", breaks(subject)),
+            ("Commonly got wrong", mistakes_block(subject.file)),
+            ("Measured here", measured(subject, markdown)),
+            ("Sources", sources(subject)),
+        ]
+    )
     return [(heading, body) for heading, body in parts if body]
 
 
@@ -67,7 +82,9 @@ def summary_of(subject: Subject) -> str:
 
 
 def docstring_text(subject: Subject) -> str:
-    """The docstring of the file, or of the class where several subjects share a file."""
+    """The docstring of the file, or of the class where several subjects share a file; a paper's claim."""
+    if subject.kind == "paper":
+        return paper_of(subject).claim
     whole = docstring_of(subject.file)
     own = docstring_of(f"{subject.file}:{subject.anchor}") if subject.anchor else ""
     return split_mistakes(f"{whole}\n\n{own}" if own else whole)[0]
@@ -100,11 +117,11 @@ def measured(subject: Subject, markdown: Renderer) -> str:
 
 
 def verdict(name: str) -> str:
-    """The verdict of a card, in its own words."""
-    found = re.search(
-        r"## (Verdict: .*?)\n\n(.*?)\n\n", (ROOT / f"docs/papers/{name}.md").read_text(encoding="utf-8"), re.S
-    )
-    return f"**{found[1]}**: {found[2]}" if found else ""
+    """The verdict of a card, in its own words; empty without a card."""
+    file = ROOT / f"docs/papers/{name}.md"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    found = re.search(r"## (Verdict: .*?)\n\n(.*?)\n\n", text, re.S)
+    return f"**{found[1]}**: {found[2]}" if found else "Not measured yet."
 
 
 def sources(subject: Subject) -> str:
@@ -248,10 +265,16 @@ def recipe_sections(subject: Subject, markdown: Renderer) -> Iterator[Section]:
 
 
 def paper_sections(subject: Subject, markdown: Renderer) -> Iterator[Section]:
-    """The card of a paper, its plot, and the experiment's code."""
-    card = (ROOT / f"docs/papers/{subject.name}.md").read_text(encoding="utf-8").split("\n", 2)[2]
-    text, _, after = card.partition(f"]({subject.name}.svg)")
-    before = re.sub(r"!\[[^\]]*$", "", text)
-    after = re.sub(r"\[([^\]]+)\]\([a-z_]+\.json\)", r"`\1`", after)
-    yield "Card", markdown(re.sub(r"^## ", "### ", before, flags=re.M)) + card_block(subject.name) + markdown(after)
-    yield "The experiment", code_block(subject.file)
+    """The card of a claim with its plot, and the row that defines it."""
+    file = ROOT / f"docs/papers/{subject.name}.md"
+    if file.is_file():
+        card = file.read_text(encoding="utf-8").split("\n", 2)[2]
+        text, _, after = card.partition(f"]({subject.name}.svg)")
+        before = re.sub(r"!\[[^\]]*$", "", text)
+        yield "Card", markdown(re.sub(r"^## ", "### ", before, flags=re.M)) + card_block(subject.name) + markdown(after)
+    paper = paper_of(subject)
+    source = f"https://arxiv.org/abs/{paper.arxiv}"
+    yield "Measure it", colour_code(f"$ quest reproduce {subject.name}", "console")
+    row = {key: value for key, value in vars(paper).items() if value}
+    yield "The experiment", colour_code(yaml.safe_dump(json.loads(json.dumps(row)), sort_keys=False, width=120), "yaml")
+    yield "Sources", f'<ul><li><a href="{source}">arXiv:{paper.arxiv}</a></li></ul>'

@@ -20,8 +20,10 @@ from llm_quest.train.arguments import TrainingArguments
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llm_quest"
-ROOTS = ("main", *llm_quest.__all__, "FAMILIES", "PAPER")
-"""The command `quest` (and through it the recipes), the exported names, the families' table and the papers."""
+CLAIMS = "".join(file.read_text(encoding="utf-8") for file in (PACKAGE / "papers/claims").glob("*.yaml"))
+ROOTS = ("main", *llm_quest.__all__, "FAMILIES", *re.findall(r"\$generated:(\w+)", CLAIMS))
+"""The command `quest` (and through it the recipes), the exported names, the families' table and the rows that claims of
+papers name by file and function."""
 EXCEPTIONS = {
     "Objective": "a protocol of contracts.py: it documents what an objective promises",
     "relu_squared": "an activation for models of one's own (Nemotron); no family here has it",

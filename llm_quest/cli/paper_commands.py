@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -54,20 +53,24 @@ def papers(json: JsonOption = False) -> None:
 
 def reproduce(
     paper: Annotated[str, typer.Argument(help="A name from `quest papers`.")],
-    seeds: Annotated[int, typer.Option(min=1, max=10, help="The number of seeds.")] = 3,
-    jobs: Annotated[int, typer.Option(min=0, help="Measurements in parallel; 0: one per core.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="The folder of the card (default: docs/papers of the project, or the cache).")
-    ] = None,
+    size: Annotated[str, typer.Option(help="0.3M, 1M, 4M, or several by comma; default: the smallest.")] = "",
+    minutes: Annotated[float, typer.Option(min=0, help="Begin no run later; the same command goes on.")] = 60,
+    first_seed: Annotated[int, typer.Option(min=1, help="Of the reported seeds; 401 for a confirmation.")] = 1,
+    jobs: Annotated[int, typer.Option(min=0, help="Runs side by side; 0: one per core.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="The folder of the card (default: the cache).")] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Run the experiment of a paper and write its card. Finished measurements are kept, so an interrupted command
-    continues."""
+    """Measure the claim of a paper again: pairs of runs of an arm and a control with equal tuning, until a sequential
+    test decides, and write its card. Finished runs are kept, so an interrupted command continues."""
+    set_environment(1)
     from llm_quest.cli.papers import reproduce_paper
     from llm_quest.machine.hardware import usable_cores
 
-    os.environ["OMP_NUM_THREADS"] = "1"
+    sizes = [one.strip() for one in size.split(",") if one.strip()]
     with show_progress(quiet):
-        card = reproduce_paper(paper, seeds=seeds, out=out, jobs=jobs or usable_cores(), log=status_printer(quiet))
+        card = reproduce_paper(
+            paper, sizes=sizes, out=out, jobs=jobs or usable_cores(), minutes=minutes, first_seed=first_seed,
+            log=status_printer(quiet),
+        )  # fmt: skip
     print_result(card, json)

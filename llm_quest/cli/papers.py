@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_quest.contracts import LogFn
+from llm_quest.errors import UsageError
 from llm_quest.files import atomic_write_json, cache_dir
 from llm_quest.papers import PAPERS, load_paper
-from llm_quest.papers.card import VERDICTS, PaperCard, outcome_of_card, recorded_verdict, write_card
-from llm_quest.papers.reproduce import run_experiment
+from llm_quest.papers.card import VERDICTS, PaperCard, load_card, shipped_verdicts, write_card
+from llm_quest.papers.reproduce import describe_cost, measure_paper
 
 CHECKOUT_CARDS = VERDICTS.parents[2] / "docs" / "papers"
 """The cards of the project, where the package lies in a checkout of it."""
 
 
 def cards_dir() -> Path:
-    """Where cards are read and written, whatever the working directory: the project's docs/papers, or for an installed
-    package a folder of the user's cache."""
-    return CHECKOUT_CARDS if CHECKOUT_CARDS.is_dir() else cache_dir("papers")
+    """Where cards are written that were measured here, whatever the working directory."""
+    return cache_dir("papers")
 
 
 @dataclass(frozen=True)
 class PaperEntry:
-    """A paper with its claim. verdict: from its card, empty if there is none."""
+    """A claim. verdict: of the package's own card; here: of the card that was measured on this machine."""
 
     name: str
     title: str
     arxiv: str
     claim: str
-    minutes: float
+    cost: str
     verdict: str
+    here: str
 
 
 @dataclass(frozen=True)
 class PaperList:
-    """All papers."""
+    """All claims."""
 
     entries: tuple[PaperEntry, ...]
 
@@ -47,33 +49,49 @@ class PaperList:
         result = []
         for one in self.entries:
             result += [f"{one.name:<20}{one.title} (arXiv:{one.arxiv})", f"{'':<20}{one.claim}"]
-            result += [
-                f"{'':<20}{one.verdict or 'not measured here yet'}; about {one.minutes:g} minutes on one core",
-                "",
-            ]
-        return [*result, "measure one again: quest reproduce NAME"]
+            here = f"; here: {one.here}" if one.here else ""
+            result += [f"{'':<20}{one.verdict or 'not measured yet'}{here}", f"{'':<20}{one.cost}", ""]
+        return [*result, "measure one: quest reproduce NAME"]
 
 
 def list_papers() -> PaperList:
-    """The papers with their claims and recorded verdicts."""
-    found = [load_paper(name) for name in PAPERS]
-    return PaperList(
-        tuple(
-            PaperEntry(p.name, p.title, p.arxiv, p.claim, p.minutes, recorded_verdict(cards_dir(), p.name))
-            for p in found
+    """The claims, with the verdicts that the package ships and those measured here."""
+    shipped = shipped_verdicts()
+    entries = []
+    for paper in map(load_paper, PAPERS):
+        card = load_card(paper, cards_dir())
+        cost = describe_cost(paper, paper.all_sizes[0])
+        own = describe_summary(card.summary()) if card else ""
+        verdict = describe_summary(shipped[paper.name]) if paper.name in shipped else ""
+        entries.append(PaperEntry(paper.name, paper.title, paper.arxiv, paper.claim, cost, verdict, own))
+    return PaperList(tuple(entries))
+
+
+def describe_summary(summary: dict[str, str]) -> str:
+    return "{verdict} ({effect}; {sizes}, {date}, {machine})".format(**summary)
+
+
+def reproduce_paper(
+    name: str, *, sizes: Sequence[str], out: Path | None, jobs: int, minutes: float, first_seed: int, log: LogFn
+) -> PaperCard:
+    """Measure a claim at the given sizes, the first one if none are given, and write its card."""
+    paper, folder = load_paper(name), out or cards_dir()
+    measured = {}
+    for size in sizes or paper.all_sizes[:1]:
+        found = measure_paper(
+            paper, size, cache_dir("papers") / "experiments", jobs=jobs, minutes=minutes, first_seed=first_seed, log=log
         )
-    )
-
-
-def reproduce_paper(name: str, *, seeds: int, out: Path | None, jobs: int, log: LogFn) -> PaperCard:
-    """Run the experiment, and write the card with its verdict and figure."""
-    chosen, folder = load_paper(name), out or cards_dir()
-    log(
-        f"{chosen.title}: {len(chosen.arms)} arms, {seeds} seeds, about {chosen.minutes * seeds / 3 / jobs:.0f} minutes"
-    )
-    card = write_card(chosen, run_experiment(name, seeds=seeds, out=folder, jobs=jobs, log=log), folder)
+        if found is not None:
+            log(f"page: {found.pop('page')}")
+            measured[size] = found
+    if not measured:
+        raise UsageError(f"{name} is not decided: --minutes {minutes:g} are too few; give more, and it goes on")
+    card = write_card(paper, measured, folder)
     if folder.resolve() == CHECKOUT_CARDS.resolve():  # the project's own docs: the package ships their outcomes
-        atomic_write_json(
-            VERDICTS, {name: verdict for name in sorted(PAPERS) if (verdict := outcome_of_card(folder, name))}
-        )
+        write_verdicts(folder)
     return card
+
+
+def write_verdicts(folder: Path) -> None:
+    cards = {name: load_card(load_paper(name), folder) for name in sorted(PAPERS)}
+    atomic_write_json(VERDICTS, {name: card.summary() for name, card in cards.items() if card is not None})

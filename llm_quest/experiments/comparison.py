@@ -7,6 +7,7 @@
     worse: it diverges             more often than the control (e-value at least 20)
     no difference larger than delta   the 90 % interval lies within (-delta, delta)
     undecided (cap)                at the largest number of pairs
+    undecided (time)               where time ran out first; the same command goes on
 
 and leaves when decided. A run that diverges is an outcome of its own: it is neither averaged nor dropped."""
 
@@ -22,7 +23,9 @@ import numpy as np
 from llm_quest.experiments import sequential
 from llm_quest.experiments.sequential import FIRST_LOOK
 
-Outcome = Literal["better", "worse", "no difference larger than delta", "undecided (cap)", "invalid", "open"]
+Outcome = Literal[
+    "better", "worse", "no difference larger than delta", "undecided (cap)", "undecided (time)", "invalid", "open"
+]
 STABILITY_THRESHOLD = 20.0
 
 

@@ -22,12 +22,14 @@ from llm_quest.contracts import LogFn
 from llm_quest.errors import GuardStop, UsageError
 from llm_quest.experiments import sequential
 from llm_quest.experiments.arms import CONTROL, Arm
+from llm_quest.experiments.bases import Base, BaseRuns
 from llm_quest.experiments.budgets import budget_pairs, shared_weights
 from llm_quest.experiments.comparison import Claim, Comparison
 from llm_quest.experiments.ledger import Ledger
 from llm_quest.experiments.measurements import (
     TUNING_SEEDS,
     Measurements,
+    OutOfTime,
     Record,
     RunRequest,
     metric_value,
@@ -45,7 +47,7 @@ UNIGRAM_MARGIN = 0.05
 class Plan:
     """What an experiment is. pairs: the control's settings. rates, tuning_seeds: how many learning rates each arm
     tries, on how many seeds (one rate: no tuning). aa_pairs: pairs of the control with itself. first_seed: of the
-    reported ones. secondary: metrics that are described. guards: metric -> how much worse it may be."""
+    reported ones. secondary: metrics that are described. bases: runs that arms begin from, in their order."""
 
     recipe: str
     pairs: tuple[str, ...]
@@ -60,6 +62,7 @@ class Plan:
     secondary: tuple[str, ...] = ()
     question: str = ""
     command: str = ""
+    bases: tuple[Base, ...] = ()
 
     def content(self) -> dict[str, Any]:
         """What is fixed before the first run, as JSON can hold it."""
@@ -68,7 +71,7 @@ class Plan:
             "question": self.question, "recipe": self.recipe, "settings": list(self.pairs), "arms": arms,
             "claim": asdict(self.claim), "budget": self.budget, "rates": self.rates,
             "tuning_seeds": self.tuning_seeds, "aa_pairs": self.aa_pairs, "first_seed": self.first_seed,
-            "secondary": list(self.secondary),
+            "secondary": list(self.secondary), "bases": [asdict(base) for base in self.bases],
         }  # fmt: skip
 
     @property
@@ -79,10 +82,16 @@ class Plan:
 
 
 class Experiment:
-    """Runs a plan. root: the folder of all experiments and of their runs."""
+    """Runs a plan. root: the folder of all experiments and of their runs. deadline: of `time.monotonic`, after which no
+    run is begun: OutOfTime before the first pairs, "undecided (time)" after them."""
 
-    def __init__(self, plan: Plan, root: Path, pool: WorkerPool, ledger: Ledger, log: LogFn):
+    def __init__(
+        self, plan: Plan, root: Path, pool: WorkerPool, ledger: Ledger, log: LogFn, *, deadline: float = math.inf
+    ):
         self.plan, self.root, self.pool, self.ledger, self.log = plan, root, pool, ledger, log
+        self.deadline = deadline
+        bases = Measurements(plan.recipe, root, pool, ledger, plan.experiment, "", deadline)
+        self.base_runs = BaseRuns(plan.bases, bases, plan.control.code)
         self.folder = root / plan.experiment
         self.arms = {arm.name: arm for arm in (plan.control, *plan.arms)}
         self.searches: dict[str, RateSearch] = {}
@@ -95,7 +104,7 @@ class Experiment:
         self.describe()
         self.measurements = Measurements(
             self.plan.recipe, self.root, self.pool, self.ledger, self.plan.experiment,
-            json.dumps(self.descriptions[CONTROL]["identity"], sort_keys=True),
+            json.dumps(self.descriptions[CONTROL]["identity"], sort_keys=True), self.deadline,
         )  # fmt: skip
         self.arm_pairs = self.equal_budgets()
         self.tune()
@@ -114,9 +123,13 @@ class Experiment:
     def describe(self) -> None:
         """What each arm begins with and costs, before anything is trained."""
         message = {"do": "describe", "recipe": self.plan.recipe, "measure": self.plan.budget == "seconds"}
-        seed = f"seed={self.plan.first_seed}"
+        seed = self.plan.first_seed
+        self.base_runs.train([seed])
         futures = {
-            name: self.pool.submit(arm.code, {**message, "pairs": [*self.plan.pairs, *arm.pairs, seed]})
+            name: self.pool.submit(
+                arm.code,
+                {**message, "pairs": [*self.base_runs.fill_in((*self.plan.pairs, *arm.pairs), seed), f"seed={seed}"]},
+            )
             for name, arm in self.arms.items()
         }
         self.descriptions = {name: future.result() for name, future in futures.items()}
@@ -160,9 +173,11 @@ class Experiment:
         return found
 
     def request(self, name: str, seed: int, role: str, extra: Sequence[str] = (), repeat: int = 0) -> RunRequest:
-        return RunRequest(name, (*self.arm_pairs[name], *extra), seed, self.arms[name].code, role, repeat)
+        pairs = self.base_runs.fill_in((*self.arm_pairs[name], *extra), seed)
+        return RunRequest(name, pairs, seed, self.arms[name].code, role, repeat)
 
     def measure(self, requests: Sequence[RunRequest], what: str) -> list[Record]:
+        self.base_runs.train(sorted({request.seed for request in requests}))
         records = self.measurements.measure(requests, what)
         for request, record in zip(requests, records, strict=True):
             self.costs[request.arm].append({"role": request.role, **record})
@@ -220,7 +235,14 @@ class Experiment:
             wanted = sequential.FIRST_LOOK if comparison.pairs == 0 else max(1, self.pool.jobs // len(names))
             chosen = list(itertools.islice(seeds, wanted))
             requests = [self.request(name, seed, "report") for seed in chosen for name in names]
-            records = iter(self.measure(requests, "pairs"))
+            try:
+                records = iter(self.measure(requests, "pairs"))
+            except OutOfTime:
+                if comparison.pairs == 0:
+                    raise
+                for name in comparison.open_arms:
+                    comparison.arms[name].outcome = "undecided (time)"
+                break
             for seed in chosen:
                 self.add_pair(comparison, seed, {name: next(records) for name in names})
         return comparison

@@ -7,6 +7,7 @@ import concurrent.futures
 import hashlib
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,11 @@ from llm_quest.experiments.ledger import Ledger
 from llm_quest.experiments.worker_pool import WorkerPool
 from llm_quest.files import load_json
 from llm_quest.progress import phase
+
+
+class OutOfTime(Exception):
+    """The time of an experiment is over, and a run that it needs is not there."""
+
 
 Record = dict[str, Any]
 REPORTED_SEEDS, TUNING_SEEDS, AA_SEEDS = range(1, 101), range(101, 201), range(301, 401)
@@ -40,7 +46,8 @@ def require_reported_seeds(first: int, cap: int) -> None:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """A run: the arm's name, its settings, seed and code. role: tune, aa, report. repeat: a second run of the same."""
+    """A run: the arm's name, its settings, seed and code. role: tune, aa, report, base. repeat: a second run of the
+    same. recipe: where it is another than the experiment's; such a run keeps its model."""
 
     arm: str
     pairs: tuple[str, ...]
@@ -48,19 +55,24 @@ class RunRequest:
     code: CodeTree
     role: str
     repeat: int = 0
+    recipe: str = ""
 
 
 class Measurements:
-    """Records of runs below `root`/runs, made by a pool of processes where they are missing."""
+    """Records of runs below `root`/runs, made by a pool of processes where they are missing. data: the hash of what
+    runs read. deadline: of `time.monotonic`, after which no run is begun (OutOfTime)."""
 
-    def __init__(self, recipe: str, root: Path, pool: WorkerPool, ledger: Ledger, experiment: str, data: str):
+    def __init__(
+        self, recipe: str, root: Path, pool: WorkerPool, ledger: Ledger, experiment: str, data: str,
+        deadline: float = math.inf,
+    ):  # fmt: skip
         self.recipe, self.root, self.pool, self.ledger, self.experiment = recipe, root, pool, ledger, experiment
-        self.data = data
+        self.data, self.deadline = data, deadline
         self.runs = 0
 
     def fingerprint(self, request: RunRequest) -> str:
         """The name of a run. data: the hash of what it reads."""
-        settings = resolve_settings(self.recipe, (*request.pairs, f"seed={request.seed}"))
+        settings = resolve_settings(request.recipe or self.recipe, (*request.pairs, f"seed={request.seed}"))
         content = [settings, request.code.hash, torch.__version__, self.data, request.repeat]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -71,6 +83,8 @@ class Measurements:
         """The records, in the order of the requests. Equal requests are one run."""
         folders = [self.folder(request) for request in requests]
         missing = {folder: request for folder, request in zip(folders, requests, strict=True) if not is_there(folder)}
+        if missing and time.monotonic() > self.deadline:
+            raise OutOfTime
         for folder, request in missing.items():
             self.ledger.append("started", self.experiment, describe_request(request, folder))
         futures = {
@@ -88,8 +102,9 @@ class Measurements:
         return records
 
     def run_message(self, request: RunRequest, folder: Path) -> dict[str, Any]:
-        pairs = [*request.pairs, f"seed={request.seed}"]
-        return {"do": "run", "recipe": self.recipe, "pairs": pairs, "folder": str(folder.absolute())}
+        pairs, recipe = [*request.pairs, f"seed={request.seed}"], request.recipe or self.recipe
+        keep = bool(request.recipe)
+        return {"do": "run", "recipe": recipe, "pairs": pairs, "folder": str(folder.absolute()), "keep_model": keep}
 
 
 def is_there(folder: Path) -> bool:

@@ -28,6 +28,8 @@ def describe_verdict(found: Mapping[str, Any]) -> list[str]:
             f"{found['median']:+.4g}; {len(found['differences'])} pairs, E = {found['evidence'][-1]:.3g} of "
             f"{found['threshold']:.3g}"
         )
+    if outcome == "undecided (time)":
+        lines.append("  time ran out; the same command goes on")
     if outcome == "undecided (cap)" and interval:
         lines.append(f"  at most {max(map(abs, interval)):.3g} in either direction; more pairs need a new --first-seed")
     if (gain := found["pairing_gain"]) is not None and gain < PAIRING_HELPS:

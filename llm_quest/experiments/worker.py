@@ -56,7 +56,8 @@ def run_arm(request: dict[str, Any]) -> dict[str, Any]:
     if record["status"] in ("finished", "diverged"):
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write_json(folder / "record.json", record)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        if not request.get("keep_model"):
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return record
 
 

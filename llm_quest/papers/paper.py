@@ -1,126 +1,128 @@
-"""Types of a reproduction: `Paper` (claim, experiment, arms, verdict), `Measurement`, `ExperimentResults`, and the
-statistics of a verdict.
-
-An experiment has arms, one of which is the control. An arm is a function of a seed that returns a `Measurement`. The
-verdict is a function of all measurements and is written before they are made: it states which numbers confirm the claim
-and which refute it; everything between is "no effect seen"."""
+"""Claims of papers as rows of YAML files (`claims/*.yaml`): the question, a bench, arms as settings, the metric and the
+smallest difference worth having. `benches.yaml` has what several claims share."""
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from string import Template
+from typing import Any, Literal
 
-VerdictOutcome = Literal["confirmed", "refuted", "no effect seen"]
-STUDENT_T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Two-sided 95 % points of Student's t by degrees of freedom."""
+import yaml
 
+from llm_quest.data import generated_text
 
-@dataclass(frozen=True)
-class Measurement:
-    """The result of one arm with one seed. curve: (x, y) pairs to plot, y NaN where it was not finite."""
-
-    numbers: Mapping[str, float]
-    curve: Sequence[tuple[float, float]] = ()
-
-
-@dataclass(frozen=True)
-class MeanInterval:
-    """A mean over seeds with the half width of its 95 % interval (infinite for one seed)."""
-
-    mean: float
-    half_width: float
-
-    @property
-    def positive(self) -> bool:
-        """Whether the whole interval lies above zero."""
-        return self.mean - self.half_width > 0
-
-    @property
-    def negative(self) -> bool:
-        """Whether the whole interval lies below zero."""
-        return self.mean + self.half_width < 0
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4g}" + (f" ± {self.half_width:.2g}" if math.isfinite(self.half_width) else "")
-
-
-def mean_interval(values: Sequence[float]) -> MeanInterval:
-    """The mean of `values` with Student's 95 % interval."""
-    if len(values) < 2:
-        return MeanInterval(values[0], math.inf)
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return MeanInterval(statistics.fmean(values), STUDENT_T95.get(len(values) - 1, 1.96) * error)
-
-
-@dataclass
-class ExperimentResults:
-    """Measurements of an experiment: arm -> seed -> `Measurement`."""
-
-    arms: dict[str, dict[int, Measurement]] = field(default_factory=dict)
-
-    def add(self, arm: str, seed: int, measured: Measurement) -> None:
-        self.arms.setdefault(arm, {})[seed] = measured
-
-    def values(self, arm: str, number: str) -> list[float]:
-        """A number of an arm for every seed, in the order of the seeds."""
-        return [measured.numbers[number] for _, measured in sorted(self.arms[arm].items())]
-
-    def interval(self, arm: str, number: str) -> MeanInterval:
-        return mean_interval(self.values(arm, number))
-
-    def difference(self, arm: str, control: str, number: str) -> MeanInterval:
-        """Arm minus control, paired by seed, so that variation between seeds cancels."""
-        seeds = sorted(self.arms[arm].keys() & self.arms[control].keys())
-        return mean_interval([self.arms[arm][s].numbers[number] - self.arms[control][s].numbers[number] for s in seeds])
+FOLDER = Path(__file__).with_name("claims")
+BENCHES = "benches"
+Expected = Literal["better", "not worse", "no difference", "worse"]
+NO_DIFFERENCE = "no difference larger than delta"
+CONFIRMS: Mapping[str, tuple[str, ...]] = {
+    "better": ("better",), "not worse": ("better", NO_DIFFERENCE), "no difference": (NO_DIFFERENCE,),
+    "worse": ("worse",),
+}  # fmt: skip
+"""What a claim expects of its arm -> the outcomes that confirm it; the other decided ones refute it."""
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """An outcome with its explanation: one sentence with the numbers that decide it."""
+class Bench:
+    """What the arms of a claim have in common. about: in words. settings: the control's. sizes: name -> the numbers of
+    the settings' $names, and `seconds`, the CPU seconds of a run. bases: name -> recipe and settings of a run that arms
+    begin from."""
 
-    outcome: VerdictOutcome
-    explanation: str
-
-    def __str__(self) -> str:
-        return f"{self.outcome}: {self.explanation}"
-
-
-def verdict_from_interval(
-    effect: MeanInterval, explanation: str, *, wanted: Literal["positive", "negative"]
-) -> Verdict:
-    """Confirmed if the whole interval lies on the wanted side of zero, refuted if it lies on the other side."""
-    if effect.positive or effect.negative:
-        return Verdict("confirmed" if effect.positive == (wanted == "positive") else "refuted", explanation)
-    return Verdict("no effect seen", explanation)
-
-
-@dataclass(frozen=True)
-class CurvePlot:
-    """Axis labels of the plot of the arms' curves; log: a logarithmic y axis."""
-
-    x: str
-    y: str
-    log: bool = False
+    recipe: str
+    about: str
+    settings: Sequence[str]
+    sizes: Mapping[str, Mapping[str, Any]]
+    bases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Paper:
-    """A reproduction. claim: one sentence. experiment: the setup and the control. confirms, refutes: the criteria,
-    stated beforehand. arms: name -> function of a seed, the control included. minutes: of all arms with three seeds on
-    one core."""
+    """A claim. expect: of the first arm against the control. prediction: the probability, written before the first run,
+    that it is confirmed. sizes: of the bench's; empty: all. replication: what larger experiments of others found."""
 
     name: str
     title: str
     arxiv: str
     claim: str
-    experiment: str
-    confirms: str
-    refutes: str
-    arms: Mapping[str, Callable[[int], Measurement]]
-    verdict: Callable[[ExperimentResults], Verdict]
-    plot: CurvePlot
-    minutes: float
+    expect: Expected
+    prediction: float
+    bench: str
+    arms: Mapping[str, Sequence[str]]
+    delta: float
+    settings: Sequence[Any] = ()
+    bases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    metric: str = "eval/loss"
+    secondary: Sequence[str] = ()
+    cap: int = 12
+    budget: str = ""
+    rates: int = 3
+    tuning_seeds: int = 1
+    sizes: Sequence[str] = ()
+    replication: str = ""
     notes: str = ""
+
+    @property
+    def on(self) -> Bench:
+        return read_benches()[self.bench]
+
+    @property
+    def all_sizes(self) -> tuple[str, ...]:
+        return tuple(self.sizes or self.on.sizes)
+
+    @property
+    def all_bases(self) -> Mapping[str, Mapping[str, Any]]:
+        return {**self.on.bases, **self.bases}
+
+    def fill_in(self, pairs: Sequence[Any], size: str) -> tuple[str, ...]:
+        """Settings with the numbers of a size in place of $names."""
+        values = {**self.on.sizes[size], "generated": generated_text.__file__}
+        return tuple(Template(pair).substitute(values) for pair in flatten(pairs))
+
+    @property
+    def hash(self) -> str:
+        """A hash of what decides numbers and verdict: words may change."""
+        words = {"title", "claim", "prediction", "replication", "notes", "bench", "sizes"}
+        content = {key: value for key, value in vars(self).items() if key not in words}
+        bench = [self.on.recipe, list(flatten(self.on.settings)), dict(self.on.bases), without_seconds(self.on.sizes)]
+        text = json.dumps([content, bench], sort_keys=True, default=list)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def without_seconds(sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: {key: x for key, x in numbers.items() if key != "seconds"} for name, numbers in sizes.items()}
+
+
+def flatten(pairs: Sequence[Any]) -> Iterator[str]:
+    """Settings of lists within lists: YAML's aliases name whole lists."""
+    for pair in pairs:
+        yield from [pair] if isinstance(pair, str) else flatten(pair)
+
+
+@functools.cache
+def read_benches() -> dict[str, Bench]:
+    content = yaml.safe_load((FOLDER / f"{BENCHES}.yaml").read_text(encoding="utf-8"))
+    return {name: Bench(**row) for name, row in content.items()}
+
+
+@functools.cache
+def read_papers() -> dict[str, Paper]:
+    """All claims by name, in the order of the files."""
+    files = (file for file in sorted(FOLDER.glob("*.yaml")) if file.stem != BENCHES)
+    rows = [row for file in files for row in yaml.safe_load(file.read_text(encoding="utf-8")).items()]
+    found = {name: Paper(name=name, **row) for name, row in rows}
+    assert len(found) == len(rows), "names are unique over all files"
+    return found
+
+
+def judge(expect: str, outcome: str, size: str = "") -> str:
+    """confirmed, refuted, undecided or invalid. outcome, size: of the claim's arm, as the comparison words them; a real
+    effect by less than delta is no difference larger than delta."""
+    if outcome == "invalid" or outcome.startswith("undecided"):
+        return outcome.partition(" ")[0]
+    small = size == "by less than delta"
+    return "confirmed" if outcome in CONFIRMS[expect] or (small and NO_DIFFERENCE in CONFIRMS[expect]) else "refuted"

@@ -1,123 +1,110 @@
-"""Runs the experiment of a paper: every arm with every seed, in parallel processes; each measurement is saved as soon
-as it is finished.
-
-      docs/papers/  NAME.json (measurements)  NAME.svg (plot)  NAME.md (card)
-
-A second run of the same command measures only what is missing, unless the code of the experiment has changed."""
+"""Measures the claim of a paper: at each size a paired experiment, until it is decided or the time is over. Finished
+runs are kept below the folder of experiments, so the same command goes on."""
 
 from __future__ import annotations
 
-import concurrent.futures
-import hashlib
-import importlib
-import inspect
-import math
-import multiprocessing
-import os
-import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
-from llm_quest.child_process import end_with_parent
 from llm_quest.contracts import LogFn
-from llm_quest.experiments.code_tree import code_text
-from llm_quest.files import atomic_write_json, damaged_file_errors, load_json
-from llm_quest.papers import load_paper
-from llm_quest.papers.paper import ExperimentResults, Measurement, Paper
+from llm_quest.errors import BusyError, UsageError
+from llm_quest.experiments.arms import CONTROL, Arm, default_pairs, resolve_arms
+from llm_quest.experiments.bases import Base
+from llm_quest.experiments.code_tree import own_code
+from llm_quest.experiments.comparison import Claim
+from llm_quest.experiments.experiment import Experiment, Plan
+from llm_quest.experiments.ledger import Ledger
+from llm_quest.experiments.measurements import OutOfTime
+from llm_quest.experiments.page import write_page
+from llm_quest.experiments.worker_pool import WorkerPool
+from llm_quest.files import atomic_write_json
+from llm_quest.machine.profile import identify_machine
+from llm_quest.papers.paper import Paper
+from llm_quest.progress import utc_now
+from llm_quest.train.best_model import is_greater_better
 
-ArmSeed = tuple[str, int]
-LAB_IMPORT = re.compile(r"^from llm_quest\.papers\.(\w+) import", re.MULTILINE)
-
-
-def run_experiment(name: str, *, seeds: int, out: Path, jobs: int, log: LogFn) -> ExperimentResults:
-    """All measurements of a paper; they are saved in `out`/NAME.json."""
-    chosen = load_paper(name)
-    file = out / f"{name}.json"
-    results = load_results(file, chosen)
-    wanted = [(arm, seed) for seed in range(1, seeds + 1) for arm in chosen.arms]
-    missing = [(arm, seed) for arm, seed in wanted if seed not in results.arms.get(arm, {})]
-    if len(missing) < len(wanted):
-        log(f"{len(wanted) - len(missing)} of {len(wanted)} measurements are there already: {file}")
-    began = time.monotonic()
-    for number, ((arm, seed), measured) in enumerate(run_measurements(name, missing, jobs), 1):
-        results.add(arm, seed, measured)
-        save_results(file, chosen, results)
-        left = (time.monotonic() - began) / number * (len(missing) - number)
-        summary = ", ".join(f"{key} {value:.4g}" for key, value in measured.numbers.items())
-        log(f"[{number}/{len(missing)}] {arm}, seed {seed}: {summary}   ({left:.0f} s left)")
-    return ExperimentResults({arm: {s: results.arms[arm][s] for s in range(1, seeds + 1)} for arm in chosen.arms})
+AA_PAIRS = 2
+SizeResult = dict[str, Any]
 
 
-def run_measurements(name: str, arm_seeds: Iterable[ArmSeed], jobs: int) -> Iterator[tuple[ArmSeed, Measurement]]:
-    """Measurements in the order in which they finish. Every process has one thread, so the number of jobs does not
-    change the results."""
-    spawn = multiprocessing.get_context("spawn")
-    parent = os.getpid()
-    with concurrent.futures.ProcessPoolExecutor(jobs, spawn, initializer=end_with_parent, initargs=(parent,)) as pool:
-        futures = {pool.submit(measure_arm, name, arm, seed): (arm, seed) for arm, seed in arm_seeds}
-        for done in concurrent.futures.as_completed(futures):
-            yield futures[done], done.result()
+def make_paper_plan(paper: Paper, size: str, log: LogFn, *, first_seed: int = 1) -> Plan:
+    """The experiment of a claim at a size. UsageError for a size that it does not have."""
+    if size not in paper.all_sizes:
+        raise UsageError(f"{paper.name} has no size {size}; it has {', '.join(paper.all_sizes)}")
+    recipe = paper.on.recipe
+    pairs = paper.fill_in([*paper.on.settings, *paper.settings], size)
+    base = (*default_pairs(recipe, pairs), *pairs)
+    arms = [Arm(name, paper.fill_in(given, size), own_code()) for name, given in paper.arms.items()]
+    greater = is_greater_better(paper.metric)
+    return Plan(
+        recipe, base, tuple(resolve_arms(recipe, base, arms, log)), Arm(CONTROL, (), own_code()),
+        Claim(paper.metric, paper.delta, paper.cap, greater, not greater),
+        paper.budget or ("flops" if recipe == "pretrain" else "steps"), paper.rates, paper.tuning_seeds, AA_PAIRS,
+        first_seed, tuple(paper.secondary), paper.claim, f"quest reproduce {paper.name} --size {size}",
+        tuple(make_base(paper, name, size) for name in paper.all_bases),
+    )  # fmt: skip
 
 
-def measure_arm(name: str, arm: str, seed: int) -> Measurement:
-    """The measurement of one arm with one seed."""
-    torch.set_num_threads(1)
-    return load_paper(name).arms[arm](seed)
+def make_base(paper: Paper, name: str, size: str) -> Base:
+    given = paper.all_bases[name]
+    pairs = paper.fill_in(given["settings"], size)
+    return Base(name, given["recipe"], (*default_pairs(given["recipe"], pairs), *pairs))
 
 
-def code_fingerprint(chosen: Paper) -> str:
-    """A hash of the code of the paper's file and of the modules of llm_quest.papers that it imports."""
-    own = inspect.getmodule(chosen.verdict)
-    assert own is not None, "a verdict is a function of the paper's file"
-    names = sorted(set(LAB_IMPORT.findall(inspect.getsource(own))) - {"paper"})
-    modules = [own, *(importlib.import_module(f"llm_quest.papers.{name}") for name in names)]
-    return hashlib.sha256("".join(code_text(inspect.getsource(m)) for m in modules).encode()).hexdigest()[:16]
-
-
-def load_results(file: Path, chosen: Paper) -> ExperimentResults:
-    """The saved measurements, if the same code made them."""
-    results = ExperimentResults()
-    if file.is_file():
-        remedy = "remove it, and everything is measured again"
-        content = load_json(file, remedy=remedy)
-        with damaged_file_errors(file, remedy):
-            arms = content["arms"] if content["code"] == code_fingerprint(chosen) else {}
-            for arm, seed, measured in ((arm, *one) for arm, seeds in arms.items() for one in seeds.items()):
-                numbers, curve = parse_numbers(measured["numbers"]), parse_curve(measured["curve"])
-                results.add(arm, int(seed), Measurement(numbers, curve))
-    return results
-
-
-def save_results(file: Path, chosen: Paper, results: ExperimentResults) -> None:
-    """Writes NAME.json. The file also holds the fingerprint of the code and the version of torch."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    arms = {
-        arm: {
-            str(seed): {
-                "numbers": {key: finite_or_text(value) for key, value in measured.numbers.items()},
-                "curve": [[x, finite_or_text(round(y, 5))] for x, y in measured.curve],
-            }
-            for seed, measured in sorted(seeds.items())
-        }
-        for arm, seeds in results.arms.items()
-    }
-    atomic_write_json(
-        file, {"paper": chosen.name, "code": code_fingerprint(chosen), "torch": torch.__version__, "arms": arms}
+def describe_cost(paper: Paper, size: str) -> str:
+    """What a claim costs at most at a size, and at least, from the measured CPU seconds of a run."""
+    arms, seconds = len(paper.arms) + 1, float(paper.on.sizes[size]["seconds"])
+    tuning = arms * paper.rates * paper.tuning_seeds if paper.rates > 1 else 0
+    fixed = tuning + 2 * AA_PAIRS + 1
+    least, most = (seconds * (fixed + arms * pairs) / 60 for pairs in (4, paper.cap))
+    return (
+        f"{size}: {arms} arms, {tuning} runs to tune, {2 * AA_PAIRS + 1} A/A, 4 to {paper.cap} pairs of runs; about "
+        f"{least:.0f} to {most:.0f} minutes of one core"
     )
 
 
-def finite_or_text(value: float) -> float | str:
-    """NaN and infinities as text, because JSON has no numbers for them."""
-    return value if math.isfinite(value) else str(value)
+def measure_paper(
+    paper: Paper, size: str, root: Path, *, jobs: int, minutes: float, first_seed: int = 1, log: LogFn
+) -> SizeResult | None:
+    """What was found at a size; None where the time was over before the first four pairs."""
+    plan = make_paper_plan(paper, size, log, first_seed=first_seed)
+    folder, ledger = root / plan.experiment, Ledger(root / "ledger.jsonl", log)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "experiment.lock", timeout=0), WorkerPool(jobs) as pool:
+            log(f"{paper.name} at {describe_cost(paper, size)}")
+            deadline = time.monotonic() + 60 * minutes
+            experiment = Experiment(plan, root, pool, ledger, log, deadline=deadline)
+            result = experiment.run()
+    except OutOfTime:
+        log(f"{paper.name} at {size}: {minutes:g} minutes were over before four pairs; the same command goes on")
+        return None
+    except Timeout:
+        raise BusyError(f"{folder} is in use: the same claim is being measured; wait for it") from None
+    atomic_write_json(folder / "result.json", result)
+    write_page(result, root, folder / "report.html")
+    return shorten_result(result, experiment.costs) | {"page": str(folder / "report.html")}
 
 
-def parse_numbers(read: dict[str, Any]) -> dict[str, float]:
-    return {key: float(value) for key, value in read.items()}
-
-
-def parse_curve(read: list[list[Any]]) -> list[tuple[float, float]]:
-    return [(float(x), float(y)) for x, y in read]
+def shorten_result(result: Mapping[str, Any], costs: Mapping[str, Sequence[Mapping[str, Any]]]) -> SizeResult:
+    """What a card keeps of an experiment, with its cost, date and machine."""
+    runs = [record for records in costs.values() for record in records]
+    verdict_keys = (
+        "arm", "outcome", "size", "reason", "pairs", "seeds", "differences", "mean", "median", "standard_deviation",
+        "interval_95", "evidence", "threshold", "pairing_gain", "diverged", "control_diverged", "secondary",
+    )  # fmt: skip
+    arm_keys = ("parameters", "steps", "flops", "shared_weights", "rates", "learning_rate", "values")
+    code = result["arms"][CONTROL]["code"]
+    return {
+        "experiment": result["experiment"], "code": code, "torch": torch.__version__, "date": utc_now()[:10],
+        "machine": identify_machine()["processor"], "runs": len(runs),
+        "cpu_seconds": round(sum(record["cpu_seconds"] for record in runs)),
+        "verdicts": [{key: verdict[key] for key in verdict_keys} for verdict in result["verdicts"]],
+        "arms": {name: {key: arm[key] for key in arm_keys} for name, arm in result["arms_measured"].items()},
+        "noise": result["noise"], "notes": result["notes"],
+    }  # fmt: skip

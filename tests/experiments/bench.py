@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -50,10 +51,13 @@ def plan_of(text: Path, root: Path, steps: int = 60, **options: Any) -> Any:
     return make_plan("tiny", settings(text, steps), AblateOptions(**given), root, lambda line: None)
 
 
-def run_experiment(plan: Any, root: Path, pool: WorkerPool) -> tuple[dict[str, Any], list[str]]:
+def run_experiment(
+    plan: Any, root: Path, pool: WorkerPool, *, deadline: float = math.inf
+) -> tuple[dict[str, Any], list[str]]:
     """The result and the lines that were logged."""
     lines: list[str] = []
-    return Experiment(plan, root, pool, Ledger(root / "ledger.jsonl", lines.append), lines.append).run(), lines
+    ledger = Ledger(root / "ledger.jsonl", lines.append)
+    return Experiment(plan, root, pool, ledger, lines.append, deadline=deadline).run(), lines
 
 
 def main() -> None:

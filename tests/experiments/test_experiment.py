@@ -9,15 +9,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llm_quest.errors import UsageError
+from llm_quest.experiments import measurements
+from llm_quest.experiments.bases import Base
 from llm_quest.experiments.code_tree import own_code
 from llm_quest.experiments.ledger import Ledger, find_faults
-from llm_quest.experiments.measurements import Measurements
+from llm_quest.experiments.measurements import Measurements, OutOfTime
 from llm_quest.experiments.page import write_page
 from llm_quest.experiments.verdict_lines import describe_verdict
 from llm_quest.experiments.worker_pool import WorkerPool
@@ -132,6 +135,33 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(
     assert "token frequencies" in verdict["reason"]
     assert any("not a whole row" in line for line in lines)
     assert find_faults(Ledger(ledger).rows()) == []
+
+
+def test_arms_begin_from_the_base_of_their_seed_and_go_on_where_time_ran_out(
+    text: Path, pool: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    options = {**SHORT, "arms": ("muon=optim=muon",), "metrics": ("eval/bits_per_byte",), "delta": 1e-9, "steps": 4}
+    plan = plan_of(text, tmp_path, **options)
+    base = Base("start", plan.recipe, plan.pairs)
+    loaded = ("model=null", "model.load=<start>", "tokenizer=null", "tokenizer.load=<start>")
+    plan = replace(plan, pairs=(*plan.pairs, *loaded), bases=(base,))
+
+    def began(role: str) -> list[dict[str, Any]]:
+        rows = Ledger(tmp_path / "ledger.jsonl").rows()
+        return [row for row in rows if row["kind"] == "started" and row["role"] == role]
+
+    monkeypatch.setattr(measurements.time, "monotonic", lambda: 1.0 if len(began("report")) < 8 else 3.0)
+    with pytest.raises(OutOfTime):
+        run_experiment(plan, tmp_path, pool, deadline=0.0)
+    result, _ = run_experiment(plan, tmp_path, pool, deadline=2.0)
+    (verdict,) = result["verdicts"]
+    assert (verdict["outcome"], verdict["pairs"]) == ("undecided (time)", 4)
+    assert [row["seed"] for row in began("base")] == [1, 2, 3, 4], "one for each seed, shared by the arms"
+    starts = {row["run"]: row["seed"] for row in began("base")}
+    for row in began("report"):
+        (start,) = {Path(pair.partition("=")[2]).name for pair in row["settings"] if pair.startswith("model.load=")}
+        assert starts[start] == row["seed"]
+    assert run_experiment(plan, tmp_path, pool, deadline=0.0)[0] == result, "what is there is used after the time too"
 
 
 def test_a_metric_that_no_arm_reports_is_named_with_those_that_are(

@@ -49,7 +49,7 @@ from llm_quest.machine.profile import VERSION, identify_machine, read_profile
 from llm_quest.manifest import file_entry
 from llm_quest.models.build import build, preset
 from llm_quest.papers import load_paper
-from llm_quest.papers.reproduce import code_fingerprint, load_results
+from llm_quest.papers.card import load_sizes
 from llm_quest.recipes.iterative import read_comparisons
 from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.reference_model import load_log_probs
@@ -62,6 +62,7 @@ from llm_quest.train.run_dir import RunDir, _row_step, lock_owner
 from llm_quest.train.state import Progress
 from tests.data.test_tokens import PARTS
 from tests.faults.targets import Target, family_configs, rows_reader
+from tests.papers.made_up import found_at
 from tests.tokenizer_kinds import tokenizer_of
 from tests.train.small import go, objective
 
@@ -235,8 +236,8 @@ def profile_value() -> list[Any]:
 
 
 def results_value() -> list[Any]:
-    measured = {"numbers": {"loss": 1.5, "other": "nan"}, "curve": [[1, 2.5], [2, "inf"]]}
-    return [{"code": code_fingerprint(load_paper("muon")), "arms": {"muon": {"0": measured}}}]
+    paper = load_paper("muon")
+    return [{"claim": paper.hash, "sizes": {"0.3M": found_at(paper, "better", [-0.5, -0.4, -0.5, -0.6])}}]
 
 
 POSITIONS = {"key": {"k": 1}, "train": [[0, 3, 1.5]], "held_out": [[1, 2, 0.5]], "flops": 3.0, "facts": {"a": 1}}
@@ -270,7 +271,7 @@ def read_rpt_run(file: Path) -> object:
 
 
 def read_results(file: Path) -> object:
-    return load_results(file, load_paper("muon"))
+    return load_sizes(load_paper("muon"), file)
 
 
 POLICY_ROW = row_to_json(

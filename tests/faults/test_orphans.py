@@ -25,7 +25,6 @@ processes = multiprocessing.get_context("spawn")
 STARTS_PROCESSES = {
     "rollouts/worker_process.py": "calls end_with_parent",
     "data/template_sandbox.py": "calls end_with_parent",
-    "papers/reproduce.py": "calls end_with_parent in each process of its pool",
     "experiments/worker_pool.py": "watches its stdin, which ends with the parent (experiments/worker.py)",
     "experiments/code_tree.py": "git in a copy of this package: it ends by itself",
     "machine/compiler.py": "a compiler with five lines: it ends by itself",

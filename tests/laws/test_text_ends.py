@@ -134,15 +134,11 @@ def calls_with_ends(file: Path) -> list[tuple[int, str]]:
     return found
 
 
-EXCEPTIONS = {"papers/rl_lab.py": "a model of the paper's own, without a generation config"}
-
-
 def test_no_caller_takes_the_ends_from_the_tokenizer_or_the_model_alone():
     wrong = [
         f"{file.relative_to(PACKAGE)}:{line}: {source}"
         for file in sorted(PACKAGE.rglob("*.py"))
         if file.relative_to(PACKAGE).parts[0] not in ("models", "hub")
-        and str(file.relative_to(PACKAGE)) not in EXCEPTIONS
         for line, source in calls_with_ends(file)
         if "tokenizer.eos_token_ids" in source or "generation_config" in source
     ]

@@ -1,133 +1,179 @@
-"""The frame of papers: statistics by hand, a verdict that can go three ways, measurements that survive a kill."""
+"""Claims as rows: every one is a plan whose arms differ, at every size; verdicts; cards; what `quest papers` shows."""
 
 from __future__ import annotations
 
-import json
-import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from llm_quest.cli.papers import cards_dir, list_papers
+from llm_quest.cli import papers as commands
+from llm_quest.data import generated_text
+from llm_quest.data.problems import TASKS
 from llm_quest.errors import UsageError
+from llm_quest.experiments.arms import resolve_settings
 from llm_quest.papers import PAPERS, load_paper
-from llm_quest.papers.card import VERDICTS, outcome_of_card, recorded_verdict, results_table, write_card
-from llm_quest.papers.lab import steps_to_reach
-from llm_quest.papers.paper import ExperimentResults, MeanInterval, Measurement, mean_interval, verdict_from_interval
-from llm_quest.papers.reproduce import load_results, save_results
+from llm_quest.papers.card import describe_trend, draw_differences, load_card, shipped_verdicts, write_card
+from llm_quest.papers.paper import CONFIRMS, judge
+from llm_quest.papers.reproduce import describe_cost, make_paper_plan
+from tests.papers.made_up import found_at
+
+DOCS = Path(__file__).parents[2] / "docs" / "papers"
 
 
-def results(**arms: list[float]) -> ExperimentResults:
-    found = ExperimentResults()
-    for arm, values in arms.items():
-        for seed, value in enumerate(values, 1):
-            found.add(arm, seed, Measurement({"loss": value}, [(0.0, value), (1.0, value / 2)]))
-    return found
-
-
-def test_the_interval_is_students() -> None:
-    three = mean_interval([1.0, 2.0, 3.0])
-    assert three.mean == 2.0
-    assert three.half_width == pytest.approx(4.303 * 1.0 / math.sqrt(3), abs=1e-3)
-    assert mean_interval([5.0]) == MeanInterval(5.0, math.inf)
-    assert str(MeanInterval(0.5, 0.012)) == "0.5 ± 0.012"
-
-
-def test_differences_are_paired_by_seed() -> None:
-    found = results(arm=[1.1, 5.1, 9.1], control=[1.0, 5.0, 9.0])
-    assert found.difference("arm", "control", "loss").mean == pytest.approx(0.1)
-    assert found.difference("arm", "control", "loss").half_width < 1e-9
-    assert found.interval("arm", "loss").half_width > 5
-
-
-@pytest.mark.parametrize(
-    ("effect", "outcome"),
-    [
-        (MeanInterval(-1, 0.5), "confirmed"), (MeanInterval(1, 0.5), "refuted"),
-        (MeanInterval(-1, 2), "no effect seen"),
-        (MeanInterval(-1, math.inf), "no effect seen"),
-    ],
-)  # fmt: skip
-def test_a_verdict_can_go_three_ways(effect: MeanInterval, outcome: str) -> None:
-    assert verdict_from_interval(effect, "", wanted="negative").outcome == outcome
-
-
-def test_steps_to_a_level() -> None:
-    curve = [(float(step), 10.0 - step) for step in range(10)]
-    assert steps_to_reach(curve, 5.0, window=1) == 5.0
-    assert steps_to_reach(curve, 5.0, window=3) == 6.0
-    assert steps_to_reach(curve, -1.0) == 9.0
+def test_there_are_forty_claims_and_each_says_what_it_expects():
+    assert len(PAPERS) >= 40
+    for paper in map(load_paper, PAPERS):
+        assert all((paper.title, paper.arxiv, paper.claim)), paper.name
+        assert paper.expect in CONFIRMS
+        assert 0 < paper.prediction < 1
+        assert set(paper.all_sizes) <= set(paper.on.sizes)
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_every_paper_says_what_it_claims_and_judges_by_its_own_numbers(name: str) -> None:
-    found = load_paper(name)
-    assert found.name == name
-    assert all((found.title, found.arxiv, found.claim, found.experiment, found.confirms, found.refutes))
-    assert len(found.arms) >= 2
-    assert found.minutes <= 60
-
-
-def test_measurements_are_kept_and_those_of_other_code_are_not(tmp_path: Path) -> None:
-    chosen, found = load_paper("muon"), results(AdamW=[4.0], Muon=[3.9])
-    found.add("AdamW", 2, Measurement({"loss": math.inf}, [(1.0, math.nan)]))
-    save_results(tmp_path / "muon.json", chosen, found)
-    again = load_results(tmp_path / "muon.json", chosen)
-    assert again.arms["AdamW"][1] == found.arms["AdamW"][1]
-    assert again.arms["AdamW"][2].numbers == {"loss": math.inf}
-    assert math.isnan(again.arms["AdamW"][2].curve[0][1])
-    content = json.loads((tmp_path / "muon.json").read_text())
-    (tmp_path / "muon.json").write_text(json.dumps(content | {"code": "another"}))
-    assert load_results(tmp_path / "muon.json", chosen).arms == {}
-
-
-def test_the_card_holds_the_verdict_the_picture_and_the_table(tmp_path: Path) -> None:
-    found = results(AdamW=[4.0, 4.1, 4.2], Muon=[3.9, 4.0, 4.1])
-    chosen = replace(
-        load_paper("muon"),
-        verdict=lambda r: verdict_from_interval(r.difference("Muon", "AdamW", "loss"), "by a tenth", wanted="negative"),
+def test_every_claim_is_a_plan_at_its_smallest_size(name: str):
+    """Settings that the recipe takes, arms that differ from the control, bases that settings name, a cost."""
+    paper = load_paper(name)
+    size = paper.all_sizes[0]
+    lines: list[str] = []
+    plan = make_paper_plan(paper, size, lines.append)
+    assert [arm.name for arm in plan.arms] == list(paper.arms), lines
+    named = " ".join(
+        [*plan.pairs, *(p for arm in plan.arms for p in arm.pairs), *(p for b in plan.bases for p in b.pairs)]
     )
-    card = write_card(chosen, found, tmp_path)
-    assert write_card(chosen, found, tmp_path).file == card.file, "a card is outcome_of_card again by the same command"
-    page = card.file.read_text()
-    assert "## Verdict: confirmed" in page
-    assert "by a tenth" in page
-    assert "![training loss against step](muon.svg)" in page
-    assert (tmp_path / "muon.svg").read_text().lstrip().startswith("<?xml")
-    assert recorded_verdict(tmp_path, "muon") == "confirmed"
-    assert outcome_of_card(tmp_path, "yarn") == ""
-    assert results_table(found)[2].startswith("| AdamW | 4.1 ± 0.25 |")
+    for base in plan.bases:
+        resolve_settings(base.recipe, base.pairs)
+        assert f"<{base.name}>" in named
+    assert "$" not in named
+    assert "minutes of one core" in describe_cost(paper, size)
 
 
-def test_a_paper_that_is_not_there_is_told_with_the_nearest() -> None:
+def test_arms_have_equal_budgets_unless_learning_rates_are_what_differs():
+    """An arm sets no length of its own, and rates are tuned for all arms or for none."""
+    for paper in map(load_paper, PAPERS):
+        for pairs in paper.arms.values():
+            keys = {pair.partition("=")[0] for pair in paper.fill_in(pairs, paper.all_sizes[0])}
+            assert not keys & {"max_steps", "seed", "num_train_epochs", "eval_tokens", "data.source"}, paper.name
+            assert paper.rates == 1 or "learning_rate" not in keys, paper.name
+
+
+def test_a_size_that_a_claim_does_not_have_is_told():
+    with pytest.raises(UsageError, match=r"lora has no size 9M; it has 0\.3M, 1M"):
+        make_paper_plan(load_paper("lora"), "9M", lambda text: None)
+
+
+def test_a_paper_that_is_not_there_is_told_with_the_nearest():
     with pytest.raises(UsageError, match="did you mean 'muon'"):
         load_paper("moun")
 
 
-def test_the_packages_outcomes_are_those_of_the_cards_and_are_found_anywhere(tmp_path, monkeypatch):
-    docs = Path(__file__).parents[2] / "docs" / "papers"
-    shipped = json.loads(VERDICTS.read_text(encoding="utf-8"))
-    assert shipped == {name: found for name in PAPERS if (found := outcome_of_card(docs, name))}
+def test_the_hash_follows_what_is_measured_and_not_the_words():
+    paper = load_paper("muon")
+    assert replace(paper, claim="Other words.", replication="").hash == paper.hash
+    for edit in ({"delta": 0.06}, {"cap": 20}, {"settings": [*paper.settings, "batch_size=4"]}, {"expect": "worse"}):
+        assert replace(paper, **edit).hash != paper.hash
+
+
+@pytest.mark.parametrize(
+    ("expect", "outcome", "size", "verdict"),
+    [
+        ("better", "better", "", "confirmed"),
+        ("better", "no difference larger than delta", "", "refuted"),
+        ("better", "worse", "", "refuted"),
+        ("not worse", "no difference larger than delta", "", "confirmed"),
+        ("not worse", "worse", "", "refuted"),
+        ("not worse", "worse", "by less than delta", "confirmed"),
+        ("no difference", "better", "by less than delta", "confirmed"),
+        ("no difference", "better", "", "refuted"),
+        ("worse", "worse", "", "confirmed"),
+        ("better", "undecided (cap)", "", "undecided"),
+        ("better", "undecided (time)", "", "undecided"),
+        ("better", "invalid", "", "invalid"),
+    ],
+)
+def test_verdicts(expect: str, outcome: str, size: str, verdict: str):
+    assert judge(expect, outcome, size) == verdict
+
+
+def test_a_card_holds_verdict_tuning_interval_size_date_machine_and_replication(tmp_path: Path):
+    paper = load_paper("muon")
+    card = write_card(paper, {"0.3M": found_at(paper, "better", [-0.5, -0.51, -0.49, -0.5])}, tmp_path)
+    page = card.file.read_text()
+    for part in (
+        "## Verdict: confirmed", "between -0.6 and -0.4 (95 %)", "(0.01)", "2026-01-02", "a processor", "0.3M",
+        "100 s of CPU", "**Elsewhere.** 1.4 times", "Predicted before the first run: 98%", "](muon.svg)", "delta 0.05",
+    ):  # fmt: skip
+        assert part in page, part
+    assert load_card(paper, tmp_path) == card
+    assert load_card(replace(paper, delta=0.1), tmp_path) is None, "a card of another claim"
+    assert "<svg" in (tmp_path / "muon.svg").read_text()
+    assert draw_differences(card) == draw_differences(card)
+
+
+def test_a_second_size_joins_the_card_and_shows_the_trend(tmp_path: Path):
+    paper = load_paper("qk_norm")
+    write_card(paper, {"0.3M": found_at(paper, "better", [-0.5, -0.51, -0.49, -0.5])}, tmp_path)
+    card = write_card(paper, {"1M": found_at(paper, "undecided (time)", [-0.1, -0.11, -0.09, -0.1], 900_000)}, tmp_path)
+    assert list(card.sizes) == ["0.3M", "1M"]
+    assert card.verdict == "confirmed", "of the largest size that is decided"
+    assert card.trend.startswith("fades with size: +0.2")
+
+
+@pytest.mark.parametrize(
+    ("large", "word"), [([-0.9, -0.91, -0.89, -0.9], "grows"), ([-0.5, -0.52, -0.48, -0.5], "holds")]
+)
+def test_trends(large: list[float], word: str):
+    sizes = {s: {"arms": {"control": {"parameters": n}}} for s, n in (("a", 1000), ("b", 4000))}
+    assert describe_trend({"a": [-0.5, -0.51, -0.49, -0.5], "b": large}, sizes).startswith(word)
+    assert describe_trend({"a": [-0.5, -0.51, -0.49, -0.5]}, sizes) == ""
+
+
+@pytest.mark.parametrize("name", sorted(shipped_verdicts()))
+def test_shipped_cards_are_of_the_present_claims_and_agree_with_the_packages_verdicts(name: str):
+    card = load_card(load_paper(name), DOCS)
+    assert card is not None, "the claim has changed since: measure it again, and give --out docs/papers"
+    assert card.summary() == shipped_verdicts()[name]
+    assert f"## Verdict: {card.verdict}\n" in card.file.read_text(encoding="utf-8")
+    for result in card.sizes.values():
+        for verdict in result["verdicts"]:
+            assert verdict["pairs"] >= 4
+            assert (
+                len(verdict["differences"]) + len({*verdict["diverged"], *verdict["control_diverged"]})
+                == verdict["pairs"]
+            )
+
+
+def test_every_card_in_the_docs_is_shipped():
+    assert {file.stem for file in DOCS.glob("*.json")} == set(shipped_verdicts())
+
+
+def test_papers_shows_shipped_verdicts_beside_those_measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LLM_QUEST_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    found = {entry.name: entry.verdict for entry in list_papers().entries}
-    assert found == {name: shipped.get(name, "") for name in PAPERS}
-    assert found["muon"] == "confirmed"
+    shipped = {"muon": {"verdict": "refuted", "sizes": "1M", "date": "d", "machine": "m", "effect": "e"}}
+    monkeypatch.setattr(commands, "shipped_verdicts", lambda: shipped)
+    paper = load_paper("muon")
+    write_card(paper, {"0.3M": found_at(paper, "better", [-0.5, -0.51, -0.49, -0.5])}, commands.cards_dir())
+    entries = {entry.name: entry for entry in commands.list_papers().entries}
+    assert entries["muon"].verdict == "refuted (e; 1M, d, m)"
+    assert entries["muon"].here.startswith("confirmed (-0.6 to -0.4; 0.3M, 2026-01-02")
+    assert entries["qk_norm"].verdict == ""
 
 
-def test_an_outcome_outcome_of_card_here_comes_before_the_packages(tmp_path):
-    (tmp_path / "muon.md").write_text("## Verdict: no effect seen\n")
-    assert recorded_verdict(tmp_path, "muon") == "no effect seen"
-
-
-def test_cards_have_one_place_whatever_the_working_directory(tmp_path, monkeypatch):
-    """In a checkout it is docs/papers; an installed package keeps them in the user's cache."""
-    monkeypatch.chdir(tmp_path)
-    assert cards_dir() == Path(__file__).parents[2] / "docs" / "papers"
-    monkeypatch.setattr("llm_quest.cli.papers.CHECKOUT_CARDS", tmp_path / "nowhere")
-    monkeypatch.setenv("LLM_QUEST_CACHE", str(tmp_path / "cache"))
-    assert cards_dir() == tmp_path / "cache" / "papers"
-    cards_dir().mkdir(parents=True)
-    (cards_dir() / "muon.md").write_text("## Verdict: no effect seen\n")
-    monkeypatch.chdir("/")
-    assert {entry.name: entry.verdict for entry in list_papers().entries}["muon"] == "no effect seen"
+def test_generated_rows_are_what_they_say():
+    for row in list(generated_text.copies())[:50] + list(generated_text.long_copies())[:5]:
+        first, second = row["text"].split(" |")
+        assert first == second
+    row = next(generated_text.recall())["text"]
+    shown, asked = (part.split() for part in row.split("|"))
+    assert dict(zip(shown[::2], shown[1::2], strict=True)) == dict(zip(asked[::2], asked[1::2], strict=True))
+    a, b = next(generated_text.sums())["text"].split(" = ")
+    assert sum(map(int, a.split(" + "))) == int(b)
+    right = next(generated_text.reversals())
+    task = TASKS["reverse"]()
+    assert set(right["prompt"]) <= set(task.alphabet)
+    pair = next(generated_text.reversal_pairs())
+    assert pair["prompt"] == f"reverse({pair['chosen'][::-1]})="
+    assert Counter(pair["chosen"]) == Counter(pair["rejected"])
+    assert pair["chosen"] != pair["rejected"]

@@ -1,0 +1,69 @@
+"""Texts and answers that a program writes, for experiments whose best loss is known: rows of `data.source
+FILE.py:FUNCTION`. Letters stand apart, so that a byte-pair tokenizer of 300 has one token for each.
+
+    copies(), long_copies()   random letters, a bar, the same letters again: the second half can only be retrieved
+    recall()                  pairs of a capital and a letter, a bar, the pairs in another order
+    sums()                    sums of two numbers of two digits
+    reversals()               `reverse(abc)=` and the answer, as the task `reverse` has them
+    reversal_pairs()          the same prompt, the reversed word, and its letters in another order"""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Iterator
+
+Row = dict[str, str]
+ROWS = 6000
+
+
+def copies(shortest: int = 8, longest: int = 28, rows: int = ROWS) -> Iterator[Row]:
+    rng = random.Random(f"copies {longest}")
+    for _ in range(rows):
+        text = " ".join(rng.choices(string.ascii_lowercase[:16], k=rng.randint(shortest, longest)))
+        yield {"text": f" {text} | {text}"}
+
+
+def long_copies() -> Iterator[Row]:
+    return copies(100, 120, 400)
+
+
+def recall(pairs: int = 8) -> Iterator[Row]:
+    rng = random.Random("recall")
+    for _ in range(ROWS):
+        keys = rng.sample(string.ascii_uppercase[:16], pairs)
+        values = rng.choices(string.ascii_lowercase[:16], k=pairs)
+        shown = [f"{key} {value}" for key, value in zip(keys, values, strict=True)]
+        yield {"text": f" {' '.join(shown)} | {' '.join(rng.sample(shown, pairs))}"}
+
+
+def sums() -> Iterator[Row]:
+    rng = random.Random("sums")
+    for _ in range(ROWS):
+        a, b = rng.randint(10, 99), rng.randint(10, 99)
+        yield {"text": f"{a} + {b} = {a + b}"}
+
+
+def words() -> Iterator[str]:
+    """Words of 3 and 4 of 8 letters, with more than one distinct letter."""
+    rng = random.Random("words")
+    for _ in range(ROWS // 2):
+        word = rng.choices(string.ascii_lowercase[:8], k=rng.randint(3, 4))
+        if len(set(word)) > 1:
+            yield "".join(word)
+
+
+def reversals() -> Iterator[Row]:
+    for word in words():
+        yield {"prompt": f"reverse({word})=", "completion": word[::-1]}
+
+
+def reversal_pairs() -> Iterator[Row]:
+    rng = random.Random("pairs")
+    for word in words():
+        letters, right = list(word), word[::-1]
+        wrong = right
+        while wrong == right:
+            rng.shuffle(letters)
+            wrong = "".join(letters)
+        yield {"prompt": f"reverse({word})=", "chosen": right, "rejected": wrong}
