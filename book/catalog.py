@@ -86,8 +86,10 @@ def recipes() -> Iterator[Subject]:
 def papers() -> Iterator[Subject]:
     from llm_quest.papers import PAPERS
 
+    files = {file.name: file.read_text(encoding="utf-8") for file in (PACKAGE / "papers/claims").glob("*.yaml")}
     for name in PAPERS:
-        yield Subject("paper", name, "papers/paper.py", "Paper")
+        file = next(file for file, text in files.items() if f"\n{name}:\n" in f"\n{text}" and file != "benches.yaml")
+        yield Subject("paper", name, f"papers/claims/{file}", name)
 
 
 def read_questions() -> dict[str, str]:

@@ -5,20 +5,17 @@ from __future__ import annotations
 
 import html
 import inspect
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
-
-import yaml
 
 from book.api import Module, module_name
 from book.blocks import breaks_block, card_block, code_block, figure_block, mistakes_block, mutations_of
 from book.catalog import Subject
 from book.equations import symbol_rows
 from book.markdown import Renderer, colour_code, output_block
-from book.source import ROOT, code_of, docstring_of, flat, papers_of, paragraphs, public_names, split_mistakes
+from book.source import PACKAGE, ROOT, code_of, docstring_of, flat, papers_of, paragraphs, public_names, split_mistakes
 
 if TYPE_CHECKING:
     from llm_quest.papers import Paper
@@ -275,6 +272,9 @@ def paper_sections(subject: Subject, markdown: Renderer) -> Iterator[Section]:
     paper = paper_of(subject)
     source = f"https://arxiv.org/abs/{paper.arxiv}"
     yield "Measure it", colour_code(f"$ quest reproduce {subject.name}", "console")
-    row = {key: value for key, value in vars(paper).items() if value}
-    yield "The experiment", colour_code(yaml.safe_dump(json.loads(json.dumps(row)), sort_keys=False, width=120), "yaml")
+    text = (PACKAGE / subject.file).read_text(encoding="utf-8")
+    row = re.search(rf"^{subject.name}:\n(?: .*\n)+", text, re.M)
+    assert row is not None, "a claim is a row of its file"
+    place = f"<figcaption>llm_quest/{subject.file}</figcaption>"
+    yield "The experiment", f'<figure class="source">{place}{colour_code(row[0], "yaml")}</figure>'
     yield "Sources", f'<ul><li><a href="{source}">arXiv:{paper.arxiv}</a></li></ul>'
