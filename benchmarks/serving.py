@@ -1,7 +1,8 @@
 """The server under load: clients in loops on loopback, each request answered, memory flat, tokens per second against
 `generate` with a batch as large as the server's slots; and the time to the first token of a 512-token prompt.
 
-python -m benchmarks.serving [--clients 200] [--requests 1] [--slots 32] [--new 64] [--rounds 3] [--shape NAME] [--stream]
+python -m benchmarks.serving [--clients 200] [--requests 1] [--slots 32] [--new 64] [--rounds 3] [--shape 11m]
+       [--stream]
 
 The server is a process of its own with one thread. A round is a pair, `generate` and the server, each by the clock and
 by its processor time (user and system), for clients, server and other programs may share the cores. The ratio of a
