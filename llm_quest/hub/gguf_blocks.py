@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llm_quest.hub.gguf import TENSOR_TYPES, TensorData
+from llm_quest.hub.gguf_dequantize import DEQUANTIZE_ONLY
 from llm_quest.hub.safetensors_io import CHUNK_BYTES, StoredTensor, count_non_finite, read_exact
 from llm_quest.tensor_files import raw_bytes
 
@@ -62,7 +63,11 @@ def dequantize_q4_0(data: Tensor) -> Tensor:
 
 
 QUANTIZE: dict[str, Callable[[Tensor], Tensor]] = {"Q8_0": quantize_q8_0, "Q4_0": quantize_q4_0}
-DEQUANTIZE: dict[str, Callable[[Tensor], Tensor]] = {"Q8_0": dequantize_q8_0, "Q4_0": dequantize_q4_0}
+DEQUANTIZE: dict[str, Callable[[Tensor], Tensor]] = {
+    "Q8_0": dequantize_q8_0,
+    "Q4_0": dequantize_q4_0,
+    **DEQUANTIZE_ONLY,
+}
 READ_TYPES = (*PLAIN, *DEQUANTIZE)
 
 

@@ -28,6 +28,7 @@ from llm_quest.hub.gguf import (
 )
 from llm_quest.hub.gguf_blocks import EncodedTensor, decode, encode_chunks, read_encoded_into
 from llm_quest.hub.gguf_blocks import tensor_data as data
+from llm_quest.hub.gguf_dequantize import DEQUANTIZE_ONLY
 
 METADATA = {
     "general.architecture": string("llama"),
@@ -96,6 +97,26 @@ def test_numbers_have_the_bits_of_the_package(name):
     assert np.array_equal(ours, theirs)
     again = decode(torch.from_numpy(ours.copy()), name).view(x.shape)
     assert np.array_equal(again.numpy(), gguf.quants.dequantize(theirs.reshape(400, -1), kind).reshape(x.shape))
+
+
+@pytest.mark.parametrize("name", [*DEQUANTIZE_ONLY])
+def test_every_block_type_is_read_with_the_bits_of_the_package(name, tmp_path):
+    """Any bytes, but finite scales: their float16 has no exponent of ones."""
+    kind, generator = TENSOR_TYPES[name], torch.Generator().manual_seed(0)
+    data = torch.randint(0, 256, (257, kind.nbytes), dtype=torch.uint8, generator=generator)
+    d = torch.randn(257, 1, generator=generator).to(torch.float16).view(torch.uint8)
+    places = {"Q6_K": [208], "Q3_K": [108], "Q2_K": [80, 82], "IQ4_NL": [0], "Q5_0": [0], "MXFP4": []}
+    for place in places.get(name, [0, 2]):
+        data[:, place : place + 2] = d
+    if name == "MXFP4":
+        data[:, 0] = torch.arange(257).clamp(max=250).to(torch.uint8)
+    theirs = gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType[name])
+    assert np.array_equal(decode(data.flatten(), name).view(theirs.shape).numpy(), theirs)
+    write_gguf(tmp_path / "x", {}, {"x": TensorData(name, theirs.shape, lambda: iter([data.numpy()]))})
+    out = torch.empty(257, kind.size)
+    assert read_encoded_into(EncodedTensor(read_gguf(tmp_path / "x").tensors["x"]), out) == 0
+    assert np.array_equal(out.numpy(), theirs)
+    assert len(np.unique(theirs)) > 1000
 
 
 def test_a_block_of_numbers_too_small_for_its_scale_is_zero():

@@ -214,15 +214,15 @@ def test_a_file_that_is_not_its_model_is_refused_in_a_message(kind, tmp_path):
     assert "odd.gguf" in str(raised.value)
 
 
-def test_k_quants_are_named(tmp_path):
+def test_types_that_are_not_read_are_named(tmp_path):
     export("llama, linear", tmp_path / "m.gguf")
     file = read_gguf(tmp_path / "m.gguf")
     zeros = {name: data(torch.zeros(tensor.shape), "F32") for name, tensor in file.tensors.items()}
     from llm_quest.hub.gguf import TensorData
 
-    packed = TensorData("Q4_K", (2, 256), lambda: iter([bytes(288)]))
+    packed = TensorData("IQ4_XS", (2, 256), lambda: iter([bytes(272)]))
     write_gguf(tmp_path / "k.gguf", file.metadata, zeros | {"blk.0.ffn_up.weight": packed})
-    with pytest.raises(DataError, match="Q4_K; F32, F16, BF16, Q8_0, Q4_0 are read"):
+    with pytest.raises(DataError, match="IQ4_XS; F32, F16, BF16, Q8_0, Q4_0, Q4_1"):
         load(tmp_path / "k.gguf")
 
 
