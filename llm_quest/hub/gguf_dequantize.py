@@ -28,20 +28,20 @@ E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 """MXFP4's table: twice the numbers, so that they are whole."""
 
 
-def bits(data: Tensor, width: int, group: int) -> Tensor:
+def unpack_fields(data: Tensor, width: int, group: int) -> Tensor:
     """Fields of `width` bits, the lowest first: (N,bytes) -> (N,numbers). `group` bytes give their lowest fields one
     after another, then their next ones."""
     shifts = torch.arange(0, 8, width, dtype=torch.uint8)[:, None]
     return (data.unflatten(1, (-1, 1, group)) >> shifts & (1 << width) - 1).flatten(1)
 
 
-def half(data: Tensor) -> Tensor:
+def float16_scale(data: Tensor) -> Tensor:
     """(N,2) bytes of float16 -> (N,1)."""
     return data.contiguous().view(torch.float16).float()
 
 
-def by_groups(scales: Tensor, q: Tensor) -> Tensor:
-    """The numbers (N,256) as (N,groups,size), and scales (N,groups) beside them: their products."""
+def scale_groups(scales: Tensor, q: Tensor) -> Tensor:
+    """Numbers (N,256) as (N,groups,size), and scales (N,groups) beside them: their products."""
     return scales[:, :, None] * q.float().unflatten(1, (scales.shape[1], -1))
 
 
@@ -54,69 +54,78 @@ def scales_and_minima(data: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_q4_k(data: Tensor) -> Tensor:
     d, dmin, packed, nibbles = data.split((2, 2, 12, 128), dim=1)
-    return subtract_minima(half(d), half(dmin), scales_and_minima(packed), bits(nibbles, 4, 32))
+    return subtract_minima(
+        float16_scale(d), float16_scale(dmin), scales_and_minima(packed), unpack_fields(nibbles, 4, 32)
+    )
 
 
 def dequantize_q5_k(data: Tensor) -> Tensor:
     d, dmin, packed, fifth, nibbles = data.split((2, 2, 12, 32, 128), dim=1)
-    q = bits(nibbles, 4, 32) | bits(fifth, 1, 32) << 4
-    return subtract_minima(half(d), half(dmin), scales_and_minima(packed), q)
+    q = unpack_fields(nibbles, 4, 32) | unpack_fields(fifth, 1, 32) << 4
+    return subtract_minima(float16_scale(d), float16_scale(dmin), scales_and_minima(packed), q)
 
 
 def dequantize_q2_k(data: Tensor) -> Tensor:
     packed, pairs, d, dmin = data.split((16, 64, 2, 2), dim=1)
-    return subtract_minima(half(d), half(dmin), ((packed & 15).float(), (packed >> 4).float()), bits(pairs, 2, 32))
+    return subtract_minima(
+        float16_scale(d),
+        float16_scale(dmin),
+        ((packed & 15).float(), (packed >> 4).float()),
+        unpack_fields(pairs, 2, 32),
+    )
 
 
 def subtract_minima(d: Tensor, dmin: Tensor, groups: tuple[Tensor, Tensor], q: Tensor) -> Tensor:
     """d s q - dmin m of each group."""
     scales, minima = groups
-    return (by_groups(d * scales, q) - (dmin * minima)[:, :, None]).flatten(1)
+    return (scale_groups(d * scales, q) - (dmin * minima)[:, :, None]).flatten(1)
 
 
 def dequantize_q6_k(data: Tensor) -> Tensor:
     nibbles, upper, scales, d = data.split((128, 64, 16, 2), dim=1)
-    q = (bits(nibbles, 4, 64) | bits(upper, 2, 32) << 4).to(torch.int8) - 32
-    return by_groups(half(d) * scales.view(torch.int8).float(), q).flatten(1)
+    q = (unpack_fields(nibbles, 4, 64) | unpack_fields(upper, 2, 32) << 4).to(torch.int8) - 32
+    return scale_groups(float16_scale(d) * scales.view(torch.int8).float(), q).flatten(1)
 
 
 def dequantize_q3_k(data: Tensor) -> Tensor:
     third, pairs, packed, d = data.split((32, 64, 12, 2), dim=1)
-    low, high = bits(packed[:, :8], 4, 8), bits(packed[:, 8:], 2, 4)
+    low, high = unpack_fields(packed[:, :8], 4, 8), unpack_fields(packed[:, 8:], 2, 4)
     scales = (low | high << 4).to(torch.int8) - 32
-    q = bits(pairs, 2, 32).to(torch.int8) - 4 * (1 - bits(third, 1, 32).to(torch.int8))
-    return by_groups(half(d) * scales.float(), q).flatten(1)
+    q = unpack_fields(pairs, 2, 32).to(torch.int8) - 4 * (1 - unpack_fields(third, 1, 32).to(torch.int8))
+    return scale_groups(float16_scale(d) * scales.float(), q).flatten(1)
 
 
 def dequantize_q4_1(data: Tensor) -> Tensor:
     d, m, nibbles = data.split((2, 2, 16), dim=1)
-    return half(d) * bits(nibbles, 4, 16).float() + half(m)
+    return float16_scale(d) * unpack_fields(nibbles, 4, 16).float() + float16_scale(m)
 
 
 def dequantize_q5_0(data: Tensor) -> Tensor:
     d, fifth, nibbles = data.split((2, 4, 16), dim=1)
-    q = (bits(nibbles, 4, 16) | bits(fifth, 1, 1) << 4).to(torch.int8) - 16
-    return half(d) * q.float()
+    q = (unpack_fields(nibbles, 4, 16) | unpack_fields(fifth, 1, 1) << 4).to(torch.int8) - 16
+    return float16_scale(d) * q.float()
 
 
 def dequantize_q5_1(data: Tensor) -> Tensor:
     d, m, fifth, nibbles = data.split((2, 2, 4, 16), dim=1)
-    return half(d) * (bits(nibbles, 4, 16) | bits(fifth, 1, 1) << 4).float() + half(m)
+    return float16_scale(d) * (unpack_fields(nibbles, 4, 16) | unpack_fields(fifth, 1, 1) << 4).float() + float16_scale(
+        m
+    )
 
 
-def look_up(table: Sequence[int], nibbles: Tensor) -> Tensor:
+def decode_nibbles(table: Sequence[int], nibbles: Tensor) -> Tensor:
     """The numbers of a table that 16 bytes name."""
-    return torch.tensor(table, dtype=torch.float32)[bits(nibbles, 4, 16).long()]
+    return torch.tensor(table, dtype=torch.float32)[unpack_fields(nibbles, 4, 16).long()]
 
 
 def dequantize_iq4_nl(data: Tensor) -> Tensor:
     d, nibbles = data.split((2, 16), dim=1)
-    return half(d) * look_up(NON_LINEAR, nibbles)
+    return float16_scale(d) * decode_nibbles(NON_LINEAR, nibbles)
 
 
 def dequantize_mxfp4(data: Tensor) -> Tensor:
     exponent, nibbles = data.split((1, 16), dim=1)
-    return torch.ldexp(look_up(E2M1, nibbles), exponent.int() - 128)
+    return torch.ldexp(decode_nibbles(E2M1, nibbles), exponent.int() - 128)
 
 
 DEQUANTIZE_ONLY: dict[str, Callable[[Tensor], Tensor]] = {
