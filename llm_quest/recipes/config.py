@@ -24,7 +24,13 @@ from llm_quest.data.sources import absolute_source
 from llm_quest.errors import UsageError
 from llm_quest.files import absolute_path
 from llm_quest.recipes import RECIPES
-from llm_quest.recipes.dependent_defaults import override_paths, replace_data, replace_model, replace_task
+from llm_quest.recipes.dependent_defaults import (
+    override_paths,
+    replace_data,
+    replace_model,
+    replace_task,
+    replace_toy_settings,
+)
 from llm_quest.recipes.old_keys import OLD_VALUES, new_key, with_new_keys
 from llm_quest.recipes.yaml_io import (
     ConfigProblem,
@@ -146,6 +152,8 @@ def load_raw_config(recipe: str, overrides: Sequence[str] = ()) -> RawConfig:
         replace_model(settings, override_paths(overrides), own_family)
         replace_data(settings, override_paths(overrides))
         replace_task(settings, override_paths(overrides))
+        if recipe in RECIPES:  # a file of somebody's own says what it means
+            replace_toy_settings(settings, override_paths(overrides))
     return settings
 
 

@@ -58,6 +58,27 @@ def replace_task(settings: RawConfig, given: Collection[KeyPath]) -> None:
         settings.tree.pop("task", None)
 
 
+OPEN_ANSWERS = {
+    "max_new_tokens": 64, "learning_rate": 2e-4, "lr_scheduler_type": "cosine", "kl_coef": 0.05,
+    "kl_estimator": "unbiased",
+}  # fmt: skip
+"""Of answers that a model judges: room for a sentence or three, a policy that stays near its beginning."""
+
+
+def replace_toy_settings(settings: RawConfig, given: Collection[KeyPath]) -> None:
+    """The settings of the toy task of `grpo` give way where the command line names prompts and a model that judges the
+    answers; `OPEN_ANSWERS` holds instead."""
+    rewards = settings.tree.get("rewards")
+    judged = isinstance(rewards, list) and any(
+        isinstance(one, Mapping) and one.get("name") in ("model", "judge") for one in rewards
+    )
+    if settings.tree.get("recipe") != "grpo" or not judged or not any(path[0] == "data" for path in given):
+        return
+    for key, value in OPEN_ANSWERS.items():
+        if not ({(key,), ("kl_coef",)} if key.startswith("kl_") else {(key,)}) & set(given):
+            settings.tree[key] = value
+
+
 BELONGS_TO = {"validation": "held_out", "source": "num_documents"}
 """A key of `data` -> what of the recipe's own belongs to another value of it: the part that is held out, the number of
 a task's documents."""

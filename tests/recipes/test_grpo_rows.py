@@ -13,6 +13,7 @@ from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.errors import BusyError, DataError, GuardStop, UsageError
 from llm_quest.hub.locate import resolve_checkpoint
 from llm_quest.recipes.config import load_raw_config
+from llm_quest.recipes.dependent_defaults import OPEN_ANSWERS
 from llm_quest.recipes.policy_prompts import ProblemSet, PromptEncoder, make_prompt
 from tests.recipes.test_grpo import from_, started, warm  # noqa: F401 (a fixture)
 from tests.recipes.tuned import metrics
@@ -147,6 +148,21 @@ def test_rows_on_the_command_line_take_the_place_of_the_recipes_task():
     assert "task" not in tree
     assert "warmup" not in tree
     assert load_raw_config("grpo", ["task=countdown"]).tree["task"] == "countdown"
+
+
+def test_answers_that_a_model_judges_do_not_have_the_settings_of_the_recipes_toy_task(tmp_path: Path):
+    """Eight tokens are no answer, and 1e-3 is no rate for a model that somebody brings; what is given stays, and so
+    does a file of one's own."""
+    mine = ["model.load=X", "data.source=a.jsonl", "rewards=[{name: model, load: RM}]"]
+    tree = load_raw_config("grpo", mine).tree
+    assert {key: tree[key] for key in OPEN_ANSWERS} == OPEN_ANSWERS
+    given = load_raw_config("grpo", [*mine, "max_new_tokens=9", "kl_coef=0"]).tree
+    assert (given["max_new_tokens"], given["kl_coef"], "kl_estimator" in given) == (9, 0, False)
+    toy = load_raw_config("grpo").tree
+    for pairs in (["model.load=X", "data.source=a.jsonl", "rewards=[{function: a.py:score}]"], mine[:1] + mine[2:]):
+        assert load_raw_config("grpo", pairs).tree["max_new_tokens"] == toy["max_new_tokens"]
+    (tmp_path / "own.yaml").write_text("recipe: grpo\nmax_new_tokens: 7\n")
+    assert load_raw_config(str(tmp_path / "own.yaml"), mine).tree["max_new_tokens"] == 7
 
 
 def test_prompts_are_rendered_many_at_a_time_with_a_system_prompt(monkeypatch: pytest.MonkeyPatch):
