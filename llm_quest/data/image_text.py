@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -192,11 +192,12 @@ def parse_caption_row(record: Record) -> CaptionRow:
 @dataclass(frozen=True)
 class ImageTextBatch:
     """input_ids, targets (B,T) as in `TokenBatch`, padded on the right, where no token of a causal pass sees it;
-    images (B,C,H,W), one a row, whose placeholders are among the tokens."""
+    images (B,C,H,W), or B of (C,H,W) where they are of several sizes, one a row, whose placeholders are among the
+    tokens."""
 
     input_ids: Int[Tensor, "B T"]
     targets: Int[Tensor, "B T"]
-    images: Float[Tensor, "B C H W"]
+    images: Float[Tensor, "B C H W"] | tuple[Float[Tensor, "C H W"], ...]
     token_count: int
 
     @property
@@ -206,27 +207,40 @@ class ImageTextBatch:
 
     def to(self, device: torch.device | str) -> ImageTextBatch:
         """The same batch on another device."""
-        tokens, targets, images = (t.to(device, non_blocking=True) for t in (self.input_ids, self.targets, self.images))
-        return ImageTextBatch(tokens, targets, images, self.token_count)
+        tokens, targets = (t.to(device, non_blocking=True) for t in (self.input_ids, self.targets))
+        if isinstance(self.images, tuple):
+            images = tuple(image.to(device, non_blocking=True) for image in self.images)
+            return ImageTextBatch(tokens, targets, images, self.token_count)
+        return ImageTextBatch(tokens, targets, self.images.to(device, non_blocking=True), self.token_count)
 
 
 @dataclass(frozen=True)
 class ImageTextCollator:
     """Encodes turns. row_prefix: the ids that every row begins with: a start token and the image's (`ImageChat`); a row
-    has at most `max_length` tokens."""
+    has at most `max_length` tokens. prefix_of: of an image of this height and width, where they are of several
+    sizes."""
 
     tokenizer: Tokenizer
     row_prefix: tuple[int, ...]
     max_length: int
+    prefix_of: Callable[[int, int], Sequence[int]] | None = None
 
-    def encode_prompt(self, question: str) -> list[int]:
+    def encode_prefix(self, pixels: np.ndarray | None) -> Sequence[int]:
+        """What stands before the first question about an image (C,H,W)."""
+        return self.row_prefix if self.prefix_of is None or pixels is None else self.prefix_of(*pixels.shape[1:])
+
+    def encode_prompt(self, question: str, pixels: np.ndarray | None = None) -> list[int]:
         """The ids of a row up to where the answer begins."""
-        return [*self.row_prefix, *self.tokenizer.encode(question, add_special_tokens=False)]
+        return [*self.encode_prefix(pixels), *self.tokenizer.encode(question, add_special_tokens=False)]
 
-    def encode_row(self, turns: Sequence[QuestionAnswer]) -> tuple[list[int], list[int]]:
+    def encode_row(
+        self, turns: Sequence[QuestionAnswer], pixels: np.ndarray | None = None
+    ) -> tuple[list[int], list[int]]:
         """Tokens and targets of a row. UsageError where the first turn does not fit; later turns that do not fit are
         left out."""
-        tokens, learned = list(self.row_prefix), [False] * len(self.row_prefix)
+        tokens = list(self.encode_prefix(pixels))
+        prefix_length = len(tokens)
+        learned = [False] * prefix_length
         for turn in turns:
             question, answer = self.tokenizer.encode_pieces(turn.question, f" {turn.answer}")
             answer = [*answer, self.tokenizer.eos_token_id]
@@ -235,7 +249,7 @@ class ImageTextCollator:
             tokens, learned = tokens + question + answer, learned + [False] * len(question) + [True] * len(answer)
         if not any(learned):
             raise UsageError(
-                f"the {len(self.row_prefix) - 1} tokens of an image and {turns[0].answer[:40]!r} do not fit a row of "
+                f"the {prefix_length - 1} tokens of an image and {turns[0].answer[:40]!r} do not fit a row of "
                 f"{self.max_length} tokens: "
                 "set a larger sequence_length or a larger patch"
             )
@@ -248,12 +262,15 @@ class ImageTextCollator:
     ) -> ImageTextBatch:
         """Rows of one length; the turns of each in its own order."""
         rows = [
-            self.encode_row([example.turns[i] for i in order]) for example, order in zip(examples, orders, strict=True)
+            self.encode_row([example.turns[i] for i in order], example.pixels)
+            for example, order in zip(examples, orders, strict=True)
         ]
         length = -(-max(len(tokens) for tokens, _ in rows) // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
         tokens = torch.from_numpy(pad([row for row, _ in rows], self.tokenizer.eos_token_id, length))
         targets = torch.from_numpy(pad([targets for _, targets in rows], IGNORE_INDEX, length))
-        images = image_processor.normalize(np.stack([example.pixels for example in examples]))
+        images: Any = tuple(image_processor.normalize(example.pixels[None])[0] for example in examples)
+        if len({image.shape for image in images}) == 1:
+            images = torch.stack(images)
         return ImageTextBatch(tokens, targets, images, sum(len(row) for row, _ in rows))
 
 

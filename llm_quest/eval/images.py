@@ -61,7 +61,7 @@ class ImageQuestionEvaluator:
 
     def generate_answers(self, model: VisionLanguageModel, questions: list[tuple[Any, QuestionAnswer]]) -> list[str]:
         """Greedy answers."""
-        prompts = [self.writer.encode_prompt(turn.question) for _, turn in questions]
+        prompts = [self.writer.encode_prompt(turn.question, sight.pixels) for sight, turn in questions]
         images = [self.preprocess.normalize(sight.pixels[None]) for sight, _ in questions]
         longest = max(len(self.writer.tokenizer.encode(turn.answer)) for _, turn in questions) + 4
         room = model.config.max_position_embeddings - max(map(len, prompts))

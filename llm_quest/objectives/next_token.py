@@ -179,9 +179,14 @@ class CaptioningLoss(nn.Module):
         self.form = form
 
     def forward(self, batch: ImageTextBatch) -> Loss:
-        x = self.model.hidden_states(batch.input_ids, image_features=self.model.get_image_features(batch.images))  # type: ignore[operator]
+        x = self.model.hidden_states(batch.input_ids, image_features=self.encode_images(batch.images))  # type: ignore[operator]
         head = self.model.head
         targets = batch.targets.flatten()
         learned = targets != IGNORE_INDEX
         total = linear_cross_entropy(x.flatten(0, 1)[learned], head.weight, targets[learned], self.form, head.softcap)  # type: ignore[union-attr, arg-type]
         return Loss(total, learned.sum(dtype=torch.float32), {})
+
+    def encode_images(self, images: Tensor | tuple[Tensor, ...]) -> Tensor | list[Tensor]:
+        """The features of a batch of images, or of each where they are of several sizes."""
+        encode: Any = self.model.get_image_features
+        return encode(images) if isinstance(images, Tensor) else [encode(image[None])[0] for image in images]  # type: ignore[no-any-return]

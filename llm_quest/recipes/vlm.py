@@ -23,7 +23,7 @@ from llm_quest.data.image_text import (
     SceneDataset,
     read_caption_rows,
 )
-from llm_quest.data.images import CLIP_STATISTICS, ImageProcessor
+from llm_quest.data.images import CLIP_STATISTICS, ImageProcessor, PixelBudget
 from llm_quest.data.row_forms import IMAGE_TEXT_FORMS
 from llm_quest.data.synthetic_shapes import SCENE_STATISTICS
 from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -219,12 +219,18 @@ def build_vlm(config: VlmConfig, context: Context) -> Job:
         tokenizer.bos_token_id, tuple(tokenizer.eos_token_ids), tokenizer.pad_token_id
     )
     numbers = model.config
-    image_ids = ImageChat(tokenizer, numbers).encode_images([numbers.num_image_tokens(*preprocess.shape)])
+    chat = ImageChat(tokenizer, numbers)
+
+    def prefix_of(height: int, width: int) -> list[int]:
+        return chat.encode_images([numbers.num_image_tokens(height, width)])
+
+    image_ids = prefix_of(*preprocess.shape)
+    several = isinstance(preprocess.resize_size, PixelBudget)
     log(
-        f"an image is {len(image_ids) - 1} of the {config.sequence_length} tokens of a row; "
-        f"{', '.join(config.trainable)} trained"
+        f"an image is {'at least ' if several else ''}{len(image_ids) - 1} of the {config.sequence_length} tokens of a "
+        f"row; {', '.join(config.trainable)} trained"
     )
-    writer = ImageTextCollator(tokenizer, tuple(image_ids), config.sequence_length)
+    writer = ImageTextCollator(tokenizer, tuple(image_ids), config.sequence_length, prefix_of if several else None)
     rows = ImageTextRows(
         sights,
         writer,
@@ -262,7 +268,10 @@ def load_or_make_preprocess(config: VlmConfig, log: LogFn) -> ImageProcessor:
     where = config.model.load or config.vision_tower.load
     if where is not None:
         processor = find_preprocess(where) or default_preprocess(load_vision_config(where), where, log)
-        if not isinstance(processor.size, int) or (processor.resize_size is not None and not processor.crop):
+        if isinstance(processor.resize_size, PixelBudget):
+            if config.data.is_synthetic:
+                raise UsageError(f"{where} reads images of several sizes: give images of your own, data.source=FILE")
+        elif not isinstance(processor.size, int) or (processor.resize_size is not None and not processor.crop):
             raise UsageError(f"{where} makes images that are not square; quest train vlm trains on squares")
         return processor
     whole = config.model.preset

@@ -17,11 +17,19 @@ from typer.testing import CliRunner
 import llm_quest as quest
 from llm_quest.cli.main import app
 from llm_quest.cli.vision import ImagePrompt, TemplatedImageConversation
-from llm_quest.data.image_chat import ImageTurn
+from llm_quest.data.batch import IGNORE_INDEX
+from llm_quest.data.document import DropReport
+from llm_quest.data.image_chat import ImageChat, ImageTurn
+from llm_quest.data.image_text import CaptionDataset, ImageTextCollator, read_caption_rows
+from llm_quest.data.records import read_records
 from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import UsageError
 from llm_quest.generation import decoding
+from llm_quest.hub.load_save import load_preprocess, load_tokenizer
+from llm_quest.objectives.next_token import CaptioningLoss
+from llm_quest.recipes.engine import run_recipe
+from llm_quest.recipes.recipe import load_recipe
 from tests.models.vision import QWEN3_5_TEXT, QWEN3_5_VISION, qwen_patches
 from tests.oracles import edit_config, randomize_, transformers
 
@@ -209,3 +217,65 @@ def test_text_commands_read_the_text_part_alone(folder: Path):
 def test_an_image_whose_sides_are_no_multiples_is_refused(folder: Path):
     with pytest.raises(UsageError, match="images are 3 x 12 x 16; this model reads 3 channels and sides that are mult"):
         our_prompt(folder).model.get_image_features(torch.zeros(1, 3, 12, 16))
+
+
+@pytest.fixture(scope="module")
+def questions(folder: Path) -> Path:
+    """Rows about images of three sizes."""
+    Image.open(folder / "0.png").resize((64, 64)).save(folder / "2.png")
+    rows = [
+        {"image": f"{number}.png", "question": "compare", "answer": answer}
+        for number, answer in enumerate(("now with", "compare now now with", "with"))
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "rows.jsonl"
+
+
+def test_the_loss_of_rows_with_images_of_several_sizes_is_that_of_transformers(
+    folder: Path, theirs: tuple[Any, Any], questions: Path
+):
+    """Of the answers and their ends alone, image by image in transformers, all in one padded batch here."""
+    model, tokenizer = quest.load(folder, vision=True), load_tokenizer(folder)
+    preprocess, chat = load_preprocess(folder), ImageChat(tokenizer, model.config)
+
+    def prefix_of(height: int, width: int) -> list[int]:
+        return chat.encode_images([model.config.num_image_tokens(height, width)])
+
+    rows = read_caption_rows(read_records(questions), DropReport())
+    examples = CaptionDataset(rows, preprocess, 0.0, "rows").train_examples
+    assert len({one.pixels.shape for one in examples}) == 3
+    writer = ImageTextCollator(tokenizer, (), 200, prefix_of)
+    batch = writer.collate(examples, [np.arange(1)] * 3, preprocess)
+    with torch.no_grad():
+        found = CaptioningLoss(model)(batch)
+    expected = torch.zeros(())
+    for row, one in zip(rows, examples, strict=True):
+        tokens, targets = writer.encode_row(one.turns, one.pixels)
+        images = qwen_images()(images=[Image.open(row.image)], return_tensors="pt")
+        ids = torch.tensor([tokens])
+        kinds = (ids == model.config.image_token_id).long()
+        assert int(kinds.sum()) == int(images["image_grid_thw"].prod()) // 4
+        with torch.no_grad():
+            logits = theirs[0](input_ids=ids, mm_token_type_ids=kinds, **images).logits[0]
+        expected += torch.nn.functional.cross_entropy(
+            logits, torch.tensor(targets), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+        learned = [target for target in targets if target != IGNORE_INDEX]
+        assert tokenizer.decode(learned[:-1]) == f" {one.turns[0].answer}"
+    torch.testing.assert_close(found.total, expected, rtol=1e-5, atol=0)
+
+
+def test_train_vlm_learns_answers_about_images_of_several_sizes(folder: Path, questions: Path, tmp_path: Path):
+    pairs = [
+        f"model.load={folder}", f"data.source={questions}", f"data.validation={questions}", "max_steps=20",
+        "question_lr_scale=1", "batch_size=3", "learning_rate=5e-3", "warmup_steps=1", "caption_first_steps=0",
+        "precision=fp32", "threads=1", "sequence_length=128", "logging_steps=1", "eval_images=3",
+    ]  # fmt: skip
+    found, config, settings = load_recipe("vlm", pairs)
+    outcome = run_recipe(found, config, settings, tmp_path / "run", log=lambda text: None)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.5 * losses[0], losses
+    assert outcome.scores, "all three images are asked about"
+    seen = quest.load(tmp_path / "run", vision=True)
+    assert seen.config.vision_config == quest.load(folder, vision=True).config.vision_config
+    assert load_preprocess(tmp_path / "run") == load_preprocess(folder)
