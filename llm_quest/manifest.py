@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from llm_quest.files import file_sha256, load_json
 
 MANIFEST_FILE = "MANIFEST.json"
 MAX_MANIFEST_BYTES = 64_000_000
+MAX_HASHING_THREADS = 4
 
 
 def file_entry(file: Path) -> dict[str, Any]:
@@ -55,12 +57,12 @@ def find_fault(folder: Path, verify: str = "full", only: Collection[str] = ()) -
         missing = [name for name in only if name not in files]
         if missing:
             return f"its manifest does not list {missing[0]}"
-        for name in only or files:
-            if fault := _find_file_fault(folder / name, files[name], verify):
-                return fault
+        names = list(only or files)
+        with ThreadPoolExecutor(min(len(names) or 1, MAX_HASHING_THREADS)) as pool:  # hashing frees the interpreter
+            faults = list(pool.map(lambda name: _find_file_fault(folder / name, files[name], verify), names))
+        return next(filter(None, faults), "")
     except (OSError, DataError) as error:
         return f"its manifest cannot be read or lists a file that is missing ({error})"
-    return ""
 
 
 def _find_file_fault(file: Path, entry: Mapping[str, Any], verify: str) -> str:
