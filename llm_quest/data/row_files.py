@@ -245,7 +245,7 @@ def iter_parquet(file: IO[bytes], name: Path) -> Iterator[FoundRow]:
             for row in batch.to_pylist():
                 number += 1
                 yield without_nulls(row), f"{name}:{number}"
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{name} is no whole Parquet file ({str(error).partition('.')[0]}); fetch it again") from None
 
 

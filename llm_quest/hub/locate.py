@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from llm_quest.errors import DataError, MissingError, UsageError
-from llm_quest.files import load_json
+from llm_quest.files import file_sha256, load_json
 from llm_quest.manifest import MANIFEST_FILE, find_fault
 from llm_quest.models.build import presets
 
@@ -181,9 +183,12 @@ def download_snapshot(name: str, patterns: list[str], revision: str | None) -> P
     import huggingface_hub
     from huggingface_hub import errors
 
+    began = time.time()
     try:
         download = huggingface_hub.snapshot_download
-        return Path(download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        folder = Path(download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        remove_damaged(folder, began - 1)
+        return folder
     except errors.GatedRepoError:
         raise MissingError(
             f"{name} is gated: accept its licence on its hub page, then log in by `hf auth login`"
@@ -196,6 +201,27 @@ def download_snapshot(name: str, patterns: list[str], revision: str | None) -> P
         raise DataError(f"there is no folder {name!r} here and no such model on the hub{preset_hint(name)}") from None
     except Exception as error:  # also what the packages below raise: httpx's errors, a portal's page that is no JSON
         raise offline_error(name, "config.json", describe_failure(error)) from None
+
+
+def remove_damaged(snapshot: Path, since: float) -> None:
+    """Remove the files of a snapshot that have arrived since then and are not what the hub says, and raise OSError. The
+    cache names what it holds by its sha256 (large files) or by git's hash; `huggingface_hub` compares sizes alone."""
+    for file in sorted(snapshot.iterdir()):
+        blob = file.resolve()
+        named = re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name)
+        if named is None or blob.stat().st_mtime < since:
+            continue
+        found = file_sha256(blob) if len(blob.name) == 64 else git_blob_sha1(blob)
+        if found != blob.name:
+            file.unlink()
+            blob.unlink(missing_ok=True)
+            raise OSError(f"{file.name} was damaged on its way, and is removed")
+
+
+def git_blob_sha1(file: Path) -> str:
+    """The name that git gives a file's content."""
+    content = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def describe_failure(error: Exception) -> str:
@@ -215,7 +241,7 @@ def offline_error(name: str, file: str, reason: str) -> MissingError:
     return MissingError(
         f"there is no folder {name!r} here, and the hub's {name} lacks {file} in the local cache while "
         f"{unreachable_reason(reason)}{preset_hint(name)}; run `hf download {name}` where there is a network (same "
-        "HF_HOME; what has arrived is kept), or give a folder"
+        "HF_HOME; files that are complete are kept), or give a folder"
     )
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import hashlib
 import json
+import os
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -13,9 +20,12 @@ from huggingface_hub import constants
 
 from llm_quest.errors import MissingError, QuestError
 from llm_quest.hub.locate import CONFIG_FILES, download_snapshot
+from tests.faults.failing_files import failing_files
 
 COMMIT = "0" * 39 + "1"
-CONFIG = json.dumps({"model_type": "llama", "padding": "x" * 4000}).encode()
+CONFIG = json.dumps({"model_type": "llama", "padding": "x" * 40_000}).encode()
+DIGEST = hashlib.sha256(CONFIG).hexdigest()
+"""The ETag of a large file on the hub is its sha256."""
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -58,15 +68,53 @@ class Hub(BaseHTTPRequestHandler):
             if kind == "a page in place of the file" and self.command == "GET":
                 self.reply(200, b"<html>Log in</html>", X_Repo_Commit=COMMIT, ETag='"abc"')
                 return
-            cut = kind == "breaks off" and self.command == "GET"
-            body = CONFIG[:100] if cut else CONFIG
-            self.reply(200, body, len(CONFIG), X_Repo_Commit=COMMIT, ETag='"abc"')
+            self.reply_file(kind)
             self.close_connection = True
+
+    def reply_file(self, kind: str) -> None:
+        """The file, or the part of it that Range asks for."""
+        tag = {"X_Repo_Commit": COMMIT, "ETag": f'"{DIGEST}"'}
+        if self.command == "HEAD":
+            self.reply(200, b"", len(CONFIG), **tag)
+            return
+        first = int((self.headers.get("Range") or "bytes=0-")[6:].partition("-")[0])
+        self.server.ranges.append(first)  # type: ignore[attr-defined]
+        status, body = (206, CONFIG[first:]) if first else (200, CONFIG)
+        place = f"bytes {first}-{len(CONFIG) - 1}/{len(CONFIG)}"
+        if kind == "breaks off":
+            self.reply(status, b"" if first else body[:4000], len(body), **tag)
+        elif kind in ("one break", "another place", "another file") and not first:
+            self.reply(status, body[:4000], len(body), **tag)
+        elif kind == "another place" and first:
+            self.reply(206, CONFIG[: len(body)], Content_Range=f"bytes 0-{len(body) - 1}/{len(CONFIG)}", **tag)
+        elif kind == "another file" and first:
+            self.reply(206, body[::-1], Content_Range=place, **tag | {"ETag": f'"{"1" * 64}"'})
+        elif kind == "other bytes":
+            self.reply(200, CONFIG[::-1], **tag)
+        elif kind == "gzip":
+            self.reply(200, gzip.compress(CONFIG), Content_Encoding="gzip", **tag)
+        elif kind == "more than it says":
+            self.reply(200, CONFIG + b"x" * 99, len(CONFIG) + 99, **tag)
+        elif kind == "less than it says":
+            self.reply(200, CONFIG[:-9], len(CONFIG) - 9, **tag)
+        elif kind == "too many requests":
+            self.reply(429, b"slow down", Retry_After="1")
+        elif kind == "silence":
+            self.reply(status, body[:100], len(body), **tag)
+            threading.Event().wait(1.0)
+        elif kind == "a slow line":
+            self.reply(status, body[:20_000], len(body), **tag)
+            threading.Event().wait(0.3)
+            with contextlib.suppress(OSError):
+                self.wfile.write(body[20_000:])
+        else:
+            self.reply(status, body, **tag | ({"Content_Range": place} if first else {}))
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.ranges = []  # type: ignore[attr-defined]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
@@ -74,11 +122,21 @@ def hub(tmp_path, monkeypatch) -> Iterator[ThreadingHTTPServer]:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     huggingface_hub.close_session()
     yield server
     server.shutdown()
     huggingface_hub.close_session()
+
+
+DAMAGE = ("another place", "another file", "other bytes")
+
+
+def whole_files(folder: Path) -> list[bytes]:
+    """The contents of what has its final name."""
+    return [file.read_bytes() for file in folder.rglob("config.json")]
 
 
 @pytest.mark.parametrize(
@@ -91,9 +149,14 @@ def hub(tmp_path, monkeypatch) -> Iterator[ThreadingHTTPServer]:
         "breaks off",
         "redirects without end",
         "a page in place of the file",
+        "other bytes",
+        "more than it says",
+        "less than it says",
+        "too many requests",
+        "silence",
     ],
 )
-def test_a_hub_that_fails_is_one_message_that_says_what_to_do(hub, kind: str):
+def test_a_hub_that_fails_is_one_message_that_says_what_to_do(hub, kind: str, tmp_path):
     hub.kind = kind
     with pytest.raises(QuestError) as caught:
         download_snapshot("some/model", list(CONFIG_FILES), None)
@@ -101,12 +164,77 @@ def test_a_hub_that_fails_is_one_message_that_says_what_to_do(hub, kind: str):
     assert "hf download some/model" in str(caught.value)
     assert "some/model" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+    assert not whole_files(tmp_path)
 
 
-def test_what_broke_off_is_fetched_when_it_is_asked_for_again(hub):
+@pytest.mark.parametrize("lie", ["works", "one break", "gzip", "another place", "another file", "other bytes"])
+def test_what_broke_off_is_fetched_when_it_is_asked_for_again(hub, lie: str, tmp_path):
+    """A line that breaks once goes on where it was; where the server then sends another part, or of another file, that
+    is noticed, and the next try is whole."""
     hub.kind = "breaks off"
     with pytest.raises(MissingError):
         download_snapshot("some/model", list(CONFIG_FILES), None)
+    hub.kind = lie
+    message = ""
+    try:
+        download_snapshot("some/model", list(CONFIG_FILES), None)
+    except MissingError as error:
+        message = str(error)
+    assert whole_files(tmp_path) == ([] if message else [CONFIG])
+    assert len(message.splitlines()) <= 1
+    assert ("damaged on its way" in message) == (lie in DAMAGE)
+    assert (hub.ranges[-1] == 4000) == (lie in ("one break", "another place", "another file"))
     hub.kind = "works"
+    folder = download_snapshot("some/model", list(CONFIG_FILES), None)
+    assert (folder / "config.json").read_bytes() == CONFIG
+
+
+def test_a_download_that_was_killed_leaves_nothing_that_is_taken_for_whole(hub, tmp_path):
+    hub.kind = "a slow line"
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            download_snapshot("some/model", list(CONFIG_FILES), None)
+        os._exit(0)
+    limit = time.monotonic() + 60
+    while not any(file.stat().st_size for file in tmp_path.rglob("*.incomplete")):
+        assert time.monotonic() < limit
+        threading.Event().wait(0.005)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert not whole_files(tmp_path)
+    hub.kind = "works"
+    assert (download_snapshot("some/model", list(CONFIG_FILES), None) / "config.json").read_bytes() == CONFIG
+
+
+def test_two_downloads_at_once_leave_one_whole_file(hub, tmp_path):
+    hub.kind = "a slow line"
+    found: list[bytes] = []
+
+    def fetch() -> None:
+        found.append((download_snapshot("some/model", list(CONFIG_FILES), None) / "config.json").read_bytes())
+
+    threads = [threading.Thread(target=fetch) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == [CONFIG, CONFIG]
+
+
+@pytest.mark.parametrize("call", range(0, 24, 3))
+def test_a_disk_that_is_full_while_a_file_arrives_is_one_message(hub, call: int, tmp_path):
+    hub.kind = "works"
+    (tmp_path / "hub").mkdir()
+    with failing_files(tmp_path / "hub", "ENOSPC", call) as state:
+        message = "No space left"
+        try:
+            download_snapshot("some/model", list(CONFIG_FILES), None)
+        except QuestError as error:
+            message = str(error)
+    assert "No space left" in message
+    assert len(message.splitlines()) == 1
+    assert state.calls
+    assert whole_files(tmp_path) in ([], [CONFIG])
     folder = download_snapshot("some/model", list(CONFIG_FILES), None)
     assert (folder / "config.json").read_bytes() == CONFIG
