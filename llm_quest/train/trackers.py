@@ -38,6 +38,11 @@ def import_tracker(module: str, name: str) -> Any:
         ) from error
 
 
+def tracked_run_id(folder: Path) -> str:
+    """The same for a run that is resumed, another for a folder of that name elsewhere."""
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+
+
 class TensorBoard:
     """Scalars in the run's folder `tensorboard`."""
 
@@ -62,9 +67,8 @@ class WandB:
         self.module = import_tracker("wandb", "wandb")
 
     def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
-        own_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         self.run = self.module.init(
-            project=None if "WANDB_PROJECT" in os.environ else PROJECT, name=folder.name, id=own_id,
+            project=None if "WANDB_PROJECT" in os.environ else PROJECT, name=folder.name, id=tracked_run_id(folder),
             dir=str(folder), config=dict(config), resume="allow",
         )  # fmt: skip
 
@@ -76,13 +80,15 @@ class WandB:
 
 
 class Trackio:
-    """A run of Trackio, which keeps its numbers on this machine."""
+    """A run of Trackio, which keeps its numbers on this machine. Runs of one name are one run there, so that the name
+    has a part of the id."""
 
     def __init__(self) -> None:
         self.module = import_tracker("trackio", "trackio")
 
     def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
-        self.module.init(project=PROJECT, name=folder.name, config=dict(config), resume="allow")
+        name = f"{folder.name}-{tracked_run_id(folder)[:8]}"
+        self.module.init(project=PROJECT, name=name, config=dict(config), resume="allow")
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         self.module.log(dict(numbers), step=step)
@@ -107,7 +113,7 @@ class TrackedLogger:
         self._each(lambda tracker: tracker.start(self.folder, self.config, step))
 
     def log_metrics(self, row: Mapping[str, Any]) -> None:
-        numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
         self._each(lambda tracker: tracker.log(numbers, row["step"]))
         self.inner.log_metrics(row)
 

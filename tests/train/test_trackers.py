@@ -56,8 +56,23 @@ def test_a_tracker_gets_every_number_of_every_row(name: str, tmp_path: Path, mon
     assert list(recorder.rows) == [1, 2, 3]
     assert {"loss", "grad_norm", "learning_rate", "tokens_per_second"} <= recorder.rows[3].keys()
     assert recorder.options["config"] == {"seed": 0}
-    assert (recorder.options["name"], recorder.options["resume"]) == (tmp_path.name, "allow")
+    assert "step" not in recorder.rows[3], "Trackio keeps this name for itself, and renames ours with a warning"
+    assert recorder.options["resume"] == "allow"
+    assert recorder.options["name"].startswith(tmp_path.name)
     assert recorder.finished
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_runs_of_one_name_in_two_places_are_two_runs_and_a_resumed_run_is_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Trackio knows a run by its name alone, W&B by its id."""
+    recorder, seen = Recorder(name), []
+    monkeypatch.setitem(sys.modules, name, recorder)
+    for folder in (tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "a" / "run"):
+        TrackedLogger(NullLogger(), [name], folder, {}).start(0, 1)
+        seen.append((recorder.options["name"], recorder.options.get("id")))
+    assert seen[0] == seen[2] != seen[1]
 
 
 def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
