@@ -1,5 +1,5 @@
 """The package's contracts: Protocols whose docstrings state their laws, and the small carriers `Loss`, `ModelSpec`,
-`DataShard` and `Preset`.
+`ParameterScale`, `DataShard` and `Preset`.
 
 Words: *family* (a file of models/), *layer* (knows no family), *mixer* (a layer that moves information between
 positions), *scope* (what a pass may see), *cache* (what mixers keep between passes), *technique* (an edit of a finished
@@ -43,6 +43,20 @@ class ModelSpec:
     family: str
     config: Any
     techniques: tuple[Technique, ...] = ()
+
+
+@dataclass(frozen=True)
+class ParameterScale:
+    """What a parametrization makes of one parameter (`models/parametrization.py`). init: of its first values (of 1 + w
+    for a norm centred at 0). lr, weight_decay, eps: of AdamW's. muon: of Muon's update, for each of the matrices
+    stacked in it."""
+
+    role: str
+    init: float = 1.0
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    eps: float = 1.0
+    muon: tuple[float, ...] = (1.0,)
 
 
 @dataclass(frozen=True)

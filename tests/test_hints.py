@@ -34,7 +34,9 @@ PRINTED_FOR = {
 }
 """Files whose messages are printed for every one of these recipes: all of them take what is recommended."""
 OPTIONS_OF_FILES = {
-    "cost": "plan", "experiments": "ablate", "recipes/held_out.py": "eval", "serve": "serve",
+    "cost": "plan", "experiments": "ablate", "experiments/ladder_forecast.py": "plan",
+    **{f"experiments/{name}.py": "ladder" for name in ("ladder", "rungs", "scaling_law")},
+    "recipes/held_out.py": "eval", "serve": "serve",
     **{f"hub/gguf_{name}.py": "export" for name in ("adapter", "config", "export")},
     "files.py": "export", "hub/wllama.py": "export",
 }  # fmt: skip

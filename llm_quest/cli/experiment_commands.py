@@ -1,4 +1,4 @@
-"""`quest ablate` and `quest ledger`."""
+"""`quest ablate`, `quest ladder` and `quest ledger`."""
 
 from __future__ import annotations
 
@@ -65,6 +65,43 @@ def ablate(
             first_seed, question, jobs or usable_cores(),
         )  # fmt: skip
         found = commands.run_ablation(recipe, pairs or [], options, out=out, log=status_printer(quiet))
+    print_result(found, json)
+
+
+def ladder(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="The recipe of the model to predict.")] = "",
+    pairs: Overrides = None,
+    rungs: Annotated[int, typer.Option(help="Smaller sizes, at least 4.")] = 5,
+    smallest: Annotated[str, typer.Option(help="Parameters of the smallest, such as 50k; a 64th of the model's.")] = "",
+    largest: Annotated[str, typer.Option(help="Parameters of the largest; a 4th of the model's.")] = "",
+    tokens_per_parameter: Annotated[
+        str, typer.Option(help="Tokens for each parameter; several (5,10,20) fit L(N, D). The recipe's own.")
+    ] = "",
+    seeds: Annotated[int, typer.Option(min=1, max=20, help="Runs of each size.")] = 2,
+    rates: Annotated[int, typer.Option(min=1, max=9, help="Learning rates tried on the smallest size; 1: none.")] = 3,
+    parametrization: Annotated[
+        str, typer.Option(help="What carries the rate to larger sizes: standard, mup, completep.")
+    ] = "completep",
+    run: Annotated[int, typer.Option(min=0, max=20, help="Then train the model itself, with so many seeds.")] = 0,
+    jobs: Annotated[int, typer.Option(min=0, help="Runs side by side; 0: one per core.")] = 0,
+    out: Annotated[Path, typer.Option(help="The folder of ladders, runs and the ledger.")] = Path("ladders"),
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    offline: OfflineOption = False,
+) -> None:
+    """Predict the loss of a recipe's model from smaller models of its family: each is trained on the same number of
+    tokens per parameter, a scaling law is fitted, and the prediction is written down before the model is trained. The
+    same command again goes on after an interruption."""
+    set_environment(1, offline)
+    with show_progress(quiet):
+        from llm_quest.cli import ladder as commands
+        from llm_quest.machine.hardware import usable_cores
+
+        options = commands.LadderOptions(
+            rungs, commands.parse_size(smallest, "--smallest"), commands.parse_size(largest, "--largest"),
+            commands.parse_ratios(tokens_per_parameter), seeds, rates, parametrization, run, jobs or usable_cores(),
+        )  # fmt: skip
+        found = commands.run_ladder(recipe, pairs or [], options, out=out, log=status_printer(quiet))
     print_result(found, json)
 
 

@@ -24,6 +24,8 @@ VERDICT_COLUMNS = (
 )  # fmt: skip
 CLAIM_KEYS = ("experiment", "time", "recipe", "budget", "command")
 FORMATS = ("csv", *TRACKERS)
+SENTENCES = ("prediction", "outcome")
+"""Kinds of rows of a ladder, which say what they found."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,9 @@ def list_experiments(file: Path, log: LogFn) -> LedgerView:
         shown.append((name, f"{claim.get('time', '')[:10]}  {asked}"))
         verdicts = latest_verdicts(own)
         shown += [("", describe_verdict(verdict)[0]) for verdict in verdicts]
-        shown += [] if verdicts else [("", "not decided: the same command goes on")]
-    kept = [row for row in rows if row["kind"] in ("claim", "verdict")]
+        told = [("", row["sentence"]) for row in own if row["kind"] in SENTENCES]
+        shown += told or ([] if verdicts else [("", "not decided: the same command goes on")])
+    kept = [row for row in rows if row["kind"] in ("claim", "verdict", *SENTENCES)]
     return LedgerView(tuple(kept), tuple(align_columns(shown)))
 
 
@@ -80,6 +83,7 @@ def show_experiment(file: Path, name: str, log: LogFn) -> LedgerView:
         claim.get("question") or matching[0],
         *align_columns([(key, str(claim.get(key, ""))) for key in CLAIM_KEYS]),
         *(line for verdict in latest_verdicts(own) for line in describe_verdict(verdict)),
+        *(row["sentence"] for row in own if row["kind"] in SENTENCES),
         *align_columns([run_line(row) for row in runs]),
         *(f"started and not ended: {row['arm']}, seed {row['seed']}" for row in own
           if row["kind"] == "started" and row["run"] not in ended),

@@ -54,6 +54,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "push": model_commands.push,
     "consolidate": model_commands.consolidate,
     "ablate": experiment_commands.ablate,
+    "ladder": experiment_commands.ladder,
     "report": train_commands.report,
     "book": paper_commands.book,
     "learn": paper_commands.learn,
@@ -62,7 +63,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": train_commands.doctor,
     "data": train_commands.data,
 }
-ABOUT_A_RECIPE = ("train", "plan", "ablate")
+ABOUT_A_RECIPE = ("train", "plan", "ablate", "ladder")
 
 for name, command in COMMANDS.items():
     app.command(name, cls=train_commands.RecipeCommand if name in ABOUT_A_RECIPE else None)(command)

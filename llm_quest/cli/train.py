@@ -6,7 +6,7 @@ import datetime
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +111,18 @@ def write_plan_and_report(folder: Path, training_plan: Plan | None, log: LogFn) 
         log(f"report: {write_report([folder])}")
 
 
-def estimate_cost(recipe: str, overrides: Sequence[str], *, measure: bool, log: LogFn) -> Plan:
-    """What a recipe would cost on this machine. Nothing is left on disk."""
+def estimate_cost(
+    recipe: str, overrides: Sequence[str], *, measure: bool, log: LogFn, ladder: Path | None = None
+) -> Plan:
+    """What a recipe would cost on this machine, with the loss that a ladder predicts. Nothing is left on disk."""
     from llm_quest.recipes.planning import plan_recipe
 
     found, config, settings = load_recipe(recipe, overrides)
     with tempfile.TemporaryDirectory() as folder:
-        return plan_recipe(found, config, settings, Path(folder), measure=measure, log=log)
+        if ladder is None:
+            return plan_recipe(found, config, settings, Path(folder), measure=measure, log=log)
+        from llm_quest.experiments.ladder_forecast import forecast_loss
+
+        loss = forecast_loss(ladder, recipe, overrides)
+        cost = plan_recipe(found, config, settings, Path(folder), measure=measure, log=log)
+        return replace(cost, details={**cost.details, "predicted_loss": loss})

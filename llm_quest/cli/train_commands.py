@@ -104,6 +104,7 @@ def plan(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE|RUN")],
     pairs: Overrides = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time three real steps.")] = True,
+    ladder: Annotated[Path | None, typer.Option(help="A ladder's result.json: predict the loss too.")] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
     threads: ThreadsOption = 0,
@@ -114,7 +115,7 @@ def plan(
     with show_progress(quiet):
         from llm_quest.cli.train import estimate_cost
 
-        found = estimate_cost(recipe, pairs or [], measure=measure, log=status_printer(quiet))
+        found = estimate_cost(recipe, pairs or [], measure=measure, log=status_printer(quiet), ladder=ladder)
     print_result(found, json)
 
 

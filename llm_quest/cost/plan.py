@@ -157,6 +157,9 @@ class Plan:
             ("a step", f"{self.step_seconds:.3g} s, {speed} ({self.how})"),
             ("the run", format_duration(self.seconds)),
         ]
+        if loss := self.details.get("predicted_loss"):
+            words = "{loss:.3f} ({low:.3f} to {high:.3f}), by {ladder}".format(**loss)
+            facts.append((f"predicted {loss['metric']}", words))
         return align_columns(facts) + [f"warning: {warning}" for warning in self.warnings]
 
 

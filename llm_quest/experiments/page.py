@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,35 @@ Table = list[tuple[str, ...]]
 
 def write_page(result: Mapping[str, Any], root: Path, file: Path) -> None:
     """Write the page. root: the folder of the runs."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        result=result,
-        verdicts=[describe_verdict(verdict) for verdict in result["verdicts"]],
-        pictures=[(heading, Markup(svg), wide) for heading, svg, wide in draw_plots(result, root) if svg],
+    claim = result["claim"]
+    text = render_page(
+        title=result["question"] or result["experiment"],
+        subtitle=f"{result['experiment']} · {claim['metric']}, delta {claim['delta']}, at most {claim['cap']} pairs · "
+        f"equal {result['budget']}",
+        heading="Verdicts",
+        cards=[describe_verdict(verdict) for verdict in result["verdicts"]],
+        notes=result["notes"],
+        second="Pairs",
+        pictures=draw_plots(result, root),
         tables=[
             ("Arms", arms_table(result)),
             ("Learning rates", rates_table(result)),
             ("Settings", settings_table(result)),
         ],
+        command=result["command"],
     )
     atomic_write_text(file, text)
+
+
+def render_page(*, pictures: Iterable[tuple[str, str, bool]], **content: Any) -> str:
+    """The page from its template. pictures: (heading, svg, whether it takes the whole width)."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    drawn = [(heading, Markup(svg), wide) for heading, svg, wide in pictures if svg]
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(pictures=drawn, **content)
 
 
 def draw_plots(result: Mapping[str, Any], root: Path) -> Iterator[tuple[str, str, bool]]:

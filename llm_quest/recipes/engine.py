@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llm_quest.contracts import Callback, LogFn
+from llm_quest.contracts import Callback, LogFn, ParameterScale
 from llm_quest.errors import BusyError, DataError, MissingError, QuestError, ResourceError, UsageError
 from llm_quest.files import atomic_write_json, atomic_write_text
 from llm_quest.hub.load_save import write_model_json
@@ -33,7 +33,7 @@ from llm_quest.techniques.score_head import read_length
 from llm_quest.train.arguments import TrainingArguments, TrainResult
 from llm_quest.train.checkpoint import SHARDS_DIR, list_checkpoints
 from llm_quest.train.loop import train
-from llm_quest.train.optimizers import OPTIMIZERS, LRSchedule, make_lr_schedule
+from llm_quest.train.optimizers import NO_SCALES, OPTIMIZERS, LRSchedule, make_lr_schedule
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.state import derive_seed
@@ -81,7 +81,7 @@ def run_job(job: Job, context: Context, callbacks: Sequence[Callback] = ()) -> R
     with phase("evaluating before the first step"):
         before = job.before() if parallel.broadcast(starts_anew(context)) else {}
     parallel.parallelize(job.objective, list(job.model.blocks if job.blocks is None else job.blocks))
-    optimizer = build_optimizer(config, job.model, job.adamw_parameters)
+    optimizer = build_optimizer(config, job.model, job.adamw_parameters, job.parameter_scales)
     logger = make_display(job, folder, parallel, context.quiet)
     with open_run_dir(job, context) as run:
         if parallel.is_main_process:
@@ -262,15 +262,19 @@ def open_run_dir(job: Job, context: Context) -> RunDir:
 
 
 def build_optimizer(
-    config: RunConfig, model: Any, adamw_parameters: Sequence[str] = ("embed.", "head.")
+    config: RunConfig,
+    model: Any,
+    adamw_parameters: Sequence[str] = ("embed.", "head."),
+    scales: Mapping[str, ParameterScale] = NO_SCALES,
 ) -> torch.optim.Optimizer:
     """AdamW or Muon over what is trained; Muon gets the rows that are matrices of their own and the names of AdamW's
-    parameters."""
+    parameters. scales: of a parametrization."""
     common: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": config.adam_betas,
         "eps": config.adam_epsilon,
         "weight_decay": config.weight_decay,
+        "scales": scales,
     }
     if config.optim == "muon":
         common |= {

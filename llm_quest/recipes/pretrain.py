@@ -8,13 +8,13 @@ The same command again resumes the run and ends with the bits of a run that was 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from llm_quest.contracts import Evaluator, LogFn
+from llm_quest.contracts import Evaluator, LogFn, ParameterScale
 from llm_quest.data.packing import PackedDocuments
 from llm_quest.data.tokens import open_token_folder
 from llm_quest.errors import UsageError
@@ -23,6 +23,8 @@ from llm_quest.eval.evaluators import LossEvaluator, TextSampler
 from llm_quest.hub.load_save import load, require_language_model
 from llm_quest.models.build import build_meta_model, count_parameters
 from llm_quest.models.decoder import Decoder, GenerationConfig
+from llm_quest.models.parametrization import PARAMETRIZATIONS, scale_first_values_, scale_parameters
+from llm_quest.models.resize import replace_sizes
 from llm_quest.objectives.next_token import AuxiliaryLoss
 from llm_quest.progress import phase
 from llm_quest.recipes.assembly import (
@@ -45,6 +47,7 @@ from llm_quest.recipes.auxiliary_losses import (
     number_token_terms,
     teacher_hash,
 )
+from llm_quest.recipes.config import Choice, StrictModel
 from llm_quest.recipes.config_schema import (
     ModelConfig,
     NonNegativeInt,
@@ -64,6 +67,30 @@ from llm_quest.train.state import derive_seed
 MAX_BASELINE_BYTES = 20_000_000
 
 
+class ParametrizationConfig(StrictModel):
+    """How first values and rates follow from the model's size, so that a rate tuned on a base holds for it
+    (`models/parametrization.py`)."""
+
+    name: Annotated[str, Choice(PARAMETRIZATIONS)] = Field(
+        default="standard", description="mup: the base's rate holds for a wider model; completep: a deeper one too"
+    )
+    base: dict[str, Any] = Field(
+        default_factory=dict,
+        description="config.json's fields of the base, where they differ from the model's: {hidden_size: 64, ...}",
+    )
+
+    @model_validator(mode="after")
+    def check_base(self) -> ParametrizationConfig:
+        if (self.name == "standard") == bool(self.base):
+            raise ValueError(
+                "base has no effect on the standard parametrization; name mup or completep"
+                if self.base
+                else f"{self.name} needs base: the sizes of the model whose learning rate was tuned, such as "
+                "{hidden_size: 64, num_attention_heads: 2}"
+            )
+        return self
+
+
 class PretrainConfig(TextBatchedConfig):
     """Text in, a language model out."""
 
@@ -76,6 +103,7 @@ class PretrainConfig(TextBatchedConfig):
         description="each module's first values follow from the seed and its name alone, so that models that differ in "
         "one part share those of all others",
     )
+    parametrization: ParametrizationConfig = ParametrizationConfig()
     router_aux_loss_coef: float | None = Field(
         default=None, ge=0, description="load-balancing loss of experts (Switch); null: the model's own"
     )
@@ -118,6 +146,12 @@ class PretrainConfig(TextBatchedConfig):
             return {**given, "tokenizer": {"load": model["load"]}}
         return given
 
+    @model_validator(mode="after")
+    def check_parametrization(self) -> PretrainConfig:
+        if self.parametrization.name != "standard" and self.model.load is not None:
+            raise ValueError("parametrization sets the first values of a new model, and model.load brings its own")
+        return self
+
     @property
     def auxiliary_losses(self) -> AuxiliaryLosses:
         """Coefficients of the losses besides the next token's."""
@@ -139,7 +173,9 @@ def build_pretrain(config: PretrainConfig, context: Context) -> Job:
     config = fit_sequence_length(config, context.settings, model.config.max_position_embeddings, log)
     rows = PackedDocuments(text.tokens.train, config.sequence_length)
     config = count_epochs(config, context.settings, rows.rows_per_epoch, log)
+    scales = parametrize(config.parametrization, model)
     callbacks = apply_techniques(config.all_techniques, model, log)
+    require_scaled(scales, model)
     flops = 6.0 * count_parameters(model) * config.batch_size * config.sequence_length * config.max_steps
     config = resolve_auto(config, context, flops / parallel.world_size)
     losses = config.auxiliary_losses.resolve(model)
@@ -163,6 +199,7 @@ def build_pretrain(config: PretrainConfig, context: Context) -> Job:
         baselines=lambda: baseline_bits_per_byte(text, log),
         with_baselines=config.eval_baselines,
         intervals=lambda model: document_intervals(evaluators, model),
+        parameter_scales=scales,
     )
 
 
@@ -187,6 +224,25 @@ def init_pretrain_model(config: PretrainConfig, settings: RawConfig, text: TextD
         pad_token_id=text.tokenizer.pad_token_id,
     )
     return model
+
+
+def parametrize(part: ParametrizationConfig, model: Decoder) -> dict[str, ParameterScale]:
+    """Scale the first values of a new model; what its optimizer is to scale."""
+    if part.name == "standard":
+        return {}
+    scales = scale_parameters(model, build_meta_model(replace_sizes(model.config, part.base)), part.name)
+    scale_first_values_(model, scales)
+    return scales
+
+
+def require_scaled(scales: Mapping[str, ParameterScale], model: Decoder) -> None:
+    """UsageError for parameters that a technique has added or renamed: the table says nothing of them."""
+    unknown = [name for name, one in model.named_parameters() if one.requires_grad and name not in scales]
+    if scales and unknown:
+        raise UsageError(
+            f"parametrization knows no rule for what a technique adds ({', '.join(unknown[:3])}): leave the technique "
+            "out, or set parametrization.name=standard"
+        )
 
 
 def build_evaluators(config: PretrainConfig, text: TextData, context: Context, micro_rows: int) -> Iterator[Evaluator]:
@@ -249,6 +305,9 @@ def check_pretrain(config: PretrainConfig, settings: RawConfig) -> PretrainConfi
     """The config with rows that fit. UsageError for rows longer than the model's context, and for coefficients of parts
     that it does not have."""
     numbers = resolve_model_config(config, settings)
+    if config.parametrization.base:
+        base = replace_sizes(numbers, config.parametrization.base)
+        scale_parameters(build_meta_model(numbers), build_meta_model(base), config.parametrization.name)
     config = fit_sequence_length(config, settings, numbers.max_position_embeddings)
     added = any(one["name"] == "multi_token" for one in config.techniques)
     losses = replace(config.auxiliary_losses, mtp_loss_weight=None) if added else config.auxiliary_losses

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from llm_quest.contracts import Callback, Evaluator, Loader, LogFn, MetricsCallback
+from llm_quest.contracts import Callback, Evaluator, Loader, LogFn, MetricsCallback, ParameterScale
 from llm_quest.errors import UsageError
 from llm_quest.recipes import RECIPES
 from llm_quest.recipes.config import config_error, did_you_mean, load_raw_config, parse_config
@@ -112,7 +112,8 @@ class Job:
     the first step (a reference), while it is whole, before it is sharded; what it returns is called with the run
     folder once that is open. before: measures the model that a new run begins with, by name. finish: after the loop.
     baselines: what other methods reach on the held-out data; with_baselines: whether a run that has finished asks.
-    intervals: name -> 95 % confidence interval of a held-out number."""
+    intervals: name -> 95 % confidence interval of a held-out number. parameter_scales: of a parametrization, for the
+    optimizer."""
 
     config: RunConfig
     objective: nn.Module
@@ -135,6 +136,7 @@ class Job:
     baselines: Callable[[], Mapping[str, float]] = dict
     with_baselines: bool = True
     intervals: Callable[[Any], Mapping[str, tuple[float, float]]] = lambda model: {}
+    parameter_scales: Mapping[str, ParameterScale] = field(default_factory=dict)
 
     @property
     def model(self) -> Any:

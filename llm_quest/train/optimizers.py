@@ -27,10 +27,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Optimizer
 
+from llm_quest.contracts import ParameterScale
 from llm_quest.errors import UsageError
 from llm_quest.train.newton_schulz import orthogonalize
 
 RowSplits = Mapping[str, Sequence[int]]
+Scales = Mapping[str, ParameterScale]
+NO_SCALES: Scales = {}
 
 
 def make_adamw(
@@ -40,9 +43,12 @@ def make_adamw(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     weight_decay: float = 0.1,
+    scales: Scales = NO_SCALES,
 ) -> Optimizer:
-    """AdamW, fused. Weight decay applies to matrices only, not to gains of norms and biases."""
-    return AdamW(parameter_groups(model, lr=lr, weight_decay=weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
+    """AdamW, fused. Weight decay applies to matrices only, not to gains of norms and biases. scales: of a
+    parametrization, by name; empty: every parameter has the same rate."""
+    groups = parameter_groups(model, lr=lr, weight_decay=weight_decay, eps=eps, scales=scales)
+    return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def make_muon(
@@ -57,6 +63,7 @@ def make_muon(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     weight_decay: float = 0.1,
+    scales: Scales = NO_SCALES,
 ) -> Optimizer:
     """Muon for the hidden matrices; AdamW for vectors and for the parameters whose names start with one of
     `adamw_prefixes`.
@@ -73,13 +80,16 @@ def make_muon(
     for name, p in trainable_parameters(model).items():
         matrix = (p.ndim == 2 or name in row_splits) and not name.startswith(tuple(adamw_prefixes))
         (hidden if matrix else rest)[name] = p
-    matrices = [
+    matrices: list[dict[str, Any]] = [
         {"params": [p], "rows": matrix_rows(name, p, row_splits), "weight_decay": weight_decay}
         for name, p in hidden.items()
     ]
+    for group, name in zip(matrices, hidden, strict=True):
+        if name in scales:
+            group["part_scales"] = list(scales[name].muon)
     return Muon(
         _set_initial_lr(matrices, lr),
-        weight_decay_groups(rest, lr=lr, weight_decay=weight_decay),
+        weight_decay_groups(rest, lr=lr, weight_decay=weight_decay, eps=eps, scales=scales),
         model=model, lr=lr, momentum=momentum, steps=newton_schulz_steps, betas=betas, eps=eps,
         form=form,
     )  # fmt: skip
@@ -133,8 +143,16 @@ class Muon(Optimizer):
         running = state["momentum"].lerp_(gradient, 1 - group["momentum"])
         ahead = gradient.lerp(running, group["momentum"])
         update = orthogonalize(gather_matrix(ahead), group["rows"], group["steps"], self.form)
+        if "part_scales" in group:
+            update = scale_parts(update, group["rows"], group["part_scales"])
         p.mul_(1 - group["lr"] * group["weight_decay"])
         p.add_(shard_like(update, p), alpha=-group["lr"])
+
+
+def scale_parts(update: Tensor, rows: Sequence[int], factors: Sequence[float]) -> Tensor:
+    """Each of the matrices stacked by these rows times its factor."""
+    each = torch.cat([update.new_full((size,), factor) for size, factor in zip(rows, factors, strict=True)])
+    return update * each[:, None]
 
 
 def gather_matrix(t: Tensor) -> Tensor:
@@ -159,21 +177,35 @@ def matrix_rows(name: str, p: Tensor, row_splits: RowSplits) -> list[int]:
     return rows
 
 
-def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, *, lr: float, weight_decay: float, eps: float = 1e-8, scales: Scales = NO_SCALES
+) -> list[dict[str, Any]]:
     """Groups with and without weight decay; every trainable parameter is in exactly one."""
-    listed = weight_decay_groups(trainable_parameters(model), lr=lr, weight_decay=weight_decay)
+    named = trainable_parameters(model)
+    listed = weight_decay_groups(named, lr=lr, weight_decay=weight_decay, eps=eps, scales=scales)
     assert_groups_cover(model, listed)
     return listed
 
 
-def weight_decay_groups(named: Mapping[str, nn.Parameter], *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def weight_decay_groups(
+    named: Mapping[str, nn.Parameter], *, lr: float, weight_decay: float, eps: float = 1e-8, scales: Scales = NO_SCALES
+) -> list[dict[str, Any]]:
     """One group with and one without weight decay, as far as there are such parameters. Under FSDP2 each is two: the
-    fused update takes sharded tensors or whole ones."""
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for p in named.values():
-        groups.setdefault((weight_decay if p.ndim >= 2 else 0.0, isinstance(p, DTensor)), []).append(p)
-    ordered = sorted(groups.items(), key=lambda item: item[0], reverse=True)
-    return _set_initial_lr([{"params": params, "weight_decay": decay} for (decay, _), params in ordered], lr)
+    fused update takes sharded tensors or whole ones. With `scales`, one for each that parameters share, with its own
+    rate, decay and epsilon."""
+    groups: dict[tuple[float, bool, float, float], list[nn.Parameter]] = {}
+    for name, p in named.items():
+        scale = scales.get(name, UNSCALED)
+        decay = weight_decay * scale.weight_decay if p.ndim >= 2 else 0.0
+        groups.setdefault((decay, isinstance(p, DTensor), scale.lr, scale.eps), []).append(p)
+    listed = []
+    for (decay, _, rate, epsilon), params in sorted(groups.items(), key=lambda item: item[0], reverse=True):
+        group = {"params": params, "weight_decay": decay} | ({"eps": eps * epsilon} if scales else {})
+        listed += _set_initial_lr([group], lr * rate)
+    return listed
+
+
+UNSCALED = ParameterScale("")
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

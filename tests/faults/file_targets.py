@@ -36,6 +36,7 @@ from llm_quest.data.template_program import RenderJob, TemplateProgram, Template
 from llm_quest.data.template_sandbox import render_job
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import open_token_folder, prepare_token_folder
+from llm_quest.experiments.ladder_forecast import read_ladder
 from llm_quest.experiments.ledger import read_rows
 from llm_quest.experiments.measurements import read_record
 from llm_quest.experiments.page import read_losses
@@ -289,6 +290,10 @@ def text_of(file: Path) -> str:
     return file.read_text(encoding="utf-8", errors="replace")
 
 
+LADDER_RESULT = {
+    "experiment": "ladder-1", "recipe": "pretrain", "settings": ["max_steps=3"],
+    "rungs": [{"multiplying": n, "tokens": 10 * n, "losses": [3.0]} for n in (1000, 2000, 4000, 8000)],
+}  # fmt: skip
 FILE_TARGETS: tuple[Target, ...] = (
     Target("model.json", beside("run", lambda folder: inspect_folder(folder).lines()), json_of("run", "model.json")),
     Target("state.json", beside("run", lambda folder: load_checkpoint(folder / STEP), STEP),
@@ -341,6 +346,7 @@ FILE_TARGETS: tuple[Target, ...] = (
     Target("judge's reply", read_reply, lambda: [JUDGE_REPLY], file="reply.json"),
     Target("ledger.jsonl", lambda file: read_rows(file, lambda text: None),
            lambda: [[{"kind": "plan", "experiment": "e", "id": "1", "parent": ""}]], as_lines=True),
+    Target("ladder's result.json", read_ladder, lambda: [LADDER_RESULT], file="result.json"),
     Target("record.json", lambda file: read_record(file.parent), lambda: [{"status": "finished", "metrics": {}}]),
     Target("losses of a run", read_losses, lambda: [[{"step": 1, "loss": 2.5}, {"step": 2, "loss": None}]],
            as_lines=True, file="metrics.jsonl"),

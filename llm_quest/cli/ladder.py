@@ -1,0 +1,130 @@
+"""`quest ladder`: smaller models of a recipe, a law through their losses, and the loss of the recipe's own model before
+it is trained."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from llm_quest.contracts import LogFn
+from llm_quest.errors import BusyError, UsageError
+from llm_quest.experiments.arms import default_pairs, refuse_own_keys
+from llm_quest.experiments.code_tree import own_code
+from llm_quest.experiments.ladder import Ladder, LadderPlan, describe_outcome, describe_prediction
+from llm_quest.experiments.ladder_page import write_ladder_page
+from llm_quest.experiments.ledger import Ledger
+from llm_quest.experiments.rungs import make_rungs
+from llm_quest.experiments.worker_pool import WorkerPool
+from llm_quest.files import atomic_write_json
+from llm_quest.formatting import align_columns
+from llm_quest.models.parametrization import PARAMETRIZATIONS
+from llm_quest.recipes.recipe import load_recipe
+
+
+@dataclass(frozen=True)
+class LadderOptions:
+    """What the command line gives. smallest, largest: parameters, 0 for a 64th and a 4th of the model's."""
+
+    rungs: int = 5
+    smallest: float = 0.0
+    largest: float = 0.0
+    ratios: tuple[float, ...] = ()
+    seeds: int = 2
+    rates: int = 3
+    kind: str = "completep"
+    run: int = 0
+    jobs: int = 1
+
+
+@dataclass(frozen=True)
+class LadderReport:
+    """The result of a ladder and where its files are."""
+
+    result: Mapping[str, Any]
+    folder: Path
+    ledger: Path
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self.result, "folder": str(self.folder), "ledger": str(self.ledger)}
+
+    def lines(self) -> list[str]:
+        """The table, the law, the prediction, and how far it was."""
+        head = ("size", "parameters", "tokens", "FLOPs", "loss", "from the others")
+        rows = [
+            (rung["name"], f"{rung['parameters']:,}", f"{rung['tokens']:,}", f"{rung['flops']:.2e}",
+             " ".join(f"{loss:.4f}" for loss in rung["losses"]),
+             "{loss:.4f} ({low:.4f} to {high:.4f})".format(**rung["predicted_by_others"]))
+            for rung in self.result["rungs"]
+        ]  # fmt: skip
+        found = [*align_columns([head, *rows]), f"law: {self.result['law']['formula']}"]
+        found.append(describe_prediction(self.result))
+        if self.result["measured"]:
+            target = self.result["target"]["name"]
+            found.append(describe_outcome(target, self.result["prediction"], self.result["measured"]))
+        found += [f"note: {text}" for text in self.result["notes"]]
+        return [*found, f"page: {self.folder / 'report.html'}", f"ledger: {self.ledger}"]
+
+
+def run_ladder(recipe: str, pairs: Sequence[str], options: LadderOptions, *, out: Path, log: LogFn) -> LadderReport:
+    """Run a ladder below the folder `out`, or go on with it."""
+    plan = make_ladder_plan(recipe, pairs, options)
+    folder, ledger = out / plan.experiment, Ledger(out / "ledger.jsonl", log)
+    folder.mkdir(parents=True, exist_ok=True)
+    flops = sum(rung.flops for rung in plan.rungs) * plan.seeds
+    log(
+        f"ladder {plan.experiment}: {len(plan.rungs)} sizes x {plan.seeds} seeds, {flops:.2e} FLOPs; the model itself "
+        f"has {plan.target.parameters:,} parameters and costs {plan.target.flops:.2e}"
+    )
+    try:
+        with FileLock(folder / "experiment.lock", timeout=0), WorkerPool(options.jobs) as pool:
+            result = Ladder(plan, out, pool, ledger, log).run()
+            atomic_write_json(folder / "result.json", result)
+            write_ladder_page(result, folder / "report.html")
+    except Timeout:
+        raise BusyError(f"{folder} is in use: the same ladder is running; wait, or read its ledger") from None
+    return LadderReport(result, folder, ledger.file)
+
+
+def make_ladder_plan(recipe: str, pairs: Sequence[str], options: LadderOptions) -> LadderPlan:
+    """The plan, with all that is wrong with the options said before anything runs."""
+    if options.kind not in PARAMETRIZATIONS:
+        raise UsageError(f"--parametrization {options.kind}: known are {', '.join(PARAMETRIZATIONS)}")
+    if not recipe:
+        raise UsageError("no recipe was given: quest ladder pretrain --rungs 5, for example")
+    if any(not ratio > 0 for ratio in options.ratios):
+        raise UsageError("--tokens-per-parameter: give numbers above 0, such as 5 or 5,10,20")
+    refuse_own_keys(pairs, allowed=("max_steps",))
+    base = [*default_pairs(recipe, pairs), *pairs]
+    config = load_recipe(recipe, base)[1]
+    rungs, target = make_rungs(
+        recipe, base, count=options.rungs, smallest=options.smallest, largest=options.largest, ratios=options.ratios,
+        kind=options.kind,
+    )  # fmt: skip
+    return LadderPlan(
+        recipe, tuple(base), tuple(rungs), target, options.kind, own_code(), config.learning_rate, options.seeds,
+        options.rates, options.run, shlex.join(["quest", *sys.argv[1:]]),
+    )  # fmt: skip
+
+
+def parse_ratios(given: str) -> tuple[float, ...]:
+    """`5,10,20` -> numbers; empty for none."""
+    try:
+        return tuple(float(one) for one in given.split(",") if one.strip())
+    except ValueError:
+        raise UsageError(f"--tokens-per-parameter {given}: expected numbers with commas, such as 5,10,20") from None
+
+
+def parse_size(given: str, option: str) -> float:
+    """`50k`, `1.5M`, `300000` -> parameters; empty: 0."""
+    units = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}
+    text = given.strip().lower()
+    try:
+        return float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text or 0)
+    except ValueError:
+        raise UsageError(f"{option} {given}: expected a number of parameters, such as 50k or 1.5M") from None

@@ -1,0 +1,221 @@
+"""A ladder from its claim to its outcome: `quest ladder`.
+
+    claim (ledger) ─► the rate, tuned on the smallest rung ─► all rungs, every seed ─► law and leave-one-out ─►
+    prediction (ledger, before the large run) ─► with --run the large run ─► how far it was (ledger)
+
+Nothing but finished runs is kept between the parts: the same command goes on after kill -9 and ends with the same
+result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_quest.contracts import LogFn
+from llm_quest.errors import GuardStop
+from llm_quest.experiments.code_tree import CodeTree
+from llm_quest.experiments.ledger import Ledger
+from llm_quest.experiments.measurements import TUNING_SEEDS, Measurements, Record, RunRequest, metric_value
+from llm_quest.experiments.rungs import Rung
+from llm_quest.experiments.scaling_law import (
+    LadderPoint,
+    Prediction,
+    fit_scaling_law,
+    leave_one_out,
+    noise_of,
+    numbers_of_form,
+    predict_loss,
+)
+from llm_quest.experiments.tuning import RateSearch, describe_search, first_grid, needs_extension
+from llm_quest.experiments.worker_pool import WorkerPool
+
+METRIC = "eval/loss"
+
+
+@dataclass(frozen=True)
+class LadderPlan:
+    """What a ladder is. rates: learning rates tried on the smallest rung (1: the recipe's own). run: how many large
+    runs are made after the prediction."""
+
+    recipe: str
+    pairs: tuple[str, ...]
+    rungs: tuple[Rung, ...]
+    target: Rung
+    kind: str
+    code: CodeTree
+    learning_rate: float
+    seeds: int = 2
+    rates: int = 3
+    run: int = 0
+    command: str = ""
+
+    def content(self) -> dict[str, Any]:
+        """What is fixed before the first run. `run` is not part of it: the large run may be made later."""
+        return {
+            "question": f"What loss does {self.target.name} reach, by {len(self.rungs)} smaller sizes?",
+            "recipe": self.recipe, "settings": list(self.pairs), "code": self.code.hash,
+            "parametrization": self.kind, "seeds": self.seeds, "rates": self.rates,
+            "rungs": [describe_rung(rung) for rung in self.rungs], "target": describe_rung(self.target),
+        }  # fmt: skip
+
+    @property
+    def experiment(self) -> str:
+        text = json.dumps(self.content(), sort_keys=True)
+        return f"ladder-{Path(self.recipe).stem}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def describe_rung(rung: Rung) -> dict[str, Any]:
+    """A rung as JSON can hold it."""
+    return {
+        "name": rung.name, "parameters": rung.parameters, "multiplying": rung.n, "tokens_per_parameter": rung.ratio,
+        "steps": rung.steps, "tokens": rung.tokens, "flops": rung.flops, "settings": list(rung.pairs),
+    }  # fmt: skip
+
+
+class Ladder:
+    """Runs a plan below the folder `root`."""
+
+    def __init__(self, plan: LadderPlan, root: Path, pool: WorkerPool, ledger: Ledger, log: LogFn):
+        self.plan, self.root, self.pool, self.ledger, self.log = plan, root, pool, ledger, log
+        self.folder = root / plan.experiment
+        self.rate = plan.learning_rate
+        self.search: RateSearch | None = None
+        self.notes: list[str] = []
+
+    def run(self) -> dict[str, Any]:
+        """The result, as JSON can hold it."""
+        self.ledger.append("claim", self.plan.experiment, {**self.plan.content(), "command": self.plan.command})
+        about = self.describe()
+        self.vocab_size = about["vocab_size"]
+        self.measurements = Measurements(
+            self.plan.recipe, self.root, self.pool, self.ledger, self.plan.experiment,
+            json.dumps(about["identity"], sort_keys=True),
+        )  # fmt: skip
+        self.tune()
+        losses = {rung.name: self.losses_of(rung, self.plan.seeds, "rung") for rung in self.plan.rungs}
+        points = [LadderPoint(rung.n, rung.tokens, tuple(losses[rung.name])) for rung in self.plan.rungs]
+        result = self.fit(points, losses)
+        sentence = describe_prediction(result)
+        self.log(sentence)
+        row = {"sentence": sentence, "prediction": result["prediction"], "law": result["law"]}
+        self.ledger.append("prediction", self.plan.experiment, {**row, "command": self.plan.command})
+        if self.plan.run:
+            result |= self.compare(result)
+        return result
+
+    def describe(self) -> dict[str, Any]:
+        """What the smallest rung begins with: the data's hash above all."""
+        request = {"do": "describe", "recipe": self.plan.recipe, "pairs": self.settings_of(self.plan.rungs[0])}
+        return self.pool.submit(self.plan.code, request).result()
+
+    def settings_of(self, rung: Rung) -> list[str]:
+        return [*self.plan.pairs, *rung.pairs, f"learning_rate={self.rate:g}"]
+
+    def request(self, rung: Rung, seed: int, role: str) -> RunRequest:
+        return RunRequest(rung.name, tuple(self.settings_of(rung)), seed, self.plan.code, role)
+
+    def value(self, record: Record, name: str, metric: str = METRIC) -> float | None:
+        return metric_value(record, metric, name, self.vocab_size)
+
+    def tune(self) -> None:
+        """The learning rate of the smallest rung, which the parametrization carries to the others."""
+        rung = self.plan.rungs[0]
+        if self.plan.rates < 2:
+            self.note(f"the learning rate is the recipe's, {self.rate:g}, and was not tuned on the smallest rung")
+            return
+        self.search = RateSearch()
+        wanted = first_grid(self.plan.learning_rate, self.plan.rates)
+        while wanted:
+            for rate in wanted:
+                self.rate = rate
+                request = self.request(rung, TUNING_SEEDS[0], "tune")
+                loss = self.value(self.measurements.measure([request], "tuning the smallest rung")[0], rung.name)
+                self.search.losses[rate] = float("inf") if loss is None else loss
+            wanted = [self.search.next_rate()] if needs_extension({rung.name: self.search}, self.plan.rates) else []
+        self.rate = self.search.choose()
+        self.log(describe_search(rung.name, self.search))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        self.log(text)
+
+    def losses_of(self, rung: Rung, seeds: int, role: str) -> list[float]:
+        """The losses of a size, and a line of the live table. GuardStop if a run diverged."""
+        requests = [self.request(rung, seed, role) for seed in range(1, seeds + 1)]
+        records = self.measurements.measure(requests, f"{rung.name} parameters")
+        losses = [self.value(record, rung.name) for record in records]
+        if None in losses:
+            raise GuardStop(
+                f"{rung.name} diverged at the learning rate {self.rate:g} of the smallest rung, so no law goes through "
+                "it: give a lower learning_rate with --rates 1, or --parametrization completep"
+            )
+        found = [loss for loss in losses if loss is not None]
+        shown = "  ".join(f"{loss:.4f}" for loss in found)
+        self.log(f"{rung.name:>10}  {rung.parameters:>10,} parameters  {rung.flops:.2e} FLOPs  loss {shown}")
+        return found
+
+    def fit(self, points: Sequence[LadderPoint], losses: Mapping[str, list[float]]) -> dict[str, Any]:
+        """Law, leave-one-out and prediction."""
+        law, form = fit_scaling_law(points), numbers_of_form(points)
+        target = self.plan.target
+        prediction = predict_loss(points, target.n, target.tokens, runs=max(1, self.plan.run), form=form)
+        left_out = leave_one_out(points)
+        covered = sum(one.covers(point.mean) for one, point in zip(left_out, points, strict=True))
+        if law.floor <= 0:
+            self.note("the law has no floor above 0: the sizes are too small to see one, and larger sizes may flatten")
+        sd, freedom = noise_of(points, law, form)
+        rungs = [
+            {**describe_rung(rung), "losses": losses[rung.name], "predicted_by_others": as_json(one),
+             "covered": one.covers(point.mean), "fitted": law.predict(rung.n, rung.tokens)}
+            for rung, point, one in zip(self.plan.rungs, points, left_out, strict=True)
+        ]  # fmt: skip
+        return {
+            **self.plan.content(), "experiment": self.plan.experiment, "command": self.plan.command,
+            "metric": METRIC, "learning_rate": self.rate, "law": {**asdict(law), "formula": law.formula},
+            "rates": {f"{rate:g}": loss for rate, loss in self.search.losses.items()} if self.search else {},
+            "run_sd": sd, "degrees_of_freedom": freedom, "rungs": rungs, "covered": covered,
+            "prediction": as_json(prediction), "measured": None, "notes": self.notes,
+        }  # fmt: skip
+
+    def compare(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Make the large runs, and say how far the prediction was."""
+        target = self.plan.target
+        losses = self.losses_of(target, self.plan.run, "target")
+        mean, prediction = statistics.fmean(losses), result["prediction"]
+        outcome = {
+            "losses": losses, "mean": mean, "error": prediction["loss"] - mean,
+            "relative_error": prediction["loss"] / mean - 1,
+            "covered": prediction["low"] <= mean <= prediction["high"],
+        }  # fmt: skip
+        sentence = describe_outcome(target.name, prediction, outcome)
+        self.log(sentence)
+        row = {"sentence": sentence, "measured": outcome, "command": self.plan.command}
+        self.ledger.append("outcome", self.plan.experiment, row)
+        return {"measured": outcome}
+
+
+def as_json(prediction: Prediction) -> dict[str, Any]:
+    return asdict(prediction)
+
+
+def describe_prediction(result: Mapping[str, Any]) -> str:
+    """The prediction in a sentence."""
+    found, target = result["prediction"], result["target"]
+    return (
+        f"{target['name']}: predicted {METRIC} {found['loss']:.4f} ({found['low']:.4f} to {found['high']:.4f}) after "
+        f"{target['tokens']:,} tokens; leave-one-out intervals hold {result['covered']} of {len(result['rungs'])} sizes"
+    )
+
+
+def describe_outcome(name: str, prediction: Mapping[str, Any], outcome: Mapping[str, Any]) -> str:
+    """How far the prediction was."""
+    inside = "inside" if outcome["covered"] else "outside"
+    return (
+        f"{name}: measured {outcome['mean']:.4f}, predicted {prediction['loss']:.4f}: {outcome['error']:+.4f} "
+        f"({outcome['relative_error']:+.1%}), {inside} the interval"
+    )

@@ -1,0 +1,190 @@
+"""`quest ladder`: the law finds what made the losses, its intervals hold, runs are kept, what cannot be is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_quest.cli.ladder import LadderOptions, make_ladder_plan, parse_ratios, parse_size
+from llm_quest.cli.ledger import list_experiments
+from llm_quest.cli.train import estimate_cost
+from llm_quest.errors import DataError, UsageError
+from llm_quest.experiments.ladder import Ladder, describe_rung
+from llm_quest.experiments.ladder_forecast import forecast_loss, read_ladder
+from llm_quest.experiments.ladder_page import write_ladder_page
+from llm_quest.experiments.ledger import Ledger, find_faults
+from llm_quest.experiments.rungs import pattern_period
+from llm_quest.experiments.scaling_law import LadderPoint, fit_scaling_law, leave_one_out, predict_loss
+from llm_quest.experiments.worker import handle_request
+from llm_quest.models.build import preset
+from tests.experiments.bench import write_text
+
+SIZES = (3e4, 6e4, 1.2e5, 2.5e5, 5e5)
+
+
+def law_of_n(n: float) -> float:
+    return 1.8 + 2.0 * (n / 1e5) ** -0.3
+
+
+def law_of_both(n: float, d: float) -> float:
+    return 1.8 + (n / 1e5) ** -0.3 + (d / 1e6) ** -0.4
+
+
+def simulate(rng: random.Random, sd: float, seeds: int = 3) -> list[LadderPoint]:
+    return [LadderPoint(n, 10 * n, tuple(law_of_n(n) + rng.gauss(0, sd) for _ in range(seeds))) for n in SIZES]
+
+
+def test_the_law_is_found_where_there_is_no_noise():
+    law = fit_scaling_law(simulate(random.Random(0), 0.0))
+    assert (law.floor, law.n_exponent) == (pytest.approx(1.8, abs=0.01), pytest.approx(0.3, abs=0.01))
+    assert law.predict(2e6, 2e7) == pytest.approx(law_of_n(2e6), abs=0.003)
+    both = [LadderPoint(n, r * n, (law_of_both(n, r * n),)) for n in SIZES for r in (5, 10, 20)]
+    law = fit_scaling_law(both)
+    assert (law.n_exponent, law.d_exponent) == (pytest.approx(0.3, abs=0.03), pytest.approx(0.4, abs=0.03))
+    assert law.predict(2e6, 2e7) == pytest.approx(law_of_both(2e6, 2e7), abs=0.01)
+
+
+def test_the_intervals_hold_what_comes():
+    """Simulated ladders: the size four times beyond the largest, and each size left out."""
+    rng, inside, left_out, worlds = random.Random(3), 0, [], 40
+    for seed in range(worlds):
+        points = simulate(rng, 0.01)
+        found = predict_loss(points, 2e6, 2e7, seed=seed)
+        inside += found.covers(law_of_n(2e6) + rng.gauss(0, 0.01))
+        assert abs(found.loss - law_of_n(2e6)) < 0.1
+        assert found.high - found.low < 0.4
+        if seed < 8:
+            left_out += [one.covers(p.mean) for one, p in zip(leave_one_out(points), points, strict=True)]
+    assert inside >= 0.9 * worlds
+    assert sum(left_out) >= 0.9 * len(left_out)
+
+
+def test_losses_that_make_no_law_are_refused():
+    flat = [LadderPoint(n, 10 * n, (2.0 + n / 1e7,)) for n in SIZES]
+    with pytest.raises(DataError, match="don't fall with the number of parameters"):
+        fit_scaling_law(flat)
+    cliff = [LadderPoint(n, 10 * n, (9.0 if n == SIZES[0] else 2.0,)) for n in SIZES]
+    with pytest.raises(DataError, match="does not converge"):
+        fit_scaling_law(cliff)
+
+
+def settings(text: Path) -> list[str]:
+    return [
+        f"data.source={text}", "data.separator='\\n\\n'", "tokenizer.vocab_size=300", "sequence_length=32",
+        "batch_size=2", "max_steps=60", "warmup_steps=3", "learning_rate=2e-2", "optim=adamw",
+        "model.config.hidden_size=32", "model.config.num_attention_heads=8", "model.config.num_key_value_heads=4",
+        "model.config.num_hidden_layers=1", "model.config.intermediate_size=64",
+    ]  # fmt: skip
+
+
+OPTIONS: dict[str, Any] = {
+    "rungs": 4, "smallest": 4e3, "largest": 13e3, "ratios": (1.0,), "seeds": 1, "rates": 1, "run": 1,
+}  # fmt: skip
+
+
+def plan_of(text: Path, *pairs: str, recipe: str = "pretrain", **options: Any) -> Any:
+    return make_ladder_plan(recipe, [*settings(text), *pairs], LadderOptions(**{**OPTIONS, **options}))
+
+
+class InProcess:
+    """A pool whose worker is this process: it answers requests as a worker does."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def submit(self, code: Any, request: dict[str, Any]) -> Future[dict[str, Any]]:
+        self.asked += [request["folder"]] if request["do"] == "run" else []
+        found: Future[dict[str, Any]] = Future()
+        found.set_result(handle_request(request))
+        return found
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def test_a_ladder_from_its_claim_to_its_outcome(text: Path, tmp_path: Path):
+    plan = plan_of(text)
+    pool, ledger, lines = InProcess(), Ledger(tmp_path / "ledger.jsonl"), list[str]()
+    result = Ladder(plan, tmp_path, pool, ledger, lines.append).run()  # type: ignore[arg-type]
+    assert len(pool.asked) == 5
+    losses = [rung["losses"][0] for rung in result["rungs"]]
+    assert losses[0] > losses[-1] > result["measured"]["mean"] - 0.1
+    assert result["measured"]["error"] == result["prediction"]["loss"] - result["measured"]["mean"]
+    kinds = [row["kind"] for row in ledger.rows() if row["kind"] not in ("started", "run")]
+    assert kinds == ["claim", "prediction", "outcome"]
+    order = [row["kind"] if row["kind"] != "started" else row["arm"] for row in ledger.rows()]
+    assert order.index("prediction") < order.index(plan.target.name), "the prediction is written before the run"
+    assert find_faults(ledger.rows()) == []
+    shown = list_experiments(tmp_path / "ledger.jsonl", lines.append).lines()
+    assert any("predicted eval/loss" in line for line in shown)
+    again = Ladder(plan, tmp_path, pool, ledger, lines.append).run()  # type: ignore[arg-type]
+    assert len(pool.asked) == 5, "finished runs are kept"
+    assert json.dumps(again) == json.dumps(result)
+    write_ladder_page(result, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<svg" in page
+    assert plan.rungs[0].name in page
+
+
+def test_rungs_keep_shape_and_tokens_and_carry_the_rate(text: Path):
+    plan = plan_of(text)
+    small, *larger = plan.rungs
+    assert not any(pair.startswith("parametrization") for pair in small.pairs)
+    for rung in (*larger, plan.target):
+        assert f"parametrization.base.hidden_size={small.config.hidden_size}" in rung.pairs
+        assert rung.tokens / rung.n == pytest.approx(1.0, rel=0.01)
+        assert rung.config.hidden_size == 4 * rung.config.num_attention_heads
+    assert pattern_period(preset("qwen3-next-tiny").config) == 4
+
+
+@pytest.mark.parametrize(
+    ("pairs", "options", "message"),
+    [
+        ((), {"rungs": 1}, "at least 4 sizes"),
+        ((), {"smallest": 5e4, "largest": 1e4}, "no ladder"),
+        ((), {"ratios": (0.21,)}, "can't be equal"),
+        ((), {"kind": "mean-field"}, "known are standard, mup, completep"),
+        (("model.config.num_attention_heads=2", "model.config.num_key_value_heads=1"), {}, "more and narrower"),
+        (("seed=3",), {}, "can't set seed"),
+    ],
+)
+def test_what_makes_no_ladder_is_said(text: Path, pairs: tuple[str, ...], options: dict[str, Any], message: str):
+    with pytest.raises(UsageError, match=message):
+        plan_of(text, *pairs, **options)
+
+
+def test_numbers_of_the_command_line():
+    assert (parse_size("50k", "--smallest"), parse_size("1.5M", "--smallest"), parse_size("", "")) == (5e4, 1.5e6, 0)
+    assert parse_ratios("5, 10") == (5.0, 10.0)
+    for given in (lambda: parse_size("many", "--smallest"), lambda: parse_ratios("5;10")):
+        with pytest.raises(UsageError, match="expected"):
+            given()
+    with pytest.raises(UsageError, match="of the kind sft"):
+        make_ladder_plan("sft", ["model.load=x", "data.source=y"], LadderOptions())
+
+
+def test_a_plan_shows_the_loss_that_a_ladder_predicts(text: Path, tmp_path: Path):
+    plan = plan_of(text)
+    rungs = [{**describe_rung(rung), "losses": [law_of_n(rung.n)]} for rung in plan.rungs]
+    ladder = {"experiment": "ladder-x", "recipe": "pretrain", "settings": list(plan.pairs), "rungs": rungs}
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(ladder))
+    steps = f"max_steps={plan.target.steps}"
+    found = estimate_cost("pretrain", [*settings(text), steps], measure=False, log=lambda line: None, ladder=file)
+    loss = found.as_json()["predicted_loss"]
+    assert loss["loss"] == pytest.approx(law_of_n(plan.target.n), abs=0.01)
+    assert f"predicted eval/loss  {loss['loss']:.3f}" in "\n".join(found.lines())
+    with pytest.raises(UsageError, match=f"set max_steps={plan.target.steps // 10}"):
+        forecast_loss(file, "pretrain", settings(text))
+    with pytest.raises(UsageError, match="another batch_size"):
+        forecast_loss(file, "pretrain", [*settings(text), steps, "batch_size=3"])
+    file.write_text(json.dumps(ladder | {"rungs": rungs[:2]}))
+    with pytest.raises(DataError, match="fewer than four sizes"):
+        read_ladder(file)
