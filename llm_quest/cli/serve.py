@@ -8,8 +8,10 @@ from pathlib import Path
 from llm_quest.cli.chat import load_text_model
 from llm_quest.cli.generation_options import read_advice
 from llm_quest.contracts import LogFn
-from llm_quest.errors import UsageError
+from llm_quest.errors import QuestError, UsageError
 from llm_quest.hub.load_adapter import load_adapter
+from llm_quest.hub.locate import resolve_checkpoint
+from llm_quest.hub.pooling import Pooling, read_pooling
 from llm_quest.serve.server import LoadedModel, ServeOptions, bind_socket, http_server, make_server, run_server
 
 
@@ -63,7 +65,16 @@ def load_model(name_or_path: str, device: str, dtype: str, log: LogFn) -> Loaded
     advice = read_advice(model.generation_config)
     if advice:
         log(f"generation_config.json advises {', '.join(f'{key} {value:g}' for key, value in advice.items())}")
-    return LoadedModel(model, tokenizer, advice)
+    return LoadedModel(model, tokenizer, advice, pooling=find_pooling(name_or_path, log))
+
+
+def find_pooling(name_or_path: str, log: LogFn) -> Pooling | None:
+    """How a folder's model makes embeddings; None, and a note, where that is not computed here."""
+    try:
+        return read_pooling(resolve_checkpoint(name_or_path))
+    except QuestError as error:
+        log(f"note: no embeddings: {error}")
+        return None
 
 
 def load_adapted(name_or_path: str, folder: str, parent: str, device: str, dtype: str, log: LogFn) -> LoadedModel:
@@ -72,4 +83,4 @@ def load_adapted(name_or_path: str, folder: str, parent: str, device: str, dtype
     load_adapter(model, folder)
     model.eval()
     log(f"{folder}: adapter of {name_or_path}")
-    return LoadedModel(model, tokenizer, read_advice(model.generation_config), parent)
+    return LoadedModel(model, tokenizer, read_advice(model.generation_config), parent, find_pooling(name_or_path, log))

@@ -21,6 +21,7 @@ from llm_quest import __version__
 from llm_quest.contracts import LogFn
 from llm_quest.errors import QuestError
 from llm_quest.serve.answers import AnswerWriter, Part, make_answer
+from llm_quest.serve.embeddings import EmbeddingsBody, answer_embeddings, read_inputs
 from llm_quest.serve.engine import QueueFull, ServingEngine
 from llm_quest.serve.errors import ApiError
 from llm_quest.serve.inside_routes import InsideViews
@@ -139,7 +140,16 @@ class QuestServer:
     # --- text
 
     async def embeddings(self, request: Request) -> Response:
-        raise ApiError(404, "the models of this server write text and make no embeddings", code="not_supported")
+        body = await self.read(request, EmbeddingsBody)
+        served = self.find_model(body.model)
+        texts = await run_in_threadpool(read_inputs, served, body)
+        if not self.engine.is_alive:
+            raise ApiError(503, "the engine has stopped", headers={"retry-after": "10"})
+        try:
+            async with asyncio.timeout(self.limits.request_seconds):
+                return JSONResponse(await answer_embeddings(served, body, texts, self.engine))
+        except TimeoutError:
+            raise ApiError(504, "the request took longer than this server allows", code="timeout") from None
 
     async def chat_completions(self, request: Request) -> Response:
         return await self.complete(request, await self.read(request, ChatBody))

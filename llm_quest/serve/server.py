@@ -17,6 +17,7 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.generation.generate import require_inference_mode
 from llm_quest.generation.stopping import end_token_ids
+from llm_quest.hub.pooling import Pooling
 from llm_quest.models.decoder import Decoder
 from llm_quest.serve.app import HttpLimits, QuestServer
 from llm_quest.serve.batch import BatchLimits, RunningBatch
@@ -36,12 +37,13 @@ SHUTDOWN_SECONDS = 5
 @dataclass(frozen=True)
 class LoadedModel:
     """A model to serve. defaults: how it is sampled where a request says nothing. parent: of an adapter, the name of
-    its base."""
+    its base. pooling: None: it makes no embeddings."""
 
     model: Decoder
     tokenizer: Tokenizer
     defaults: Mapping[str, Any] = field(default_factory=dict)
     parent: str | None = None
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,13 @@ def serve_model(name: str, loaded: LoadedModel, options: ServeOptions) -> Served
     require_inference_mode(model)
     batch = RunningBatch(model, options.batch_limits(model), ServerMetrics())
     return ServedModel(
-        name, loaded.tokenizer, batch, end_token_ids(model, loaded.tokenizer), loaded.defaults, loaded.parent
+        name,
+        loaded.tokenizer,
+        batch,
+        end_token_ids(model, loaded.tokenizer),
+        loaded.defaults,
+        loaded.parent,
+        loaded.pooling,
     )
 
 

@@ -14,6 +14,7 @@ from llm_quest.data.vocabulary import token_bytes
 from llm_quest.errors import UsageError
 from llm_quest.generation.sampling import SamplingParams
 from llm_quest.generation.stopping import StoppingCriteria
+from llm_quest.hub.pooling import Pooling
 from llm_quest.serve.batch import RunningBatch
 from llm_quest.serve.chat_prompts import ChatPrompts
 from llm_quest.serve.errors import ApiError
@@ -27,7 +28,8 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 @dataclass(eq=False)
 class ServedModel:
-    """A model under its name. defaults: temperature, top_p and their like, where a request says nothing."""
+    """A model under its name. defaults: temperature, top_p and their like, where a request says nothing. pooling: of a
+    model that makes embeddings."""
 
     name: str
     tokenizer: Tokenizer
@@ -35,6 +37,7 @@ class ServedModel:
     eos_token_ids: tuple[int, ...]
     defaults: Mapping[str, Any]
     parent: str | None = None
+    pooling: Pooling | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.hub.pooling import Pooling
 from llm_quest.models.build import build, preset
 from llm_quest.models.decoder import Decoder
 from llm_quest.serve.app import QuestServer
@@ -80,11 +81,11 @@ def parse_answer(raw: bytes) -> tuple[int, Any, dict[str, str]]:
 
 
 @contextmanager
-def local_server(**options: Any) -> Iterator[LocalServer]:
+def local_server(pooling: Pooling | None = None, **options: Any) -> Iterator[LocalServer]:
     """A server in this process, until the end of the block."""
     tokenizer = tiny_tokenizer()
     models = {
-        "tiny": LoadedModel(tiny_model(tokenizer), tokenizer),
+        "tiny": LoadedModel(tiny_model(tokenizer), tokenizer, pooling=pooling),
         "adapted": LoadedModel(tiny_adapter(tokenizer), tokenizer, parent="tiny"),
     }
     lines: list[str] = []

@@ -267,7 +267,7 @@ def test_tokens_of_a_text_and_back(local):
         ("POST", "/v1/chat/completions", {"messages": [{"role": "king", "content": ""}]}, {}, 400, "role"),
         ("POST", "/v1/chat/completions", {"messages": ASK, "tool_choice": "required"}, {}, 400, "tool"),
         ("POST", "/v1/chat/completions", {"messages": ASK, "tools": [{"type": "function"}]}, {}, 400, "no tools"),
-        ("POST", "/v1/embeddings", {"input": "a"}, {}, 404, "no embeddings"),
+        ("POST", "/v1/embeddings", {"input": "a"}, {}, 404, "makes no embeddings"),
         ("GET", "/health", None, {"Origin": "http://evil.example"}, 403, "Origin"),
         ("GET", "/health", None, {"Origin": "null"}, 403, "Origin"),
         ("GET", "/health", None, {"Host": "evil.example"}, 403, "Host"),
