@@ -10,6 +10,7 @@ import gc
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -55,6 +56,26 @@ def few_row_products() -> None:
     fixture of a whole module that trains sets it before the test begins.)"""
     linear.FEW_ROWS.clear()
     linear.FEW_ROWS.update(FEW_ROWS)
+
+
+RENDERED: dict[str, Any] = {}
+
+
+@pytest.fixture
+def render_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat template is rendered in a process of its own, a tenth of a second each time: here the same conversations
+    by the same template are rendered once. (For tests that are about what is done with the text.)"""
+    from llm_quest.data import template_sandbox
+
+    render = template_sandbox.run_batch
+
+    def run_once(settings: Any, jobs: Any) -> Any:
+        key = f"{settings} {jobs}"
+        if key not in RENDERED:
+            RENDERED[key] = render(settings, jobs)
+        return RENDERED[key]
+
+    monkeypatch.setattr(template_sandbox, "run_batch", run_once)
 
 
 @pytest.fixture

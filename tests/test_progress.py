@@ -6,8 +6,8 @@ import fcntl
 import os
 import pty
 import re
+import select
 import struct
-import subprocess
 import sys
 import termios
 import time
@@ -29,6 +29,7 @@ from llm_quest.progress import (
     wants_colour,
 )
 from llm_quest.recipes.engine import make_logger
+from tests.recipes.two import processes
 from tests.train.small import go
 
 ROOT = Path(__file__).parents[1]
@@ -131,14 +132,26 @@ def test_silence_is_broken_ever_more_rarely_and_by_nothing_else(capsys, monkeypa
     assert all(re.fullmatch(r"\.\.\. fitting, \d s", line) for line in lines)
 
 
+def run_on_a_terminal(code: str, terminal: str, env: dict[str, str]) -> None:
+    """In a process that was forked from one with torch in it: the program, with the terminal as its three streams."""
+    os.environ.clear()
+    os.environ.update({"TERM": "xterm-256color", **env})
+    stream = os.open(terminal, os.O_RDWR)
+    for number in range(3):
+        os.dup2(stream, number)
+    sys.stdin, sys.stdout, sys.stderr = (open(number, mode) for number, mode in enumerate("rww"))  # noqa: SIM115
+    exec(compile(code, "program", "exec"), {"__name__": "__main__"})
+    sys.stdout.flush()
+
+
 def on_a_terminal(code: str, width: int, **env: str) -> str:
     """What a program writes to a terminal of so many columns."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
-    started = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=follower, stdout=follower, stderr=follower, cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "PATH": os.environ["PATH"], **env},
-    )  # fmt: skip
+    began = processes.Process(target=run_on_a_terminal, args=(code, os.ttyname(follower), env))
+    began.start()
+    while not select.select([leader], [], [], 0.05)[0] and began.is_alive():
+        pass  # until it has opened its end
     os.close(follower)
     seen = b""
     while True:
@@ -150,7 +163,8 @@ def on_a_terminal(code: str, width: int, **env: str) -> str:
             break
         seen += piece
     os.close(leader)
-    assert started.wait(30) == 0, seen.decode()
+    began.join(30)
+    assert began.exitcode == 0, seen.decode()
     return seen.decode()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 import json
 import os
 import signal
@@ -83,8 +84,9 @@ def run_quest(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.chdir(place)
     monkeypatch.setenv("LLM_QUEST_CACHE", str(place / "cache"))
 
-    def walk(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def walk(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         monkeypatch.setattr(sys, "argv", ["quest", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         capsys.readouterr()
         code = run_with_exit_code(lambda: app(prog_name="quest"))
         said = capsys.readouterr()
@@ -151,8 +153,8 @@ def test_a_run_generates_exports_and_is_loaded_again(run_quest: RunQuest) -> Non
     assert "Traceback" not in from_export.stderr
 
 
-def test_a_conversation_without_a_template_says_so(place: Path) -> None:
-    done = quest("chat", "run", "-n", "3", cwd=place, stdin="the dog\n/reset\n/quit\n")
+def test_a_conversation_without_a_template_says_so(run_quest: RunQuest) -> None:
+    done = run_quest("chat", "run", "-n", "3", stdin="the dog\n/reset\n/quit\n")
     assert done.returncode == 0, done.stderr
     assert "plain continuation" in done.stderr
 

@@ -86,7 +86,7 @@ class Program:
 
 
 @everybody
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [3])  # a repeat, then a keep, and passes after both
 def test_any_program_of_passes_repeats_and_keeps_equals_no_cache(name: str, seed: int):
     program = Program(shared(name), capacity=40, slack=4, seed=seed)
     for _ in range(12):
@@ -94,7 +94,7 @@ def test_any_program_of_passes_repeats_and_keeps_equals_no_cache(name: str, seed
 
 
 @everybody
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [4, 9])  # all four, and passes after each
 def test_any_program_with_rewinds_equals_never_having_seen_what_was_taken_back(name: str, seed: int):
     program = Program(shared(name), capacity=40, slack=6, seed=seed)
     steps: list[Callable[[], None]] = [program.feed, program.rewind, program.repeat, program.keep]

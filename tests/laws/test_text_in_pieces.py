@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_quest.cli.text_chat import TemplatedConversation
-from llm_quest.data import template_sandbox
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.control_tokens import ControlTokenEncoder
 from llm_quest.data.conversations import Conversation
 from llm_quest.data.document import DropReport
 from llm_quest.data.preferences import Preference, tokenize_preferences
-from llm_quest.data.template_sandbox import run_batch
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.generation.stopping import Completion, GeneratedSequence, StoppingCriteria
 from llm_quest.rollouts.sampler import PolicyPrompt, Sampler
@@ -40,25 +35,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 quick = settings(max_examples=25, deadline=None)
 
 
-@functools.cache
-def run_template_once(settings_and_jobs: str) -> Any:
-    settings, jobs = BATCHES[settings_and_jobs]
-    return run_batch(settings, jobs)
-
-
-BATCHES: dict[str, tuple[Any, Any]] = {}
-
-
-@pytest.fixture(autouse=True)
-def same_rendering_for_every_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A template's text does not depend on the tokenizer: it is rendered, in a process of its own, once."""
-
-    def run_once(settings: Any, jobs: Any) -> Any:
-        key = f"{settings} {jobs}"
-        BATCHES[key] = (settings, jobs)
-        return run_template_once(key)
-
-    monkeypatch.setattr(template_sandbox, "run_batch", run_once)
+pytestmark = pytest.mark.usefixtures("render_once")
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

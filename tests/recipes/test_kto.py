@@ -12,7 +12,7 @@ from llm_quest.cli.inspect_batch import load_batch_view
 from llm_quest.errors import DataError
 from tests.recipes.tuned import WORDS, base, metrics, started, weights, written
 
-pytestmark = pytest.mark.xdist_group("preferring")
+pytestmark = [pytest.mark.xdist_group("preferring"), pytest.mark.usefixtures("render_once")]
 
 TEXT = """
 recipe: kto

@@ -16,6 +16,7 @@ import torch
 from llm_quest.errors import BusyError
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.signals import SignalHandler
+from tests.recipes.two import together
 from tests.train.small import Losses, Rule, digest, go, main, objective
 
 ROOT = Path(__file__).parents[2]
@@ -212,26 +213,26 @@ def test_a_checkpoint_is_saved_by_time_too(tmp_path):
 
 
 def torchrun(folder: Path, *options: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "tests.train.small",
-    ]
-    done = subprocess.run([*command, str(folder), *options], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "tests.train.small", str(folder), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize(("engine", "optimizer", "close"), [("ddp", "adamw", 1e-4), ("fsdp", "muon", 5e-2)])
-def test_two_processes_see_the_data_of_one_and_have_its_losses(tmp_path, engine, optimizer, close):
+def forked(folder: Path, *options: str) -> None:
+    """What torchrun starts, without importing torch three times."""
+    together(child, [str(folder), *options])
+
+
+@pytest.mark.parametrize(
+    ("start_two", "engine", "optimizer", "close"),
+    [(torchrun, "ddp", "adamw", 1e-4), (forked, "fsdp", "muon", 5e-2)],
+)
+def test_two_processes_see_the_data_of_one_and_have_its_losses(tmp_path, start_two, engine, optimizer, close):
     """Twelve steps on two, then on to 16 on one: the checkpoint knows nothing of how many wrote it."""
     made, show = objective(dropout=0.0), Losses()
     go(16, made=made, feed=Rule(micro=2), show=show, optimizer=optimizer)
-    torchrun(tmp_path / "run", "--steps", "12", "--engine", engine, "--optimizer", optimizer)
+    start_two(tmp_path / "run", "--steps", "12", "--engine", engine, "--optimizer", optimizer)
     with RunDir(tmp_path / "run") as run:
         events = Losses()
         go(16, run, made=objective(seed=5, dropout=0.0), feed=Rule(micro=2), show=events, optimizer=optimizer)
