@@ -133,6 +133,10 @@ def find_recipe_file(recipe: str) -> File:
         return RECIPES_DIR / f"{recipe}.yaml"
     if (given / "config.yaml").is_file():
         return given / "config.yaml"
+    from llm_quest.recipes.other_names import command_of_method
+
+    if (command := command_of_method(recipe.lower())) is not None:
+        raise UsageError(f"no recipe is called {recipe!r}; that method is quest train {command}")
     near = did_you_mean(recipe, recipe_names())
     raise UsageError(
         f"no recipe is called {recipe!r}{near}; known: {', '.join(recipe_names())}, or give a YAML file or a run folder"
@@ -291,6 +295,8 @@ def explain_unknown_key(schema: type[StrictModel], path: KeyPath, known: Sequenc
 
     if (ours := setting_of(path[-1], knows)) is not None:
         return f"unknown key; here it is {ours}"
+    if ":" in path[-1]:
+        return f"no key; a space is missing behind its colon: {path[-1].replace(':', ': ', 1)}"
     listed = f"allowed here: {', '.join(known)}"
     if len(listed) > MAX_LISTED_KEYS:
         recipe = get_args(schema.model_fields["recipe"].annotation) if "recipe" in schema.model_fields else ()

@@ -85,10 +85,13 @@ a task's documents."""
 
 
 def replace_data(settings: RawConfig, given: Collection[KeyPath]) -> None:
-    """Data that are named on the command line take the place of the recipe's own, with what belongs to those."""
+    """Data that are named on the command line take the place of the recipe's own, with what belongs to those; a path is
+    a folder's."""
     data = settings.tree.get("data")
     if not isinstance(data, dict):
         return
+    if settings.tree.get("recipe") == "vit" and ("data", "path") in given and ("data", "source") not in given:
+        data["source"] = "folder" if data.get("source") == "digits" else data.get("source")
     for key, own in BELONGS_TO.items():
         if ("data", key) in given and ("data", own) not in given:
             data.pop(own, None)

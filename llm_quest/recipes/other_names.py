@@ -140,3 +140,26 @@ def setting_of(name: str, knows: Callable[[str], bool]) -> str | None:
         if ours.startswith("--") or all(knows(pair.partition("=")[0]) for pair in shlex.split(ours)):
             return ours
     return None
+
+
+METHODS = {
+    "lora": "sft techniques='[lora]'", "qlora": "sft techniques='[lora]'", "peft": "sft techniques='[lora]'",
+    "finetune": "sft", "full": "sft", "pt": "pretrain", "rm": "reward", "rlhf": "grpo", "distillation": "gkd",
+    "online_dpo": "iterative", "rloo": "grpo advantage_estimator=leave_one_out", "vision": "vit",
+}  # fmt: skip
+"""What other programs call a recipe -> ours, with what makes it that method."""
+
+
+def command_of_method(name: str) -> str | None:
+    """The recipe and setting of a method that other programs have a trainer for: dpo loss_type=orpo."""
+    from llm_quest.objectives.kto import UNPAIRED_LOSSES
+    from llm_quest.objectives.policy_gradient import POLICY_VARIANTS
+    from llm_quest.objectives.preference_losses import PREFERENCE_LOSSES
+
+    tables = {
+        "dpo loss_type": PREFERENCE_LOSSES,
+        "kto loss_type": UNPAIRED_LOSSES,
+        "grpo loss_type": POLICY_VARIANTS,
+    }
+    found = [f"{setting}={name}" for setting, table in tables.items() if name in table]
+    return METHODS.get(name) or (found[0] if found else None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 from typing import get_args
 
@@ -22,6 +24,7 @@ from llm_quest.recipes.config import (
 from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME
 from llm_quest.recipes.grpo import GrpoConfig
 from llm_quest.recipes.old_keys import OLD_KEYS
+from llm_quest.recipes.other_names import METHODS
 from llm_quest.recipes.pretrain import PretrainConfig
 from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.vit import VitConfig
@@ -188,3 +191,34 @@ def test_what_a_run_of_an_earlier_version_was_trained_on_is_read(run: str, schem
     old, new = read_yaml_file(folder / "config.yaml").tree, parse_config(schema, load_run_config(folder))
     assert new.model_dump()["max_steps"] == old["steps"]
     assert new.model_dump()["learning_rate"] == old["optimizer"]["lr"]
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("orpo", "dpo loss_type=orpo"), ("SimPO", "dpo loss_type=simpo"), ("ppo", "grpo loss_type=ppo"),
+     ("rloo", "grpo advantage_estimator=leave_one_out"), ("lora", "sft techniques='[lora]'"), ("rm", "reward")],
+)  # fmt: skip
+def test_a_method_that_other_programs_have_a_trainer_for_is_told_with_its_command(name: str, command: str) -> None:
+    """And not with the recipe whose name looks alike: orpo is no grpo. The command is one that is read."""
+    with pytest.raises(UsageError, match=re.escape(f"that method is quest train {command}")):
+        load_raw_config(name)
+    recipe, *pairs = shlex.split(command)
+    settings = load_raw_config(recipe, pairs)
+    parse_config(get_recipe(recipe).Config, settings)
+
+
+def test_every_method_of_the_table_is_a_command_that_is_read() -> None:
+    for command in METHODS.values():
+        recipe, *pairs = shlex.split(command)
+        parse_config(get_recipe(recipe).Config, load_raw_config(recipe, pairs))
+
+
+def test_a_missing_space_behind_a_colon_is_told() -> None:
+    settings = load_raw_config("grpo", ["rewards=[{name:model}]"])
+    with pytest.raises(UsageError, match="a space is missing behind its colon: name: model"):
+        parse_config(get_recipe("grpo").Config, settings)
+
+
+def test_a_path_of_images_is_a_folder() -> None:
+    assert load_raw_config("vit", ["data.path=a"]).tree["data"]["source"] == "folder"
+    assert load_raw_config("vit", ["data.path=a", "data.source=cifar10"]).tree["data"]["source"] == "cifar10"
