@@ -98,6 +98,9 @@ def upload_files(files: list[Path], repository: str, *, private: bool) -> str:
             ) from None
         raise MissingError(f"{repository}: the hub answered {status}; nothing is committed, try again") from None
     except Exception as error:  # what the packages below raise: httpx's errors, an answer that is no JSON
+        if isinstance(cause := error.__cause__, errors.HfHubHTTPError):  # of a large file, which goes to a storage
+            said = f"the hub's storage answered {cause.response.status_code}"
+            raise MissingError(f"{repository}: {said}; nothing is committed, try again") from None
         why = unreachable_reason(describe_failure(error))
         raise MissingError(f"{repository}: {why}; the same command again sends what is missing") from None
     return str(made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,14 +28,20 @@ TOKEN = "hf_" + "x" * 34
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Takes commits as the hub does: large files apart, by their hash. `server.status`: of every answer."""
+    """Takes commits as the hub does: large files apart, by their hash. `server.status`: of every answer whose path
+    holds `server.place`; 0: the connection is cut instead."""
 
     def log_message(self, *given: object) -> None:
         pass
 
     def reply(self, answer: object) -> None:
         body = json.dumps(answer).encode()
-        self.send_response(self.server.status)  # type: ignore[attr-defined]
+        status = self.server.status if self.server.place in self.path else 200  # type: ignore[attr-defined]
+        if status == 0:
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -69,7 +76,7 @@ class Hub(BaseHTTPRequestHandler):
             ]
             self.reply({"transfer": "basic", "objects": found})
         elif "/commit/" in self.path:
-            for line in map(json.loads, raw.splitlines()):
+            for line in map(json.loads, raw.splitlines()) if hub.status == 200 else ():
                 value = line["value"]
                 if line["key"] == "file":
                     hub.files[value["path"]] = base64.b64decode(value["content"])
@@ -84,6 +91,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(monkeypatch) -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.status, server.files, server.objects, server.made, server.tokens = 200, {}, {}, [], set()
+    server.place = ""
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -123,13 +131,23 @@ def test_the_hub_holds_the_model_and_nothing_else(hub, folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("status", "kind", "words"),
-    [(401, DataError, "does not accept"), (403, DataError, "may not"), (500, MissingError, "500")],
+    [
+        (401, DataError, "does not accept"),
+        (403, DataError, "may not"),
+        (409, MissingError, "409"),
+        (500, MissingError, "500"),
+        (0, MissingError, "cannot be reached"),
+    ],
 )
-def test_a_hub_that_refuses_is_one_message_without_the_token(hub, folder, status, kind, words):
-    hub.status = status
+@pytest.mark.parametrize("place", ["", "/preupload/", "/upload/", "/commit/"])
+def test_a_hub_that_refuses_or_is_cut_off_is_one_message_without_the_token(hub, folder, status, kind, words, place):
+    hub.status, hub.place = status, place
+    if place == "/upload/" and status:
+        kind, words = MissingError, f"storage answered {status}"
     with pytest.raises(kind, match=words) as caught:
         push_folder(folder, "me/model")
     assert TOKEN not in str(caught.value)
+    assert str(caught.value).count("\n") == 0
     assert hub.files == {}
 
 
