@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import html
+import re
 
 from book import figures
 from book.markdown import colour_code
@@ -39,6 +41,36 @@ def mutation_block(one: Mutation) -> str:
         f"<details class='breaks'><summary>{html.escape(one.title)}</summary>{colour_code(removed + added, 'diff')}"
         f"<p>Fails: <code>pytest {html.escape(one.tests)}</code></p></details>"
     )
+
+
+@functools.cache
+def mutation_records() -> tuple[tuple[str, str, str], ...]:
+    """(mistake, file, tests) of docs/mutations.md: what was tried once, by hand or by `python -m tests.mutate`."""
+    lines = (ROOT / "docs/mutations.md").read_text(encoding="utf-8").splitlines()
+    cells = [[one.strip() for one in line.strip(" |").split(" | ")] for line in lines if line.startswith("| ")]
+    return tuple(
+        (row[0], file, row[2])
+        for row in cells
+        if len(row) >= 3 and "::" in row[2]
+        for file in re.findall(r"`([\w/]+\.py)", row[1])
+    )
+
+
+def recorded_mutations(file: str) -> list[tuple[str, str]]:
+    """(mistake, tests) of a file that are on record and no longer made by the suite."""
+    titles = {one.title for one in mutations_of(file)}
+    return [(title, tests) for title, place, tests in mutation_records() if place == file and title not in titles]
+
+
+def recorded_block(words: str, body: str = "") -> str:
+    """Mistakes that are on record, and the tests that failed."""
+    items = (f"<li>{html.escape(title)}: {tests_as_code(tests)}</li>" for title, tests in recorded_mutations(words))
+    text = "".join(items)
+    return f"<ul>{text}</ul>" if text else ""
+
+
+def tests_as_code(text: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
 
 
 def figure_block(words: str, body: str = "") -> str:

@@ -11,11 +11,22 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from book.api import Module, module_name
-from book.blocks import breaks_block, card_block, code_block, figure_block, mistakes_block, mutations_of
+from book.blocks import (
+    breaks_block,
+    card_block,
+    code_block,
+    figure_block,
+    mistakes_block,
+    mutations_of,
+    recorded_block,
+    recorded_mutations,
+)
 from book.catalog import Subject
 from book.equations import symbol_rows
 from book.markdown import Renderer, colour_code, output_block
+from book.run import Examples
 from book.source import PACKAGE, ROOT, code_of, docstring_of, flat, papers_of, paragraphs, public_names, split_mistakes
+from book.switch import switch_section
 
 if TYPE_CHECKING:
     from llm_quest.papers import Paper
@@ -41,6 +52,22 @@ PAPER_PAGES = {
     "layer/delta_net": "gated_deltanet", "family/gpt_oss": "sinks", "family/olmo2": "post_norm",
 }  # fmt: skip
 """The card in which a subject was measured."""
+BENCHMARKS = {
+    "layer/kv_cache": "Cache size", "layer/latent_attention": "Cache size", "layer/delta_net": "Mixers",
+    "layer/attention": "Mixers", "layer/quantized": "Quantized weights", "layer/quantized_kernels": "Quantized weights",
+    "layer/weight_formats": "Quantized weights", "technique/quantize": "Quantized weights", "layer/vision": "Images",
+    "layer/scaled_dot_product": "Ragged prompts and packed rows", "technique/dora": "Adapters",
+    "technique/rslora": "Adapters", "technique/lora_xs": "Adapters", "layer/low_rank": "Adapters",
+    "objective/cross_entropy": "The loss at a large vocabulary", "objective/next_token": "Training, 11M Llama shape",
+    "recipe/pretrain": "Training, 11M Llama shape", "recipe/dpo": "A DPO step", "objective/preference": "A DPO step",
+    "recipe/vit": "Images", "generation/decoding": "Generation with a cache",
+    "generation/generate": "Generation with a cache", "generation/compiled": "Generation with a cache",
+    **{f"generation/{one}": "Speculative decoding" for one in ("decoder", "draft_length", "draft_model", "drafters",
+       "mtp_drafter", "ngram_drafter", "rejection_sampler", "target_model")},
+    "family/deepseek_v3": "Cache size", "family/qwen3_next": "Mixers", "family/llama": "Training, 11M Llama shape",
+    "family/vit": "Images", "objective/log_probs": "A GRPO step",
+}  # fmt: skip
+"""The section of docs/benchmarks.md in which a subject was measured."""
 
 
 def title_of(subject: Subject) -> str:
@@ -54,20 +81,20 @@ def paper_of(subject: Subject) -> Paper:
     return load_paper(subject.name)
 
 
-def make_sections(subject: Subject, markdown: Renderer) -> list[Section]:
-    """The parts of a page; those that a subject does not have are left out."""
+def make_sections(subject: Subject, markdown: Renderer, examples: Examples | None = None) -> list[Section]:
+    """The parts of a page; those that a subject does not have are left out. examples: where its command runs; None: the
+    command is shown alone."""
     makers = {"family": family_sections, "recipe": recipe_sections, "paper": paper_sections}
     parts = [("Idea", idea(subject, markdown)), *makers.get(subject.kind, code_sections)(subject, markdown)]
-    parts += (
-        []
-        if subject.kind == "paper"
-        else [
+    options = technique_options(subject.name) if subject.kind == "technique" else ""
+    parts += [("Switch it on", switch_section(subject, examples) + options)]
+    if subject.kind != "paper":
+        parts += [
             ("What breaks without it", breaks(subject)),
             ("Commonly got wrong", mistakes_block(subject.file)),
             ("Measured here", measured(subject, markdown)),
             ("Sources", sources(subject)),
         ]
-    )
     return [(heading, body) for heading, body in parts if body]
 
 
@@ -99,18 +126,29 @@ def symbols_table(subject: Subject, text: str) -> str:
 
 
 def breaks(subject: Subject) -> str:
-    found = mutations_of(subject.file)
+    found = len(mutations_of(subject.file)) + len(recorded_mutations(subject.file))
     if not found:
         return ""
-    count = (
-        f"{len(found)} mistake{'s' if len(found) > 1 else ''} of this kind are tried on purpose; each must fail a test."
-    )
-    return f"<p>{count}</p>{breaks_block(subject.file)}"
+    count = f"{found} mistake{'s were' if found > 1 else ' was'} made here on purpose; a test failed each time."
+    return f"<p>{count}</p>{breaks_block(subject.file)}{recorded_block(subject.file)}"
 
 
 def measured(subject: Subject, markdown: Renderer) -> str:
-    name = PAPER_PAGES.get(subject.key)
-    return markdown(f"The claim is measured with a control: [[paper/{name}]].\n\n{verdict(name)}") if name else ""
+    """The verdict of a card, and the table of a benchmark."""
+    name, heading = PAPER_PAGES.get(subject.key), BENCHMARKS.get(subject.key)
+    card = f"The claim is measured with a control: [[paper/{name}]].\n\n{verdict(name)}\n\n" if name else ""
+    return markdown(card + (benchmark(heading) if heading else "")) if card or heading else ""
+
+
+def benchmark(heading: str) -> str:
+    """The first paragraph and the first table of a section of docs/benchmarks.md, and a link to it."""
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    found = re.search(rf"^## {re.escape(heading)}\n\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    if found is None:
+        raise ValueError(f"docs/benchmarks.md has no section {heading!r}")
+    parts = found[1].split("\n\n")
+    table_at = next((number for number, part in enumerate(parts) if part.startswith("|")), 0)
+    return "\n\n".join([*parts[: table_at + 1], "More, and what it was measured on: [[reference/benchmarks]]."])
 
 
 def verdict(name: str) -> str:
@@ -132,8 +170,6 @@ def sources(subject: Subject) -> str:
 def code_sections(subject: Subject, markdown: Renderer) -> Iterator[Section]:
     """The code of a layer, technique or objective, and how it is switched on."""
     yield "Code", code_of_subject(subject)
-    if subject.kind == "technique":
-        yield "Switch it on", technique_options(subject.name)
     if subject.kind == "layer":
         yield "Where it is used", markdown(", ".join(f"[[family/{one}]]" for one in users_of(subject.file)))
 
@@ -191,13 +227,12 @@ def users_of(file: str) -> list[str]:
 
 
 def technique_options(name: str) -> str:
-    """The words that switch a technique on, and its options."""
+    """The options of a technique."""
     from llm_quest.cli.techniques import list_techniques
 
     entry = next(one for one in list_techniques().entries if one.name == name)
     rows = [[code(one.name), html.escape(one.takes), code(one.default)] for one in entry.options]
-    options = table(("option", "takes", "default"), rows) if rows else ""
-    return colour_code(f"$ quest train pretrain {entry.command}", "console") + options
+    return table(("option", "takes", "default"), rows) if rows else ""
 
 
 def family_sections(subject: Subject, markdown: Renderer) -> Iterator[Section]:

@@ -276,6 +276,7 @@ def unknown_files(run: Path) -> list[str]:
 
 
 def unexplained_metrics(run: Path) -> list[str]:
-    """Numbers of a run's log that the glossary of metrics lacks."""
-    rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    """Numbers of a run's log, and of the runs within it, that the glossary of metrics lacks."""
+    logs = sorted(run.rglob("metrics.jsonl"))
+    rows = [json.loads(line) for log in logs for line in log.read_text(encoding="utf-8").splitlines()]
     return [one for one in dict.fromkeys(key for row in rows for key in row) if not is_explained(one)]

@@ -28,6 +28,8 @@ from book.source import ROOT
 SECTIONS = {"reference": "Reference", "api": "API", **KINDS}
 """Folder of the site -> the heading that lists its pages."""
 CHAPTERS, THEME = ROOT / "book/chapters", ROOT / "book/theme"
+SPEAKER = "17-generation"
+"""The chapter in whose folder the commands of pages run: its run `speaker` is a model with a tokenizer."""
 Log = Callable[[str], None]
 
 
@@ -81,7 +83,7 @@ def chapter_path(file: Path) -> str:
 def build_site(out: Path, *, run: bool = True, log: Log = print) -> list[Page]:
     """Write the site into a folder, which is replaced. run: run the examples of the chapters; without, they are shown
     alone."""
-    begun = time.monotonic()
+    begun = time.process_time()
     check_folder(out)
     subjects, book = all_subjects(), Book()
     check_questions(subjects)
@@ -89,16 +91,15 @@ def build_site(out: Path, *, run: bool = True, log: Log = print) -> list[Page]:
     book.names |= {f.stem.split("-", 1)[1]: (chapter_path(f), chapter_title(f)) for f in chapter_files()}
     book.names |= {key: (f"{key}.html", title) for key, title in reference.page_names().items()}
     book.names |= {f"api/{one.file}": (one.path, one.name) for one in api.all_modules()}
-    pages = [
-        *make_chapters(book, run, log),
-        *make_subject_pages(book, subjects),
-        *make_reference(book),
-        *make_api(book),
-    ]
+    with example_environment() as folder:
+        pages = list(make_chapters(book, run, log, folder))
+        examples = Examples("a page", folder / SPEAKER) if run else None
+        pages += make_subject_pages(book, subjects, examples)
+    pages += [*make_reference(book), *make_api(book)]
     pages += [make_index(pages, book), *make_kind_indexes(pages)]
     write_pages(out, pages)
     check_links(out)
-    log(f"{len(pages)} pages in {out}, {time.monotonic() - begun:.0f} s")
+    log(f"{len(pages)} pages in {out}, {time.process_time() - begun:.0f} s of this process")
     return pages
 
 
@@ -116,12 +117,11 @@ def check_questions(subjects: list[Subject]) -> None:
         raise BookError(f"book/questions.yaml: no question for {missing or 'none'}; of no subject: {unknown or 'none'}")
 
 
-def make_chapters(book: Book, run: bool, log: Log) -> Iterator[Page]:
-    with example_environment() as folder:
-        for file in chapter_files():
-            begun = time.monotonic()
-            yield make_chapter(book, file, folder, run)
-            log(f"{file.name}: {time.monotonic() - begun:.1f} s")
+def make_chapters(book: Book, run: bool, log: Log, folder: Path) -> Iterator[Page]:
+    for file in chapter_files():
+        begun = time.process_time()
+        yield make_chapter(book, file, folder, run)
+        log(f"{file.name}: {time.process_time() - begun:.1f} s of this process")
 
 
 def make_chapter(book: Book, file: Path, folder: Path, run: bool) -> Page:
@@ -140,12 +140,12 @@ def first_paragraph(text: str) -> str:
     return re.sub(r"[\[\]$`*]", "", re.sub(r"\s+", " ", text.split("\n\n")[1])).strip()
 
 
-def make_subject_pages(book: Book, subjects: list[Subject]) -> Iterator[Page]:
+def make_subject_pages(book: Book, subjects: list[Subject], examples: Examples | None = None) -> Iterator[Page]:
     questions = read_questions()
     for subject in subjects:
         book.here = subject.path
         markdown = Renderer(dict(BLOCKS), book.link)
-        sections = make_sections(subject, markdown)
+        sections = make_sections(subject, markdown, examples)
         title = title_of(subject)
         body = f"<h1>{html.escape(title)}</h1><p class='question'>{html.escape(questions[subject.key])}</p>"
         body += "".join(f'<section><h2 id="{anchor(h)}">{h}</h2>{text}</section>' for h, text in sections)

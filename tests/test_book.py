@@ -9,13 +9,16 @@ import re
 import pytest
 import typer
 
-from book import api, blocks, equations, figures, pages, readmes, reference, site, source
+from book import api, blocks, equations, figures, pages, readmes, reference, site, source, switch
 from book.catalog import Subject, all_subjects, read_questions
 from book.markdown import Renderer
 from book.run import ExampleError, Examples, example_environment
 from book.site import Book, BookError, build_site, check_links, check_questions
 
 ROOT = source.ROOT
+WITHOUT_MUTATION = {"native", "quantized", "quantize", "value_head", "score_head", "hyper_connections", "softcap",
+                    "checkpointing", "cross_entropy", "process_reward"}  # fmt: skip
+"""Pages of layers, techniques and objectives on which no mistake is on record."""
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,32 @@ def test_the_reference_has_commands_exit_codes_metrics_settings_and_other_projec
     codes = {one.exit_code for one in QuestError.__subclasses__() if isinstance(getattr(one, "exit_code", None), int)}
     assert all(f"<td>{one}</td>" in text["cli"] for one in codes)
     assert "api/llm_quest.generation.speculative.rejection_sampler.html" in text["glossary"]
+
+
+def test_every_page_has_a_command_and_its_output_is_chosen_by_words():
+    for subject in all_subjects():
+        assert switch.command_of(subject)[0].startswith("quest "), subject.key
+    assert set(switch.read_commands()) <= {one.key for one in all_subjects()}
+    assert switch.chosen_lines("a\nb 1\nc\nb 2", "has=b") == ["b 1", "b 2"]
+    assert switch.chosen_lines("a\nb 1\nc\nb 2", "from=b head=2") == ["b 1", "c"]
+    assert switch.chosen_lines("a", "from=b") == []
+
+
+def test_every_layer_technique_and_objective_shows_what_breaks_and_every_page_its_sources(built):
+    out, _ = built
+    for subject in all_subjects():
+        text = (out / subject.path).read_text(encoding="utf-8")
+        assert subject.kind == "paper" or 'id="sources"' in text, subject.key
+        if subject.kind in ("layer", "technique", "objective") and subject.name not in WITHOUT_MUTATION:
+            assert 'id="what-breaks-without-it"' in text, subject.key
+
+
+def test_a_benchmark_that_is_shown_is_a_section_of_its_page():
+    for heading in pages.BENCHMARKS.values():
+        assert "| --- |" in pages.benchmark(heading), heading
+    assert set(pages.BENCHMARKS) <= {one.key for one in all_subjects()}
+    with pytest.raises(ValueError, match="no section"):
+        pages.benchmark("Nothing of the kind")
 
 
 def test_every_entry_of_the_glossary_names_code_or_a_page(monkeypatch):
