@@ -534,4 +534,6 @@ MUTATIONS = (
     Mutation("joined caches keep the order of their passes", "layers/kv_cache.py", "rows if list(order) == sorted(order) else", "rows if order else", RAGGED),
     Mutation("joined caches: histories begin at different tokens", "layers/recurrent_cache.py", "part.history[len(part.history) - count :]", "part.history[:count]", RAGGED),
     Mutation("prompts in groups: logits in the order of the groups", "generation/decoding.py", "torch.cat(logits)[torch.tensor(places, device=device)]", "torch.cat(logits)", RAGGED),
+    Mutation("score head: labels and scores may differ in number", "techniques/score_head.py", "if self.outputs < 1 or (self.labels and len(self.labels) != self.outputs):", "if self.outputs < 1:", "tests/techniques/test_score_head.py -k labels"),
+    Mutation("quantized: a layer forgets its bias", "layers/quantized.py", "y = y if self.bias is None else y + self.bias\n        return softcap_logits(y, self.softcap)", "return softcap_logits(y, self.softcap)", "tests/techniques/test_quantize.py -k rounded"),
 )  # fmt: skip

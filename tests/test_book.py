@@ -9,15 +9,15 @@ import re
 import pytest
 import typer
 
-from book import api, blocks, equations, figures, pages, readmes, reference, site, source, switch
+from book import api, blocks, equations, figures, pages, pictures, readmes, reference, site, source, switch
 from book.catalog import Subject, all_subjects, read_questions
 from book.markdown import Renderer
 from book.run import ExampleError, Examples, example_environment
 from book.site import Book, BookError, build_site, check_links, check_questions
 
 ROOT = source.ROOT
-WITHOUT_MUTATION = {"native", "quantized", "quantize", "value_head", "score_head", "hyper_connections", "softcap",
-                    "checkpointing", "cross_entropy", "process_reward"}  # fmt: skip
+WITHOUT_MUTATION = {"native", "quantize", "value_head", "hyper_connections", "softcap", "checkpointing",
+                    "cross_entropy", "process_reward"}  # fmt: skip
 """Pages of layers, techniques and objectives on which no mistake is on record."""
 
 
@@ -139,6 +139,7 @@ def test_every_package_has_a_readme_whose_links_lead_somewhere(tmp_path):
 def test_the_documents_of_the_project_link_to_what_is_there():
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     assert {file.name: dead for file in files if (dead := readmes.dead_links(file))} == {}
+    assert all(file.stat().st_size <= pictures.MAX_BYTES for file in pictures.PICTURES.glob("*.png"))
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
