@@ -4,7 +4,8 @@ setting that the recipe has for it."""
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "lr": ("learning_rate",),
@@ -156,7 +157,7 @@ def command_of_method(name: str) -> str | None:
     from llm_quest.objectives.policy_gradient import POLICY_VARIANTS
     from llm_quest.objectives.preference_losses import PREFERENCE_LOSSES
 
-    tables = {
+    tables: dict[str, Mapping[str, Any]] = {
         "dpo loss_type": PREFERENCE_LOSSES,
         "kto loss_type": UNPAIRED_LOSSES,
         "grpo loss_type": POLICY_VARIANTS,
