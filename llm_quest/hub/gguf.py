@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from llm_quest.errors import DataError
+from llm_quest.errors import DISK_REMEDIES, DataError
 from llm_quest.hub.safetensors_io import StoredTensor, refuse_lfs_pointer, regular_file_size
 
 MAGIC, VERSION, READ_VERSIONS = b"GGUF", 3, (2, 3)
@@ -167,6 +167,9 @@ def reserve(handle: BinaryIO, nbytes: int) -> None:
         os.posix_fallocate(handle.fileno(), 0, nbytes)
     except AttributeError:  # macOS, Windows
         return
+    except OSError as error:
+        if error.errno in DISK_REMEDIES:
+            raise  # a file system that has no such call refuses it otherwise, and is written to without it
 
 
 def number_of(dtype: str) -> int:

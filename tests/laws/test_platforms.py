@@ -22,6 +22,7 @@ from llm_quest import child_process, files, tensor_files
 from llm_quest.data import template_sandbox, tokens
 from llm_quest.data.template_sandbox import render_prompt
 from llm_quest.errors import DataError
+from llm_quest.hub import gguf
 from llm_quest.hub import mmap as hub_mmap
 from llm_quest.hub.load_save import load, save
 from llm_quest.machine import compiler, hardware, probe
@@ -330,7 +331,14 @@ def ask_for_a_death_signal(tmp_path: Path) -> None:
     child_process.end_with_parent(os.getppid())  # a thread looks
 
 
+def reserve_room(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("xb") as file:
+        gguf.reserve(file, 4096)
+        assert file.write(b"x") == 1
+
+
 GOES_ON = {
+    "hub/gguf.py": (gguf, reserve_room),
     "tensor_files.py": (tensor_files, give_huge_pages), "machine/compiler.py": (compiler, end_a_compiler),
     "machine/hardware.py": (hardware, count_cores_and_memory), "machine/probe.py": (probe, count_preemptions),
     "files.py": (files, exchange_two_folders), "child_process.py": (child_process, ask_for_a_death_signal),
