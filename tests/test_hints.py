@@ -35,6 +35,7 @@ PRINTED_FOR = {
 """Files whose messages are printed for every one of these recipes: all of them take what is recommended."""
 OPTIONS_OF_FILES = {
     "cost": "plan", "experiments": "ablate", "experiments/ladder_forecast.py": "plan",
+    "experiments/race.py": "race",
     **{f"experiments/{name}.py": "ladder" for name in ("ladder", "rungs", "scaling_law")},
     "recipes/held_out.py": "eval", "serve": "serve",
     **{f"hub/gguf_{name}.py": "export" for name in ("adapter", "config", "export")},

@@ -1,4 +1,4 @@
-"""`quest ablate`, `quest ladder` and `quest ledger`."""
+"""`quest ablate`, `quest ladder`, `quest race` and `quest ledger`."""
 
 from __future__ import annotations
 
@@ -102,6 +102,29 @@ def ladder(
             commands.parse_ratios(tokens_per_parameter), seeds, rates, parametrization, run, jobs or usable_cores(),
         )  # fmt: skip
         found = commands.run_ladder(recipe, pairs or [], options, out=out, log=status_printer(quiet))
+    print_result(found, json)
+
+
+def race(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="The entry: a recipe of pretrain.")],
+    pairs: Overrides = None,
+    seeds: Annotated[int, typer.Option(min=1, max=20, help="Runs; a record needs five.")] = 5,
+    jobs: Annotated[int, typer.Option(min=0, help="Runs side by side; 0: one per core.")] = 0,
+    out: Annotated[Path, typer.Option(help="The folder of entries, runs and the ledger.")] = Path("race"),
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    offline: OfflineOption = False,
+) -> None:
+    """Enter the race: held-out bits per byte of the builtin corpus, from random weights, within 1e15 counted FLOPs and
+    2 GB (docs/race.md)."""
+    set_environment(1, offline)
+    with show_progress(quiet):
+        from llm_quest.cli import race as commands
+        from llm_quest.machine.hardware import usable_cores
+
+        found = commands.enter_race(
+            recipe, pairs or [], seeds, jobs or usable_cores(), out=out, log=status_printer(quiet)
+        )
     print_result(found, json)
 
 

@@ -55,6 +55,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "consolidate": model_commands.consolidate,
     "ablate": experiment_commands.ablate,
     "ladder": experiment_commands.ladder,
+    "race": experiment_commands.race,
     "report": train_commands.report,
     "book": paper_commands.book,
     "learn": paper_commands.learn,
@@ -63,7 +64,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": train_commands.doctor,
     "data": train_commands.data,
 }
-ABOUT_A_RECIPE = ("train", "plan", "ablate", "ladder")
+ABOUT_A_RECIPE = ("train", "plan", "ablate", "ladder", "race")
 
 for name, command in COMMANDS.items():
     app.command(name, cls=train_commands.RecipeCommand if name in ABOUT_A_RECIPE else None)(command)
