@@ -57,10 +57,10 @@ def forecast_loss(file: Path, recipe: str, pairs: Sequence[str]) -> dict[str, An
     points = ladder_points(ladder)
     usual = points[0].d / points[0].n
     if numbers_of_form(points) == 3 and abs(tokens / n / usual - 1) > RATIO_TOLERANCE:
+        steps = round(usual * n / config.batch_size / config.sequence_length)
         raise UsageError(
             f"--ladder {file}: its sizes saw {usual:.3g} tokens per parameter and this run sees {tokens / n:.3g}: set "
-            f"max_steps={round(usual * n / config.batch_size / config.sequence_length)}, or make a ladder with several "
-            "--tokens-per-parameter"
+            f"max_steps={steps}, or fit several numbers: quest ladder --tokens-per-parameter 5,10,20"
         )
     one = predict_loss(points, n, tokens)
     return {"metric": "eval/loss", "loss": one.loss, "low": one.low, "high": one.high, "ladder": ladder["experiment"]}
