@@ -536,4 +536,9 @@ MUTATIONS = (
     Mutation("prompts in groups: logits in the order of the groups", "generation/decoding.py", "torch.cat(logits)[torch.tensor(places, device=device)]", "torch.cat(logits)", RAGGED),
     Mutation("score head: labels and scores may differ in number", "techniques/score_head.py", "if self.outputs < 1 or (self.labels and len(self.labels) != self.outputs):", "if self.outputs < 1:", "tests/techniques/test_score_head.py -k labels"),
     Mutation("quantized: a layer forgets its bias", "layers/quantized.py", "y = y if self.bias is None else y + self.bias\n        return softcap_logits(y, self.softcap)", "return softcap_logits(y, self.softcap)", "tests/techniques/test_quantize.py -k rounded"),
+    Mutation("GGUF: rows of q and k rotated in another order", "hub/gguf_tensors.py", "unflatten(0, (heads, 2, -1)).transpose(1, 2)), (0, 2)", "unflatten(0, (heads, -1, 2)).transpose(1, 2)), (0, 2)", "tests/hub/test_gguf_llama_cpp.py -k linear"),
+    Mutation("GGUF: norms of Gemma written without their 1", "hub/gguf_tensors.py", "PLUS_ONE: (lambda x: x + 1, lambda x: x - 1)", "PLUS_ONE: (lambda x: x, lambda x: x)", "tests/hub/test_gguf_llama_cpp.py -k gemma3"),
+    Mutation("GGUF: a window that llama.cpp lacks leaves the context long", "hub/gguf_config.py", 'keys["context_length"] = uint32(min(narrow))', 'keys["context_length"] = uint32(config.max_position_embeddings)', "tests/hub/test_gguf_families.py -k window_that_llama_cpp_lacks"),
+    Mutation("Q4_K: scales 4 to 7 without their upper bits", "hub/gguf_dequantize.py", "low & 63, (mixed & 15) | (low >> 2 & 48)", "low & 63, (mixed & 15)", "tests/hub/test_gguf.py -k every_block_type"),
+    Mutation("Server: an answer that fails is never woken", "serve/outbox.py", "return isinstance(event, RequestFailed) or event.finish_reason", "return not isinstance(event, RequestFailed) and event.finish_reason", "tests/serve/test_outbox.py"),
 )  # fmt: skip
