@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,10 +18,28 @@ from llm_quest.cli import (
     serve_commands,
     train_commands,
 )
-from llm_quest.cli.output import open_streams, run_with_exit_code
+from llm_quest.cli.output import failure_json, open_streams, print_json, run_with_exit_code
+
+ClickUsageError: Any = typer.BadParameter.__base__
+"""click's UsageError, of the copy of click that typer brings."""
+
+
+class RootCommand(typer.core.TyperGroup):
+    """The group of all commands. With `--json` a mistake that click finds (an unknown option, a value of another type)
+    is JSON on stdout too, as every other failure is."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ClickUsageError as error:
+            if "--json" in sys.argv:
+                print_json(failure_json(type(error).__name__, error.format_message(), error.exit_code))
+            raise
+
 
 app = typer.Typer(
     name="quest",
+    cls=RootCommand,
     help="Modern LLMs from scratch: train, generate, evaluate, inspect.",
     no_args_is_help=True,
     add_completion=False,

@@ -172,9 +172,13 @@ def run_with_exit_code(command: Callable[[], int | None]) -> int:
             print_status(line)
         if "--json" in sys.argv and lines and not isinstance(error, KeyboardInterrupt):
             problems = {"problems": error.problems} if isinstance(error, QuestError) else {}
-            message = "\n".join(lines)
-            print_json({"error": {"kind": type(error).__name__, "message": message, "exit_code": code, **problems}})
+            print_json(failure_json(type(error).__name__, "\n".join(lines), code, **problems))
         return code
+
+
+def failure_json(kind: str, message: str, exit_code: int, **more: Any) -> dict[str, Any]:
+    """A failure as `--json` shows it."""
+    return {"error": {"kind": kind, "message": message, "exit_code": exit_code, **more}}
 
 
 def describe_failure(error: BaseException) -> tuple[int, list[str]]:

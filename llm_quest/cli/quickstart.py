@@ -124,6 +124,7 @@ def run_quickstart(
 
     overrides: settings of the pretraining. stage_overrides: settings of the later stages, by recipe."""
     began = time.monotonic()
+    require_folder(out)
     recipe, config, settings = load_recipe("quickstart", [f"seed={seed}", f"device={device}", *overrides])
     clear_previous_run(out, config)
     env = inspect_machine(out.parent if out.parent.exists() else Path()).as_json()
@@ -152,6 +153,13 @@ def announce_interrupt(out: Path, log: LogFn) -> Iterator[None]:
     except KeyboardInterrupt:
         log(f"Interrupted. The finished stages stay in {out}; quest quickstart --out {out} starts again.")
         raise
+
+
+def require_folder(out: Path) -> None:
+    """UsageError where a file is in the way of a folder, before anything is measured or trained."""
+    there = next((one for one in (out, *out.absolute().parents) if one.exists()), out)
+    if there.exists() and not there.is_dir():
+        raise UsageError(f"{out} cannot be a folder: {there} is a file; choose another --out")
 
 
 def clear_previous_run(out: Path, config: PretrainConfig) -> None:
