@@ -77,7 +77,7 @@ def delta(pairs: int) -> None:
     """The delta rule alone: B 2, H 8, T 1024, d 64, forward and backward."""
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-    from llm_quest.layers.delta_net import chunk_gated_delta_rule, l2norm, recurrent_gated_delta_rule
+    from llm_quest.layers.delta_rule import chunk_gated_delta_rule, l2norm, recurrent_gated_delta_rule
 
     q, k, v = (torch.randn(2, 1024, 8, 64, requires_grad=True) for _ in range(3))
     g, beta = (-torch.rand(2, 1024, 8)).requires_grad_(), torch.rand(2, 1024, 8, requires_grad=True)

@@ -26,7 +26,7 @@ from llm_quest.generation.sampling import SamplingParams
 from llm_quest.generation.speculative.decoder import DraftSource
 from llm_quest.generation.speculative.draft_length import SpeculationStats
 from llm_quest.generation.stopping import StoppingCriteria
-from llm_quest.hub.load_save import load_tokenizer
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.models.build import build
 from llm_quest.models.decoder import Decoder
 

@@ -26,7 +26,8 @@ from llm_quest.eval.problems import ProblemEvalOptions
 from llm_quest.generation import generate as decoding
 from llm_quest.generation.speculative.decoder import DraftSource
 from llm_quest.generation.stopping import Completion
-from llm_quest.hub.load_save import load, load_model_and_tokenizer, load_tokenizer
+from llm_quest.hub.load_save import load, load_model_and_tokenizer
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.models.build import presets
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.config import load_run_config

@@ -67,6 +67,23 @@ class DataShard:
     world_size: int = 1
 
 
+class ProcessGroup(Protocol):
+    """The processes that share the work: which part is this one's, and everybody's values in the order of ranks."""
+
+    @property
+    def data_shard(self) -> DataShard: ...
+    def all_gather(self, thing: Any) -> list[Any]: ...
+
+
+class SingleProcess:
+    """A process group of one."""
+
+    data_shard = DataShard()
+
+    def all_gather(self, thing: Any) -> list[Any]:
+        return [thing]
+
+
 class LayerCache(Protocol):
     """What one mixer keeps between passes, for B rows.
 

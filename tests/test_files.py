@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import llm_quest
+from llm_quest.atomic_dirs import SWEEP_SECONDS, atomic_dir
 from llm_quest.errors import UsageError, tolerate_failure
-from llm_quest.files import SWEEP_SECONDS, atomic_dir, atomic_write_text, update_text
+from llm_quest.files import atomic_write_text, update_text
 
 PACKAGE = Path(llm_quest.__file__).parent
 

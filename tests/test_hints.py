@@ -39,7 +39,7 @@ OPTIONS_OF_FILES = {
     **{f"experiments/{name}.py": "ladder" for name in ("ladder", "rungs", "scaling_law")},
     "recipes/held_out.py": "eval", "serve": "serve",
     **{f"hub/gguf_{name}.py": "export" for name in ("adapter", "config", "export")},
-    "files.py": "export", "hub/wllama.py": "export",
+    "files.py": "export", "atomic_dirs.py": "export", "hub/wllama.py": "export",
 }  # fmt: skip
 """Packages and files outside cli/ whose messages one command prints; the others' are printed by `quest train`."""
 GGUF_KEYS = ("general.architecture", "general.sampling", "general.type", "tokenizer.ggml.model")
@@ -152,7 +152,7 @@ def settings_in(text: str) -> Iterator[str]:
 
 
 def is_defined(word: str) -> bool:
-    """`techniques.lora.merge_adapter` is the function of that file."""
+    """`techniques.adapter_merge.merge_adapter` is the function of that file."""
     *folders, name = word.split(".")
     file = PACKAGE.joinpath(*folders).with_suffix(".py")
     return file.is_file() and f"def {name}(" in file.read_text(encoding="utf-8")

@@ -18,7 +18,8 @@ from llm_quest.data.images import IMAGE_SUFFIXES, is_image_file, load_image
 from llm_quest.data.text_classification import encode_truncated
 from llm_quest.errors import UsageError
 from llm_quest.formatting import align_columns
-from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.hub.load_save import load
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.dual_encoder import CLIPModel
 from llm_quest.models.image_encoder import ImageEncoder

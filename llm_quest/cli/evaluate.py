@@ -23,7 +23,8 @@ from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.eval.perplexity import PerplexityReport, evaluate_documents
 from llm_quest.eval.problems import ProblemAccuracy, ProblemEvalOptions, evaluate_task, load_eval_problems
 from llm_quest.eval.self_refinement import RefinePrompts, SelfRefinement
-from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.hub.load_save import load
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import score_rows
 from llm_quest.recipes.config import load_run_config

@@ -13,7 +13,8 @@ from llm_quest.cli.export_web import WebExportReport, export_web
 from llm_quest.data.chat import end_template_at_answer
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
-from llm_quest.hub.load_save import load, load_preprocess, load_tokenizer, parse_dtype, save
+from llm_quest.hub.load_save import load, parse_dtype, save
+from llm_quest.hub.load_tokenizer import load_preprocess, load_tokenizer
 from llm_quest.hub.locate import resolve_checkpoint
 from llm_quest.hub.save_adapter import save_adapter
 from llm_quest.layers.low_rank import adapter_layers
@@ -23,7 +24,7 @@ from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.multimodal import VisionLanguageModel
 from llm_quest.recipes.yaml_io import read_yaml_file
 from llm_quest.report.run_card import run_readme
-from llm_quest.techniques.lora import merge_adapter, require_adapters
+from llm_quest.techniques.adapter_merge import merge_adapter, require_adapters
 from llm_quest.techniques.model_spec import all_exportable
 from llm_quest.techniques.score_head import find_score_head, read_length
 from llm_quest.techniques.token_rows import append_embedding_rows

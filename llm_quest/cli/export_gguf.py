@@ -9,9 +9,10 @@ from typing import Any
 from llm_quest.errors import UsageError
 from llm_quest.hub.gguf_adapter import save_gguf_adapter
 from llm_quest.hub.gguf_export import GGUFReport, save_gguf
-from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.hub.load_save import load
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.layers.low_rank import adapter_layers
-from llm_quest.techniques.lora import merge_adapter, require_adapters
+from llm_quest.techniques.adapter_merge import merge_adapter, require_adapters
 from llm_quest.techniques.score_head import find_score_head
 from llm_quest.techniques.value_head import remove_value_head
 

@@ -9,15 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_quest.atomic_dirs import atomic_dir
 from llm_quest.cli.export_gguf import GGUFExportReport, export_gguf, model_name
 from llm_quest.errors import UsageError
-from llm_quest.files import atomic_dir, write_text
+from llm_quest.files import write_text
 from llm_quest.hub.gguf import GGUFFile, read_gguf
 from llm_quest.hub.gguf_layouts import SAMPLING, size_of
 from llm_quest.hub.model_card import Readme, join_parts
 from llm_quest.hub.wllama import FILES, load_wllama
-from llm_quest.report.page import clean_for_html
 from llm_quest.report.run_card import run_readme
+from llm_quest.report.templates import render_template
 
 PAGE = Path(__file__).parents[1] / "report" / "web_page"
 PAGE_FILES = {"index.html": ".html", "page.js": ".js", "style.css": ".css"}
@@ -124,12 +125,7 @@ def page_settings(file: GGUFFile) -> dict[str, Any]:
 
 
 def render_page(title: str, card: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["clean"] = clean_for_html
-    template = PAGE.with_name(PAGE.name + ".html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(title=title, card=card, settings=settings)
+    return render_template(PAGE.with_name(PAGE.name + ".html"), title=title, card=card, settings=settings)
 
 
 def make_web_report(run: Path, folder: Path, report: GGUFExportReport) -> WebExportReport:

@@ -35,7 +35,8 @@ from llm_quest.contracts import LogFn
 from llm_quest.cost.plan import Plan
 from llm_quest.errors import UsageError
 from llm_quest.generation.generate import generate
-from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.hub.load_save import load
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.auto import RESOLVERS
 from llm_quest.recipes.config import config_differences, load_raw_config, parse_config

@@ -21,7 +21,8 @@ from llm_quest.eval.evaluators import PairsEvaluator
 from llm_quest.eval.problems import evaluate_problems
 from llm_quest.eval.statistics import ConfidenceInterval, wilson_confidence_interval
 from llm_quest.generation.generate import generate
-from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.hub.load_save import load
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.preference import sequence_log_probs
 from llm_quest.recipes.engine import run_recipe

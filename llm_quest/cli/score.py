@@ -16,7 +16,8 @@ from llm_quest.data.preferences import parse_preference
 from llm_quest.data.records import Record, read_records
 from llm_quest.errors import DataError, UsageError
 from llm_quest.formatting import align_columns
-from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.hub.load_save import load
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.hub.locate import locate_model
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.classification import pad_rows

@@ -8,7 +8,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, get_type_hints
 
-from llm_quest.recipes.config import describe_type
+from llm_quest.recipes.schema import describe_type
 from llm_quest.recipes.settings_reference import show_value
 from llm_quest.techniques import TECHNIQUES, TRAINING_TECHNIQUES
 

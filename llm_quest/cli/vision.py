@@ -25,7 +25,8 @@ from llm_quest.data.image_chat import ImageChat, ImageTurn
 from llm_quest.data.images import ImageProcessor, load_image
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, QuestError, UsageError
-from llm_quest.hub.load_save import find_preprocess, load_preprocess, read_model_config
+from llm_quest.hub.load_save import read_model_config
+from llm_quest.hub.load_tokenizer import find_preprocess, load_preprocess
 from llm_quest.models import VISION_FAMILIES
 from llm_quest.models.multimodal import VisionLanguageModel
 

@@ -146,3 +146,8 @@ def shared_token_count(rows: Sequence[tuple[Sequence[int], int]]) -> int:
     """The same, where every prompt is read once, and of each row what it adds."""
     prompts = {tuple(prompt) for prompt, _ in rows}
     return len(rows) * (1 + max(more for _, more in rows)) + len(prompts) * (max(map(len, prompts)) - 1)
+
+
+def split_rows(rows: range, batch_size: int) -> list[range]:
+    """Consecutive parts of at most `batch_size` rows."""
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]

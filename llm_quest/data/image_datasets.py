@@ -20,8 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from llm_quest.data.batch import split_rows
 from llm_quest.data.images import ImageProcessor
-from llm_quest.data.loader import epoch_indices, philox_uniforms, split_rows
+from llm_quest.data.loader import epoch_indices, philox_uniforms
 from llm_quest.data.stratified_split import choose_held_out
 from llm_quest.errors import DataError, MissingError
 

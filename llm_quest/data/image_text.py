@@ -22,10 +22,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm_quest.data import synthetic_shapes
-from llm_quest.data.batch import IGNORE_INDEX, pad
+from llm_quest.data.batch import IGNORE_INDEX, pad, split_rows
 from llm_quest.data.document import DropReport
 from llm_quest.data.images import ImageProcessor, load_image
-from llm_quest.data.loader import repeat_by_weight, shuffle_indices, split_rows
+from llm_quest.data.loader import repeat_by_weight, shuffle_indices
 from llm_quest.data.message_parsing import text_field
 from llm_quest.data.records import Record, TrackedRow, parse_rows
 from llm_quest.data.row_forms import IMAGE_TEXT_FORMS, select_form

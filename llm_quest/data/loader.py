@@ -134,11 +134,6 @@ def length_grouped_indices(dataset: SizedDataset[Any], batch_size: int) -> list[
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def split_rows(rows: range, batch_size: int) -> list[range]:
-    """Consecutive parts of at most `batch_size` rows."""
-    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-
-
 def epoch_indices(size: int, seed: int, rows: Iterable[int]) -> list[int]:
     """The item behind each row number, where an epoch is a permutation of `size` items."""
     return [int(_epoch_order(size, seed, number // size)[number % size]) for number in rows]

@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
-from llm_quest.data.loader import shuffle_indices, split_rows
+from llm_quest.data.batch import IGNORE_INDEX, TokenBatch, split_rows
+from llm_quest.data.loader import shuffle_indices
 from llm_quest.data.tokens import TokenizedDocuments
 from llm_quest.errors import DataError, UsageError
 

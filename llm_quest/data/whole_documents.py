@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_quest.data.batch import IGNORE_INDEX, TokenBatch, pad
-from llm_quest.data.loader import epoch_indices, shuffled_batches, split_rows
+from llm_quest.data.batch import IGNORE_INDEX, TokenBatch, pad, split_rows
+from llm_quest.data.loader import epoch_indices, shuffled_batches
 from llm_quest.data.problems import Task, TaskSplit, teacher_demonstration
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError

@@ -13,7 +13,8 @@ from torch import Tensor
 from llm_quest.data.tokenizer_files import has_tokenizer
 from llm_quest.errors import DataError
 from llm_quest.hub.config import read_json
-from llm_quest.hub.load_save import ALLOW_PICKLE, load, load_tokenizer
+from llm_quest.hub.load_save import ALLOW_PICKLE, load
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.hub.locate import ModelLocation, locate_model
 from llm_quest.hub.safetensors_io import FLOAT_DTYPES
 from llm_quest.hub.validate import FolderReport, TensorSource, validate_folder

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llm_quest.atomic_dirs import atomic_dir
 from llm_quest.errors import DataError, MissingError, UsageError
-from llm_quest.files import atomic_dir, atomic_write_json, write_json, write_text
+from llm_quest.files import atomic_write_json, write_json, write_text
 from llm_quest.hub.adapter_config import adapter_base
 from llm_quest.hub.config import add_techniques, build_config_json, build_generation_json, read_json, stored_dtype
 from llm_quest.hub.load_adapter import load_adapter
-from llm_quest.hub.locate import ModelLocation, locate_model, offline_error
+from llm_quest.hub.locate import locate_model, offline_error
 from llm_quest.hub.mmap import memory_map_parameters
 from llm_quest.hub.model_card import Readme
 from llm_quest.hub.packed_weights import PackedTensor, read_packed_into
@@ -43,6 +44,7 @@ from llm_quest.tensor_files import empty_huge_pages, nbytes, write_tensors
 if TYPE_CHECKING:
     from llm_quest.data.images import ImageProcessor
     from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.hub.load_tokenizer import check_vocabulary, load_tokenizer
 
 logger = logging.getLogger(__name__)
 NUM_READERS = 2
@@ -262,72 +264,6 @@ def require_language_model(model: Any, name_or_path: str | Path) -> Any:
     return model
 
 
-def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a published folder, a run, a GGUF file, or a hub id. DataError where there is none."""
-    from llm_quest.data.tokenizer import Tokenizer
-    from llm_quest.data.tokenizer_files import has_tokenizer, other_format_hint
-
-    base = adapter_base(name_or_path)
-    if base is not None and not (Path(name_or_path).expanduser() / "tokenizer.json").exists():
-        return load_tokenizer(base)
-    location = (
-        ModelLocation(Path(name_or_path), str(name_or_path))
-        if base is not None
-        else locate_model(name_or_path, revision=revision)
-    )
-    if location.gguf_file is not None:
-        from llm_quest.hub.gguf_load import open_model_file
-        from llm_quest.hub.gguf_read_tokenizer import read_tokenizer
-
-        return read_tokenizer(open_model_file(location.gguf_file))
-    folders = (
-        [location.folder]
-        if location.run_dir is None
-        else [location.run_dir, location.run_dir / "tokenizer", location.folder]
-    )
-    for home in folders:
-        if has_tokenizer(home):
-            return Tokenizer.load(home)
-    raise DataError(
-        f"{name_or_path} has no tokenizer (no tokenizer.json, no vocab.json with merges.txt, no tokenizer.model, no "
-        "spiece.model)"
-        f"{other_format_hint(location.folder)}"
-    )
-
-
-def load_preprocess(name_or_path: str | Path, *, revision: str | None = None) -> ImageProcessor:
-    """How the images of a published folder, a run, or a hub id are made: `image_processor` of processor_config.json
-    (transformers 5), otherwise preprocessor_config.json. DataError where neither says, or says what is not computed."""
-    processor = find_preprocess(name_or_path, revision=revision)
-    if processor is None:
-        raise DataError(
-            f"{name_or_path} has no preprocessor_config.json (nor an image_processor in processor_config.json), which "
-            "says how its images are made"
-        )
-    return processor
-
-
-def find_preprocess(name_or_path: str | Path, *, revision: str | None = None) -> ImageProcessor | None:
-    """The same; None where no file says."""
-    from llm_quest.data.preprocessor_config import parse_preprocessor_config
-
-    location = locate_model(name_or_path, revision=revision)
-    if location.gguf_file is not None:
-        return None
-    for home in [location.folder] if location.run_dir is None else [location.run_dir, location.folder]:
-        both, alone = (
-            read_json_if_there(home / f"{name}.json") for name in ("processor_config", "preprocessor_config")
-        )
-        published = both.get("image_processor") or alone
-        if published:
-            model_type = read_json_if_there(home / "config.json").get("model_type")
-            try:
-                return parse_preprocessor_config(published, model_type)
-            except DataError as error:
-                raise DataError(f"{name_or_path}: {error}") from None
-    return None
-
-
 def read_model_config(name_or_path: str | Path, *, revision: str | None = None) -> dict[str, Any]:
     """The contents of config.json of a published folder or hub id, of a run's model.json, as they stand there, or of a
     GGUF file's keys."""
@@ -339,11 +275,6 @@ def read_model_config(name_or_path: str | Path, *, revision: str | None = None) 
     if location.run_dir is not None:
         return dict(read_json(location.run_dir / "model.json").get("config") or {})
     return read_json(location.folder / "config.json")
-
-
-def read_json_if_there(file: Path) -> dict[str, Any]:
-    """The object of a JSON file; empty without the file."""
-    return read_json(file) if file.exists() else {}
 
 
 def write_model_json(run: str | Path, model: Decoder) -> None:
@@ -385,12 +316,3 @@ def generation_config_from_tokenizer(tokenizer: Tokenizer | None) -> GenerationC
         if tokenizer is None
         else GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_ids=tuple(tokenizer.eos_token_ids))
     )
-
-
-def check_vocabulary(tokenizer: Tokenizer | None, rows: int) -> None:
-    """UsageError for a tokenizer of another model. An added token may be without a row, as Gemma 3's image token is."""
-    if tokenizer is not None and tokenizer.base_vocab_size > rows:
-        largest = tokenizer.base_vocab_size - 1
-        raise UsageError(
-            f"the tokenizer has ids up to {largest}, the embedding only {rows} rows: they are not of one model"
-        )

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_quest.atomic_dirs import atomic_dir
 from llm_quest.errors import DataError, UsageError
-from llm_quest.files import atomic_dir, write_json, write_text
+from llm_quest.files import write_json, write_text
 from llm_quest.hub.adapter_config import CONFIG
 from llm_quest.hub.published_matrices import (
     LoRAPair,
@@ -43,17 +44,8 @@ from llm_quest.layers.low_rank import (
 )
 from llm_quest.models.build import family_of
 from llm_quest.models.weight_names import Transposed
-from llm_quest.techniques.lora import (
-    DoRA,
-    LoRA,
-    LoRAXS,
-    RsLoRA,
-    TinyLoRA,
-    is_adapter,
-    require_adapters,
-    whole_modules,
-    whole_parameters,
-)
+from llm_quest.techniques.adapter_merge import require_adapters
+from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA, is_adapter, whole_modules, whole_parameters
 from llm_quest.techniques.score_head import find_score_head
 from llm_quest.tensor_files import write_tensors
 

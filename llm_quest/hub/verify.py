@@ -23,7 +23,8 @@ from torch import Tensor
 from llm_quest.data.tokenizer_files import has_tokenizer
 from llm_quest.errors import MissingError, UsageError
 from llm_quest.hub.counterparts import Counterpart, Inputs, counterpart_of
-from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.hub.load_save import load
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.hub.locate import ModelLocation, locate_model
 from llm_quest.techniques.model_spec import all_exportable
 from llm_quest.techniques.score_head import ScoreHead

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from llm_quest.layers.kv_cache import concat_rows
+from llm_quest.layers.slot_index import concat_rows
 
 
 class StateSnapshot(NamedTuple):

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
+from llm_quest.atomic_dirs import atomic_dir
 from llm_quest.contracts import Callback, LogFn
 from llm_quest.data.conversations import first_question_hash, split_by_prompt
 from llm_quest.data.corpus import Corpus, load_corpus
@@ -28,13 +29,13 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import TokenFolder, default_cache_dir, open_token_folder, prepare_token_folder
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError, QuestError, UsageError
-from llm_quest.files import atomic_dir
 from llm_quest.hub.locate import resolve_checkpoint
 from llm_quest.progress import phase
 from llm_quest.recipes.config import RECIPES_DIR
-from llm_quest.recipes.config_schema import BatchedConfig, TextDataConfig, TokenizerConfig, known_techniques
+from llm_quest.recipes.config_schema import BatchedConfig, TextDataConfig, TokenizerConfig
 from llm_quest.recipes.dependent_defaults import is_own_choice
 from llm_quest.recipes.row_source import RowsConfig
+from llm_quest.recipes.technique_entry import known_techniques
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.techniques.adapter_targets import describe_addresses
 from llm_quest.techniques.lora import adapter_addresses
@@ -191,7 +192,7 @@ def split_text(corpus: Corpus, data: TextDataConfig) -> CorpusSplit:
 
 def load_any_tokenizer(name_or_path: str) -> Tokenizer:
     """A tokenizer from its file, or from a model's folder, run or hub id."""
-    from llm_quest.hub.load_save import load_tokenizer
+    from llm_quest.hub.load_tokenizer import load_tokenizer
 
     return Tokenizer.load(name_or_path) if name_or_path.endswith(".json") else load_tokenizer(name_or_path)
 

@@ -18,7 +18,8 @@ from pydantic import Field
 from llm_quest.contracts import Callback, LogFn
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
-from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.hub.load_save import load
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.layers.moe import SigmoidRouter, SoftmaxRouter
 from llm_quest.models.build import count_parameters, family_of
 from llm_quest.models.decoder import Decoder
@@ -27,9 +28,9 @@ from llm_quest.objectives.next_token import AuxiliaryLoss, NextTokenLoss
 from llm_quest.objectives.number_token import DISTANCES, NumberTokenLoss, number_values
 from llm_quest.recipes.assembly import require_run_exists
 from llm_quest.recipes.auto import resolve_precision
-from llm_quest.recipes.config import Choice, LocalPath, StrictModel
 from llm_quest.recipes.config_schema import PositiveFloat, UnitFraction
 from llm_quest.recipes.reference_model import weights_hash
+from llm_quest.recipes.schema import Choice, LocalPath, StrictModel
 from llm_quest.techniques.expert_bias import ExpertBiasBalancer
 from llm_quest.train.parallel import DistributedContext
 

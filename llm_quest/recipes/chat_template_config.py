@@ -13,8 +13,8 @@ from llm_quest.data.template_program import find_reserved_argument
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.recipes.auto import recorded_config
-from llm_quest.recipes.config import LocalPath, StrictModel
 from llm_quest.recipes.recipe import Context
+from llm_quest.recipes.schema import LocalPath, StrictModel
 
 
 class ChatTemplateConfig(StrictModel):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_quest.contracts import LogFn
 from llm_quest.errors import UsageError
-from llm_quest.recipes.config import did_you_mean
+from llm_quest.recipes.schema import did_you_mean
 
 Weight = Annotated[float, Field(gt=0)]
 ClassWeights = Annotated[

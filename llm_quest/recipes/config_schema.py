@@ -3,19 +3,19 @@ recommendation."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llm_quest.data.corpus import builtin_parts
 from llm_quest.data.row_forms import TEXT_FORMS
 from llm_quest.machine.probe import DTYPES
-from llm_quest.recipes.config import Choice, LocalPath, StrictModel, describe_type, did_you_mean
 from llm_quest.recipes.row_source import RowsConfig, Sources
-from llm_quest.techniques import ACT_IN_TRAINING_MODE, TECHNIQUES, TRAINING_TECHNIQUES
-from llm_quest.techniques.model_spec import FORMER_NAMES
+from llm_quest.recipes.schema import Choice, LocalPath, StrictModel
+from llm_quest.recipes.technique_entry import (
+    TechniqueEntry,
+)
+from llm_quest.techniques import ACT_IN_TRAINING_MODE
 from llm_quest.train.optimizers import OPTIMIZERS, SCHEDULE_SHAPES
 from llm_quest.train.trackers import TRACKERS
 
@@ -24,55 +24,6 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 UnitFraction = Annotated[float, Field(ge=0, le=1)]
 FewRowProducts = dict[Annotated[str, Choice(DTYPES)], tuple[PositiveInt, PositiveInt]]
-
-
-def parse_technique_entry(given: Any) -> dict[str, Any]:
-    """One entry with all its options written out; ValueError in words for a name, option or value that is not known."""
-    if isinstance(given, str):
-        given = {"name": given}
-    if not isinstance(given, Mapping) or "name" not in given:
-        raise ValueError(f"{given!r} is no technique: write its name, or {{name: lora, rank: 8}}")
-    known, name = known_techniques(), str(given["name"])
-    if name in FORMER_NAMES:
-        now = ", ".join(f"{key}: {value}" for key, value in FORMER_NAMES[name].items())
-        raise ValueError(f"the technique {name!r} has another name now: write {{{now}}}")
-    if name not in known:
-        raise ValueError(f"no technique is called {name!r}{did_you_mean(name, list(known))}; known: {', '.join(known)}")
-    options = {key: value for key, value in given.items() if key != "name"}
-    allowed = [field.name for field in fields(known[name])]
-    for key in options:
-        if key not in allowed:
-            raise ValueError(
-                f"{name} has no option {key!r}{did_you_mean(str(key), allowed)}; it has {join_names(allowed)}"
-            )
-    try:
-        technique: Any = TypeAdapter(known[name]).validate_python(options)
-    except ValidationError as error:
-        raise ValueError(
-            "; ".join(f"{name}: {describe_option_error(one, known[name])}" for one in error.errors())
-        ) from None
-    return {"name": name, **asdict(technique)}
-
-
-def describe_option_error(found: Any, technique: type) -> str:
-    """One of pydantic's findings, about one option, in our words."""
-    if found["type"] == "value_error":
-        return str(found["ctx"]["error"])
-    kind = get_type_hints(technique, include_extras=True)[str(found["loc"][0])]
-    return f"{found['loc'][0]}: {found['input']!r} is not {describe_type(kind)}"
-
-
-def join_names(names: Sequence[str]) -> str:
-    return ", ".join(names) or "none"
-
-
-def known_techniques() -> dict[str, type]:
-    """What a recipe may name."""
-    return TECHNIQUES | TRAINING_TECHNIQUES
-
-
-TechniqueEntry = Annotated[dict[str, Any], BeforeValidator(parse_technique_entry)]
-"""An entry of `techniques: [lora]` or `[{name: lora, rank: 8}, checkpointing]`, in the order of application."""
 
 
 class TextDataConfig(RowsConfig):

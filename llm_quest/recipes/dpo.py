@@ -17,9 +17,9 @@ from llm_quest.errors import UsageError
 from llm_quest.eval.evaluators import PairsEvaluator
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.preference import PreferenceLoss, relative_log_probs, sequence_log_probs
-from llm_quest.objectives.preference_losses import PREFERENCE_LOSSES, PairwiseLoss, make_preference_loss
+from llm_quest.objectives.preference_loss_numbers import make_preference_loss
+from llm_quest.objectives.preference_losses import PREFERENCE_LOSSES, PairwiseLoss
 from llm_quest.recipes.assembly import count_epochs
-from llm_quest.recipes.config import Choice
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, PositiveInt
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS, WINDOW
 from llm_quest.recipes.finetuning import (
@@ -42,8 +42,9 @@ from llm_quest.recipes.reference_model import (
     make_initial_reference,
     reference_log_probs,
 )
+from llm_quest.recipes.schema import Choice
 from llm_quest.rollouts.diagnostics import Diagnostics, MetricsRow, Symptom, metric_value
-from llm_quest.techniques.lora import require_adapters
+from llm_quest.techniques.adapter_merge import require_adapters
 from llm_quest.train.state import derive_seed
 
 

@@ -4,41 +4,39 @@ In the order of a run: processes and device, the job, its folder, optimizer and 
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llm_quest.contracts import Callback, LogFn, ParameterScale
-from llm_quest.errors import BusyError, DataError, MissingError, QuestError, ResourceError, UsageError
-from llm_quest.files import atomic_write_json, atomic_write_text
-from llm_quest.hub.load_save import write_model_json
+from llm_quest.errors import ResourceError, UsageError
+from llm_quest.files import atomic_write_json
 from llm_quest.machine.hardware import peak_memory_bytes
 from llm_quest.models.build import count_parameters, family_of
 from llm_quest.progress import LineLogger, Logger, NullLogger, is_terminal, phase
 from llm_quest.recipes.auto import CompileTimer
-from llm_quest.recipes.config import config_differences, config_to_yaml, load_raw_config, parse_config
-from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME, RunConfig
+from llm_quest.recipes.config import load_raw_config, parse_config
+from llm_quest.recipes.config_schema import RunConfig
 from llm_quest.recipes.freezing import freeze_parameters
 from llm_quest.recipes.recipe import Context, Job, Recipe, RunOutcome
-from llm_quest.recipes.run_identity import run_identity
-from llm_quest.recipes.run_length import check_new_length, describe_new_length
+from llm_quest.recipes.run_folder import (
+    describe_new_length,
+    open_run_dir,
+    remove_if_refused,
+    require_matching_run,
+    write_run_files,
+)
 from llm_quest.recipes.yaml_io import RawConfig
-from llm_quest.techniques.score_head import read_length
 from llm_quest.train.arguments import TrainingArguments, TrainResult
 from llm_quest.train.checkpoint import SHARDS_DIR, list_checkpoints
 from llm_quest.train.loop import train
 from llm_quest.train.optimizers import NO_SCALES, OPTIMIZERS, LRSchedule, make_lr_schedule
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.run_dir import RunDir
 from llm_quest.train.state import derive_seed
-
-REFUSALS = {error.exit_code for error in (UsageError, DataError, MissingError)}
 
 
 def run_recipe(
@@ -149,37 +147,6 @@ def describe_place(context: Context) -> str:
     return f"on {parallel.device}{shared}"
 
 
-def write_run_files(job: Job, folder: Path) -> None:
-    """What loading, exporting and the report need beside the checkpoints."""
-    write_model_json(folder, job.model)
-    if job.tokenizer is not None:
-        length = read_length(job.model, job.tokenizer.model_max_length)
-        job.tokenizer.save(folder / "tokenizer", model_max_length=length)
-    if job.preprocessor is not None:
-        from llm_quest.data.preprocessor_config import build_preprocessor_config
-
-        atomic_write_json(folder / "preprocessor_config.json", build_preprocessor_config(job.preprocessor))
-    atomic_write_json(folder / "data.json", dict(job.facts))
-
-
-@contextmanager
-def remove_if_refused(folder: Path) -> Iterator[None]:
-    """A run that is refused leaves no new folder, unless it holds a checkpoint by then (of a warm-up)."""
-    new = [one for one in (folder, *folder.parents) if not one.exists()]
-    try:
-        yield
-    except QuestError as error:
-        if error.exit_code not in REFUSALS:
-            raise
-        leader = os.environ.get("RANK", "0") == "0"
-        if leader and folder in new and not any(folder.rglob("step-*")):
-            shutil.rmtree(folder, ignore_errors=True)
-            for parent in new[1:]:
-                with suppress(OSError):  # something else is in it by now
-                    parent.rmdir()
-        raise
-
-
 @contextmanager
 def init_distributed(config: RunConfig, batch_size: int) -> Iterator[DistributedContext]:
     """Threads, device and the other processes, for as long as a run takes. batch_size: of one step, over all of
@@ -197,68 +164,6 @@ def init_distributed(config: RunConfig, batch_size: int) -> Iterator[Distributed
             yield parallel
     finally:
         parallel.destroy_process_group()
-
-
-def require_matching_run(config: RunConfig, folder: Path, accept: Sequence[str] = ()) -> None:
-    """A folder that holds something else, or a run of other settings, is left alone."""
-    old = folder / "config.yaml"
-    if not old.is_file():
-        if folder.is_dir() and not all(map(is_left_by_start, folder.iterdir())):
-            raise UsageError(f"{folder} is not empty and no run; choose another --out")
-    elif list_checkpoints(folder / "checkpoints"):
-        settings = load_raw_config(str(old))
-        if settings.tree.get("recipe") != config.recipe:
-            other = settings.tree.get("recipe")
-            raise BusyError(f"{folder} holds a run of another recipe ({other}); choose another --out")
-        before = parse_config(type(config), settings)
-        if before.max_steps != config.max_steps and not counts_epochs(config):
-            check_new_length(folder, config.max_steps)
-        changed = config_differences(before, config, (*KEYS_FREE_ON_RESUME, "max_steps", "num_train_epochs"))
-        if changed and "settings" not in accept:
-            listing = "; ".join(changed[:6]) + (f"; and {len(changed) - 6} more" if len(changed) > 6 else "")
-            raise BusyError(
-                f"{folder} holds a run of other settings ({listing}).\n"
-                f"Go on with its own (quest train {folder}) or choose another --out"
-            )
-
-
-def counts_epochs(config: RunConfig) -> bool:
-    """Whether max_steps is not known yet: it follows from the rows (`assembly.count_epochs`)."""
-    return getattr(config, "num_train_epochs", None) is not None
-
-
-def is_left_by_start(entry: Path) -> bool:
-    """Whether a run that was killed before it wrote its config.yaml has left this: such a folder is begun again."""
-    if entry.is_dir():
-        return entry.name in ("samples", "checkpoints") and not any(entry.iterdir())
-    return entry.name == "run.lock" or entry.name.startswith(".tmp-config.yaml-")
-
-
-def init_run_dir(config: RunConfig, folder: Path, parallel: DistributedContext) -> None:
-    """The run's folder with its config, for recipes that write into it before their run begins. All look before the
-    leader writes, and none goes on before the leader has written. A config whose length is not known yet leaves that of
-    a run that is there."""
-    require_matching_run(config, folder)
-    parallel.all_gather(None)
-    if parallel.is_main_process and not (counts_epochs(config) and list_checkpoints(folder / "checkpoints")):
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(folder / "config.yaml", config_to_yaml(config))
-    parallel.all_gather(None)
-
-
-def open_run_dir(job: Job, context: Context) -> RunDir:
-    """The run's folder, to be entered."""
-    identity = {**job.identity, **run_identity(job.config)}
-    hashes = {name: value for name, value in identity.items() if name != "settings"}
-    return RunDir(
-        context.run_dir,
-        config=config_to_yaml(job.config),
-        env={**context.env, "hashes": hashes},
-        identity=identity,
-        resume=context.resume,
-        is_main_process=context.parallel.is_main_process,
-        accept=context.accept,
-    )
 
 
 def build_optimizer(

@@ -16,10 +16,10 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
 from llm_quest.generation.sampling import SamplingParams
 from llm_quest.models.decoder import Decoder
-from llm_quest.recipes.config import did_you_mean
 from llm_quest.recipes.config_schema import PositiveFloat, PositiveInt
 from llm_quest.recipes.policy import PolicyConfig
 from llm_quest.recipes.policy_prompts import ProblemSet, PromptEncoder
+from llm_quest.recipes.schema import did_you_mean
 from llm_quest.rollouts.environments import (
     EnvironmentClient,
     EnvironmentHost,

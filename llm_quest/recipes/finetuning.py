@@ -23,7 +23,8 @@ from llm_quest.data.row_forms import CONVERSATION_FORMS, PREFERENCE_FORMS
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError, UsageError
-from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.hub.load_save import load
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.models.build import family_of
 from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.recipes.assembly import (

@@ -28,7 +28,6 @@ from llm_quest.hub.gsm8k import is_gsm8k
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.assembly import count_epochs, source_name
 from llm_quest.recipes.chat_template_config import ChatTemplateConfig, fix_template_date
-from llm_quest.recipes.config import Choice, LocalPath
 from llm_quest.recipes.config_schema import ModelConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.environment_setup import (
     EnvironmentProblems,
@@ -51,14 +50,7 @@ from llm_quest.recipes.policy_prompts import (
     problems_of_rows,
     problems_of_task,
 )
-from llm_quest.recipes.policy_setup import (
-    PolicySetup,
-    WarmupConfig,
-    build_policy_setup,
-    open_policy_run,
-    require_demonstrations_fit,
-    run_sft_warmup,
-)
+from llm_quest.recipes.policy_setup import PolicySetup, build_policy_setup, open_policy_run
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.reward_specs import (
     NEED_ANSWERS,
@@ -70,6 +62,8 @@ from llm_quest.recipes.reward_specs import (
     hash_of_reward_files,
     load_process_reward_model,
 )
+from llm_quest.recipes.schema import Choice, LocalPath
+from llm_quest.recipes.sft_warmup import WarmupConfig, require_demonstrations_fit, run_sft_warmup
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.rollouts.advantages import StepRewards
 from llm_quest.rollouts.diagnostics import Diagnostics

@@ -24,13 +24,14 @@ from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
 from llm_quest.files import atomic_write_json, atomic_write_text, damaged_file_errors, load_json
-from llm_quest.hub.load_save import load, load_tokenizer, require_language_model, write_model_json
+from llm_quest.hub.load_save import load, require_language_model, write_model_json
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.hub.locate import RESULT_FILE
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import RewardModelLoss
-from llm_quest.recipes.config import LocalPath, StrictModel, load_raw_config, parse_config
+from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.config_schema import ModelConfig, PositiveInt
-from llm_quest.recipes.engine import init_run_dir, run_job
+from llm_quest.recipes.engine import run_job
 from llm_quest.recipes.environment_setup import EnvironmentProblems
 from llm_quest.recipes.grpo import (
     GrpoConfig,
@@ -45,6 +46,8 @@ from llm_quest.recipes.grpo import (
 from llm_quest.recipes.policy_setup import policy_sampler
 from llm_quest.recipes.recipe import Context, Recipe, RunOutcome, no_single_job
 from llm_quest.recipes.reward_specs import RewardSpec
+from llm_quest.recipes.run_folder import init_run_dir
+from llm_quest.recipes.schema import LocalPath, StrictModel
 from llm_quest.rollouts.model_reward import ReplayLoader, make_comparisons
 from llm_quest.rollouts.rewards import CorrectnessReward, EnvironmentReward
 from llm_quest.rollouts.sampler import PolicyPrompt

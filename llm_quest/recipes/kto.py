@@ -32,7 +32,6 @@ from llm_quest.objectives.kto import (
 )
 from llm_quest.recipes.assembly import count_epochs, load_split_rows
 from llm_quest.recipes.chat_template_config import open_chat_template
-from llm_quest.recipes.config import Choice
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
 from llm_quest.recipes.finetuning import (
@@ -48,6 +47,7 @@ from llm_quest.recipes.finetuning import (
 )
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.reference_model import reference_log_probs
+from llm_quest.recipes.schema import Choice
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state import derive_seed

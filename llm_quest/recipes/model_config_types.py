@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models.config_fields import field_values, nested_config
-from llm_quest.recipes.config import did_you_mean
+from llm_quest.recipes.schema import did_you_mean
 
 
 def missing_inside(value: Any, kind: Any, before: Any) -> list[str]:

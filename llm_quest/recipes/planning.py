@@ -30,7 +30,7 @@ from llm_quest.objectives.preference import PreferenceLoss
 from llm_quest.recipes.assembly import apply_techniques, fit_sequence_length, micro_batch_rows
 from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.auxiliary_losses import build_distillation
-from llm_quest.recipes.config_schema import RunConfig, known_techniques
+from llm_quest.recipes.config_schema import RunConfig
 from llm_quest.recipes.engine import build_optimizer, init_distributed
 from llm_quest.recipes.freezing import freeze_parameters
 from llm_quest.recipes.kto import KTOLoader
@@ -38,6 +38,7 @@ from llm_quest.recipes.pretrain import PretrainConfig, resolve_model_config, res
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.reference_model import SyncedReference
 from llm_quest.recipes.rpt.recipe import FlopsMeter, MeteredRolloutLoader
+from llm_quest.recipes.technique_entry import known_techniques
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.rollouts.advantages import WeightedReward
 from llm_quest.rollouts.model_reward import ModelReward

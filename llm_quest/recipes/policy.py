@@ -16,8 +16,8 @@ from llm_quest.objectives.policy_gradient import (
 )
 from llm_quest.objectives.surrogates import POLICY_VARIANTS, Surrogate
 from llm_quest.objectives.value_loss import ValueLoss
-from llm_quest.recipes.config import Choice, LocalPath, StrictModel, did_you_mean
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, PositiveInt, RunConfig
+from llm_quest.recipes.schema import Choice, LocalPath, StrictModel, did_you_mean
 from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS
 from llm_quest.rollouts.gae import GAE, VALUE_ESTIMATORS
 

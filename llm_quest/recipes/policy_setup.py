@@ -1,5 +1,4 @@
-"""What recipes that train a policy on its own samples share: rollouts and objective, and before them the supervised
-warm-up of a fresh model on demonstrations, a run of its own inside the run folder.
+"""What recipes that train a policy on its own samples share: rollouts and objective.
 
 The reference of a KL term is the model as it began: a frozen copy, or with LoRA the same memory with the adapters
 off."""
@@ -10,37 +9,28 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from pydantic import Field
 from torch import nn
 
-from llm_quest.contracts import Callback, Loader, LogFn
-from llm_quest.data.loader import ShardedLoader
-from llm_quest.data.problems import Task, draw_problem
+from llm_quest.contracts import Callback, LogFn
 from llm_quest.data.tokenizer import Tokenizer
-from llm_quest.data.whole_documents import Demonstrations
 from llm_quest.errors import UsageError
-from llm_quest.eval.problems import evaluate_problems
 from llm_quest.generation.stopping import end_token_ids
-from llm_quest.hub.load_save import write_model_json
 from llm_quest.layers.router_replay import find_routers, record_routing, stack_routing
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.attention_divergence import compute_attention_policy
 from llm_quest.objectives.log_probs import token_log_probs
-from llm_quest.objectives.next_token import NextTokenLoss, batch_hidden_states
+from llm_quest.objectives.next_token import batch_hidden_states
 from llm_quest.objectives.policy_gradient import PolicyGradientLoss
 from llm_quest.objectives.surrogates import POLICY_VARIANTS
 from llm_quest.recipes.auto import resolve_auto, resolve_precision
-from llm_quest.recipes.config import StrictModel
-from llm_quest.recipes.config_schema import PositiveInt, RunConfig
-from llm_quest.recipes.engine import init_run_dir
 from llm_quest.recipes.finetuning import apply_config_techniques, can_share_prompts
 from llm_quest.recipes.policy import PolicyConfig
 from llm_quest.recipes.recipe import Context
 from llm_quest.recipes.reference_model import ReferenceContext, has_adapter, make_initial_reference
+from llm_quest.recipes.run_folder import init_run_dir
 from llm_quest.recipes.value_model import add_value_estimate, init_value_model, value_scorer
 from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS, RewardPipeline, StepRewards, WeightedReward
 from llm_quest.rollouts.gae import VALUE_ESTIMATORS
@@ -48,11 +38,7 @@ from llm_quest.rollouts.rollouts import PromptSource, RolloutLoader, RolloutPlan
 from llm_quest.rollouts.sampler import ContextFactory, RolloutSampler, Sampler
 from llm_quest.techniques.attention_taps import AttentionTaps
 from llm_quest.techniques.value_head import find_value_model
-from llm_quest.train.arguments import TrainingArguments
-from llm_quest.train.loop import train
-from llm_quest.train.optimizers import make_adamw, make_lr_schedule
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.run_dir import RunDir
 from llm_quest.train.state import derive_seed
 from llm_quest.train.step import autocast
 
@@ -229,128 +215,3 @@ def log_prob_scorer(scored: ReferenceContext, config: PolicyConfig) -> RowScorer
             return token_log_probs(model, batch, config.temperature)
 
     return score
-
-
-CHECK_EVERY = 25
-
-
-CHECK_PROBLEMS, CHECK_SAMPLES, CHECK_DEMONSTRATIONS = 50, 4, 200
-
-
-class WarmupConfig(StrictModel):
-    """Fine-tuning on the task's demonstrations, which a fresh model needs before rewards can tell it anything. Best
-    stopped where samples are right now and then: with too little no group is mixed, with too much none either."""
-
-    max_steps: PositiveInt = Field(default=400, description="at most")
-    target_accuracy: float = Field(
-        default=0.4, gt=0, le=1, description="stop when this share of samples is right, held out"
-    )
-    batch_size: PositiveInt = Field(default=64, description="demonstrations in a step")
-    learning_rate: float = Field(default=3e-3, gt=0, le=1, description="learning rate after 25 steps of warm-up")
-
-
-@dataclass(frozen=True)
-class StopRule:
-    """When a warm-up ends: after max_steps, or when the accuracy (measured every CHECK_EVERY steps) reaches its
-    target."""
-
-    max_steps: int
-    learning_rate: float
-    target_accuracy: float = 1.0
-    measure_accuracy: Callable[[], float] | None = None
-
-
-def require_demonstrations_fit(
-    warmup: WarmupConfig, task: Task, tokenizer: Tokenizer, max_new_tokens: int, log: LogFn
-) -> None:
-    """UsageError where fewer demonstrations than the warm-up's target end within max_new_tokens: the rest are cut off
-    and never right, so that all its steps would run without reaching it. Where some do not fit, a line."""
-    demonstrations = Demonstrations(task, tokenizer)
-    lengths = [len(demonstrations.encode_example(n, 0)[1]) for n in range(CHECK_DEMONSTRATIONS)]
-    require_lengths_fit(lengths, max_new_tokens, warmup.target_accuracy, "warmup.target_accuracy", log)
-
-
-def require_lengths_fit(lengths: Sequence[int], max_new_tokens: int, target: float, key: str, log: LogFn) -> None:
-    """As `require_demonstrations_fit`. lengths: tokens of demonstrations. key: of the target in the config."""
-    longest = max(lengths)
-    fit = sum(length <= max_new_tokens for length in lengths) / len(lengths)
-    told = f"{fit:.0%} of the task's demonstrations fit into max_new_tokens={max_new_tokens} (longest: {longest})"
-    if fit < target:
-        raise UsageError(f"{told}, and {key} is {target:.0%}, which can never be reached: set max_new_tokens={longest}")
-    if fit < 1:
-        log(f"warm-up: {told}; answers that are cut off are never right")
-
-
-def run_sft_warmup(
-    config: RunConfig,
-    warmup: WarmupConfig,
-    model: Decoder,
-    tokenizer: Tokenizer,
-    task: Task,
-    max_new_tokens: int,
-    folder: Path,
-    parallel: DistributedContext,
-    log: LogFn,
-) -> None:
-    """Fine-tunes a fresh model on the task's demonstrations, until some of its samples are right. Done already: read
-    from its checkpoint."""
-    loader = ShardedLoader(
-        Demonstrations(task, tokenizer),
-        batch_size=warmup.batch_size,
-        micro_batch_size=warmup.batch_size,
-        seed=derive_seed(config.seed, "demonstrations"),
-    )
-    problems = [draw_problem(task, "validation", index) for index in range(CHECK_PROBLEMS)]
-
-    def measure_accuracy() -> float:
-        return evaluate_problems(
-            model, tokenizer, problems, num_samples=CHECK_SAMPLES, max_new_tokens=max_new_tokens
-        ).mean_at_k
-
-    stop_rule = StopRule(warmup.max_steps, warmup.learning_rate, warmup.target_accuracy, measure_accuracy)
-    step, reached = train_until(config, model, tokenizer, loader, stop_rule, folder, parallel, log)
-    log(f"warm-up: {step} steps on demonstrations; {reached:.0%} of samples are right")
-
-
-def train_until(
-    config: RunConfig, model: Decoder, tokenizer: Tokenizer, loader: Loader, stop_rule: StopRule, folder: Path,
-    parallel: DistributedContext, log: LogFn,
-) -> tuple[int, float]:  # fmt: skip
-    """Trains the model in a run folder: steps done, and the accuracy it reached. Of several processes each holds the
-    whole model and learns from the whole batch. KeyboardInterrupt where the user stopped it, after a checkpoint."""
-    parallel = parallel.replicate()
-    objective = parallel.parallelize(NextTokenLoss(model))
-    every = CHECK_EVERY if stop_rule.measure_accuracy is not None else stop_rule.max_steps
-    accuracy, step = 0.0, 0
-    while step < stop_rule.max_steps and accuracy < stop_rule.target_accuracy:
-        step = min((step // every + 1) * every, stop_rule.max_steps)
-        with RunDir(folder, identity={"tokenizer": tokenizer.hash}, is_main_process=parallel.is_main_process) as run:
-            if parallel.is_main_process:
-                write_model_json(folder, model)
-                tokenizer.save(folder / "tokenizer", model_max_length=model.config.max_position_embeddings)
-            result = train(
-                objective,
-                loader,
-                make_adamw(model, lr=stop_rule.learning_rate, betas=(0.9, 0.95)),
-                make_lr_schedule(
-                    stop_rule.max_steps, shape="constant", warmup_steps=min(CHECK_EVERY, stop_rule.max_steps)
-                ),
-                TrainingArguments(
-                    steps=step,
-                    log_every=CHECK_EVERY,
-                    keep_last=1,
-                    seed=derive_seed(config.seed, "dropout"),
-                    name=f"{folder.name}, step",
-                ),
-                run,
-                parallel=parallel,
-            )
-        step = result.step
-        if result.status == "interrupted":
-            log(f"Interrupted; the warm-up is saved at step {step}. quest train {folder.parent} goes on with it.")
-            raise KeyboardInterrupt
-        if step % every and step < stop_rule.max_steps:
-            continue  # an interrupted warm-up goes on; it is looked at where it would have been
-        model.eval()
-        accuracy = stop_rule.measure_accuracy() if stop_rule.measure_accuracy is not None else 0.0
-    return step, accuracy

@@ -47,7 +47,6 @@ from llm_quest.recipes.auxiliary_losses import (
     number_token_terms,
     teacher_hash,
 )
-from llm_quest.recipes.config import Choice, StrictModel
 from llm_quest.recipes.config_schema import (
     ModelConfig,
     NonNegativeInt,
@@ -60,6 +59,7 @@ from llm_quest.recipes.config_schema import (
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
 from llm_quest.recipes.model_config import build_model_config, init_model
 from llm_quest.recipes.recipe import Context, Job, Recipe
+from llm_quest.recipes.schema import Choice, StrictModel
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.train.state import derive_seed

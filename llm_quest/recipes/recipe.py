@@ -16,9 +16,10 @@ from torch import nn
 from llm_quest.contracts import Callback, Evaluator, Loader, LogFn, MetricsCallback, ParameterScale
 from llm_quest.errors import UsageError
 from llm_quest.recipes import RECIPES
-from llm_quest.recipes.config import config_error, did_you_mean, load_raw_config, parse_config
+from llm_quest.recipes.config import config_error, load_raw_config, parse_config
 from llm_quest.recipes.dependent_defaults import WarmupOf, override_paths, shorten_warmup
 from llm_quest.recipes.model_config import model_config_problems
+from llm_quest.recipes.schema import did_you_mean
 from llm_quest.recipes.yaml_io import ConfigProblem, RawConfig
 from llm_quest.train.arguments import TrainResult
 from llm_quest.train.optimizers import LRSchedule

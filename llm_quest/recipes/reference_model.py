@@ -27,7 +27,8 @@ from llm_quest.files import atomic_file, file_sha256
 from llm_quest.layers.initialize import copy_module
 from llm_quest.objectives.preference import sequence_log_probs
 from llm_quest.progress import track
-from llm_quest.techniques.lora import disable_adapter, is_adapter
+from llm_quest.techniques.adapter_merge import disable_adapter
+from llm_quest.techniques.lora import is_adapter
 from llm_quest.tensor_files import write_tensors
 from llm_quest.train.checkpoint import checkpoint_step, list_checkpoints
 from llm_quest.train.parallel import DistributedContext

@@ -21,11 +21,12 @@ from pydantic import Field, field_validator, model_validator
 from llm_quest.contracts import LogFn, Reward
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
-from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.hub.load_save import load
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.objectives.readouts import READOUTS, ROW_READOUTS, find_readout
 from llm_quest.objectives.reward_model import score_rows
-from llm_quest.recipes.config import Choice, LocalPath, StrictModel
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, PositiveInt
+from llm_quest.recipes.schema import Choice, LocalPath, StrictModel
 from llm_quest.recipes.step_rewards import ModelStepRewards, ReadoutReward
 from llm_quest.rollouts.advantages import StepRewards, WeightedReward
 from llm_quest.rollouts.function_reward import CountsFailures, FunctionReward

@@ -11,7 +11,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from llm_quest.data.conversation_forms import RowForm
 from llm_quest.data.sources import absolute_source
-from llm_quest.recipes.config import StrictModel, did_you_mean, hold_nothing_out, parse_sources
+from llm_quest.recipes.config import hold_nothing_out, parse_sources
+from llm_quest.recipes.schema import StrictModel, did_you_mean
 
 RowPath = Annotated[str, Field(min_length=1), AfterValidator(absolute_source)]
 

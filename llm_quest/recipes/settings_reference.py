@@ -15,16 +15,10 @@ from pydantic_core import PydanticUndefined
 
 from llm_quest.files import atomic_write_text
 from llm_quest.recipes import RECIPES
-from llm_quest.recipes.config import (
-    StrictModel,
-    describe_type,
-    find_choices,
-    load_raw_config,
-    nested_schema,
-    recipe_names,
-)
-from llm_quest.recipes.config import bounds as bounds_in_words
+from llm_quest.recipes.config import load_raw_config, nested_schema, recipe_names
 from llm_quest.recipes.recipe import get_recipe
+from llm_quest.recipes.schema import StrictModel, describe_type, find_choices
+from llm_quest.recipes.schema import bounds as bounds_in_words
 
 ARXIV = {
     "DAPO": "2503.14476", "DeepSeek-V3": "2412.19437", "GAE": "1506.02438", "RPT": "2506.08007", "ST-MoE": "2202.08906",

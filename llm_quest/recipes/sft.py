@@ -34,7 +34,6 @@ from llm_quest.recipes.auxiliary_losses import (
     teacher_hash,
 )
 from llm_quest.recipes.chat_template_config import open_chat_template
-from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt, TextBatchedConfig
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
 from llm_quest.recipes.finetuning import (
@@ -47,6 +46,7 @@ from llm_quest.recipes.finetuning import (
     set_generation_eos,
 )
 from llm_quest.recipes.recipe import Context, Job, Recipe
+from llm_quest.recipes.schema import StrictModel
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.train.state import derive_seed
 

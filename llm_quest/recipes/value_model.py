@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
-from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.hub.load_save import load
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.layers.initialize import copy_module
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.value_loss import token_values
@@ -12,7 +13,7 @@ from llm_quest.recipes.policy import PolicyConfig
 from llm_quest.recipes.reference_model import has_adapter
 from llm_quest.rollouts.rollouts import RowScorer
 from llm_quest.techniques.activation_checkpointing import ActivationCheckpointing
-from llm_quest.techniques.lora import merge_adapter
+from llm_quest.techniques.adapter_merge import merge_adapter
 from llm_quest.techniques.value_head import (
     ValueHead,
     attach_value_model,

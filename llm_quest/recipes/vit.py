@@ -27,7 +27,8 @@ from llm_quest.data.image_labels import LabelOptions
 from llm_quest.data.images import ImageProcessor
 from llm_quest.errors import UsageError
 from llm_quest.eval.classification import ClassifierEvaluator, image_outputs
-from llm_quest.hub.load_save import find_preprocess, load
+from llm_quest.hub.load_save import load
+from llm_quest.hub.load_tokenizer import find_preprocess
 from llm_quest.models import vit
 from llm_quest.models.build import build, preset
 from llm_quest.models.image_encoder import ImageEncoder
@@ -35,11 +36,12 @@ from llm_quest.objectives.classification import ImageClassificationLoss
 from llm_quest.recipes.assembly import apply_techniques, count_epochs, log_remarks, make_sharded_loader
 from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.class_weights import ClassWeights, make_class_weights
-from llm_quest.recipes.config import Choice, LocalPath, StrictModel, hold_nothing_out
+from llm_quest.recipes.config import hold_nothing_out
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.dependent_defaults import ALTERNATIVES, require_at_most_one
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
 from llm_quest.recipes.recipe import Context, Job, Recipe
+from llm_quest.recipes.schema import Choice, LocalPath, StrictModel
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.train.state import derive_seed
 

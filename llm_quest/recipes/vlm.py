@@ -30,7 +30,8 @@ from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import UsageError
 from llm_quest.eval.images import ImageQuestionEvaluator
-from llm_quest.hub.load_save import find_preprocess, load, load_tokenizer
+from llm_quest.hub.load_save import load
+from llm_quest.hub.load_tokenizer import find_preprocess, load_tokenizer
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import clip, llama, llava
 from llm_quest.models.build import build, preset
@@ -48,7 +49,6 @@ from llm_quest.recipes.assembly import (
     source_name,
 )
 from llm_quest.recipes.auto import resolve_auto
-from llm_quest.recipes.config import Choice, LocalPath, StrictModel
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt
 from llm_quest.recipes.dependent_defaults import require_at_most_one
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
@@ -56,6 +56,7 @@ from llm_quest.recipes.engine import build_lr_schedule
 from llm_quest.recipes.old_keys import OLD_VALUES
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.row_source import RowsConfig, Sources
+from llm_quest.recipes.schema import Choice, LocalPath, StrictModel
 from llm_quest.recipes.vit import EvalFraction, VisionConfig, fsdp_blocks
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.train.optimizers import scale_schedule_after

@@ -4,7 +4,6 @@ fetches nothing and holds no script, and everything shown of models, data and se
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from llm_quest.report.run_summary import (
     run_status,
     summarize_run,
 )
+from llm_quest.report.templates import render_template
 
 TEMPLATE = Path(__file__).parent / "report.html"
 
@@ -46,13 +46,11 @@ def write_report(runs: Sequence[Path | str], *, out: Path | str | None = None) -
 
 def render_html(records: Sequence[RunRecord]) -> str:
     """The HTML. Everything but our own plots is escaped."""
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["clean"] = clean_for_html
     named = number_duplicate_names(records)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return render_template(
+        TEMPLATE,
         title=named[0].name if len(named) == 1 else f"{len(named)} runs compared",
         chapters=[summarize_run(record, number) for number, record in enumerate(named)],
         table=comparison_table(named) if len(named) > 1 else (),
@@ -189,8 +187,3 @@ def parse_settings(config: str) -> Iterator[tuple[str, str]]:
         key, value = ".".join(name for _, name in path), found[3] or ""
     if key and value:
         yield key, value
-
-
-def clean_for_html(text: str) -> str:
-    """The text without control characters and without marks that change the direction of writing."""
-    return "".join(c for c in str(text) if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))

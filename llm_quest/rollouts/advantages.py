@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from llm_quest.contracts import Reward
 from llm_quest.errors import DataError, UsageError
-from llm_quest.rollouts.sampler import Sample
+from llm_quest.rollouts.sampler import Sample, SampleGroups
 
 MIN_REWARD_SPREAD = 1e-4
 ADVANTAGE_EPS = 1e-4
@@ -299,3 +300,29 @@ def score_group(weighted_reward: WeightedReward, group: SampleGroup) -> list[flo
 def overlong_penalty(length: int, max_new_tokens: int, window: int) -> float:
     """DAPO's soft punishment (arXiv:2503.14476, eq. 13): 0 up to budget - window, then falling to -1 at the budget."""
     return -min(1.0, max(0.0, (length - (max_new_tokens - window)) / window))
+
+
+def sampling_metrics(
+    groups: SampleGroups, rewards: Tensor, reward_pipeline: RewardPipeline
+) -> dict[str, tuple[float, float]]:
+    """What is reported of the samples, as (sum, count) pairs. `reward` is the first of the rewards; of several, each
+    has a name of its own too, and `rewards/total` is their weighted sum."""
+    samples = [sample for group in groups for sample in group]
+    known = ~rewards.isnan()
+    tokens = sum(sample.num_policy_tokens for sample in samples)
+    mixed = reward_pipeline.is_mixed(rewards) if rewards.shape[2] > 1 else []
+    sums: dict[str, tuple[Any, Any]] = {"reward": (rewards[0].nansum(), known[0].sum())}
+    if len(reward_pipeline.rewards) > 1:
+        each = {one.name: (rewards[r].nansum(), known[r].sum()) for r, one in enumerate(reward_pipeline.rewards)}
+        sums |= {f"rewards/{name}": pair for name, pair in each.items()}
+        sums["rewards/total"] = (total_reward(reward_pipeline.rewards, rewards), 1)
+    sums |= {
+        "frac_reward_zero_std": (sum(not one for one in mixed), len(mixed)),
+        "completions/clipped_ratio": (sum(sample.truncated for sample in samples), len(samples)),
+        "rewards/unscorable": ((~known).all(dim=0).sum(), len(samples)),
+        "completions/mean_length": (tokens, len(samples)),
+        "entropy": (-sum(sum(sample.logprobs) for sample in samples), tokens),
+    }
+    if any(sample.is_policy_token is not None for sample in samples):
+        sums["completions/mean_turns"] = (sum(sample.num_turns for sample in samples), len(samples))
+    return {name: (float(total), float(count)) for name, (total, count) in sums.items()}

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llm_quest.contracts import DataShard
+from llm_quest.data.batch import split_rows
 from llm_quest.data.chat import ChatTemplate
-from llm_quest.data.loader import split_rows
 from llm_quest.data.template_sandbox import Messages
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError

@@ -20,13 +20,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llm_quest.contracts import DataShard
+from llm_quest.contracts import ProcessGroup, SingleProcess
 from llm_quest.data.policy_batch import (
     MetricSums,
     PolicyBatch,
@@ -41,13 +41,20 @@ from llm_quest.data.policy_batch import (
 from llm_quest.data.problems.problem import make_rng
 from llm_quest.errors import DataError, UsageError
 from llm_quest.models.decoder import Decoder
-from llm_quest.rollouts.advantages import RewardPipeline, total_reward
-from llm_quest.rollouts.sampler import ContextFactory, PolicyPrompt, RolloutSampler, Sample, eval_mode
+from llm_quest.rollouts.advantages import RewardPipeline, sampling_metrics
+from llm_quest.rollouts.sampler import (
+    ContextFactory,
+    PolicyPrompt,
+    RolloutSampler,
+    SampleGroups,
+    eval_mode,
+    make_policy_row,
+    make_policy_rows,
+)
 
 if TYPE_CHECKING:
     from llm_quest.rollouts.gae import GAE
 
-SampleGroups = list[list[Sample]]
 PromptSource = Callable[[int], PolicyPrompt]
 """Prompt number i of an endless list."""
 RowScorer = Callable[[PolicyBatch], Tensor]
@@ -87,23 +94,6 @@ class ValueBaseline:
 
     scorer: RowScorer
     gae: GAE
-
-
-class ProcessGroup(Protocol):
-    """The processes that share the work: which part is this one's, and everybody's values in the order of ranks."""
-
-    @property
-    def data_shard(self) -> DataShard: ...
-    def all_gather(self, thing: Any) -> list[Any]: ...
-
-
-class SingleProcess:
-    """A process group of one."""
-
-    data_shard = DataShard()
-
-    def all_gather(self, thing: Any) -> list[Any]:
-        return [thing]
 
 
 @dataclass
@@ -349,47 +339,3 @@ class RolloutLoader:
         if saved is not None:
             metrics = {name: (pair[0], pair[1]) for name, pair in saved["metric_sums"].items()}
             self.rollout = RolloutBuffer(saved["number"], [row_from_json(row) for row in saved["rows"]], metrics, [])
-
-
-def make_policy_rows(
-    groups: Sequence[Sequence[Sample]], advantages: Sequence[Sequence[np.ndarray | None]]
-) -> list[PolicyRow]:
-    """A row of each sample that has advantages."""
-    return [
-        make_policy_row(sample, each)
-        for group, found in zip(groups, advantages, strict=True)
-        for sample, each in zip(group, found, strict=True)
-        if each is not None
-    ]
-
-
-def make_policy_row(sample: Sample, advantages: np.ndarray) -> PolicyRow:
-    mask = None if sample.is_policy_token is None else np.array(sample.is_policy_token, np.bool_)
-    sampled = np.array(sample.logprobs, np.float32)
-    return PolicyRow(sample.prompt_ids, sample.completion_ids, advantages, sampled, is_policy_token=mask)
-
-
-def sampling_metrics(
-    groups: SampleGroups, rewards: Tensor, reward_pipeline: RewardPipeline
-) -> dict[str, tuple[float, float]]:
-    """What is reported of the samples, as (sum, count) pairs. `reward` is the first of the rewards; of several, each
-    has a name of its own too, and `rewards/total` is their weighted sum."""
-    samples = [sample for group in groups for sample in group]
-    known = ~rewards.isnan()
-    tokens = sum(sample.num_policy_tokens for sample in samples)
-    mixed = reward_pipeline.is_mixed(rewards) if rewards.shape[2] > 1 else []
-    sums: dict[str, tuple[Any, Any]] = {"reward": (rewards[0].nansum(), known[0].sum())}
-    if len(reward_pipeline.rewards) > 1:
-        each = {one.name: (rewards[r].nansum(), known[r].sum()) for r, one in enumerate(reward_pipeline.rewards)}
-        sums |= {f"rewards/{name}": pair for name, pair in each.items()}
-        sums["rewards/total"] = (total_reward(reward_pipeline.rewards, rewards), 1)
-    sums |= {
-        "frac_reward_zero_std": (sum(not one for one in mixed), len(mixed)),
-        "completions/clipped_ratio": (sum(sample.truncated for sample in samples), len(samples)),
-        "rewards/unscorable": ((~known).all(dim=0).sum(), len(samples)),
-        "completions/mean_length": (tokens, len(samples)),
-        "entropy": (-sum(sum(sample.logprobs) for sample in samples), tokens),
-    }
-    if any(sample.is_policy_token is not None for sample in samples):
-        sums["completions/mean_turns"] = (sum(sample.num_turns for sample in samples), len(samples))
-    return {name: (float(total), float(count)) for name, (total, count) in sums.items()}

@@ -12,10 +12,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 from torch import nn
 
 from llm_quest.contracts import DataShard
-from llm_quest.data.loader import split_rows
+from llm_quest.data.batch import split_rows
+from llm_quest.data.policy_batch import PolicyRow
 from llm_quest.errors import UsageError
 from llm_quest.generation.generate import generate_completions
 from llm_quest.generation.sampling import SamplingParams
@@ -78,6 +80,9 @@ class Sample:
     def num_turns(self) -> int:
         """How often the policy wrote."""
         return max(1, sum(message["role"] == "assistant" for message in self.messages))
+
+
+SampleGroups = list[list[Sample]]
 
 
 class RolloutSampler(Protocol):
@@ -184,3 +189,21 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def make_policy_rows(
+    groups: Sequence[Sequence[Sample]], advantages: Sequence[Sequence[np.ndarray | None]]
+) -> list[PolicyRow]:
+    """A row of each sample that has advantages."""
+    return [
+        make_policy_row(sample, each)
+        for group, found in zip(groups, advantages, strict=True)
+        for sample, each in zip(group, found, strict=True)
+        if each is not None
+    ]
+
+
+def make_policy_row(sample: Sample, advantages: np.ndarray) -> PolicyRow:
+    mask = None if sample.is_policy_token is None else np.array(sample.is_policy_token, np.bool_)
+    sampled = np.array(sample.logprobs, np.float32)
+    return PolicyRow(sample.prompt_ids, sample.completion_ids, advantages, sampled, is_policy_token=mask)

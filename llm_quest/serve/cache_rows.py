@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_quest.layers.kv_cache import Cache, KVCache, SlotIndex, allocate_slots
+from llm_quest.layers.kv_cache import Cache, KVCache, allocate_slots
+from llm_quest.layers.slot_index import SlotIndex
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
 

@@ -52,8 +52,8 @@ class Quantize:
             raise UsageError(f"format is {self.format!r}; expected one of {', '.join(FORMATS)}")
         if adapter_layers(model):
             raise UsageError(
-                "this model has an adapter: merge it first (techniques.lora.merge_adapter) and quantize the result, or "
-                "quantize before the adapter is applied"
+                "this model has an adapter: merge it first (techniques.adapter_merge.merge_adapter) and quantize the "
+                "result, or quantize before the adapter is applied"
             )
         model.requires_grad_(False)
         heads = [(path, module) for path, module in model.named_modules() if isinstance(module, LMHead)]

@@ -26,8 +26,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
+from llm_quest.atomic_dirs import exchange_names
 from llm_quest.errors import DataError, ResourceError
-from llm_quest.files import exchange_names
 from llm_quest.manifest import file_entry, find_fault
 from llm_quest.train import checkpoint as files
 from llm_quest.train.checkpoint import SHARDS_DIR, TENSOR_FILES, Checkpoint, load_checkpoint

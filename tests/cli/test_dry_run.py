@@ -12,17 +12,11 @@ import pytest
 from llm_quest.cli.train import DryRunResult, start_training
 from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.recipes import RECIPES
-from llm_quest.recipes.config import (
-    StrictModel,
-    describe_field,
-    did_you_mean,
-    load_raw_config,
-    nested_schema,
-    recipe_names,
-)
+from llm_quest.recipes.config import load_raw_config, nested_schema, recipe_names
 from llm_quest.recipes.config_schema import ModelConfig
-from llm_quest.recipes.engine import remove_if_refused
 from llm_quest.recipes.recipe import get_recipe, load_recipe
+from llm_quest.recipes.run_folder import remove_if_refused
+from llm_quest.recipes.schema import StrictModel, describe_field, did_you_mean
 
 
 def dry(recipe: str, *pairs: str) -> DryRunResult:

@@ -21,7 +21,7 @@ from llm_quest.data.image_chat import ImageChat, ImageTurn
 from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import UsageError
-from llm_quest.hub.load_save import load_tokenizer
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from tests.models.vision import SIZES
 from tests.oracles import randomize_, transformers
 

@@ -12,7 +12,7 @@ from llm_quest.cli.quickstart import run_quickstart
 from llm_quest.cli.train import start_training
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.errors import UsageError
-from llm_quest.hub.load_save import load_tokenizer
+from llm_quest.hub.load_tokenizer import load_tokenizer
 
 SMALL = (
     "data.source=builtin:topics",

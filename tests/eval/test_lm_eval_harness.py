@@ -13,7 +13,8 @@ from llm_quest.data.chat import CHATML_TEMPLATE, ChatTemplate
 from llm_quest.data.vocabulary import character_tokenizer, train_bpe
 from llm_quest.errors import UsageError
 from llm_quest.generation.sampling import SamplingParams
-from llm_quest.hub.load_save import load, load_tokenizer, save
+from llm_quest.hub.load_save import load, save
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models.build import build
 from llm_quest.models.llama import Config

@@ -17,7 +17,8 @@ from llm_quest.data.problems import Problem
 from llm_quest.errors import UsageError
 from llm_quest.eval.problems import Selection
 from llm_quest.eval.selection import best_of_at_k, majority_at_k, selection_sizes
-from llm_quest.hub.load_save import load, load_tokenizer, save
+from llm_quest.hub.load_save import load, save
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.rollouts.answers import ANSWER_VALUES, answer_value
 from llm_quest.rollouts.sampler import Sample
 from llm_quest.rollouts.verifiers import VERIFIERS, verify_answer

@@ -14,7 +14,7 @@ from llm_quest.data.chat import CHATML_TEMPLATE
 from llm_quest.data.problems import Problem
 from llm_quest.errors import UsageError
 from llm_quest.eval.self_refinement import RefinePrompts, SelfRefinement
-from llm_quest.hub.load_save import load_tokenizer
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.rollouts.sampler import Sample
 from tests.recipes.every_recipe import TASK, prepare
 

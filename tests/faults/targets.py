@@ -34,7 +34,8 @@ from llm_quest.hub.adapter_config import read_adapter_config
 from llm_quest.hub.config import parse_generation_config, read_json
 from llm_quest.hub.gguf_export import save_gguf
 from llm_quest.hub.inspect import inspect_folder
-from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.hub.load_save import load
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.hub.safetensors_io import read_header
 from llm_quest.layers.rotary import LinearScaling, RotaryEmbedding
 from llm_quest.manifest import describe_changes, find_fault, read_manifest

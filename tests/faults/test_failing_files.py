@@ -26,6 +26,7 @@ PRIMITIVES = {
 }  # fmt: skip
 """What writes otherwise than by the functions of files.py that replace one whole file."""
 WITHOUT_A_WRITER = {
+    "atomic_dirs.py": "the function that all others use",
     "files.py": "the functions that all others use",
     "layers/native.py": "compiled into a temporary folder and then renamed",
     "machine/compiler.py": "a temporary folder of its own",

@@ -16,7 +16,8 @@ from torch import Tensor
 import llm_quest as quest
 from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.adapter_config import COMPUTED, HARMLESS
-from llm_quest.techniques.lora import LoRA, disable_adapter
+from llm_quest.techniques.adapter_merge import disable_adapter
+from llm_quest.techniques.lora import LoRA
 from tests.later import Later
 from tests.oracles import ATOL, RTOL, randomize_, save_published, tiny_gpt2, tiny_llama, transformers
 

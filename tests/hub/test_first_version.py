@@ -12,7 +12,7 @@ import torch
 
 import llm_quest as quest
 from llm_quest.cli.export import export_run
-from llm_quest.hub.load_save import load_preprocess
+from llm_quest.hub.load_tokenizer import load_preprocess
 
 V1 = Path(__file__).parents[1] / "data" / "v1"
 EXPECTED = json.loads((V1 / "expected.json").read_text())

@@ -17,7 +17,8 @@ from llm_quest.hub.gguf_export import save_gguf
 from llm_quest.hub.gguf_families import BY_MODEL_TYPE, LAYOUTS
 from llm_quest.hub.gguf_layouts import OPTIONAL
 from llm_quest.hub.inspect import inspect_folder
-from llm_quest.hub.load_save import load, load_tokenizer, save
+from llm_quest.hub.load_save import load, save
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.layers.norm import ZeroCenteredRMSNorm
 from llm_quest.models import FAMILIES
 from llm_quest.models.build import family_of

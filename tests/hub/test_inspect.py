@@ -11,7 +11,8 @@ import safetensors.torch
 import llm_quest as quest
 from llm_quest.errors import UsageError
 from llm_quest.hub.inspect import content_conditions, inspect_folder
-from llm_quest.hub.load_save import load_tokenizer, save, write_model_json
+from llm_quest.hub.load_save import save, write_model_json
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.hub.verify import compare_with_transformers
 from tests.oracles import edit_config, save_published, tiny_gpt2, tiny_llama
 from tests.tokenizer_kinds import tokenizer_of

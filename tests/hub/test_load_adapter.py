@@ -16,7 +16,8 @@ from torch.nn import functional as F
 import llm_quest as quest
 from llm_quest.errors import DataError, UsageError
 from llm_quest.layers.low_rank import AdaptedLinear, DoRAUpdate, adapter_layers
-from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA, adapter_addresses, merge_adapter
+from llm_quest.techniques.adapter_merge import merge_adapter
+from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA, adapter_addresses
 from tests.later import Later
 from tests.oracles import ATOL, RTOL, save_published, tiny_gpt2, tiny_llama, transformers
 

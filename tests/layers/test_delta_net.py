@@ -3,14 +3,8 @@
 import pytest
 import torch
 
-from llm_quest.layers.delta_net import (
-    FlatProjection,
-    GatedDeltaNet,
-    InterleavedProjection,
-    chunk_gated_delta_rule,
-    l2norm,
-    recurrent_gated_delta_rule,
-)
+from llm_quest.layers.delta_net import FlatProjection, GatedDeltaNet, InterleavedProjection
+from llm_quest.layers.delta_rule import chunk_gated_delta_rule, l2norm, recurrent_gated_delta_rule
 from llm_quest.scope import Scope
 
 

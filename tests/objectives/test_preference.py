@@ -17,6 +17,7 @@ from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.errors import UsageError
 from llm_quest.models.build import build, preset
 from llm_quest.objectives.preference import PreferenceLoss, sequence_log_probs
+from llm_quest.objectives.preference_loss_numbers import make_preference_loss
 from llm_quest.objectives.preference_losses import (
     AOT,
     DPO,
@@ -28,7 +29,6 @@ from llm_quest.objectives.preference_losses import (
     LossTraits,
     PairwiseLoss,
     log_odds,
-    make_preference_loss,
 )
 from tests.objectives.rated import Answering, elements, gradients, tiny, trainer, trl_inputs
 

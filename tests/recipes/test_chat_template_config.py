@@ -11,7 +11,7 @@ import pytest
 from llm_quest.data.chat import CHATML_TEMPLATE
 from llm_quest.data.problems import Problem
 from llm_quest.errors import QuestError, UsageError
-from llm_quest.hub.load_save import load_tokenizer
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.recipes import chat_template_config
 from llm_quest.recipes.chat_template_config import ChatTemplateConfig
 from llm_quest.recipes.policy_prompts import ProblemSet, make_prompt_encoder

@@ -10,7 +10,8 @@ import pytest
 
 import llm_quest
 from llm_quest.errors import UsageError
-from llm_quest.recipes.config import Choice, StrictModel, parse_config
+from llm_quest.recipes.config import parse_config
+from llm_quest.recipes.schema import Choice, StrictModel
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 
 PACKAGE = Path(llm_quest.__file__).parent

@@ -29,7 +29,8 @@ from llm_quest.eval.classification import (
     f1_score,
     multi_label_metrics,
 )
-from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.hub.load_save import load
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.recipes.class_weights import make_class_weights
 from llm_quest.report.page import write_report
 from tests.later import Later

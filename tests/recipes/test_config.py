@@ -11,7 +11,6 @@ import pytest
 
 from llm_quest.errors import UsageError
 from llm_quest.recipes.config import (
-    StrictModel,
     config_differences,
     config_to_yaml,
     find_recipe_file,
@@ -27,6 +26,7 @@ from llm_quest.recipes.old_keys import OLD_KEYS
 from llm_quest.recipes.other_names import METHODS
 from llm_quest.recipes.pretrain import PretrainConfig
 from llm_quest.recipes.recipe import get_recipe
+from llm_quest.recipes.schema import StrictModel
 from llm_quest.recipes.vit import VitConfig
 from llm_quest.recipes.vlm import VlmConfig
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml, read_yaml_file

@@ -13,7 +13,8 @@ import llm_quest as quest
 from llm_quest.cli.train import estimate_cost
 from llm_quest.errors import BusyError, UsageError
 from llm_quest.files import file_sha256
-from llm_quest.hub.load_save import load_tokenizer, save
+from llm_quest.hub.load_save import save
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.models.build import build, preset
 from tests.recipes.test_config import GOOD, told
 from tests.recipes.test_pretrain import BASE, CtrlC, rows, run, weights

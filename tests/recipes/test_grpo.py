@@ -29,8 +29,8 @@ from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.grpo import GrpoConfig
 from llm_quest.recipes.model_config import WARMUP_CONTEXT, init_model
-from llm_quest.recipes.policy_setup import WarmupConfig, require_demonstrations_fit, run_sft_warmup
 from llm_quest.recipes.recipe import get_recipe, load_recipe
+from llm_quest.recipes.sft_warmup import WarmupConfig, require_demonstrations_fit, run_sft_warmup
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.rollouts.rewards import compute_step_rewards
 from llm_quest.rollouts.sampler import Sample

@@ -12,7 +12,8 @@ import torch
 
 from llm_quest.cli.export import export_run
 from llm_quest.errors import UsageError
-from llm_quest.hub.load_save import load, load_tokenizer, save
+from llm_quest.hub.load_save import load, save
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.grpo import GrpoConfig

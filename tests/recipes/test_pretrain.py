@@ -13,7 +13,8 @@ import torch
 
 from llm_quest.errors import BusyError, UsageError
 from llm_quest.files import file_sha256
-from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.hub.load_save import load
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.pretrain import PretrainConfig

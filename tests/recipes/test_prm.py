@@ -12,7 +12,8 @@ import pytest
 from llm_quest.data.problems.chained import Chained
 from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.errors import UsageError
-from llm_quest.hub.load_save import load, load_tokenizer, save
+from llm_quest.hub.load_save import load, save
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.models.build import build, preset
 from llm_quest.recipes.reward_specs import load_process_reward_model
 from llm_quest.rollouts.sampler import Sample

@@ -16,12 +16,13 @@ from pydantic.fields import FieldInfo
 
 from llm_quest.errors import DataError, UsageError
 from llm_quest.recipes import RECIPES
-from llm_quest.recipes.config import LocalPath, StrictModel, load_run_config, nested_schema, parse_config
+from llm_quest.recipes.config import load_run_config, nested_schema, parse_config
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.held_out import evaluate_run
 from llm_quest.recipes.planning import open_job
 from llm_quest.recipes.recipe import Job, get_recipe, load_recipe
 from llm_quest.recipes.row_source import RowsConfig
+from llm_quest.recipes.schema import LocalPath, StrictModel
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from tests.recipes.every_recipe import COMMON, TEXTS, prepare
 from tests.recipes.tuned import WORDS, written

@@ -14,7 +14,7 @@ from llm_quest.errors import BusyError
 from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.recipe import get_recipe
-from llm_quest.recipes.run_identity import fingerprint_path, iter_loaded, run_identity
+from llm_quest.recipes.run_folder import fingerprint_path, iter_loaded, run_identity
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from tests.recipes.tuned import COMMON, base, written
 

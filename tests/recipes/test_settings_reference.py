@@ -17,9 +17,10 @@ from llm_quest.cli.main import app
 from llm_quest.cli.techniques import list_techniques
 from llm_quest.errors import UsageError
 from llm_quest.recipes import RECIPES
-from llm_quest.recipes.config import StrictModel, nested_schema
+from llm_quest.recipes.config import nested_schema
 from llm_quest.recipes.other_names import OTHER_NAMES, setting_of
 from llm_quest.recipes.recipe import get_recipe, load_recipe
+from llm_quest.recipes.schema import StrictModel
 from llm_quest.recipes.settings_reference import make_page
 from llm_quest.techniques import TECHNIQUES, TRAINING_TECHNIQUES
 

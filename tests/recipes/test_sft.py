@@ -14,7 +14,8 @@ from llm_quest.cli.export import export_run
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.errors import DataError, UsageError
 from llm_quest.generation.generate import generate
-from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.hub.load_save import load
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.techniques.model_spec import strip_wrapper_names
 from tests.later import Later
 from tests.recipes.tuned import WORDS, base, metrics, started, weights, written

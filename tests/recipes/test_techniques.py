@@ -20,7 +20,8 @@ from llm_quest.recipes.pretrain import PretrainConfig
 from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.techniques.activation_checkpointing import CheckpointedForward
-from llm_quest.techniques.lora import LoRA, adapter_addresses, disable_adapter
+from llm_quest.techniques.adapter_merge import disable_adapter
+from llm_quest.techniques.lora import LoRA, adapter_addresses
 from tests.oracles import transformers
 from tests.recipes.test_config import GOOD, told
 from tests.recipes.test_pretrain import CtrlC, rows, run, weights

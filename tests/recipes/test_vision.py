@@ -19,7 +19,7 @@ from llm_quest.cli.classify import classify_image
 from llm_quest.data.image_datasets import ImageDataset
 from llm_quest.data.images import ImageProcessor
 from llm_quest.errors import BusyError, UsageError
-from llm_quest.hub.load_save import load_preprocess, load_tokenizer
+from llm_quest.hub.load_tokenizer import load_preprocess, load_tokenizer
 from llm_quest.models import clip
 from llm_quest.models.build import build, preset
 from llm_quest.objectives.classification import classification_loss

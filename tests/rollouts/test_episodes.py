@@ -36,8 +36,8 @@ from llm_quest.rollouts.episodes import EpisodeSampler, TurnEncoder
 from llm_quest.rollouts.gae import GAE
 from llm_quest.rollouts.included_environments import Calculator, FileSearch, GuessingGame, rank_paragraphs
 from llm_quest.rollouts.rewards import EnvironmentReward, RandomReward
-from llm_quest.rollouts.rollouts import RolloutLoader, RolloutPlan, make_policy_row
-from llm_quest.rollouts.sampler import PolicyPrompt, Sampler
+from llm_quest.rollouts.rollouts import RolloutLoader, RolloutPlan
+from llm_quest.rollouts.sampler import PolicyPrompt, Sampler, make_policy_row
 from llm_quest.rollouts.verifiers import verify_equal
 
 TINY = [one.name for page in FAMILIES for one in page.presets if one.name.endswith("-tiny")]

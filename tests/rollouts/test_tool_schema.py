@@ -14,7 +14,7 @@ from llm_quest.data.problems.problem import Problem
 from llm_quest.data.prompt_rows import read_prompt_rows
 from llm_quest.data.records import Record
 from llm_quest.errors import UsageError
-from llm_quest.hub.load_save import load_tokenizer
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.recipes.environment_setup import start_environment
 from llm_quest.recipes.policy_prompts import PromptEncoder
 from llm_quest.rollouts.environments import EnvironmentHost, Step

@@ -24,17 +24,8 @@ from llm_quest.layers.low_rank import (
     adapter_layers,
 )
 from llm_quest.scope import Scope
-from llm_quest.techniques.lora import (
-    DoRA,
-    LoRA,
-    LoRAXS,
-    RsLoRA,
-    TinyLoRA,
-    adapter_addresses,
-    disable_adapter,
-    merge_adapter,
-    unmerge_adapter,
-)
+from llm_quest.techniques.adapter_merge import disable_adapter, merge_adapter, unmerge_adapter
+from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA, adapter_addresses
 from llm_quest.train.optimizers import make_adamw, make_muon
 from tests.laws.subjects import own, random_tokens, shared
 

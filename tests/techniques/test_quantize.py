@@ -12,14 +12,15 @@ from torch import nn
 
 import llm_quest as quest
 from llm_quest.hub.load_adapter import load_adapter
-from llm_quest.hub.load_save import load_tokenizer
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.hub.save_adapter import save_adapter
 from llm_quest.layers.quantized import QuantizedMatrix
 from llm_quest.layers.weight_formats import FORMATS
 from llm_quest.models.build import preset
-from llm_quest.recipes.config_schema import parse_technique_entry
+from llm_quest.recipes.technique_entry import parse_technique_entry
 from llm_quest.scope import Scope
-from llm_quest.techniques.lora import LoRA, merge_adapter
+from llm_quest.techniques.adapter_merge import merge_adapter
+from llm_quest.techniques.lora import LoRA
 from llm_quest.techniques.quantize import Quantize
 from tests.laws.subjects import TINY, own, random_tokens
 

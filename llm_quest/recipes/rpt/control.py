@@ -22,16 +22,18 @@ from llm_quest.files import damaged_file_errors, load_json
 from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.recipes.assembly import source_name
 from llm_quest.recipes.auto import resolve_auto
-from llm_quest.recipes.config import LocalPath, load_raw_config, parse_config
+from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt, RunConfig
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
-from llm_quest.recipes.engine import init_run_dir
 from llm_quest.recipes.finetuning import StartModelConfig, apply_config_techniques, load_for_finetuning
 from llm_quest.recipes.recipe import Context, Job, Recipe
+from llm_quest.recipes.rpt.documents import RptDocuments, load_documents
 from llm_quest.recipes.rpt.evaluation import TABLES_FILE, PositionEvaluator
-from llm_quest.recipes.rpt.positions import RptDocuments, SelectedPositions, load_documents, load_positions
+from llm_quest.recipes.rpt.positions import SelectedPositions, load_positions
 from llm_quest.recipes.rpt.recipe import TERA, RptConfig, make_position_evaluation, report_after, report_before
 from llm_quest.recipes.rpt.start_model import start_model_path
+from llm_quest.recipes.run_folder import init_run_dir
+from llm_quest.recipes.schema import LocalPath
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.train.parallel import DistributedContext

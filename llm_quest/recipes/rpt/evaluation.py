@@ -22,7 +22,8 @@ from llm_quest.generation.generate import generate_completions
 from llm_quest.generation.sampling import SamplingParams
 from llm_quest.generation.stopping import StoppingCriteria
 from llm_quest.models.decoder import Decoder
-from llm_quest.recipes.rpt.positions import BUCKET_NAMES, ENTROPY_THRESHOLDS, entropy_bucket
+from llm_quest.recipes.rpt.documents import ENTROPY_THRESHOLDS
+from llm_quest.recipes.rpt.positions import BUCKET_NAMES, entropy_bucket
 from llm_quest.recipes.rpt.prompts import Position, PrefixMatchReward, PromptBuilder, prefix_match
 from llm_quest.rollouts.sampler import ContextFactory, Sample, Sampler, eval_mode
 

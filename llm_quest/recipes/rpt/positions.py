@@ -11,126 +11,37 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from llm_quest.contracts import LogFn
-from llm_quest.data.problems import TASKS, Problem, SplitName, Task, draw_problem, parse_task
 from llm_quest.data.problems.problem import make_rng
-from llm_quest.data.tokenizer import Tokenizer
-from llm_quest.data.whole_documents import hash_documents
 from llm_quest.errors import DataError, UsageError
 from llm_quest.files import atomic_write_json, damaged_file_errors, load_json
 from llm_quest.models.decoder import Decoder
-from llm_quest.recipes.assembly import load_text_data, source_name
-from llm_quest.recipes.config import LocalPath, StrictModel
-from llm_quest.recipes.config_schema import ModelConfig, PositiveInt, TextDataConfig, TokenizerConfig
-from llm_quest.recipes.policy import PolicyConfig
-from llm_quest.recipes.row_source import Sources
+from llm_quest.recipes.assembly import source_name
+from llm_quest.recipes.rpt.documents import (
+    ENTROPY_THRESHOLDS,
+    TOP_K_ENTROPY,
+    Documents,
+    PositionSelectionConfig,
+    RptDocuments,
+    RptTextConfig,
+)
 from llm_quest.recipes.rpt.prompts import (
     Position,
-    PromptBuilder,
-    PromptConfig,
-    make_prompt_builder,
-    max_document_length,
-    split_documents,
 )
 from llm_quest.rollouts.sampler import eval_mode
-from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state import derive_seed
 
-TOP_K_ENTROPY = 16
 TOKENS_PER_PASS = 4096
-ENTROPY_THRESHOLDS = (0.5, 1.0, 1.5)
-"""Easy, medium and hard begin here (RPT), in nats. The paper's sets are nested: hard is in medium too."""
 BUCKET_NAMES = ("trivial", "easy", "medium", "hard")
-Documents = list[list[int]]
-NUM_HELD_OUT = 2000
 NO_THRESHOLD = -1.0
 POSITIONS_FILE = "positions.json"
-
-
-class RptDataConfig(TextDataConfig):
-    """The text whose tokens are to be foretold: what pretraining takes, or a task, whose problems and answers are
-    written out as documents."""
-
-    source: Sources = Field(
-        default="registers", description="a task, options after a colon; or any text that `pretrain` reads"
-    )
-    num_documents: PositiveInt | None = Field(default=None, description="of a task: how many are drawn; null: 8000")
-    max_document_tokens: PositiveInt | None = Field(
-        default=None, description="tokens of a document that are read at once; null: as many as leave room to think"
-    )
-
-    @property
-    def is_task(self) -> bool:
-        return source_name(self).partition(":")[0] in TASKS
-
-    @property
-    def document_count(self) -> int:
-        return self.num_documents or 8000
-
-    @model_validator(mode="after")
-    def check_source_keys(self) -> RptDataConfig:
-        if self.is_task:
-            parse_task(source_name(self))
-        if not self.is_task and self.num_documents is not None:
-            raise ValueError(
-                f"data.num_documents has no effect on {source_name(self)}, whose documents are what they are: leave out"
-            )
-        if not self.is_task and not self.held_out and self.validation is None:
-            raise ValueError("RPT is watched on held-out documents: give data.validation, or data.held_out above 0")
-        for name in ("validation", "columns", "strict", "separator", "held_out") if self.is_task else ():
-            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
-                raise ValueError(f"data.{name} has no effect on a task, whose content decides its splits; leave it out")
-        return self
-
-
-class PositionSelectionConfig(StrictModel):
-    """Which places are worth thinking about: where a proxy does not know the next token."""
-
-    proxy_model: LocalPath | None = Field(
-        default=None, description="a model's folder or run; null: the model as it began to think"
-    )
-    entropy_threshold: float = Field(
-        default=ENTROPY_THRESHOLDS[0], ge=0, description="nats of entropy over the likeliest top_k tokens"
-    )
-    top_k: int = Field(default=TOP_K_ENTROPY, ge=2, description="the entropy is that of so many likeliest tokens")
-    renormalize: bool = Field(default=True, description="those tokens' probabilities are made to sum to one")
-    max_positions: PositiveInt | None = Field(default=None, description="keep so many places, drawn evenly; null: all")
-
-
-class RptTextConfig(PolicyConfig):
-    """The keys that decide which positions of which documents are prompts."""
-
-    data: RptDataConfig = RptDataConfig()
-    model: ModelConfig
-    selection: PositionSelectionConfig = PositionSelectionConfig()
-    prompt: PromptConfig = PromptConfig()
-    eval_positions_per_bucket: PositiveInt = Field(
-        default=150, description="held-out positions of each bucket (trivial, easy, medium, hard)"
-    )
-
-
-@dataclass(frozen=True)
-class RptDocuments:
-    """Documents with their start tokens, no longer than leaves room to think, and how their places are asked for.
-    facts: about the text they are from, for the report."""
-
-    train: Documents
-    held_out: Documents
-    prompt_builder: PromptBuilder
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def hash(self) -> str:
-        return hash_documents([*self.train, *self.held_out])
 
 
 @dataclass(frozen=True)
@@ -141,56 +52,6 @@ class SelectedPositions:
     held_out: list[Position]
     flops: float
     facts: dict[str, Any]
-
-
-def split_problems(config: RptDataConfig, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """A task's problems to learn from, and held-out ones."""
-    task, stream = parse_task(source_name(config)), derive_seed(seed, "documents")
-    return unique_problems(task, "train", config.document_count, stream), unique_problems(
-        task, "validation", NUM_HELD_OUT, stream
-    )
-
-
-def load_documents(
-    config: RptTextConfig, tokenizer: Tokenizer, context: int, parallel: DistributedContext, log: LogFn
-) -> RptDocuments:
-    """The documents of this run in this tokenizer's ids."""
-    facts: Mapping[str, Any] = {}
-    if config.data.is_task:
-        train, held = (
-            [encode_problem(one, tokenizer) for one in part] for part in split_problems(config.data, config.seed)
-        )
-    else:
-        train, held, facts = documents_from_text(config, tokenizer, parallel, log)
-    asking = make_prompt_builder(
-        tokenizer,
-        [*train, *held],
-        prefix=config.prompt.prefix,
-        suffix=config.prompt.suffix,
-        max_target_tokens=config.prompt.max_target_tokens,
-    )
-    length = max_document_length(context, config.max_new_tokens, asking, config.data.max_document_tokens)
-    return RptDocuments(
-        split_documents(train, length, tokenizer.start_token_id),
-        split_documents(held, length, tokenizer.start_token_id),
-        asking,
-        facts,
-    )
-
-
-def documents_from_text(
-    config: RptTextConfig, tokenizer: Tokenizer, parallel: DistributedContext, log: LogFn
-) -> tuple[Documents, Documents, Mapping[str, Any]]:
-    """As pretraining reads it, in the model's own tokens; and the facts about it."""
-    text = load_text_data(config.data, TokenizerConfig(load=config.model.load), parallel, log)
-    folder = text.tokens
-    start, end = tokenizer.start_token_id, tokenizer.eos_token_id
-    train, held = ([[start, *map(int, ids), end] for ids in side.documents()] for side in (folder.train, folder.val))
-    if not train or not held:
-        raise DataError(
-            f"{source_name(config.data)} holds too few documents to keep some of them out of training; add text"
-        )
-    return train, held, {"corpus": text.facts["corpus"]}
 
 
 def find_or_load_positions(
@@ -353,14 +214,3 @@ def sample_per_bucket(found: Sequence[Position], number: int, seed: int) -> list
         some = [place for place, one in enumerate(found) if entropy_bucket(one.entropy) == at]
         kept += make_rng("buckets", seed, at).sample(some, min(number, len(some)))
     return [found[place] for place in sorted(kept)]
-
-
-def unique_problems(task: Task, part: SplitName, number: int, seed: int = 0) -> list[Problem]:
-    """The first `number` problems of a split, each content once: fewer, where the task has not so many."""
-    found = {problem.key: problem for problem in (draw_problem(task, part, index, seed) for index in range(number))}
-    return list(found.values())
-
-
-def encode_problem(problem: Problem, tokenizer: Tokenizer) -> list[int]:
-    text = problem.prompt + problem.answer
-    return [tokenizer.start_token_id, *tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]

@@ -27,8 +27,8 @@ from pydantic import Field
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.vocabulary import token_bytes
 from llm_quest.errors import UsageError
-from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import PositiveInt
+from llm_quest.recipes.schema import StrictModel
 from llm_quest.rollouts.sampler import PolicyPrompt, Sample
 
 THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE = REASONING_TAGS = ("<think>", "</think>", "<answer>", "</answer>")

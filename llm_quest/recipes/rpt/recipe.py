@@ -24,18 +24,12 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.eval.evaluators import RatioRangeEvaluator
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.assembly import count_epochs, source_name
-from llm_quest.recipes.config import Choice
 from llm_quest.recipes.config_schema import NonNegativeInt
 from llm_quest.recipes.policy_setup import PolicySetup, build_policy_setup, open_policy_run, policy_sampler
 from llm_quest.recipes.recipe import Context, Job, Recipe
+from llm_quest.recipes.rpt.documents import RptDocuments, RptTextConfig, load_documents
 from llm_quest.recipes.rpt.evaluation import TABLES_FILE, NextTokenReasoningEval, PositionEvaluator
-from llm_quest.recipes.rpt.positions import (
-    RptDocuments,
-    RptTextConfig,
-    SelectedPositions,
-    find_or_load_positions,
-    load_documents,
-)
+from llm_quest.recipes.rpt.positions import SelectedPositions, find_or_load_positions
 from llm_quest.recipes.rpt.prompts import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
@@ -46,6 +40,7 @@ from llm_quest.recipes.rpt.prompts import (
     PrefixMatchReward,
 )
 from llm_quest.recipes.rpt.start_model import RptStart, RptWarmupConfig, check_thoughts, init_rpt_models
+from llm_quest.recipes.schema import Choice
 from llm_quest.rollouts.advantages import WeightedReward
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.rollouts.rewards import RandomReward

@@ -27,25 +27,17 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.data.whole_documents import WholeDocuments, collate_demonstrations
 from llm_quest.errors import UsageError
-from llm_quest.hub.load_save import load, load_tokenizer, require_language_model
+from llm_quest.hub.load_save import load, require_language_model
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.layers.initialize import copy_module
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.assembly import source_name
-from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import PositiveInt
 from llm_quest.recipes.finetuning import StartModelConfig, load_for_finetuning
 from llm_quest.recipes.model_config import WARMUP_CONTEXT, init_model
-from llm_quest.recipes.policy_setup import (
-    CHECK_DEMONSTRATIONS,
-    CHECK_PROBLEMS,
-    CHECK_SAMPLES,
-    StopRule,
-    policy_sampler,
-    require_lengths_fit,
-    train_until,
-)
+from llm_quest.recipes.policy_setup import policy_sampler
 from llm_quest.recipes.recipe import Context
-from llm_quest.recipes.rpt.positions import RptTextConfig, encode_problem, split_problems
+from llm_quest.recipes.rpt.documents import RptTextConfig, encode_problem, split_problems
 from llm_quest.recipes.rpt.prompts import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
@@ -54,6 +46,15 @@ from llm_quest.recipes.rpt.prompts import (
     THINK_OPEN,
     PrefixMatchReward,
     make_prompt_builder,
+)
+from llm_quest.recipes.schema import StrictModel
+from llm_quest.recipes.sft_warmup import (
+    CHECK_DEMONSTRATIONS,
+    CHECK_PROBLEMS,
+    CHECK_SAMPLES,
+    StopRule,
+    require_lengths_fit,
+    train_until,
 )
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.train.parallel import DistributedContext

@@ -12,7 +12,7 @@ from llm_quest.data.problems import SPLIT_NAMES, Problem, parse_task
 from llm_quest.data.problems.registers import parse_assignments
 from llm_quest.data.whole_documents import WholeDocuments, collate_documents
 from llm_quest.errors import DataError, UsageError
-from llm_quest.recipes.rpt.positions import unique_problems
+from llm_quest.recipes.rpt.documents import unique_problems
 from llm_quest.recipes.rpt.start_model import ReasoningLoader, reasoning_tokenizer, teacher_reasoning
 
 TASK = parse_task("registers:longest=3")

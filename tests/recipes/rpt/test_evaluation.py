@@ -10,8 +10,9 @@ from llm_quest.generation.generate import generate
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import llama
 from llm_quest.models.build import build
+from llm_quest.recipes.rpt.documents import encode_problem, unique_problems
 from llm_quest.recipes.rpt.evaluation import NextTokenReasoningEval, PositionResult, summarize_buckets
-from llm_quest.recipes.rpt.positions import encode_problem, sample_per_bucket, unique_problems
+from llm_quest.recipes.rpt.positions import sample_per_bucket
 from llm_quest.recipes.rpt.prompts import Position, PrefixMatchReward, make_prompt_builder
 from llm_quest.recipes.rpt.start_model import reasoning_tokenizer
 from llm_quest.rollouts.sampler import Sample, Sampler

@@ -12,19 +12,14 @@ import pytest
 
 from llm_quest.data.problems import parse_task
 from llm_quest.errors import DataError, UsageError
-from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.hub.load_save import load
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.rpt.control import RptControlConfig
-from llm_quest.recipes.rpt.positions import (
-    RptDocuments,
-    encode_problem,
-    find_or_load_positions,
-    select_positions,
-    split_problems,
-    unique_problems,
-)
+from llm_quest.recipes.rpt.documents import RptDocuments, encode_problem, split_problems, unique_problems
+from llm_quest.recipes.rpt.positions import find_or_load_positions, select_positions
 from llm_quest.recipes.rpt.prompts import Position, make_prompt_builder
 from llm_quest.recipes.rpt.recipe import RptConfig, position_question
 from llm_quest.recipes.rpt.start_model import reasoning_tokenizer

@@ -1,0 +1,120 @@
+"""What recipes write their schemas with, and what a schema says of a key in words: the choices, the bounds, the
+nearest known name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, core_schema
+
+from llm_quest.files import absolute_path
+
+
+class Choice:
+    """Annotation of a key whose value is a name in a table, so that nothing lists the names a second time.
+
+    loss_type: Annotated[str, Choice(PREFERENCE_LOSSES)] = "dpo"
+    """
+
+    def __init__(self, table: Mapping[str, Any]):
+        self.names = list(table)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.literal_schema(self.names)
+
+    def __str__(self) -> str:
+        return "one of " + ", ".join(self.names)
+
+
+def find_choices(annotation: Any, metadata: Iterable[Any] = ()) -> list[Choice]:
+    """The choices of a field: among its own annotations, and among those of the parts of its type."""
+    parts = [one for part in get_args(annotation) for one in find_choices(part, getattr(part, "__metadata__", ()))]
+    return [one for one in metadata if isinstance(one, Choice)] + parts
+
+
+class StrictModel(BaseModel):
+    """What every part of a config has in common: it is frozen, and a key it does not know is a mistake."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+ConfigT = TypeVar("ConfigT", bound=StrictModel)
+
+
+LocalPath = Annotated[str, AfterValidator(absolute_path)]
+"""A file, a folder or a hub id. What exists here gets its absolute path, so that a run resumes from anywhere."""
+
+
+def describe_field(field: FieldInfo | None) -> str:
+    """What a field takes, in words: the choices, or the type with its bounds, and what it is for."""
+    if field is None:
+        return "allowed here"
+    own = find_choices(None, field.metadata)
+    phrases = [str(own[0]) if own else describe_type(field.annotation), *bounds(field.metadata)]
+    return " ".join(phrases) + (f" ({field.description})" if field.description else "")
+
+
+def bounds(found: Iterable[Any]) -> list[str]:
+    """The bounds among what a type is annotated with, in words."""
+    return [BOUND_PHRASES[type(one).__name__](one) for one in found if type(one).__name__ in BOUND_PHRASES]
+
+
+BOUND_PHRASES: dict[str, Callable[[Any], str]] = {
+    "Gt": lambda bound: f"> {bound.gt}",
+    "Ge": lambda bound: f">= {bound.ge}",
+    "Lt": lambda bound: f"< {bound.lt}",
+    "Le": lambda bound: f"<= {bound.le}",
+    "MinLen": lambda bound: f"of length >= {bound.min_length}",
+    "MaxLen": lambda bound: f"of length <= {bound.max_length}",
+}
+
+
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+
+
+def describe_type(annotation: Any) -> str:
+    """A type in words."""
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join("true or false" if isinstance(x, bool) else str(x) for x in get_args(annotation))
+    if annotation in TYPE_NAMES:
+        return TYPE_NAMES[annotation]
+    if get_origin(annotation) is Annotated:
+        kind, *notes = get_args(annotation)
+        if own := find_choices(None, notes):
+            return str(own[0])
+        return " ".join(
+            [describe_type(kind), *bounds(bound for note in notes for bound in getattr(note, "metadata", ()))]
+        )
+    if isinstance(annotation, type) and issubclass(annotation, StrictModel):
+        return f"a group of keys ({', '.join(annotation.model_fields)})"
+    if get_origin(annotation) in (tuple, list):
+        return f"a list ({describe_type(get_args(annotation)[0])})"
+    if get_origin(annotation) is dict:
+        return "a group of keys"
+    return " or ".join(describe_type(part) for part in get_args(annotation)) or str(annotation)
+
+
+def suggest_choice(finding: Any, field: FieldInfo | None) -> str:
+    """The nearest of a field's choices, where it has choices and text came."""
+    parts = (field.annotation, *get_args(field.annotation)) if field else ()
+    choices = [str(choice) for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+    choices += [name for one in find_choices(field.annotation, field.metadata) for name in one.names] if field else []
+    return did_you_mean(str(finding["input"]), choices)
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """', did you mean ...?' where a known name is near."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    near = near or [name for name in known if sorted(name) == sorted(word)]  # two letters swapped in a short word
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def short_repr(value: Any) -> str:
+    """A value as it came, cut to a readable length."""
+    shown = re.sub(r"\s+", " ", repr(value))
+    return shown if len(shown) <= 60 else shown[:57] + "..."
