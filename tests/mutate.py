@@ -1,22 +1,30 @@
 """Break the code on purpose, once per known trap, and name the tests that notice.
 
-`python -m tests.mutate [WORD ...]` copies the tree once, sees the chosen mutations' tests pass on it, then makes each
-mistake in the copy, runs its tests until two have failed, takes the mistake back and prints a row for
-docs/mutations.md. WORD chooses mutations whose title or file contains it. A survivor ends the command with 1.
+`python -m tests.mutate [--stale] [--write] [--minutes M] [WORD ...]` copies the tree once. For each chosen mutation it
+sees that its tests pass on the copy, makes the mistake there, runs the tests until two have failed, takes the mistake
+back and prints a row for docs/mutations.md. WORD chooses mutations whose title or file contains it. --stale: only those
+whose quoted code or tests have changed since --write noted them in docs/mutations.json, those without a row first.
+--minutes: begin none after so many. A survivor ends the command with 1.
 
 Each judgement runs in a child that was forked from a process that has torch and transformers and none of our code.
 """
 
 from __future__ import annotations
 
+import argparse
+import ast
 import contextlib
+import functools
+import hashlib
 import io
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,26 +35,88 @@ import transformers  # noqa: F401
 from tests.mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).parents[1]
+TABLES, NOTED = ROOT / "docs" / "mutations.md", ROOT / "docs" / "mutations.json"
 
 
-def main(words: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
+    options = parse_options(arguments)
+    words, noted = options.words, read_noted()
     chosen = [one for one in MUTATIONS if not words or any(word in f"{one.title} {one.file}" for word in words)]
-    copy = frozen()
+    if options.stale:
+        text = TABLES.read_text(encoding="utf-8")
+        chosen = [one for one in chosen if noted.get(one.title) != fingerprint(one)]
+        chosen.sort(key=lambda one: f"| {one.title} |" in text)
+    copy, until, green, survived, done = frozen(), time.monotonic() + 60 * options.minutes, set[str](), 0, 0
+    print("| mistake | in | caught by |\n| --- | --- | --- |", flush=True)
     try:
-        for tests in sorted({one.tests for one in chosen}):
-            if failed := failures(copy, tests):
-                print(f"red before any mistake: {', '.join(failed)} ({tests})")
-                return 2
-        print("| mistake | in | caught by |\n| --- | --- | --- |", flush=True)
-        survived = 0
         for one in chosen:
+            if time.monotonic() > until:
+                break
+            if one.tests not in green and (failed := failures(copy, one.tests)):
+                print(f"red before any mistake: {', '.join(failed)} ({one.tests})")
+                return 2
+            green.add(one.tests)
             caught = broken(copy, one)
-            survived += not caught
-            told = ", ".join(f"`{name}`" for name in caught) or "**survives**"
-            print(f"| {one.title} | `{one.file}` | {told} |", flush=True)
-        return 1 if survived else 0
+            done, survived = done + 1, survived + (not caught)
+            row = row_of(one, caught)
+            print(row, flush=True)
+            if options.write and caught:
+                write_row(one, row)
     finally:
         shutil.rmtree(copy)
+    print(f"{done} of {len(chosen)} tried, {survived} survived")
+    return 1 if survived else 0
+
+
+def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=__doc__)
+    parser.add_argument("words", nargs="*", metavar="WORD")
+    parser.add_argument("--stale", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--minutes", type=float, default=1e6)
+    return parser.parse_args(arguments)
+
+
+def row_of(one: Mutation, caught: Sequence[str]) -> str:
+    told = ", ".join(f"`{name}`" for name in caught) or "**survives**"
+    return f"| {one.title} | `{one.file}` | {told} |"
+
+
+def read_noted() -> dict[str, str]:
+    """Title -> fingerprint of the mutation when it was last caught."""
+    return dict(json.loads(NOTED.read_text(encoding="utf-8"))) if NOTED.exists() else {}
+
+
+def write_row(one: Mutation, row: str) -> None:
+    """The row in docs/mutations.md, in place of the one of this title or at the end, and its fingerprint."""
+    text = TABLES.read_text(encoding="utf-8")
+    old = re.search(rf"^\| {re.escape(one.title)} \|.*$", text, re.MULTILINE)
+    TABLES.write_text(text.replace(old[0], row, 1) if old else f"{text.rstrip()}\n{row}\n", encoding="utf-8")
+    noted = read_noted() | {one.title: fingerprint(one)}
+    NOTED.write_text(json.dumps(noted, indent=0, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def fingerprint(one: Mutation) -> str:
+    """A hash of the mistake, of the definition in which it is made, and of its tests, all without their imports."""
+    files = [ROOT / name for name in one.tests.partition(" -k ")[0].split()]
+    tests = [file for each in files for file in (sorted(each.rglob("*.py")) if each.is_dir() else [each])]
+    parts = [*one, definition_of(one), *(without_imports(file) for file in tests)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def definition_of(one: Mutation) -> str:
+    """The function or class at the top of the file that holds the quoted code; a quotation across several: all."""
+    text = (ROOT / "llm_quest" / one.file).read_text(encoding="utf-8")
+    if not one.file.endswith(".py"):
+        return text
+    parts = [ast.get_source_segment(text, node) or "" for node in ast.parse(text).body]
+    return next((part for part in parts if one.right.strip() in part), text)
+
+
+@functools.cache
+def without_imports(file: Path) -> str:
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    return "\n".join(ast.unparse(node) for node in body if not isinstance(node, ast.Import | ast.ImportFrom))
 
 
 def frozen() -> Path:

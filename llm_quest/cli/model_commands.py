@@ -8,12 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llm_quest.cli.options import (
-    JsonOption,
-    ModelArgument,
-    OfflineOption,
-    ThreadsOption,
-)
+from llm_quest.cli.options import JsonOption, ModelArgument, OfflineOption, ThreadsOption
 from llm_quest.cli.output import print_result
 from llm_quest.machine.hardware import set_environment
 from llm_quest.progress import wants_colour

@@ -10,13 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llm_quest.cli.chat import (
-    complete_prompts,
-    load_text_model,
-    print_text,
-    require_room_in_context,
-    stream_text,
-)
+from llm_quest.cli.chat import complete_prompts, load_text_model, print_text, require_room_in_context, stream_text
 from llm_quest.cli.chat_session import ChatCommand, ChatSession
 from llm_quest.cli.generation_options import CHAT_DEFAULTS, GENERATE_DEFAULTS, GenerationOptions
 from llm_quest.cli.output import print_json

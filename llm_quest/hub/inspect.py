@@ -13,11 +13,12 @@ from torch import Tensor
 from llm_quest.data.tokenizer_files import has_tokenizer
 from llm_quest.errors import DataError
 from llm_quest.hub.config import read_json
+from llm_quest.hub.folder_report import FolderReport, TensorSource
 from llm_quest.hub.load_save import ALLOW_PICKLE, load
 from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.hub.locate import ModelLocation, locate_model
 from llm_quest.hub.safetensors_io import FLOAT_DTYPES
-from llm_quest.hub.validate import FolderReport, TensorSource, validate_folder
+from llm_quest.hub.validate import validate_folder
 from llm_quest.hub.weight_map import compact_names
 from llm_quest.models.build import count_parameters
 from llm_quest.techniques import TECHNIQUES

@@ -24,13 +24,15 @@ from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.files import atomic_write_json, write_json, write_text
 from llm_quest.hub.adapter_config import adapter_base
 from llm_quest.hub.config import add_techniques, build_config_json, build_generation_json, read_json, stored_dtype
+from llm_quest.hub.folder_report import FolderReport, TensorSource
 from llm_quest.hub.load_adapter import load_adapter
 from llm_quest.hub.locate import locate_model, offline_error
 from llm_quest.hub.mmap import memory_map_parameters
 from llm_quest.hub.model_card import Readme
 from llm_quest.hub.packed_weights import PackedTensor, read_packed_into
 from llm_quest.hub.safetensors_io import count_non_finite, read_into
-from llm_quest.hub.validate import TECHNIQUES_FILE, FolderReport, TensorSource, main_dtype, validate_folder
+from llm_quest.hub.validate import main_dtype, validate_folder
+from llm_quest.hub.weight_files import TECHNIQUES_FILE
 from llm_quest.hub.weight_map import export_weight_map, technique_parameters, weight_views
 from llm_quest.layers.initialize import float32_parameters, materialize, parameter_dtype
 from llm_quest.models.build import dtype_from_name, family_of

@@ -25,13 +25,7 @@ from llm_quest.atomic_dirs import atomic_dir
 from llm_quest.errors import DataError, UsageError
 from llm_quest.files import write_json, write_text
 from llm_quest.hub.adapter_config import CONFIG
-from llm_quest.hub.published_matrices import (
-    LoRAPair,
-    PublishedMatrix,
-    base_matrices,
-    experts_module,
-    flatten_experts,
-)
+from llm_quest.hub.published_matrices import LoRAPair, PublishedMatrix, base_matrices, experts_module, flatten_experts
 from llm_quest.hub.safetensors_io import FLOAT_DTYPES, read_header, read_into
 from llm_quest.hub.weight_map import compact_names, export_weight_map, weight_views
 from llm_quest.layers.low_rank import (

@@ -27,8 +27,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK_SIZE = 32
-
-
 CHUNKS_AT_ONCE = 4
 
 

@@ -28,14 +28,7 @@ from llm_quest.recipes.dependent_defaults import (
     replace_toy_settings,
 )
 from llm_quest.recipes.old_keys import OLD_VALUES, new_key, with_new_keys
-from llm_quest.recipes.schema import (
-    ConfigT,
-    StrictModel,
-    describe_field,
-    did_you_mean,
-    short_repr,
-    suggest_choice,
-)
+from llm_quest.recipes.schema import ConfigT, StrictModel, describe_field, did_you_mean, short_repr, suggest_choice
 from llm_quest.recipes.yaml_io import (
     ConfigProblem,
     KeyPath,

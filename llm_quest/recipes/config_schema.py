@@ -12,9 +12,7 @@ from llm_quest.data.row_forms import TEXT_FORMS
 from llm_quest.machine.probe import DTYPES
 from llm_quest.recipes.row_source import RowsConfig, Sources
 from llm_quest.recipes.schema import Choice, LocalPath, StrictModel
-from llm_quest.recipes.technique_entry import (
-    TechniqueEntry,
-)
+from llm_quest.recipes.technique_entry import TechniqueEntry
 from llm_quest.techniques import ACT_IN_TRAINING_MODE
 from llm_quest.train.optimizers import OPTIMIZERS, SCHEDULE_SHAPES
 from llm_quest.train.trackers import TRACKERS

@@ -20,12 +20,7 @@ from llm_quest.recipes.config_schema import PositiveFloat, PositiveInt
 from llm_quest.recipes.policy import PolicyConfig
 from llm_quest.recipes.policy_prompts import ProblemSet, PromptEncoder
 from llm_quest.recipes.schema import did_you_mean
-from llm_quest.rollouts.environments import (
-    EnvironmentClient,
-    EnvironmentHost,
-    EpisodeFailure,
-    start_user_environment,
-)
+from llm_quest.rollouts.environments import EnvironmentClient, EnvironmentHost, EpisodeFailure, start_user_environment
 from llm_quest.rollouts.episodes import EpisodeSampler, TurnEncoder
 from llm_quest.rollouts.included_environments import ENVIRONMENTS
 from llm_quest.rollouts.sampler import PolicyPrompt, Sample, Sampler, copy_numbers

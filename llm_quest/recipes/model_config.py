@@ -28,11 +28,7 @@ from llm_quest.models.family import Family
 from llm_quest.models.rope_config import read_rotary
 from llm_quest.recipes.config import config_error, nested_schema
 from llm_quest.recipes.config_schema import ModelConfig
-from llm_quest.recipes.model_config_types import (
-    describe_expected,
-    describe_type_error,
-    missing_inside,
-)
+from llm_quest.recipes.model_config_types import describe_expected, describe_type_error, missing_inside
 from llm_quest.recipes.schema import StrictModel, did_you_mean
 from llm_quest.recipes.yaml_io import ConfigProblem, RawConfig
 from llm_quest.train.state import derive_seed

@@ -44,8 +44,6 @@ class StrictModel(BaseModel):
 
 
 ConfigT = TypeVar("ConfigT", bound=StrictModel)
-
-
 LocalPath = Annotated[str, AfterValidator(absolute_path)]
 """A file, a folder or a hub id. What exists here gets its absolute path, so that a run resumes from anywhere."""
 

@@ -29,8 +29,6 @@ from llm_quest.train.run_dir import RunDir
 from llm_quest.train.state import derive_seed
 
 CHECK_EVERY = 25
-
-
 CHECK_PROBLEMS, CHECK_SAMPLES, CHECK_DEMONSTRATIONS = 50, 4, 200
 
 

@@ -27,14 +27,7 @@ from llm_quest.serve.errors import ApiError
 from llm_quest.serve.inside_routes import InsideViews
 from llm_quest.serve.metrics import Samples, model_label, render_metrics, value_samples
 from llm_quest.serve.outbox import Mailbox, Outbox
-from llm_quest.serve.protocol import (
-    Body,
-    ChatBody,
-    CompletionBody,
-    DetokenizeBody,
-    TokenizeBody,
-    parse_body,
-)
+from llm_quest.serve.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse_body
 from llm_quest.serve.requests import GenerationRequest, RequestFailed
 from llm_quest.serve.security import AccessGuard, AccessRules
 from llm_quest.serve.service import RequestOptions, ServedModel, chat_request, completion_requests

@@ -12,11 +12,7 @@ from torch import nn
 
 from llm_quest.contracts import ModelSpec
 from llm_quest.errors import UsageError
-from llm_quest.layers.low_rank import (
-    AdaptedExperts,
-    AdapterLayer,
-    adapter_layers,
-)
+from llm_quest.layers.low_rank import AdaptedExperts, AdapterLayer, adapter_layers
 from llm_quest.layers.quantized import QuantizedMatrix
 from llm_quest.models.build import build_meta_model
 from llm_quest.techniques.lora import is_adapter, whole_modules

@@ -30,8 +30,6 @@ from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state import derive_seed
 
 Documents = list[list[int]]
-
-
 TOP_K_ENTROPY = 16
 ENTROPY_THRESHOLDS = (0.5, 1.0, 1.5)
 """Easy, medium and hard begin here (RPT), in nats. The paper's sets are nested: hard is in medium too."""

@@ -32,9 +32,7 @@ from llm_quest.recipes.rpt.documents import (
     RptDocuments,
     RptTextConfig,
 )
-from llm_quest.recipes.rpt.prompts import (
-    Position,
-)
+from llm_quest.recipes.rpt.prompts import Position
 from llm_quest.rollouts.sampler import eval_mode
 from llm_quest.train.state import derive_seed
 
