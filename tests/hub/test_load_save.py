@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 import llm_quest as quest
-from llm_quest import files
+from llm_quest import atomic_dirs, files
 from llm_quest.errors import DataError, MissingError, ResourceError, UsageError
 from llm_quest.hub.load_save import load, parse_size, save, write_model_json
 from llm_quest.hub.load_tokenizer import load_tokenizer
@@ -468,7 +468,7 @@ def test_a_save_that_fails_leaves_nothing_behind_and_the_old_model_whole(llama, 
             raise OSError(28, "No space left on device")
         rename(source, target)
 
-    monkeypatch.setattr(files, "_exchange_in_one_step", lambda first, second: False)  # as on macOS
+    monkeypatch.setattr(atomic_dirs, "_exchange_in_one_step", lambda first, second: False)  # as on macOS
     monkeypatch.setattr(files.os, "rename", full_disk)
     with pytest.raises(ResourceError, match="nothing was changed"):
         save(model, tmp_path / "out", overwrite=True)

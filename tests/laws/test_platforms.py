@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm_quest import child_process, files, tensor_files
+from llm_quest import atomic_dirs, child_process, files, tensor_files
 from llm_quest.data import template_sandbox, tokens
 from llm_quest.data.template_sandbox import render_prompt
 from llm_quest.errors import DataError
@@ -323,7 +323,7 @@ def exchange_two_folders(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    files.exchange_names(tmp_path / "a", tmp_path / "b")
+    atomic_dirs.exchange_names(tmp_path / "a", tmp_path / "b")
     assert [one.name for one in (tmp_path / "a").iterdir()] == ["b"]
 
 
@@ -341,7 +341,7 @@ GOES_ON = {
     "hub/gguf.py": (gguf, reserve_room),
     "tensor_files.py": (tensor_files, give_huge_pages), "machine/compiler.py": (compiler, end_a_compiler),
     "machine/hardware.py": (hardware, count_cores_and_memory), "machine/probe.py": (probe, count_preemptions),
-    "files.py": (files, exchange_two_folders), "child_process.py": (child_process, ask_for_a_death_signal),
+    "atomic_dirs.py": (atomic_dirs, exchange_two_folders), "child_process.py": (child_process, ask_for_a_death_signal),
 }  # fmt: skip
 """File -> its module, and what goes on without the calls that a system may lack. data/template_sandbox.py makes them in
 a process of its own (two tests above)."""
