@@ -26,7 +26,7 @@ from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import UsageError
 from llm_quest.generation import decoding
-from llm_quest.hub.load_save import load_preprocess, load_tokenizer
+from llm_quest.hub.load_tokenizer import load_preprocess, load_tokenizer
 from llm_quest.objectives.next_token import CaptioningLoss
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.recipe import load_recipe
