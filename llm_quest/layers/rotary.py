@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from llm_quest.scope import Scope
 
@@ -220,8 +221,9 @@ class RotaryEmbedding:
             raise ValueError(f"rotary width {self.dim} is not a positive even number: pairs of numbers are rotated")
         scaled = self.scaling.inv_freq if self.scaling else default_inv_freq
         longer = self.scaling.long_inv_freq if isinstance(self.scaling, LongRoPEScaling) else scaled
-        object.__setattr__(self, "inv_freq", tuple(scaled(self.dim, self.rope_theta).tolist()))
-        object.__setattr__(self, "long_inv_freq", tuple(longer(self.dim, self.rope_theta).tolist()))
+        with _disable_current_modes():  # while a plan counts FLOPs on fake tensors, which have no values
+            object.__setattr__(self, "inv_freq", tuple(scaled(self.dim, self.rope_theta).tolist()))
+            object.__setattr__(self, "long_inv_freq", tuple(longer(self.dim, self.rope_theta).tolist()))
 
     def __call__(self, x: Float[Tensor, "B T H d"], scope: Scope) -> Float[Tensor, "B T H d"]:
         cos, sin = scope.cached((self, x.dtype), lambda: self.cos_sin(scope, x.dtype))

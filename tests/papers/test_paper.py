@@ -13,6 +13,7 @@ from llm_quest.data import generated_text
 from llm_quest.data.problems import TASKS
 from llm_quest.errors import UsageError
 from llm_quest.experiments.arms import resolve_settings
+from llm_quest.experiments.worker import run_arm
 from llm_quest.papers import PAPERS, load_paper
 from llm_quest.papers.card import describe_trend, draw_differences, load_card, shipped_verdicts, write_card
 from llm_quest.papers.paper import CONFIRMS, judge
@@ -159,6 +160,19 @@ def test_papers_shows_shipped_verdicts_beside_those_measured_here(tmp_path: Path
     assert entries["muon"].verdict == "refuted (e; 1M, d, m)"
     assert entries["muon"].here.startswith("confirmed (-0.6 to -0.4; 0.3M, 2026-01-02")
     assert entries["qk_norm"].verdict == ""
+
+
+def test_a_strong_effect_has_its_direction_in_a_short_run(tmp_path: Path):
+    """Muon against AdamW in 30 steps. `python -m tests.papers.dry_run` runs all claims in short."""
+    plan = make_paper_plan(load_paper("muon"), "0.3M", lambda text: None)
+    short = ["max_steps=30", "warmup_steps=3", "batch_size=4", "learning_rate=0.01", "seed=1"]
+    losses = {
+        arm.name: run_arm(
+            {"recipe": plan.recipe, "pairs": [*plan.pairs, *arm.pairs, *short], "folder": str(tmp_path / arm.name)}
+        )
+        for arm in (plan.control, *plan.arms)
+    }
+    assert losses["muon"]["metrics"]["eval/loss"] < losses["control"]["metrics"]["eval/loss"] - 0.05
 
 
 def test_generated_rows_are_what_they_say():

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import llm_quest as quest
 from llm_quest.errors import UsageError
@@ -148,3 +149,11 @@ def test_the_two_ramps_agree_at_their_ends_and_differ_between():
     assert torch.allclose(released[:10], paper[:10])
     assert torch.allclose(released[-10:], paper[-10:])
     assert ((released - paper).abs() / paper).max() > 0.2
+
+
+def test_frequencies_are_numbers_also_while_a_plan_counts_on_fake_tensors():
+    """`quest plan pretrain techniques='[length]'` ended as a bug of ours."""
+    outside = RotaryEmbedding(16, 10_000.0, YaRNScaling(4.0, 64))
+    with FakeTensorMode():
+        inside = RotaryEmbedding(16, 10_000.0, YaRNScaling(4.0, 64))
+    assert inside.inv_freq == outside.inv_freq
