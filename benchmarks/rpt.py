@@ -17,10 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from llm_quest.papers.paper import MeanInterval, mean_interval
+from llm_quest.experiments.scaling_law import student_quantile
 
 BUCKETS = ("trivial", "easy", "medium", "hard")
 ARMS = (
@@ -38,6 +40,24 @@ CURVES = (
     ("control (all tokens), straight off", "-control", "plain_hard", "#c2571a"),
     ("control (selected places), straight off", "-selected", "plain_hard", "#7a7a7a"),
 )
+
+
+@dataclass(frozen=True)
+class MeanInterval:
+    """A mean over seeds with the half width of its 95 % interval by Student's t (infinite for one seed)."""
+
+    mean: float
+    half_width: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g}" + (f" ± {self.half_width:.2g}" if math.isfinite(self.half_width) else "")
+
+
+def mean_interval(values: Sequence[float]) -> MeanInterval:
+    if len(values) < 2:
+        return MeanInterval(values[0], math.inf)
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return MeanInterval(statistics.fmean(values), student_quantile(len(values) - 1) * error)
 
 
 def share(run: str, when: str, kind: str, bucket: str) -> float:
