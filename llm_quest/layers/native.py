@@ -56,6 +56,8 @@ def load_library() -> None:
 
 
 def describe_failure(error: Exception) -> str:
+    if isinstance(error, subprocess.TimeoutExpired):  # its output is bytes, and warnings alone
+        return f"the C++ compiler did not end within {error.timeout:g} s"
     output = getattr(error, "stderr", None)
     return (str(output).strip().splitlines() or [str(error)])[0] if output else str(error).splitlines()[0]
 

@@ -3,6 +3,8 @@ operator's shape rule and gradient. Tests of the C++ kernel need a compiler and 
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -158,6 +160,11 @@ def test_without_the_kernel_the_plain_form_computes_and_the_reason_is_told_once(
     assert len(told) == 1
     assert torch.equal(made[0], quantized_linear_reference(x, matrix.q, matrix.scale, matrix.form))
     assert torch.equal(made[0], made[1])
+
+
+def test_a_compiler_that_takes_too_long_is_one_sentence():
+    late = subprocess.TimeoutExpired(["g++"], 0.1, stderr=b"a.h:1: warning: x\n" * 5000)
+    assert native.describe_failure(late) == "the C++ compiler did not end within 0.1 s"
 
 
 @every_format
