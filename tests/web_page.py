@@ -1,9 +1,10 @@
 """Proves that the page of `quest export RUN FOLDER --web` computes our models: a llama of about 10 MB, random, in
 float32; the page is opened in headless Chromium, which reaches no other server, and its greedy texts are compared with
 those of `quest generate --temperature 0`, token by token. Prints the times until the page is ready and until the first
-token. Threads: a second run, whose server sends the two headers.
+token. Threads: a second run, whose server sends the two headers. Then the page is used by keyboard alone, 400 and 1200
+pixels wide, light and dark, and looked at as tests/browser.py says.
 
-python -m tests.web_page [--wllama FILE.tgz|FOLDER] [--chromium PATH] [--tokens 64]
+python -m tests.web_page [--wllama FILE.tgz|FOLDER] [--chromium PATH] [--tokens 64] [--screenshots FOLDER]
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ import argparse
 import contextlib
 import dataclasses
 import http.server
+import itertools
 import json
-import os
 import shutil
-import subprocess
 import tempfile
 import threading
 import time
@@ -32,87 +32,17 @@ from llm_quest.cli.export import export_run
 from llm_quest.data.chat import CHATML_TEMPLATE
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.layers.rotary import RotaryEmbedding
+from tests.browser import SCHEMES, WIDTHS, Browser
 from tests.gguf_judge import randomize_for_judging
 from tests.gguf_models import tiny
 from tests.gguf_texts import train_byte_level
 
 VOCAB = 1024
 TEXT = Path(__file__).parents[1] / "README.md"
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe "
-    "--host-resolver-rules='MAP * ~NOTFOUND, EXCLUDE 127.0.0.1'"
-)
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 GOAL_SECONDS = 3.0
 PROMPTS = ["Once upon a time", "quest train", "The model", "a", "One loop for all objectives;"]
-FAILURES = ("The model", "The text", "No text", "This browser", "Opened from")
 QUESTION = "Who are you?"
-
-
-class Browser:
-    """Headless Chromium with one page, over the pipes of its debugging protocol."""
-
-    def __init__(self, chromium: str, profile: Path):
-        (read_theirs, write_ours), (read_ours, write_theirs) = os.pipe(), os.pipe()
-        command = f"exec {chromium} {FLAGS} --user-data-dir={profile} 3<&{read_theirs} 4>&{write_theirs}"
-        self.process = subprocess.Popen(
-            ["bash", "-c", command], pass_fds=(read_theirs, write_theirs), stderr=subprocess.DEVNULL
-        )
-        os.close(read_theirs)
-        os.close(write_theirs)
-        self.out, self.into = os.fdopen(write_ours, "wb"), os.fdopen(read_ours, "rb")
-        self.count, self.session, self.rest = 0, None, b""
-
-    def call(self, method: str, **params: Any) -> Any:
-        self.count += 1
-        request = {"id": self.count, "method": method, "params": params}
-        self.out.write(json.dumps(request | ({"sessionId": self.session} if self.session else {})).encode() + b"\0")
-        self.out.flush()
-        while True:
-            answer = self.read()
-            if answer.get("id") == self.count:
-                if "error" in answer:
-                    raise RuntimeError(f"{method}: {answer['error']}")
-                return answer["result"]
-
-    def read(self) -> Any:
-        while b"\0" not in self.rest:
-            piece = self.into.read1(2**16)
-            if not piece:
-                raise RuntimeError("Chromium has ended")
-            self.rest += piece
-        message, self.rest = self.rest.split(b"\0", 1)
-        return json.loads(message)
-
-    def open(self, url: str, width: int = 400) -> None:
-        self.session = None
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-        self.call("Emulation.setDeviceMetricsOverride", **metrics)
-        self.call("Emulation.setHardwareConcurrencyOverride", hardwareConcurrency=4)
-        self.call("Page.navigate", url=url)
-
-    def evaluate(self, script: str) -> Any:
-        return self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
-
-    def text(self, selector: str) -> str:
-        return str(self.evaluate(f"document.querySelector({json.dumps(selector)})?.textContent ?? ''"))
-
-    def wait_for_status(self, *beginnings: str, seconds: float = 60.0) -> str:
-        end = time.monotonic() + seconds
-        while not (found := self.text("#status")).startswith(beginnings):
-            if time.monotonic() > end or found.startswith(FAILURES):
-                raise RuntimeError(f"the page says: {found or 'nothing'}")
-            time.sleep(0.05)
-        return found
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError, RuntimeError):
-            self.session = None
-            self.call("Browser.close")
-        self.process.wait(timeout=20)
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -254,6 +184,30 @@ def wait_for_end(browser: Browser) -> str:
     return found
 
 
+def check_reading(browser: Browser, url: str, texts: dict[tuple[str, str], str], screenshots: Path) -> bool:
+    """Chat by keyboard at both widths, in both colour schemes: the same text, nothing hard to read."""
+    good = True
+    for width, scheme in itertools.product(WIDTHS, SCHEMES):
+        browser.open(url, width, scheme)
+        browser.wait_for_status("Ready")
+        for field, value in {"#prompt": QUESTION, "#temperature": "0", "#tokens": "16"}.items():
+            browser.tab_to(field)
+            browser.type(value)
+        browser.tab_to("#generate")
+        browser.press("Enter")
+        browser.wait_for_status("Done.")
+        written = browser.text("#output > :last-child")
+        problems = browser.reading_problems()
+        if not written or not texts["chat", QUESTION].startswith(written):
+            problems.append(f"another text: {written!r}")
+        browser.screenshot(screenshots / f"web-{width}-{scheme}.png")
+        print(
+            f"{width} pixels, {scheme}: {len(problems)} problems\n" + "".join(f"  {one}\n" for one in problems), end=""
+        )
+        good = good and not problems
+    return good
+
+
 def check_file(browser: Browser, page: Path) -> bool:
     """A page opened from a file says what it needs."""
     browser.open(page.as_uri())
@@ -267,6 +221,7 @@ def main() -> None:
     parser.add_argument("--wllama", type=Path)
     parser.add_argument("--chromium", default=shutil.which("chromium") or "chromium")
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--screenshots", type=Path, help="where the pictures of the page remain")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         model, page = Path(home, "model"), Path(home, "page")
@@ -280,6 +235,10 @@ def main() -> None:
                 print(f"served {'with' if isolated else 'without'} the headers for threads:")
                 with serve_folder(page, isolated) as url:
                     good.append(check_page(browser, url, texts, given.tokens, 1 + isolated))
+            pictures: Path = given.screenshots or Path(home)
+            pictures.mkdir(parents=True, exist_ok=True)
+            with serve_folder(page, False) as url:
+                good.append(check_reading(browser, url, texts, pictures))
         finally:
             browser.close()
     raise SystemExit(not all(good))

@@ -23,6 +23,7 @@ from llm_quest.errors import UsageError
 from llm_quest.generation.logits_processor import LogitsProcessor
 from llm_quest.generation.sampling import NEG_INF, SamplingParams, token_presence_mask
 from llm_quest.generation.stopping import StoppingCriteria
+from llm_quest.layers.moe import RouterOutput
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
 from llm_quest.serve.requests import Grammar
@@ -163,20 +164,24 @@ class TextInside:
 
     @torch.inference_mode()
     def routing(self) -> list[list[list[tuple[int, float]]]]:
-        """For each layer with experts and each token, prompt included, the chosen experts with their weights; empty for
-        a model without experts."""
+        """For each layer and each token, prompt included, the chosen experts with their weights. A layer without
+        experts has an empty list, and so has a model without any."""
         records: dict[str, list[Any]] = {}
         self.model.hidden_states(self.ids, self.scope(records))
-        return [
-            [
-                list(zip(ids, weights, strict=True))
-                for ids, weights in zip(one.topk_ids.tolist(), one.topk_weights.tolist(), strict=True)
-            ]
-            for one in records.get("routing", [])
-        ]
+        outputs: dict[nn.Module, RouterOutput] = {one.router: one for one in records.get("routing", [])}
+        if not outputs:
+            return []
+        layers = ([outputs[part] for part in block.modules() if part in outputs] for block in self.model.blocks)
+        return [[row for one in found for row in expert_weights(one)] for found in layers]
 
     def scope(self, records: dict[str, list[Any]] | None = None) -> Scope:
         return Scope.unpadded(self.ids, records=records)
+
+
+def expert_weights(routing: RouterOutput) -> list[list[tuple[int, float]]]:
+    """The chosen experts of each token with their weights."""
+    pairs = zip(routing.topk_ids.tolist(), routing.topk_weights.tolist(), strict=True)
+    return [list(zip(ids, weights, strict=True)) for ids, weights in pairs]
 
 
 def filter_steps(params: SamplingParams) -> Iterator[tuple[str, SamplingParams]]:

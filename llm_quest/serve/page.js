@@ -18,6 +18,13 @@ function element(tag, text, attributes = {}) {
   return made;
 }
 
+// A cell of several short texts, which go to the next line one by one.
+function listCell(texts) {
+  const cell = element("td", "", { class: "wrap" });
+  cell.append(...texts.map((text) => element("span", text)));
+  return cell;
+}
+
 function fillTable(table, head, rows) {
   table.replaceChildren();
   const line = table.createTHead().insertRow();
@@ -26,7 +33,7 @@ function fillTable(table, head, rows) {
   for (const { cells, drawn } of rows) {
     const row = body.insertRow();
     if (drawn) row.className = "drawn";
-    for (const cell of cells) row.append(element("td", cell));
+    for (const cell of cells) row.append(Array.isArray(cell) ? listCell(cell) : element("td", cell));
   }
 }
 
@@ -81,7 +88,9 @@ async function showText() {
   const { view } = state;
   fillSelect(at("layer"), view.heads.map((count, layer) => [layer, count]).filter(([, count]) => count).map(([layer]) => [layer, layer]));
   at("experts").hidden = !state.routing.layers.length;
-  at("tokens").replaceChildren(element("div", view.prompt.join(""), { class: "prompt" }), ...view.tokens.map(tokenButton));
+  at("tokens").replaceChildren(...view.tokens.map(tokenButton));
+  at("before").textContent = view.prompt.join("");
+  at("views").hidden = false;
   await showAttention();
   choose(0);
 }
@@ -89,7 +98,7 @@ async function showText() {
 function tokenButton(token, place) {
   const button = element("button", spell(token.text), { type: "button", role: "option", "data-place": place });
   button.append(element("small", token.surprise.toFixed(1)));
-  button.style.background = `rgba(var(--mark), ${Math.min(token.surprise / 12, 1) * 0.7})`;
+  button.style.background = `rgba(var(--mark), calc(var(--shade) * ${Math.min(token.surprise / 12, 1)}))`;
   button.addEventListener("click", () => choose(place));
   return button;
 }
@@ -109,10 +118,10 @@ function choose(place) {
   fillTable(at("alternatives"), ["token", ...token.steps], token.alternatives.map((one) => (
     { cells: [spell(one.text), ...one.probabilities.map(share)], drawn: one.token === token.token })));
   fillTable(at("lens"), ["behind layer", "most probable"], lens.layers.map((layer, number) => (
-    { cells: [number, layer[state.token].map((one) => `${spell(one.token)} ${share(one.p)}`).join("   ")] })));
+    { cells: [number, layer[state.token].map((one) => `${spell(one.token)} ${share(one.p)}`)] })));
   const row = view.prompt.length + state.token - 1;
-  fillTable(at("routing"), ["layer", "expert and weight"], routing.layers.map((layer, number) => (
-    { cells: [number, layer[row].map((one) => `${one.expert}: ${one.weight.toFixed(3)}`).join("   ")] })));
+  fillTable(at("routing"), ["layer", "expert and weight"], routing.layers.flatMap((layer, number) => (
+    layer.length ? { cells: [number, layer[row].map((one) => `${one.expert}: ${one.weight.toFixed(3)}`)] } : [])));
   showLooks(row);
 }
 

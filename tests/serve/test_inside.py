@@ -165,6 +165,16 @@ def test_the_experts_are_those_that_the_router_scores_highest():
     assert TextInside(loud(build("gpt2-tiny", seed=1)), text).routing() == []
 
 
+def test_a_dense_layer_before_those_with_experts_keeps_its_number():
+    model = loud(build("deepseek-v3-tiny", seed=1))
+    with_experts = [any(type(part).__name__.endswith("Router") for part in block.modules()) for block in model.blocks]
+    assert with_experts.index(True) > 0
+    text = write(model, SAMPLINGS[0], 3)[0]
+    assert [len(layer) for layer in TextInside(model, text).routing()] == [
+        len(text.token_ids) * has for has in with_experts
+    ]
+
+
 @pytest.fixture(scope="module")
 def local() -> Iterator[LocalServer]:
     with local_server(inside=True, slots=4) as running:
