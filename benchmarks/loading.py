@@ -8,7 +8,7 @@ number, so the second is the fairer comparison. Memory, each load in a process o
 resident size before it, over the size of the weights' file; mapped pages count. `fresh` are the times in those
 processes. The last folder is written by transformers, in whose order q, k and v do not lie together: those are read.
 
-`--verification` measures something else: a training checkpoint of 300 MB read with its sha256 verified, over read
+`--verification` measures something else: a training checkpoint of 300 MB read with its hashes verified, over read
 without, from the disk (its pages are dropped first) and from the page cache.
 """
 
@@ -136,7 +136,7 @@ def verification(pairs: int) -> dict[str, list[Row]]:
         if cold:
             drop_pages(folder)
         if verify:
-            manifest._sha256_at.cache_clear()
+            manifest._hash_at.cache_clear()
             assert not manifest.find_fault(folder)
         for tensors in map(load_checkpoint(folder).state_dict.get, ("model", "optimizer")):
             for tensor in tensors.values():

@@ -97,6 +97,8 @@ def test_a_capped_head_stays_capped_and_a_tied_one_stays_one():
     tied = Quantize("int4")(quest.build(replace(preset("llama3.2-tiny").config, tie_word_embeddings=True)))
     assert tied.head.matrix is tied.embed.token.matrix
     assert tied.head.matrix.form is FORMATS["int8"], "heads have 8 bits in any format"
+    untied = Quantize("int4")(quest.build(replace(preset("llama3.2-tiny").config, tie_word_embeddings=False)))
+    assert isinstance(untied.head.matrix, QuantizedMatrix)
     gemma = next(name for name in TINY if name.startswith("gemma2"))
     capped, plain = quantized(gemma), own(gemma)
     assert capped.head.softcap == plain.head.softcap is not None

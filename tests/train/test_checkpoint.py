@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from llm_quest.errors import BusyError, DataError, ResourceError
+from llm_quest.files import file_sha256
 from llm_quest.manifest import MANIFEST_FILE, find_fault
 from llm_quest.train import checkpoint as files
 from llm_quest.train.checkpoint import Checkpoint
@@ -67,7 +68,7 @@ def flip(path) -> None:
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (lambda folder: flip(folder / "model.safetensors"), "sha256"),
+        (lambda folder: flip(folder / "model.safetensors"), "xxh3_128"),
         (lambda folder: (folder / "optim.safetensors").write_bytes(b"x"), "has 1 bytes"),
         (lambda folder: (folder / "state.json").unlink(), "missing"),
         (lambda folder: (folder / "MANIFEST.json").write_text('{"files":'), "cannot be read"),
@@ -87,13 +88,32 @@ def test_a_corrupt_newest_is_renamed_and_the_one_before_it_is_used(tmp_path, har
     assert names(root) == ["step-00000001", "step-00000002.corrupt"]
 
 
+def test_a_manifest_of_an_earlier_version_is_verified_by_its_sha256(tmp_path):
+    folder = files.save_checkpoint(tmp_path / "checkpoints", made(1))
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    for name, entry in manifest["files"].items():
+        del entry["xxh3_128"]
+        entry["sha256"] = file_sha256(folder / name)
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+    assert find_fault(folder) == ""
+    flip(folder / "optim.safetensors")
+    assert "sha256" in find_fault(folder)
+
+
+def test_a_manifest_without_any_hash_is_refused(tmp_path):
+    folder = files.save_checkpoint(tmp_path / "checkpoints", made(1))
+    text = (folder / MANIFEST_FILE).read_text()
+    (folder / MANIFEST_FILE).write_text(text.replace("xxh3_128", "crc"))
+    assert "has no size and hash (xxh3_128 or sha256)" in find_fault(folder)
+
+
 def test_if_all_are_corrupt_the_run_does_not_start_over_however_often_it_is_asked(tmp_path):
     root = tmp_path / "checkpoints"
     for step in (1, 2):
         files.save_checkpoint(root, made(step))
         flip(root / f"step-{step:08d}/model.safetensors")
     for _ in range(3):
-        with pytest.raises(DataError, match=r"all are corrupt \(step-00000002: .* sha256 .*; step-00000001"):
+        with pytest.raises(DataError, match=r"all are corrupt \(step-00000002: .* xxh3_128 .*; step-00000001"):
             files.latest_checkpoint(root, print)
     assert names(root) == ["step-00000001", "step-00000002"]
     for step in (1, 2):
