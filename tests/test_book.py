@@ -16,8 +16,7 @@ from book.run import ExampleError, Examples, example_environment
 from book.site import Book, BookError, build_site, check_links, check_questions
 
 ROOT = source.ROOT
-WITHOUT_MUTATION = {"native", "quantize", "value_head", "hyper_connections", "softcap", "checkpointing",
-                    "cross_entropy", "process_reward"}  # fmt: skip
+WITHOUT_MUTATION = {"native"}
 """Pages of layers, techniques and objectives on which no mistake is on record."""
 
 
