@@ -173,8 +173,8 @@ def test_no_files_import_each_other_in_a_circle():
     assert circles(graph) == []
 
 
-def test_the_first_level_needs_torch_and_shapes_and_processes_only():
-    allowed = {"torch", "jaxtyping", "psutil", "llm_quest", *sys.stdlib_module_names}
+def test_the_first_level_needs_torch_shapes_processes_and_hashes_only():
+    allowed = {"torch", "jaxtyping", "psutil", "xxhash", "llm_quest", *sys.stdlib_module_names}
     for file in FILES:
         if package_of(file) in LEVELS[0]:
             assert {name.split(".")[0] for name in imports(file)} <= allowed, file

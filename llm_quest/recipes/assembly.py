@@ -40,7 +40,7 @@ from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.techniques.adapter_targets import describe_addresses
 from llm_quest.techniques.lora import adapter_addresses
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state import derive_seed
+from llm_quest.train.rng_state import derive_seed
 
 ConfigT = TypeVar("ConfigT", bound=Any)
 

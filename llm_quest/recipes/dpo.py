@@ -45,7 +45,7 @@ from llm_quest.recipes.reference_model import (
 from llm_quest.recipes.schema import Choice
 from llm_quest.rollouts.diagnostics import Diagnostics, MetricsRow, Symptom, metric_value
 from llm_quest.techniques.adapter_merge import require_adapters
-from llm_quest.train.state import derive_seed
+from llm_quest.train.rng_state import derive_seed
 
 
 class DpoConfig(PairBatchedConfig):

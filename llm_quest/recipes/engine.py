@@ -36,7 +36,7 @@ from llm_quest.train.checkpoint import SHARDS_DIR, list_checkpoints
 from llm_quest.train.loop import train
 from llm_quest.train.optimizers import NO_SCALES, OPTIMIZERS, LRSchedule, make_lr_schedule
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state import derive_seed
+from llm_quest.train.rng_state import derive_seed
 
 
 def run_recipe(

@@ -44,7 +44,7 @@ from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.rollouts.on_policy_distillation import GKDLoader, collate_answers
 from llm_quest.rollouts.sampler import PolicyPrompt, Sampler
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state import derive_seed
+from llm_quest.train.rng_state import derive_seed
 from llm_quest.train.step import autocast
 
 EVAL_BATCH_SIZE = 16

@@ -72,7 +72,7 @@ from llm_quest.rollouts.included_environments import NEED_ROWS
 from llm_quest.rollouts.rewards import compute_step_rewards
 from llm_quest.rollouts.sampler import RolloutSampler, Sampler
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state import derive_seed
+from llm_quest.train.rng_state import derive_seed
 
 
 class GrpoConfig(EpisodeConfig):

@@ -22,7 +22,7 @@ from llm_quest.recipes.engine import init_distributed
 from llm_quest.recipes.recipe import Context, Job, get_recipe
 from llm_quest.recipes.yaml_io import apply_overrides
 from llm_quest.train.checkpoint import checkpoint_step
-from llm_quest.train.state import evaluation_mode
+from llm_quest.train.rng_state import evaluation_mode
 from llm_quest.train.step import autocast
 
 SCORED = "eval"

@@ -56,8 +56,8 @@ from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train
 from llm_quest.train.optimizers import make_adamw
 from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.rng_state import derive_seed
 from llm_quest.train.run_dir import RunDir
-from llm_quest.train.state import derive_seed
 
 
 class RewardModelConfig(StrictModel):

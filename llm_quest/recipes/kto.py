@@ -50,7 +50,7 @@ from llm_quest.recipes.reference_model import reference_log_probs
 from llm_quest.recipes.schema import Choice
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state import derive_seed
+from llm_quest.train.rng_state import derive_seed
 from llm_quest.train.step import autocast
 
 PolicyContext = Callable[[], AbstractContextManager[Any]]

@@ -31,7 +31,7 @@ from llm_quest.recipes.config_schema import ModelConfig
 from llm_quest.recipes.model_config_types import describe_expected, describe_type_error, missing_inside
 from llm_quest.recipes.schema import StrictModel, did_you_mean
 from llm_quest.recipes.yaml_io import ConfigProblem, RawConfig
-from llm_quest.train.state import derive_seed
+from llm_quest.train.rng_state import derive_seed
 
 if TYPE_CHECKING:
     from llm_quest.data.tokenizer import Tokenizer

@@ -44,7 +44,7 @@ from llm_quest.rollouts.advantages import WeightedReward
 from llm_quest.rollouts.model_reward import ModelReward
 from llm_quest.rollouts.rewards import RandomReward
 from llm_quest.techniques.lora import ADAPTERS
-from llm_quest.train.state import derive_seed
+from llm_quest.train.rng_state import derive_seed
 
 SAMPLED_STEPS = 8
 """So many steps show how long rows are."""

@@ -39,7 +39,7 @@ from llm_quest.rollouts.sampler import ContextFactory, RolloutSampler, Sampler
 from llm_quest.techniques.attention_taps import AttentionTaps
 from llm_quest.techniques.value_head import find_value_model
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state import derive_seed
+from llm_quest.train.rng_state import derive_seed
 from llm_quest.train.step import autocast
 
 PolicyConfigT = TypeVar("PolicyConfigT", bound=PolicyConfig)

@@ -62,7 +62,7 @@ from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.schema import Choice, StrictModel
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.rollouts.diagnostics import Diagnostics
-from llm_quest.train.state import derive_seed
+from llm_quest.train.rng_state import derive_seed
 
 MAX_BASELINE_BYTES = 20_000_000
 

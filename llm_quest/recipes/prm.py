@@ -32,7 +32,7 @@ from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.row_source import RowsConfig
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.techniques.score_head import ScoreHead, find_score_head
-from llm_quest.train.state import derive_seed
+from llm_quest.train.rng_state import derive_seed
 
 EVAL_BATCH_SIZE = 16
 

@@ -32,7 +32,7 @@ from llm_quest.techniques.lora import is_adapter
 from llm_quest.tensor_files import write_tensors
 from llm_quest.train.checkpoint import checkpoint_step, list_checkpoints
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state import evaluation_mode
+from llm_quest.train.rng_state import evaluation_mode
 from llm_quest.train.step import autocast
 
 REFERENCE_FILE = "reference.safetensors"

@@ -30,7 +30,7 @@ from llm_quest.recipes.finetuning import (
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.techniques.score_head import ScoreHead, find_score_head
-from llm_quest.train.state import derive_seed
+from llm_quest.train.rng_state import derive_seed
 
 
 class RewardConfig(PairBatchedConfig):

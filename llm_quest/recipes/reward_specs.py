@@ -37,7 +37,7 @@ from llm_quest.rollouts.user_code import check_reference, hash_of_file, split_re
 from llm_quest.rollouts.verifier_process import MathVerifyReward
 from llm_quest.techniques.score_head import find_score_head
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state import derive_seed
+from llm_quest.train.rng_state import derive_seed
 
 
 @dataclass(frozen=True)

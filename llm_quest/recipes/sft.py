@@ -48,7 +48,7 @@ from llm_quest.recipes.finetuning import (
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.schema import StrictModel
 from llm_quest.rollouts.diagnostics import Diagnostics
-from llm_quest.train.state import derive_seed
+from llm_quest.train.rng_state import derive_seed
 
 
 class AnswerSamplesConfig(StrictModel):

@@ -25,8 +25,8 @@ from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train
 from llm_quest.train.optimizers import make_adamw, make_lr_schedule
 from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.rng_state import derive_seed
 from llm_quest.train.run_dir import RunDir
-from llm_quest.train.state import derive_seed
 
 CHECK_EVERY = 25
 CHECK_PROBLEMS, CHECK_SAMPLES, CHECK_DEMONSTRATIONS = 50, 4, 200

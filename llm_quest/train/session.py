@@ -34,10 +34,11 @@ from llm_quest.train.guards import (
 from llm_quest.train.health import HealthMonitor
 from llm_quest.train.optimizers import LRSchedule
 from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.rng_state import GeneratorStates, RNGState, capture_generators, evaluation_mode
 from llm_quest.train.run_dir import RunDir, json_safe
 from llm_quest.train.run_log import RunLog
 from llm_quest.train.signals import STOP_SIGNALS, SignalHandler, StepInterrupted
-from llm_quest.train.state import GeneratorStates, Progress, RNGState, TrainState, capture_generators, evaluation_mode
+from llm_quest.train.state import Progress, TrainState
 
 PHASE_NAMES = {"eval": "evaluating", "samples": "writing samples", "ratio": "gathering ratios"}
 """Name of an evaluator -> what is shown while it works."""

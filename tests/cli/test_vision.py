@@ -21,7 +21,7 @@ from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.held_out import evaluate_run
 from llm_quest.recipes.recipe import get_recipe
-from llm_quest.recipes.vlm import VlmConfig
+from llm_quest.recipes.vlm_config import VlmConfig
 from tests.recipes.test_vision import SMALL_VLM, two_classes, vit_run
 
 

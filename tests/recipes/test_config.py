@@ -28,7 +28,7 @@ from llm_quest.recipes.pretrain import PretrainConfig
 from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.schema import StrictModel
 from llm_quest.recipes.vit import VitConfig
-from llm_quest.recipes.vlm import VlmConfig
+from llm_quest.recipes.vlm_config import VlmConfig
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml, read_yaml_file
 
 GOOD = "recipe: pretrain\nmodel:\n  preset: llama3.2-tiny\n"

@@ -29,7 +29,7 @@ from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.config_schema import BatchedConfig
 from llm_quest.recipes.recipe import Job, Recipe
-from llm_quest.train.state import derive_seed
+from llm_quest.train.rng_state import derive_seed
 
 
 class CopyConfig(BatchedConfig):

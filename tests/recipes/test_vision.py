@@ -27,7 +27,7 @@ from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.vit import VitConfig, adapt_to_images, make_image_processor
-from llm_quest.recipes.vlm import VlmConfig
+from llm_quest.recipes.vlm_config import VlmConfig
 from llm_quest.report.page import write_report
 
 SMALL_VIT = [

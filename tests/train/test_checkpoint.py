@@ -18,8 +18,9 @@ from llm_quest.train import checkpoint as files
 from llm_quest.train.checkpoint import Checkpoint
 from llm_quest.train.guards import NonFiniteGuard
 from llm_quest.train.optimizers import make_adamw, make_lr_schedule
+from llm_quest.train.rng_state import RNGState
 from llm_quest.train.run_dir import RunDir
-from llm_quest.train.state import RNGState, TrainState
+from llm_quest.train.state import TrainState
 from tests.train.small import Rule, digest, go, objective
 
 

@@ -8,7 +8,7 @@ import torch
 from llm_quest.contracts import DataShard
 from llm_quest.errors import MissingError, UsageError
 from llm_quest.train.parallel import DistributedContext, resolve_device
-from llm_quest.train.state import evaluation_mode, get_rng_state, set_rng_state
+from llm_quest.train.rng_state import evaluation_mode, get_rng_state, set_rng_state
 from tests.train.small import objective
 
 

@@ -37,7 +37,7 @@ from llm_quest.recipes.schema import LocalPath
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state import derive_seed
+from llm_quest.train.rng_state import derive_seed
 
 
 class RptControlConfig(RunConfig):

@@ -27,7 +27,7 @@ from llm_quest.recipes.rpt.prompts import (
 )
 from llm_quest.recipes.schema import LocalPath, StrictModel
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state import derive_seed
+from llm_quest.train.rng_state import derive_seed
 
 Documents = list[list[int]]
 TOP_K_ENTROPY = 16

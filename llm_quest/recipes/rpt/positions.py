@@ -34,7 +34,7 @@ from llm_quest.recipes.rpt.documents import (
 )
 from llm_quest.recipes.rpt.prompts import Position
 from llm_quest.rollouts.sampler import eval_mode
-from llm_quest.train.state import derive_seed
+from llm_quest.train.rng_state import derive_seed
 
 TOKENS_PER_PASS = 4096
 BUCKET_NAMES = ("trivial", "easy", "medium", "hard")

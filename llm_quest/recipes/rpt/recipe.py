@@ -48,7 +48,7 @@ from llm_quest.rollouts.rollouts import RolloutLoader
 from llm_quest.rollouts.sampler import ContextFactory, PolicyPrompt, Sample
 from llm_quest.train.arguments import TrainResult
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state import derive_seed
+from llm_quest.train.rng_state import derive_seed
 
 TERA = 1e12
 

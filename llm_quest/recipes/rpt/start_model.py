@@ -58,7 +58,7 @@ from llm_quest.recipes.sft_warmup import (
 )
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state import derive_seed
+from llm_quest.train.rng_state import derive_seed
 
 
 class PretrainStageConfig(StrictModel):
