@@ -2,8 +2,10 @@
 
 A step:
 
-    drop who left -> read prompts (at most a budget of tokens while others wait) -> sample a token for every row
-        -> rows that ended leave -> one pass for the others
+    drop who left -> one pass for the tokens of the last step -> read prompts (at most a budget of tokens while others
+        wait) -> sample a token for every row -> rows that ended leave
+
+The pass comes first, so that a token is told as soon as it is drawn.
 
 A request's tokens do not depend on its company: its random numbers follow from its seed, its prompt and the number of
 the choice, as in `generate`. (The last bits of a float32 product depend on the number of rows; log-probabilities agree
@@ -96,11 +98,11 @@ class RunningBatch:
         self.events = {}
         with torch.inference_mode():
             self.drop_ended()
+            if self.rows:
+                self.logits = self.slots.decode([row.token for row in self.rows], self.device)
             self.read_prompts()
             if self.rows:
                 self.sample_tokens()
-            if self.rows:
-                self.logits = self.slots.decode([row.token for row in self.rows], self.device)
         return self.events
 
     def tell(self, request: GenerationRequest, event: Event) -> None:

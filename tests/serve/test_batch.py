@@ -157,14 +157,34 @@ def test_a_request_that_is_cancelled_frees_its_slots_with_the_next_step(llama):
     assert len(recorder.tokens(waiting)) == 8
 
 
-def test_logits_that_are_not_finite_end_their_request_alone(llama):
+def test_a_token_is_told_before_the_pass_behind_it(llama):
+    recorder, batch = Recorder(), RunningBatch(llama, LIMITS, ServerMetrics())
+    request, passes = make_request(recorder, [1, 2, 3]), []
+    batch.waiting.append(request)
+    handle = llama.register_forward_hook(lambda *_: passes.append("decode"))
+    try:
+        for count in (1, 2, 3):
+            step(batch)
+            assert (len(recorder.tokens(request)), len(passes)) == (count, count - 1)
+    finally:
+        handle.remove()
+
+
+def test_logits_that_are_not_finite_end_their_request_alone(llama, monkeypatch):
     recorder, batch = Recorder(), RunningBatch(llama, LIMITS, ServerMetrics())
     fine, broken = make_request(recorder, [1, 2, 3], 1), make_request(recorder, [4, 5], 2)
     batch.waiting.extend([fine, broken])
     step(batch)
-    place = next(number for number, row in enumerate(batch.rows) if row.request is broken)
-    batch.logits = batch.logits.clone()
-    batch.logits[place] = float("nan")
+    place, decode = next(number for number, row in enumerate(batch.rows) if row.request is broken), batch.slots.decode
+
+    def decode_with_damage(*given):
+        logits = decode(*given).clone()
+        logits[place] = float("nan")
+        return logits
+
+    with monkeypatch.context() as once:
+        once.setattr(batch.slots, "decode", decode_with_damage)
+        step(batch)
     run(batch, {0: []})
     assert isinstance(recorder.events[broken.number][-1], RequestFailed)
     alone = generate_completions(llama, [fine.prompt], fine.sampling_params, fine.stopping_criteria, seed=fine.seed)
