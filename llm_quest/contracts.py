@@ -246,7 +246,6 @@ class Evaluator(Protocol):
     def evaluate(self, model: Any, step: int) -> Mapping[str, float]: ...
 
 
-@runtime_checkable
 class ObservableRouter(Protocol):
     """A router of a mixture of experts that calls `observe_routing` with what each pass chose, which has
     `tokens_per_expert()`. weight (E,D): a row for each expert."""

@@ -37,10 +37,10 @@ class ExpertLoadMonitor:
     last_well: int | None = None
 
     def __post_init__(self) -> None:
-        self.routers: dict[str, ObservableRouter] = {
+        self.routers: dict[str, ObservableRouter] = {  # isinstance reads `weight`, which an adapter computes
             name: module
             for name, module in self.model.named_modules()
-            if isinstance(module, ObservableRouter) and module.weight.requires_grad
+            if "observe_routing" in vars(module) and module.weight.requires_grad
         }
 
     def start(self) -> None:
