@@ -14,11 +14,11 @@ import torch
 
 import llm_quest as quest
 from llm_quest.errors import DataError
+from llm_quest.hub.float64 import computing_in_float64
 from llm_quest.hub.published_matrices import LoRAPair, flatten_experts, stack_experts_pair
 from llm_quest.techniques.adapter_merge import merge_adapter
 from llm_quest.techniques.lora import LoRA, LoRAXS, RsLoRA, TinyLoRA
 from tests.family_oracles import ORACLES
-from tests.float64 import computing_in_float64
 from tests.hub.test_load_adapter import stir, tokens
 from tests.later import Later
 from tests.oracles import save_published, transformers

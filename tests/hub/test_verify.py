@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from llm_quest.cli.main import app
 from llm_quest.hub.verify import MARGIN, ROUNDING, compare_with_transformers
 from llm_quest.models import clip, clip_text, llama, siglip, vit
+from tests.family_oracles import ORACLES
 from tests.models.vision import CLIP_TEXT, SIZES, their_clip, their_gemma3, their_llava, their_qwen3_5, their_vit
 from tests.oracles import randomize_, save_published, tiny_gpt2, tiny_llama, transformers
 
@@ -61,6 +62,16 @@ def test_every_kind_of_model_is_found_equal_within_the_references_own_error(tmp_
     assert 0 < found.reference_error < 1e-4
     assert found.allowed == pytest.approx(max(MARGIN * found.reference_error, ROUNDING * found.largest_logit))
     assert (found.difference_padded is None) == (kind not in ("gpt2", "llama", "reward model"))
+
+
+ONE_OF_A_FAMILY = {build().config.model_type: name for name, build in reversed(ORACLES.items())}
+
+
+@pytest.mark.parametrize("name", ONE_OF_A_FAMILY.values())
+def test_every_family_of_text_is_compared_from_its_folder(tmp_path: Path, name: str):
+    """Whatever transformers' own choice of kernels is: its grouped products of experts know no float64."""
+    found = compare_with_transformers(save_published(ORACLES[name](), tmp_path / "m"))
+    assert found.passed, found.lines()
 
 
 @pytest.mark.parametrize(("kind", "module"), [("llama", llama), ("reward model", llama), ("llava", llama)])

@@ -24,11 +24,11 @@ from llm_quest.cli.main import app
 from llm_quest.data.images import CLIP_STATISTICS, ImageProcessor
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
+from llm_quest.hub.float64 import computing_in_float64
 from llm_quest.hub.load_save import load, save
 from llm_quest.models.dual_encoder import CLIPModel
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.scope import Scope
-from tests.float64 import computing_in_float64
 from tests.models.test_float64_parity import BOUND
 from tests.models.vision import images, their_clip
 from tests.oracles import save_published, transformers

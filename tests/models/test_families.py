@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm_quest.hub.float64 import computing_in_float64
 from llm_quest.hub.load_save import load, save
 from llm_quest.models import FAMILIES, VISION_FAMILIES
 from llm_quest.scope import Scope
 from tests.family_oracles import ORACLES
-from tests.float64 import computing_in_float64
 from tests.models.test_float64_parity import BOUND
 from tests.models.vision import their_clip, their_gemma3, their_llava, their_qwen3_5, their_vit
 from tests.oracles import save_published, tiny_gpt2, tiny_llama, transformers

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from llm_quest.hub.float64 import computing_in_float64
 from llm_quest.hub.load_save import load, save
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
 from tests.family_oracles import ORACLES
-from tests.float64 import computing_in_float64
 from tests.models.test_parity import CASES
 from tests.oracles import save_published
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from llm_quest.hub.float64 import computing_in_float64
 from llm_quest.hub.load_save import save
 from llm_quest.scope import Scope
-from tests.float64 import computing_in_float64
 from tests.models.test_float64_parity import BOUND
 from tests.models.vision import (
     IMAGE,

@@ -1,8 +1,8 @@
-"""The float32 islands of a model, lifted: what asks for float32 gets float64.
+"""Computing wholly in float64: what asks for float32 gets float64.
 
 Models compute norms, softmax, routing, rotations and recurrences in float32 whatever the dtype of their weights, so
 that even a model of float64 weights rounds to 1e-7, and recurrences and norms magnify that to 1e-3. While `Float64` is
-active both sides compute wholly in float64, and what is left is a difference of method."""
+active nothing rounds to float32, and what is left between two models is a difference of method."""
 
 from __future__ import annotations
 
