@@ -143,9 +143,7 @@ def float64_outputs(kind: Counterpart, theirs: Any, several: Sequence[Inputs]) -
         choose_experts("eager")  # the other forms know no float64
     theirs = theirs.double()
     wide = [{name: x.double() if x.is_floating_point() else x for name, x in inputs.items()} for inputs in several]
-    with (
-        computing_in_float64()
-    ):  # what it computes in float32 whatever the dtype of the weights would round alike in both
+    with computing_in_float64():  # else what it always computes in float32 would round alike in both
         return [kind.theirs(theirs, inputs).double() for inputs in wide]
 
 
