@@ -527,7 +527,7 @@ def cut_short(checkpoint: Path) -> None:
 
 
 DAMAGES = {
-    "a flipped bit": (flip_a_bit, "does not have the sha256"),
+    "a flipped bit": (flip_a_bit, "does not have the xxh3_128"),
     "cut short": (cut_short, "bytes, its manifest says"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "No such file"),
     "no JSON": (lambda folder: (folder / MANIFEST_FILE).write_text("{"), "cannot be read"),
