@@ -461,7 +461,7 @@ MUTATIONS = (
     Mutation("RPT: padding is a place", "recipes/rpt/positions.py", "row[: len(documents[number]) - 1].tolist(), start=1)", "row.tolist(), start=1)", "tests/recipes/rpt/test_positions.py"),
     Mutation("RPT: a prompt is billed once per sample", "recipes/rpt/recipe.py", "self.flops += self.cost.decoding(before, len(sample.completion_ids))", "self.flops += self.cost.decoding(before, len(sample.completion_ids)) + self.cost.forward(before)", "tests/recipes/rpt/test_flops_meter.py"),
     Mutation("RPT: training is billed as one pass", "cost/flops.py", "return 3 * self.forward(length)", "return self.forward(length)", "tests/cost/test_flops.py -k decoding"),
-    Mutation("RPT: the bill begins anew on resuming", "recipes/rpt/recipe.py", "self.meter.flops = state_dict[\"flops\"]", "self.meter.flops = 0.0", RPT),
+    Mutation("RPT: the bill begins anew on resuming", "recipes/rpt/recipe.py", "self.meter.flops = float(state_dict[\"flops\"])", "self.meter.flops = 0.0", RPT),
     Mutation("RPT: places are searched at every start", "recipes/rpt/positions.py", "if (found := load_positions(folder, key)) is not None:", "if (found := load_positions(folder, key)) is None and found:", RPT),
     Mutation("RPT: held-out documents are training documents", "recipes/rpt/documents.py", "task, \"validation\", NUM_HELD_OUT", "task, \"train\", NUM_HELD_OUT", RPT),
     Mutation("RPT's control gets a step less", "recipes/rpt/control.py", "while flops_counter.flops_after(steps) < teraflops * TERA:", "while flops_counter.flops_after(steps + 1) < teraflops * TERA:", RPT),

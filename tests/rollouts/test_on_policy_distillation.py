@@ -52,7 +52,8 @@ def test_lmbda_says_whose_answers_they_are():
         assert not set(texts(loader(student, 1.0).batches(step))) & given
     kinds = [loader(student, 0.5).is_on_policy(step) for step in range(200)]
     assert 70 < sum(kinds) < 130
-    assert kinds == [loader(student, 0.5).is_on_policy(step) for step in range(200)]
+    for shard in (DataShard(0, 2), DataShard(1, 2)):  # a step is of one kind on every process
+        assert kinds == [loader(student, 0.5, shard=shard).is_on_policy(step) for step in range(200)]
 
 
 def test_answers_are_of_the_student_as_it_is_now_and_a_pure_function_of_seed_and_step():

@@ -237,11 +237,11 @@ class MeteredRolloutLoader:
         return [replace(batches[0], metric_sums=metric_sums), *batches[1:]]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rollouts": self.rollout_loader.state_dict(), "flops": self.meter.flops}
+        return {"rollouts": self.rollout_loader.state_dict(), "flops": float(self.meter.flops)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.rollout_loader.load_state_dict(state_dict["rollouts"])
-        self.meter.flops = state_dict["flops"]
+        self.meter.flops = float(state_dict["flops"])
 
 
 RECIPE = Recipe("rpt", RptConfig, build_rpt, check=check_thoughts)
