@@ -53,8 +53,8 @@ class ReferencePage:
 
 
 def reference_pages(markdown: Renderer, link: Callable[[str], tuple[str, str]]) -> Iterator[ReferencePage]:
-    makers = {"built": built, "glossary": glossary, "metrics": metrics, "commands": commands, "settings": settings,
-              "techniques": techniques}  # fmt: skip
+    makers = {"built": package_pictures, "glossary": glossary, "metrics": metrics, "commands": commands,
+              "settings": settings, "techniques": techniques}  # fmt: skip
     for name, title in TABLES.items():
         body = makers[name](markdown)
         yield ReferencePage(name, title, f"<h1>{title}</h1>{body}", re.sub(r"<[^>]+>", " ", body))
@@ -63,7 +63,7 @@ def reference_pages(markdown: Renderer, link: Callable[[str], tuple[str, str]]) 
         yield ReferencePage(name, title, markdown(site_links(text, link)), text)
 
 
-def built(markdown: Renderer) -> str:
+def package_pictures(markdown: Renderer) -> str:
     """The three pictures; each box leads to its code."""
     said = "Each box leads to the code that does it; [[reference/architecture|the guide]] has the reasons."
     return markdown(said) + "".join(map(draw_flow, FLOWS))

@@ -65,10 +65,10 @@ def apply_instruction(one: Instruction, folder: Path) -> None:
             raise RecipeError(f"{one.path} is there already")
         file.write_text(one.text, encoding="utf-8")
     elif one.kind == "diff":
-        file.write_text(edited(file.read_text(encoding="utf-8"), one), encoding="utf-8")
+        file.write_text(apply_edit(file.read_text(encoding="utf-8"), one), encoding="utf-8")
 
 
-def edited(text: str, one: Instruction) -> str:
+def apply_edit(text: str, one: Instruction) -> str:
     """The text of a file with an edit. Its known lines must stand there once."""
     lines = one.text.splitlines()
     known = "\n".join(line[1:] for line in lines if not line.startswith("+"))

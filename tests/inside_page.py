@@ -115,7 +115,7 @@ class PageNumbers:
         script = "[...document.querySelectorAll('#tokens small')].map((one) => [one.textContent])"
         self.compare_rows("surprise", self.browser.evaluate(script), [[one["surprise"]] for one in self.view["tokens"]])
 
-    def chosen(self, place: int) -> None:
+    def chosen_token(self, place: int) -> None:
         """What is said of one token."""
         token = self.view["tokens"][place]
         about = self.browser.text("#about").rpartition(": rank ")[2]
@@ -179,12 +179,12 @@ def use_page(browser: Browser, url: str) -> PageNumbers:
     wait_until_quiet(browser)
     numbers = PageNumbers(browser, url)
     numbers.tokens()
-    numbers.chosen(0)
+    numbers.chosen_token(0)
     numbers.attention(0, 0, 0)
     browser.tab_to("#tokens [aria-selected=true]")
     for _ in range(STEPS_RIGHT):
         browser.press("ArrowRight")
-    numbers.chosen(STEPS_RIGHT)
+    numbers.chosen_token(STEPS_RIGHT)
     for field in ("#layer", "#head"):
         browser.tab_to(field)
         browser.press("ArrowDown")

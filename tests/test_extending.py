@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tests import extending
-from tests.extending import Instruction, RecipeError, apply_instruction, copy_package, edited, read_instructions
+from tests.extending import Instruction, RecipeError, apply_edit, apply_instruction, copy_package, read_instructions
 
 
 def test_the_page_has_a_recipe_for_each_way_to_extend():
@@ -30,5 +30,5 @@ def test_files_and_edits_of_the_page_can_be_made_and_its_commands_run(tmp_path):
 @pytest.mark.parametrize(("text", "said"), [("a\nc\n", "0 times"), ("a\nb\na\nb\n", "2 times"), (" a\nb", "0 times")])
 def test_an_edit_whose_lines_are_not_there_once_is_refused(text, said):
     with pytest.raises(RecipeError, match=said):
-        edited(text, Instruction("diff", "file.py", " a\n+new\n b\n", ""))
-    assert edited("a\nb\nc\n", Instruction("diff", "file.py", " a\n+new\n b\n", "")) == "a\nnew\nb\nc\n"
+        apply_edit(text, Instruction("diff", "file.py", " a\n+new\n b\n", ""))
+    assert apply_edit("a\nb\nc\n", Instruction("diff", "file.py", " a\n+new\n b\n", "")) == "a\nnew\nb\nc\n"

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from llm_quest.contracts import LogFn
-from llm_quest.errors import BusyError, UsageError
+from llm_quest.errors import UsageError
 from llm_quest.experiments.arms import CONTROL, Arm, default_pairs, parse_arms, refuse_own_keys, resolve_arms
 from llm_quest.experiments.budgets import BUDGETS
 from llm_quest.experiments.code_tree import own_code
@@ -23,7 +21,7 @@ from llm_quest.experiments.measurements import require_reported_seeds
 from llm_quest.experiments.page import write_page
 from llm_quest.experiments.sequential import FIRST_LOOK, THRESHOLDS
 from llm_quest.experiments.verdict_lines import describe_verdict
-from llm_quest.experiments.worker_pool import WorkerPool
+from llm_quest.experiments.worker_pool import exclusive_pool
 from llm_quest.files import atomic_write_json
 from llm_quest.recipes.recipe import load_recipe
 from llm_quest.train.best_model import is_greater_better
@@ -88,15 +86,11 @@ def run_ablation(recipe: str, pairs: Sequence[str], options: AblateOptions, *, o
     plan = make_plan(recipe, pairs, options, out, log)
     folder, ledger = out / plan.experiment, Ledger(out / "ledger.jsonl", log)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "experiment.lock", timeout=0)
-    try:
-        with lock, WorkerPool(options.jobs) as pool:
-            log(f"experiment {plan.experiment}: {describe_plan(plan)}")
-            result = Experiment(plan, out, pool, ledger, log).run()
-            atomic_write_json(folder / "result.json", result)
-            write_page(result, out, folder / "report.html")
-    except Timeout:
-        raise BusyError(f"{folder} is in use: the same experiment is running; wait, or read its ledger") from None
+    with exclusive_pool(folder, options.jobs, "the same experiment is running; wait, or read its ledger") as pool:
+        log(f"experiment {plan.experiment}: {describe_plan(plan)}")
+        result = Experiment(plan, out, pool, ledger, log).run()
+        atomic_write_json(folder / "result.json", result)
+        write_page(result, out, folder / "report.html")
     return AblationReport(result, folder, ledger.file)
 
 

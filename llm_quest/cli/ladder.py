@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from llm_quest.contracts import LogFn
-from llm_quest.errors import BusyError, UsageError
+from llm_quest.errors import UsageError
 from llm_quest.experiments.arms import default_pairs, refuse_own_keys
 from llm_quest.experiments.code_tree import own_code
 from llm_quest.experiments.ladder import Ladder, LadderPlan, describe_outcome, describe_prediction
 from llm_quest.experiments.ladder_page import write_ladder_page
 from llm_quest.experiments.ledger import Ledger
 from llm_quest.experiments.rungs import make_rungs
-from llm_quest.experiments.worker_pool import WorkerPool
+from llm_quest.experiments.worker_pool import exclusive_pool
 from llm_quest.files import atomic_write_json
 from llm_quest.formatting import align_columns
 from llm_quest.models.parametrization import PARAMETRIZATIONS
@@ -81,13 +79,10 @@ def run_ladder(recipe: str, pairs: Sequence[str], options: LadderOptions, *, out
         f"ladder {plan.experiment}: {len(plan.rungs)} sizes x {plan.seeds} seeds, {flops:.2e} FLOPs; the model itself "
         f"has {plan.target.parameters:,} parameters and costs {plan.target.flops:.2e}"
     )
-    try:
-        with FileLock(folder / "experiment.lock", timeout=0), WorkerPool(options.jobs) as pool:
-            result = Ladder(plan, out, pool, ledger, log).run()
-            atomic_write_json(folder / "result.json", result)
-            write_ladder_page(result, folder / "report.html")
-    except Timeout:
-        raise BusyError(f"{folder} is in use: the same ladder is running; wait, or read its ledger") from None
+    with exclusive_pool(folder, options.jobs, "the same ladder is running; wait, or read its ledger") as pool:
+        result = Ladder(plan, out, pool, ledger, log).run()
+        atomic_write_json(folder / "result.json", result)
+        write_ladder_page(result, folder / "report.html")
     return LadderReport(result, folder, ledger.file)
 
 

@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from llm_quest.contracts import LogFn
-from llm_quest.errors import BusyError
 from llm_quest.experiments.code_tree import own_code
 from llm_quest.experiments.race import RaceRules, describe_entry, run_race
-from llm_quest.experiments.worker_pool import WorkerPool
+from llm_quest.experiments.worker_pool import exclusive_pool
 
 
 @dataclass(frozen=True)
@@ -36,11 +33,8 @@ def enter_race(recipe: str, pairs: Sequence[str], seeds: int, jobs: int, *, out:
     """Run an entry below the folder `out`, or go on with it."""
     out.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["quest", *sys.argv[1:]])
-    try:
-        with FileLock(out / "race.lock", timeout=0), WorkerPool(jobs) as pool:
-            result = run_race(
-                recipe, pairs, seeds, RaceRules(), root=out, code=own_code(), pool=pool, log=log, command=command
-            )
-    except Timeout:
-        raise BusyError(f"{out} is in use: another entry is running; wait, or choose another --out") from None
+    with exclusive_pool(out, jobs, "another entry is running; wait, or choose another --out") as pool:
+        result = run_race(
+            recipe, pairs, seeds, RaceRules(), root=out, code=own_code(), pool=pool, log=log, command=command
+        )
     return RaceReport(result, out / "ledger.jsonl")

@@ -14,6 +14,7 @@ from llm_quest.experiments.arms import CONTROL
 from llm_quest.experiments.verdict_lines import describe_verdict
 from llm_quest.files import atomic_write_text, damaged_file_errors, iter_lines
 from llm_quest.report.plots import Curve, plot_curves
+from llm_quest.report.templates import render_template
 
 TEMPLATE = Path(__file__).with_name("page.html")
 Table = list[tuple[str, ...]]
@@ -43,13 +44,10 @@ def write_page(result: Mapping[str, Any], root: Path, file: Path) -> None:
 
 def render_page(*, pictures: Iterable[tuple[str, str, bool]], **content: Any) -> str:
     """The page from its template. pictures: (heading, svg, whether it takes the whole width)."""
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     drawn = [(heading, Markup(svg), wide) for heading, svg, wide in pictures if svg]
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(pictures=drawn, **content)
+    return render_template(TEMPLATE, pictures=drawn, **content)
 
 
 def draw_plots(result: Mapping[str, Any], root: Path) -> Iterator[tuple[str, str, bool]]:

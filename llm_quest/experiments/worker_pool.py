@@ -9,11 +9,15 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from llm_quest.errors import DataError, GuardStop, MissingError, QuestError, ResourceError, UsageError
+from filelock import FileLock, Timeout
+
+from llm_quest.errors import BusyError, DataError, GuardStop, MissingError, QuestError, ResourceError, UsageError
 from llm_quest.experiments.code_tree import CodeTree
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -122,3 +126,19 @@ class WorkerPool:
         worker = Worker(tree, self.threads)
         self.workers.append(worker)
         return worker
+
+
+@contextmanager
+def exclusive_pool(folder: Path, jobs: int, busy: str) -> Iterator[WorkerPool]:
+    """The workers of an experiment that only one process runs at a time. busy: what else runs, and the remedy, for the
+    BusyError where the folder is in use."""
+    lock = FileLock(folder / "experiment.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BusyError(f"{folder} is in use: {busy}") from None
+    try:
+        with WorkerPool(jobs) as pool:
+            yield pool
+    finally:
+        lock.release()

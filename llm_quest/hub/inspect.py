@@ -14,7 +14,7 @@ from llm_quest.data.tokenizer_files import has_tokenizer
 from llm_quest.errors import DataError
 from llm_quest.hub.config import read_json
 from llm_quest.hub.folder_report import FolderReport, TensorSource
-from llm_quest.hub.load_save import ALLOW_PICKLE, load
+from llm_quest.hub.load_save import ALLOW_PICKLE, find_non_finite, load
 from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.hub.locate import ModelLocation, locate_model
 from llm_quest.hub.safetensors_io import FLOAT_DTYPES
@@ -95,7 +95,9 @@ def inspect_folder(name_or_path: str | Path, *, check_weights: bool = False) -> 
             if p.is_file()
         }
     )
-    if check_weights and not report.problems:
+    if check_weights and report.problems:
+        report.problems += find_non_finite(report.sources)
+    elif check_weights:
         try:
             load(name_or_path, vision=True)
         except DataError as error:

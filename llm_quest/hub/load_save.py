@@ -7,6 +7,7 @@ then one rename, so that a half-written model is never there under its name.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -30,7 +31,7 @@ from llm_quest.hub.locate import locate_model, offline_error
 from llm_quest.hub.mmap import memory_map_parameters
 from llm_quest.hub.model_card import Readme
 from llm_quest.hub.packed_weights import PackedTensor, read_packed_into
-from llm_quest.hub.safetensors_io import count_non_finite, read_into
+from llm_quest.hub.safetensors_io import FLOAT_DTYPES, StoredTensor, count_non_finite, read_into
 from llm_quest.hub.validate import main_dtype, validate_folder
 from llm_quest.hub.weight_files import TECHNIQUES_FILE
 from llm_quest.hub.weight_map import export_weight_map, technique_parameters, weight_views
@@ -79,8 +80,8 @@ def load(
     adapter, its text part.
     allow_pickle: read pytorch_model.bin where there are no safetensors, with weights_only; None: as
     `quest --allow-pickle` says. What is odd but harmless, such as a part that was left out, is logged as a note.
-    Raises DataError whose `problems` are *all* that is wrong (missing, unexpected, mis-shaped, non-finite tensors;
-    damaged files; a config no family computes), MissingError offline."""
+    Raises DataError whose `problems` are *all* that is wrong (missing, unexpected, mis-shaped tensors; damaged files; a
+    config no family computes; in a folder where none of these is, non-finite numbers), MissingError offline."""
     device, requested_dtype = require_device(device), parse_dtype(dtype)
     allow_pickle = os.environ.get(ALLOW_PICKLE) == "1" if allow_pickle is None else allow_pickle
     if (base := adapter_base(name_or_path)) is not None:
@@ -131,6 +132,18 @@ def read_weights(report: FolderReport, mapped: Mapping[str, Tensor]) -> list[str
         read_source(report.sources[copy], again)
         if not torch.equal(again, targets[original]):
             problems.append(f"{copy} differs from {original}, but config.json says that they are tied")
+    return problems
+
+
+def find_non_finite(sources: Mapping[str, TensorSource]) -> list[str]:
+    """Which stored tensors have numbers that are not finite, whatever else is wrong with their folder."""
+    problems = []
+    for name, source in sources.items():
+        if isinstance(source, StoredTensor) and source.dtype not in FLOAT_DTYPES:
+            continue
+        with contextlib.suppress(DataError):  # of a damaged file, which is a problem of its own
+            if count := read_source(source, torch.empty(tuple(source.shape))):
+                problems.append(f"not finite: {name} ({count:,} numbers)")
     return problems
 
 

@@ -77,7 +77,7 @@ def resolve_checkpoint(name_or_path: str | Path) -> Path:
     last = max(there, default=None)
     newest = there.get(last or 0)
     if chosen in ("best", "good"):
-        step = noted_step(newest, chosen)
+        step = read_step(newest, chosen)
         step = last if step is None and chosen == "good" else step
     else:
         step = last if chosen == "last" else int(chosen) if chosen.isdigit() else None
@@ -106,7 +106,7 @@ def result_run(run: Path) -> Path:
     return named
 
 
-def noted_step(checkpoint: Path | None, which: str) -> int | None:
+def read_step(checkpoint: Path | None, which: str) -> int | None:
     """The step of the best, or of the last good checkpoint, as the newest one knows it."""
     if checkpoint is None:
         return None

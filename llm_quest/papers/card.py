@@ -40,7 +40,9 @@ class PaperCard:
 
     @property
     def trend(self) -> str:
-        return describe_trend({s: claimed(self.paper, r)["differences"] for s, r in self.sizes.items()}, self.sizes)
+        return describe_trend(
+            {s: claim_verdict(self.paper, r)["differences"] for s, r in self.sizes.items()}, self.sizes
+        )
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -53,7 +55,7 @@ class PaperCard:
         last = list(self.sizes.values())[-1]
         return {
             "verdict": self.verdict, "sizes": ", ".join(self.sizes), "date": last["date"], "machine": last["machine"],
-            "effect": describe_effect(claimed(self.paper, last)),
+            "effect": describe_effect(claim_verdict(self.paper, last)),
         }  # fmt: skip
 
     def lines(self) -> list[str]:
@@ -64,14 +66,14 @@ class PaperCard:
         return [*result, *([self.trend] if self.trend else []), f"verdict: {self.verdict}", f"card: {self.file}"]
 
 
-def claimed(paper: Paper, result: SizeResult) -> Mapping[str, Any]:
+def claim_verdict(paper: Paper, result: SizeResult) -> Mapping[str, Any]:
     """The verdict of the claim's arm."""
     found: Mapping[str, Any] = next(one for one in result["verdicts"] if one["arm"] == next(iter(paper.arms)))
     return found
 
 
 def size_verdict(paper: Paper, result: SizeResult) -> str:
-    found = claimed(paper, result)
+    found = claim_verdict(paper, result)
     return judge(paper.expect, found["outcome"], found["size"])
 
 
@@ -176,7 +178,7 @@ def arm_words(paper: Paper) -> Iterator[str]:
 def verdict_words(card: PaperCard) -> str:
     parts = []
     for size, result in card.sizes.items():
-        found = describe_found(card.paper, claimed(card.paper, result))
+        found = describe_found(card.paper, claim_verdict(card.paper, result))
         parts.append(f"At {size} {found[0]}; {found[1].strip() if len(found) > 1 else ''}")
     return ". ".join([*parts, *([card.trend] if card.trend else [])]) + "."
 
@@ -202,9 +204,9 @@ def table_rows(card: PaperCard) -> Iterator[str]:
 def details(card: PaperCard) -> Iterator[str]:
     """Cost, date, machine, noise and remarks of each size."""
     for size, result in card.sizes.items():
-        sd = claimed(card.paper, result)["standard_deviation"]
+        sd = claim_verdict(card.paper, result)["standard_deviation"]
         noise = f"differences of pairs vary by {sd:.3g}" if sd is not None else ""
-        gain = claimed(card.paper, result)["pairing_gain"]
+        gain = claim_verdict(card.paper, result)["pairing_gain"]
         pairing = f", pairing gain {gain:.2g}" if gain is not None else ""
         run_sd = result["noise"].get("run_sd")
         yield f"{size}: {noise}{pairing}" + (f"; equal runs of different seeds by {run_sd:.3g}" if run_sd else "")

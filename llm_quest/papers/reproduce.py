@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from llm_quest.contracts import LogFn
-from llm_quest.errors import BusyError, UsageError
+from llm_quest.errors import UsageError
 from llm_quest.experiments.arms import CONTROL, Arm, default_pairs, resolve_arms
 from llm_quest.experiments.bases import Base
 from llm_quest.experiments.code_tree import own_code
@@ -21,7 +20,7 @@ from llm_quest.experiments.experiment import Experiment, Plan
 from llm_quest.experiments.ledger import Ledger
 from llm_quest.experiments.measurements import OutOfTime
 from llm_quest.experiments.page import write_page
-from llm_quest.experiments.worker_pool import WorkerPool
+from llm_quest.experiments.worker_pool import exclusive_pool
 from llm_quest.files import atomic_write_json
 from llm_quest.machine.profile import identify_machine
 from llm_quest.papers.paper import Paper
@@ -76,7 +75,7 @@ def measure_paper(
     folder, ledger = root / plan.experiment, Ledger(root / "ledger.jsonl", log)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / "experiment.lock", timeout=0), WorkerPool(jobs) as pool:
+        with exclusive_pool(folder, jobs, "the same claim is being measured; wait for it") as pool:
             log(f"{paper.name} at {describe_cost(paper, size)}")
             deadline = time.monotonic() + 60 * minutes
             experiment = Experiment(plan, root, pool, ledger, log, deadline=deadline)
@@ -84,8 +83,6 @@ def measure_paper(
     except OutOfTime:
         log(f"{paper.name} at {size}: {minutes:g} minutes were over before four pairs; the same command goes on")
         return None
-    except Timeout:
-        raise BusyError(f"{folder} is in use: the same claim is being measured; wait for it") from None
     atomic_write_json(folder / "result.json", result)
     write_page(result, root, folder / "report.html")
     return shorten_result(result, experiment.costs) | {"page": str(folder / "report.html")}

@@ -187,7 +187,7 @@ def largest_gradient(model: nn.Module, parallel: DistributedContext) -> str:
     named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     if not named:
         return "no parameter has a gradient"
-    squares = torch.stack([_squared(grad, parallel) for _, grad in named])
+    squares = torch.stack([_squared_norm(grad, parallel) for _, grad in named])
     if parallel.strategy == "fsdp":
         squares = parallel.all_reduce_(squares)
     shares = (squares / squares.sum()).tolist()
@@ -195,7 +195,7 @@ def largest_gradient(model: nn.Module, parallel: DistributedContext) -> str:
     return f"the largest gradient is in {name.rpartition('.')[0] or name} ({share:.0%} of the squared norm)"
 
 
-def _squared(grad: Tensor, parallel: DistributedContext) -> Tensor:
+def _squared_norm(grad: Tensor, parallel: DistributedContext) -> Tensor:
     """This process's part of the squared norm; what every process holds whole is counted once."""
     square = local_tensor(grad).to(sum_dtype(parallel.device)).square().sum()
     return square if isinstance(grad, DTensor) else square / parallel.world_size

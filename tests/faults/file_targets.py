@@ -43,7 +43,7 @@ from llm_quest.experiments.page import read_losses
 from llm_quest.files import damaged_file_errors, load_json
 from llm_quest.hub.inspect import content_conditions, inspect_folder
 from llm_quest.hub.load_save import load, read_model_config, save, write_model_json
-from llm_quest.hub.locate import noted_step
+from llm_quest.hub.locate import read_step
 from llm_quest.hub.pickled import read_pickled
 from llm_quest.machine.probe import REQUIRED
 from llm_quest.machine.profile import VERSION, identify_machine, read_profile
@@ -63,7 +63,7 @@ from llm_quest.train.run_dir import RunDir, _row_step, lock_owner
 from llm_quest.train.state import Progress
 from tests.data.test_tokens import PARTS
 from tests.faults.targets import Target, family_configs, rows_reader
-from tests.papers.made_up import found_at
+from tests.papers.made_up import made_result
 from tests.tokenizer_kinds import tokenizer_of
 from tests.train.small import go, objective
 
@@ -134,7 +134,7 @@ def resume_training(folder: Path) -> object:
 
 
 def read_noted_steps(folder: Path) -> object:
-    return noted_step(folder / STEP, "best"), noted_step(folder / STEP, "good")
+    return read_step(folder / STEP, "best"), read_step(folder / STEP, "good")
 
 
 def json_of(kind: str, name: str) -> Callable[[], list[Any]]:
@@ -238,7 +238,7 @@ def profile_value() -> list[Any]:
 
 def results_value() -> list[Any]:
     paper = load_paper("muon")
-    return [{"claim": paper.hash, "sizes": {"0.3M": found_at(paper, "better", [-0.5, -0.4, -0.5, -0.6])}}]
+    return [{"claim": paper.hash, "sizes": {"0.3M": made_result(paper, "better", [-0.5, -0.4, -0.5, -0.6])}}]
 
 
 POSITIONS = {"key": {"k": 1}, "train": [[0, 3, 1.5]], "held_out": [[1, 2, 0.5]], "flops": 3.0, "facts": {"a": 1}}

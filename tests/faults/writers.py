@@ -45,7 +45,7 @@ from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.sharded_checkpoint import consolidate_checkpoint, save_sharded_checkpoint
 from tests.faults.failing_files import ERRORS, failing_files
-from tests.papers.made_up import found_at
+from tests.papers.made_up import made_result
 from tests.tokenizer_kinds import tokenizer_of
 
 
@@ -229,7 +229,7 @@ def write_crash(folder: Path, version: int) -> None:
 
 def write_paper(folder: Path, version: int) -> None:
     paper = load_paper("muon")
-    write_card(paper, {"0.3M": found_at(paper, "better", [-0.1 * version] * 4)}, folder)
+    write_card(paper, {"0.3M": made_result(paper, "better", [-0.1 * version] * 4)}, folder)
 
 
 @contextmanager

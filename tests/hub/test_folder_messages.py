@@ -185,3 +185,16 @@ def test_two_to_eight_faults_are_told_in_four_lines(
         folder = damage(good, tmp_path / f"m{number}", names)
         longest = max(longest, len(check_folder(folder, monkeypatch, capsys)))
     assert longest > MAX_MESSAGE_LINES, "some folders have more problems than a message shows"
+
+
+def test_numbers_are_looked_at_whatever_else_is_wrong_with_the_weights(good: Path, tmp_path: Path) -> None:
+    folder = damage(good, tmp_path / "m", [])
+    NUMBERS["not finite"][0](folder)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    del weights["model.embed_tokens.weight"]
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+    found = inspect_folder(folder, check_weights=True).problems
+    assert any(one.startswith("missing: model.embed_tokens.weight") for one in found)
+    assert sum(one.startswith("not finite: ") for one in found) == len(weights)
+    json_edit("config.json", rms_norm_eps="x")(folder)
+    assert sum(one.startswith("not finite: ") for one in inspect_folder(folder, check_weights=True).problems) > 0

@@ -36,7 +36,7 @@ def run_in_short(name: str, root: Path) -> str:
     plan = make_paper_plan(paper, paper.all_sizes[0], lambda text: None)
     folders: dict[str, str] = {}
     for base in plan.bases:
-        pairs = [*filled(base.pairs, folders), *SHORT_BASE[base.recipe], "seed=1"]
+        pairs = [*fill_in_folders(base.pairs, folders), *SHORT_BASE[base.recipe], "seed=1"]
         folder = root / f"{base.name}-{abs(hash(tuple(pairs)))}"
         if not folder.is_dir():
             run_arm({"recipe": base.recipe, "pairs": pairs, "folder": str(folder), "keep_model": True})
@@ -44,7 +44,7 @@ def run_in_short(name: str, root: Path) -> str:
     found: dict[str, Any] = {}
     about: dict[str, Any] = {}
     for arm in (plan.control, *plan.arms):
-        pairs = [*filled((*plan.pairs, *arm.pairs), folders), "seed=1"]
+        pairs = [*fill_in_folders((*plan.pairs, *arm.pairs), folders), "seed=1"]
         about[arm.name] = describe_arm({"recipe": plan.recipe, "pairs": pairs})
         if arm.name != CONTROL:
             budget_pairs(plan.budget, about[arm.name], about[CONTROL], arm.name)
@@ -58,7 +58,7 @@ def run_in_short(name: str, root: Path) -> str:
     return ", ".join(f"{arm} {values[0]:.4f}" for arm, values in found.items())
 
 
-def filled(pairs: tuple[str, ...], folders: Mapping[str, str]) -> list[str]:
+def fill_in_folders(pairs: tuple[str, ...], folders: Mapping[str, str]) -> list[str]:
     for name, folder in folders.items():
         pairs = tuple(pair.replace(f"<{name}>", folder) for pair in pairs)
     return list(pairs)

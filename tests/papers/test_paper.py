@@ -18,7 +18,7 @@ from llm_quest.papers import PAPERS, load_paper
 from llm_quest.papers.card import describe_trend, draw_differences, load_card, shipped_verdicts, write_card
 from llm_quest.papers.paper import CONFIRMS, judge
 from llm_quest.papers.reproduce import describe_cost, make_paper_plan
-from tests.papers.made_up import found_at
+from tests.papers.made_up import made_result
 
 DOCS = Path(__file__).parents[2] / "docs" / "papers"
 
@@ -99,7 +99,7 @@ def test_verdicts(expect: str, outcome: str, size: str, verdict: str):
 
 def test_a_card_holds_verdict_tuning_interval_size_date_machine_and_replication(tmp_path: Path):
     paper = load_paper("muon")
-    card = write_card(paper, {"0.3M": found_at(paper, "better", [-0.5, -0.51, -0.49, -0.5])}, tmp_path)
+    card = write_card(paper, {"0.3M": made_result(paper, "better", [-0.5, -0.51, -0.49, -0.5])}, tmp_path)
     page = card.file.read_text()
     for part in (
         "## Verdict: confirmed", "between -0.6 and -0.4 (95 %)", "(0.01)", "2026-01-02", "a processor", "0.3M",
@@ -114,8 +114,10 @@ def test_a_card_holds_verdict_tuning_interval_size_date_machine_and_replication(
 
 def test_a_second_size_joins_the_card_and_shows_the_trend(tmp_path: Path):
     paper = load_paper("qk_norm")
-    write_card(paper, {"0.3M": found_at(paper, "better", [-0.5, -0.51, -0.49, -0.5])}, tmp_path)
-    card = write_card(paper, {"1M": found_at(paper, "undecided (time)", [-0.1, -0.11, -0.09, -0.1], 900_000)}, tmp_path)
+    write_card(paper, {"0.3M": made_result(paper, "better", [-0.5, -0.51, -0.49, -0.5])}, tmp_path)
+    card = write_card(
+        paper, {"1M": made_result(paper, "undecided (time)", [-0.1, -0.11, -0.09, -0.1], 900_000)}, tmp_path
+    )
     assert list(card.sizes) == ["0.3M", "1M"]
     assert card.verdict == "confirmed", "of the largest size that is decided"
     assert card.trend.startswith("fades with size: +0.2")
@@ -155,7 +157,7 @@ def test_papers_shows_shipped_verdicts_beside_those_measured_here(tmp_path: Path
     shipped = {"muon": {"verdict": "refuted", "sizes": "1M", "date": "d", "machine": "m", "effect": "e"}}
     monkeypatch.setattr(commands, "shipped_verdicts", lambda: shipped)
     paper = load_paper("muon")
-    write_card(paper, {"0.3M": found_at(paper, "better", [-0.5, -0.51, -0.49, -0.5])}, commands.cards_dir())
+    write_card(paper, {"0.3M": made_result(paper, "better", [-0.5, -0.51, -0.49, -0.5])}, commands.cards_dir())
     entries = {entry.name: entry for entry in commands.list_papers().entries}
     assert entries["muon"].verdict == "refuted (e; 1M, d, m)"
     assert entries["muon"].here.startswith("confirmed (-0.6 to -0.4; 0.3M, 2026-01-02")
