@@ -8,6 +8,7 @@ file_name is relative to the table's folder. An image that no row names, and a r
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -62,7 +63,10 @@ def read_label_table(file: Path, options: LabelOptions, drop_report: DropReport)
     drop_report.require_rows(len(found), str(file))
     if not found:
         raise DataError(f"{file} holds no rows")
-    if twice := {one.file for one in found if len({other.labels for other in found if other.file == one.file}) > 1}:
+    labels_of: dict[Path, set[tuple[str, ...]]] = defaultdict(set)
+    for one in found:
+        labels_of[one.file].add(one.labels)
+    if twice := [image for image, labels in labels_of.items() if len(labels) > 1]:
         drop_report.note(f"{len(twice)} images have rows of different labels in {file.name}, such as {min(twice).name}")
     return found
 
