@@ -8,22 +8,27 @@ it needs no other process. The first failure stands, those that it causes elsewh
 
 A long step is given up by all together. A process that was told to stop and has lost patience writes so into the
 store; each process that has not yet contributed to the step's sums leaves the process group, which wakes those that
-wait for it in a collective; nobody can have completed the step. What a checkpoint holds of every process (its random
-states) then goes through the store.
+wait for it in a collective; nobody can have completed the step. They meet again in a second group, of gloo, whose
+collectives save the state before the step.
 
 Commonly got wrong: a process that waits in a collective cannot be woken by another one that has failed. gloo notices
 when the failed process is gone, and reports a lost connection as if that were the fault; NCCL waits for its time limit.
-And long work of one process (reading and splitting a corpus) inside the others' collective reaches that limit."""
+A group that is destroyed keeps its connections as long as anything refers to it (FSDP2 does), and wakes nobody. And
+long work of one process (reading and splitting a corpus) inside the others' collective reaches that limit."""
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
 import os
+import socket
+import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -50,17 +55,17 @@ _numbers = itertools.count()
 
 class ProcessStore:
     """What the processes of a group tell each other beside the collectives: the first failure, and that the main
-    process is done with something."""
+    process is done with something. sockets: the connections of the process group."""
 
-    def __init__(self, rank: int, world_size: int):
-        self.rank, self.world_size = rank, world_size
+    def __init__(self, rank: int, world_size: int, sockets: Collection[tuple[int, int]] = ()):
+        self.rank, self.world_size, self.sockets = rank, world_size, sockets
         names = ("failure", "seen", "stop", "left")
         self.failure_key, self.seen_key, self.stop_key, self.left_key = (
             f"llm_quest/{n}/{next(_numbers)}" for n in names
         )
         self.store: Any = dist.distributed_c10d._get_default_store()
         self.on_stop: Callable[[int], None] | None = None
-        self.has_left, self.num_gathered = False, 0
+        self.has_left = False
 
     def report_failure(self, error: BaseException) -> PeerFailure | None:
         """Make an error known, as the first one; or return the failure that was there before."""
@@ -78,6 +83,8 @@ class ProcessStore:
 
     def wait_for_main_process(self, is_main_process: bool) -> None:
         """The others wait until the main process calls this, without a time limit. PeerFailure if it has failed."""
+        if self.has_left:  # the processes left at different places, and do not count alike
+            return
         key = f"llm_quest/done/{next(_numbers)}"
         if is_main_process:
             self.store.set(key, "done")
@@ -96,30 +103,27 @@ class ProcessStore:
         return int(self.store.get(self.stop_key)) if self.store.check([self.stop_key]) else 0
 
     def leave_group(self) -> None:
-        """Leave the process group for good, which wakes those that wait in a collective: they find `is_abandoned`."""
-        if not self.has_left:
-            self.has_left = True
-            self.store.set(self.left_key, "left")
-            dist.destroy_process_group()
+        """Leave the process group for good, which wakes those that wait in a collective: they find `is_abandoned`.
+        From here on the process group is a new one, of gloo. PeerFailure where a process does not come to it."""
+        if self.has_left:
+            return
+        self.has_left = True
+        self.store.set(self.left_key, "left")
+        close_sockets(self.sockets)
+        dist.destroy_process_group()
+        again, limit = dist.PrefixStore(self.left_key, self.store), datetime.timedelta(seconds=LEADER_SECONDS)
+        try:
+            dist.init_process_group("gloo", store=again, rank=self.rank, world_size=self.world_size, timeout=limit)
+        except dist.DistError as error:
+            raise PeerFailure(
+                "a process of the run does not stop; its last checkpoint stands, resume from it", 5
+            ) from error
 
     def is_abandoned(self) -> bool:
         """Whether a process has left the group because it was told to stop."""
         with suppress(dist.DistError):
             return self.has_left or bool(self.store.check([self.left_key]))
         return False
-
-    def gather(self, thing: Any) -> list[Any]:
-        """The JSON values of all processes, without the process group; in the main process alone. PeerFailure for one
-        that does not answer."""
-        keys = [f"{self.left_key}/{self.num_gathered}/{rank}" for rank in range(self.world_size)]
-        self.num_gathered += 1
-        self.store.set(keys[self.rank], json.dumps(thing))
-        give_up = time.monotonic() + LEADER_SECONDS
-        while self.rank == 0 and not self.store.check(keys):
-            if time.monotonic() > give_up:
-                raise PeerFailure("a process of the run does not stop; its last checkpoint stands, resume from it", 5)
-            time.sleep(POLL_SECONDS)
-        return [json.loads(self.store.get(key)) if self.rank == 0 else thing for key in keys]
 
     def acknowledge(self) -> None:
         """This process has ended its part, or is about to. (The main process waits for the others.)"""
@@ -144,6 +148,25 @@ class ProcessStore:
                     return
                 self.acknowledge()
                 os._exit(failure.exit_code)
+
+
+def open_sockets() -> set[tuple[int, int]]:
+    """Descriptor and inode of every socket of this process; none where the system does not list them."""
+    found = set()
+    for name in Path("/dev/fd").glob("*"):
+        with suppress(OSError, ValueError):
+            status = os.fstat(int(name.name))
+            if stat.S_ISSOCK(status.st_mode):
+                found.add((int(name.name), status.st_ino))
+    return found
+
+
+def close_sockets(sockets: Collection[tuple[int, int]]) -> None:
+    """End these connections, for both sides, whoever holds them."""
+    for descriptor, _ in open_sockets() & set(sockets):
+        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+            connection.getpeername()  # OSError for a socket that listens, which gloo needs to the end
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from llm_quest.contracts import DataShard
 from llm_quest.errors import MissingError, UsageError
 from llm_quest.tensor_files import align
 from llm_quest.train.data_parallel import DataParallel
-from llm_quest.train.failures import ProcessStore, share_failures
+from llm_quest.train.failures import ProcessStore, open_sockets, share_failures
 from llm_quest.train.signals import SignalHandler
 
 PARALLEL_STRATEGIES = ("ddp", "fsdp")
@@ -57,10 +57,11 @@ class DistributedContext:
             return cls(device=chosen)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
+        sockets: set[tuple[int, int]] = set()
         if owned := not dist.is_initialized():
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+            sockets = init_process_group("nccl" if chosen.type == "cuda" else "gloo")
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        return cls(rank, world_size, chosen, strategy, owned, ProcessStore(rank, world_size))
+        return cls(rank, world_size, chosen, strategy, owned, ProcessStore(rank, world_size, sockets))
 
     @property
     def is_main_process(self) -> bool:
@@ -203,28 +204,29 @@ class DistributedContext:
         if self.strategy == "single":
             return [thing]
         things: list[Any] = [None] * self.world_size
-        if not self.is_abandoned():
-            try:
+        try:
+            if not self.is_abandoned():
                 dist.all_gather_object(things, thing)
                 return things
-            except RuntimeError:
-                if not self.is_abandoned():
-                    raise
-        assert self.store is not None
-        self.store.leave_group()
-        return self.store.gather(thing)
+        except RuntimeError:
+            if not self.is_abandoned():
+                raise
+        self.abandon()
+        dist.all_gather_object(things, thing)
+        return things
 
     @property
     def can_abandon(self) -> bool:
-        """Whether a step can be given up: every process holds the whole state, but for its random states."""
-        return self.strategy != "fsdp" and (self.world_size == 1 or self.store is not None)
+        """Whether a step can be given up."""
+        return self.world_size == 1 or self.store is not None
 
     def is_abandoned(self) -> bool:
         """Whether a process has given up the step, or the evaluation, that all are in."""
         return self.store is not None and self.store.is_abandoned()
 
     def abandon(self) -> None:
-        """Give up the step, or the evaluation: no process can complete it. From here on there are no collectives."""
+        """Give up the step, or the evaluation: no process can complete it. From here on no model is called, and what is
+        communicated goes through another group."""
         if self.store is not None:
             self.store.leave_group()
 
@@ -236,6 +238,27 @@ class DistributedContext:
         """Leave the process group, if this context made it."""
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def init_process_group(backend: str) -> set[tuple[int, int]]:
+    """Meet the other processes; the sockets by which their group is connected."""
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    before = open_sockets()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    return open_sockets() - before
+
+
+def parameters_in_place(objective: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Every parameter, and where it is. FSDP2 puts others there during a pass."""
+    return [
+        (module, name, p) for module in objective.modules() for name, p in module._parameters.items() if p is not None
+    ]
+
+
+def put_parameters_back(parameters: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> None:
+    """After a pass that was given up anywhere."""
+    for module, name, p in parameters:
+        module._parameters[name] = p
 
 
 def unshardable_parameters(objective: nn.Module, blocks: Sequence[nn.Module]) -> set[nn.Parameter]:

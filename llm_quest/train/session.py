@@ -33,7 +33,7 @@ from llm_quest.train.guards import (
 )
 from llm_quest.train.health import HealthMonitor
 from llm_quest.train.optimizers import LRSchedule
-from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.parallel import DistributedContext, parameters_in_place, put_parameters_back
 from llm_quest.train.rng_state import GeneratorStates, RNGState, capture_generators, evaluation_mode
 from llm_quest.train.run_dir import RunDir, json_safe
 from llm_quest.train.run_log import RunLog
@@ -100,6 +100,8 @@ class TrainSession:
         self.engine = self.parallel.wrap_model(
             step.compile_objective(self.objective) if self.args.compile else self.objective
         )
+        self.parameters_in_place = parameters_in_place(self.objective)
+        self.hooks = [] if self.args.compile else step.interrupt_backward(self.trainable_parameters)
         self.initial_progress, self.start_time = replace(self.progress), time.monotonic()
         self.checkpoints.last_save_time = self.start_time
         self.health.experts.start()
@@ -109,6 +111,8 @@ class TrainSession:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.health.experts.stop()
+        for hook in self.hooks:
+            hook.remove()
         self.checkpoints.saver.close()
         self.logger.close()
 
@@ -146,13 +150,12 @@ class TrainSession:
             self.parallel.require_equal_schedules(len(self.micro_batches), self.progress.step)
             try:
                 sums, tokens = step.accumulate_gradients(
-                    self.engine, self.micro_batches, self.parallel, self.args.precision,
-                    signal_handler.commit if self.parallel.world_size > 1 else lambda: None,
-                )  # fmt: skip
+                    self.engine, self.micro_batches, self.parallel, self.args.precision
+                )
             except RuntimeError as error:
                 step.raise_if_out_of_memory(error, self.progress.step)
                 raise
-        self.parallel.all_reduce_replicated_gradients(self.trainable_parameters)
+            self.parallel.all_reduce_replicated_gradients(self.trainable_parameters)
         requests = self._requests(signal_handler)
         return step.reduce_step_stats(sums, tokens, requests, self.trainable_parameters, self.parallel)
 
@@ -175,6 +178,7 @@ class TrainSession:
         self._abandon(signal_handler)
         if isinstance(self.dataloader, RewindableLoader):
             self.dataloader.rewind()
+        put_parameters_back(self.parameters_in_place)
         self.optimizer.zero_grad(set_to_none=True)
         before.restore()
         self.log_event("abandoned", step=self.progress.step + 1, message="given up; the resumed run does it again")

@@ -81,8 +81,8 @@ class SignalHandler:
 
     @contextlib.contextmanager
     def interruptible(self, *, allowed: bool = True) -> Iterator[None]:
-        """Work that may be given up: nothing that is saved has changed until it ends, or until `commit`. allowed=False:
-        never given up (the last evaluation, and processes that each hold a part of the model)."""
+        """Work that may be given up: nothing that is saved has changed until it ends, and no other process can complete
+        the step without what comes after it. allowed=False: never given up (the last evaluation)."""
         self._interruptible = allowed
         try:
             if allowed and self._has_given_up:
@@ -90,10 +90,6 @@ class SignalHandler:
             yield
         finally:
             self._interruptible = False
-
-    def commit(self) -> None:
-        """From here on this process does not give up by itself: others may complete the step with what it sends."""
-        self._interruptible = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._out_of_patience:

@@ -9,7 +9,7 @@ count, norm, metrics, requests to stop) is in one small tensor: one all-reduce, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from llm_quest.errors import ResourceError
 from llm_quest.train.parallel import DistributedContext, gradient_accumulation, local_tensor
@@ -52,17 +53,13 @@ def accumulate_gradients(
     batches: Sequence[Any],
     parallel: DistributedContext,
     precision: str,
-    before_last: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Tensor], int]:
     """Add every micro-batch's gradients. Returns this process's sums, name -> (sum, count), and its tokens; the loss
-    is the entry "". The sums stay on the device: nothing is read yet. before_last: called before the last micro-batch,
-    in which gradients are sent to other processes."""
+    is the entry "". The sums stay on the device: nothing is read yet."""
     sums: dict[str, Tensor] = {}
     tokens = 0
     for number, batch in enumerate(batches):
         tokens += int(batch.num_tokens)
-        if number == len(batches) - 1:
-            before_last()
         with gradient_accumulation(engine, sync_gradients=number == len(batches) - 1):
             with autocast(precision, parallel.device):
                 loss = engine(batch.to(parallel.device))
@@ -77,6 +74,12 @@ def accumulate_gradients(
             "with several processes each brings the same number of micro-batches: give one with nothing to learn"
         )
     return sums, tokens
+
+
+def interrupt_backward(parameters: Sequence[nn.Parameter]) -> list[RemovableHandle]:
+    """Let signals be handled in the midst of a backward pass: at each gradient that is ready. Without a call into
+    Python the pass of a large model answers to none until its end."""
+    return [p.register_post_accumulate_grad_hook(lambda p: None) for p in parameters]
 
 
 def reduce_step_stats(

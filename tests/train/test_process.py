@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from llm_quest.contracts import Loss
 from llm_quest.errors import BusyError
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.signals import SignalHandler
@@ -189,6 +191,42 @@ def test_a_long_evaluation_is_given_up_too(tmp_path, monkeypatch):
         given_up = go(6, run, probes=[Endless()])
     assert (given_up.step, given_up.status, given_up.exit_code) == (2, "interrupted", 143)
     assert given_up.checkpoint_path.endswith("step-00000002")
+
+
+class Heavy(nn.Module):
+    """Products whose way back is one call of C++, of some tenths of a second."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList([torch.eye(512) for _ in range(16)])
+
+    def forward(self, x):
+        self.first = x = x @ self.weights[0]
+        self.first.retain_grad()  # which C++ writes
+        for weight in self.weights[1:]:
+            x = x @ weight
+        return x
+
+
+class ToldAtTheEnd(nn.Module):
+    """A signal comes when the pass forward is done."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = Heavy()
+
+    def forward(self, batch):
+        total = self.model(torch.ones(512, 512)).sum()
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Loss(total, torch.tensor(1.0), {})
+
+
+def test_a_long_backward_pass_is_given_up_too(monkeypatch):
+    monkeypatch.setattr("llm_quest.train.signals.PATIENCE_SECONDS", 0.01)
+    made = ToldAtTheEnd()
+    result = go(2, made=made)
+    assert (result.step, result.status, result.exit_code) == (0, "interrupted", 143)
+    assert made.model.first.grad is None, "the pass went on to its end"
 
 
 def test_a_signal_that_is_ignored_stays_ignored():
