@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_quest.cli.chat import complete_prompts, load_text_model, require_compiler
-from llm_quest.cli.generation_options import GENERATE_DEFAULTS, GenerationOptions
+from llm_quest.cli.chat import complete_prompts, load_for_generation, require_compiler
+from llm_quest.cli.generation_options import GenerationOptions
 from llm_quest.cli.jsonl_output import JsonlOutput, open_jsonl_output
 from llm_quest.contracts import LogFn
 from llm_quest.data.documents import Document, read_prompts
@@ -116,9 +116,7 @@ def generate_batch(
 ) -> BatchGenerateReport:
     """Write a row to `out` for every prompt that fits in the context. Rows of an earlier command are kept."""
     prompt_texts = read_prompts(prompts)
-    options.sampling  # noqa: B018  (mistakes are reported before a model is loaded)
-    model, tokenizer = load_text_model(name_or_path, device, dtype, log)
-    options = options.with_advice(model.generation_config, GENERATE_DEFAULTS, log)
+    model, tokenizer, options = load_for_generation(name_or_path, options, device=device, dtype=dtype, log=log)
     work = tokenize_prompts(prompt_texts, tokenizer, options)
     fit = select_fitting_prompts(work, model, options.slide, prompts, log)
     until = options.stopping_criteria(model, tokenizer)

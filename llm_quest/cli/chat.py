@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 import torch
@@ -45,6 +45,20 @@ def load_text_model(
     return model, tokenizer
 
 
+def load_for_generation(
+    name_or_path: str,
+    options: GenerationOptions,
+    *,
+    defaults: Mapping[str, float] = GENERATE_DEFAULTS,
+    device: str,
+    dtype: str,
+    log: LogFn,
+) -> tuple[Decoder, Tokenizer, GenerationOptions]:
+    """The model and tokenizer of a command that generates, and its options with every choice made."""
+    model, tokenizer = load_text_model(name_or_path, device, dtype, log)
+    return model, tokenizer, options.with_advice(model.generation_config, defaults, log)
+
+
 def use_fast_products(dtype: str, log: LogFn) -> None:
     """Set the form of products with few rows by the machine's profile, and warn of a dtype that is slow here."""
     profile = load_profile(log)
@@ -84,9 +98,7 @@ def generate_text(
     name_or_path: str, prompt: str, options: GenerationOptions, *, device: str, dtype: str, as_json: bool, log: LogFn
 ) -> None:
     """Print the continuation of a prompt as it is generated; with as_json, one JSON document at the end."""
-    options.sampling  # noqa: B018  (mistakes are reported before a model is loaded)
-    model, tokenizer = load_text_model(name_or_path, device, dtype, log)
-    options = options.with_advice(model.generation_config, GENERATE_DEFAULTS, log)
+    model, tokenizer, options = load_for_generation(name_or_path, options, device=device, dtype=dtype, log=log)
     tokens = options.encode_prompts(tokenizer, [prompt])[0]
     require_room_in_context(tokens, model, options.slide)
     until = options.stopping_criteria(model, tokenizer)

@@ -15,6 +15,7 @@ import torch
 from llm_quest.cli.chat import load_text_model
 from llm_quest.cli.eval_options import ChatOptions
 from llm_quest.cli.generation_options import parse_template_kwargs
+from llm_quest.cli.score import load_reward_model
 from llm_quest.contracts import LogFn
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.corpus import load_corpus
@@ -23,16 +24,13 @@ from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.eval.perplexity import PerplexityReport, evaluate_documents
 from llm_quest.eval.problems import ProblemAccuracy, ProblemEvalOptions, evaluate_task, load_eval_problems
 from llm_quest.eval.self_refinement import RefinePrompts, SelfRefinement
-from llm_quest.hub.load_save import load
 from llm_quest.hub.load_tokenizer import load_tokenizer
-from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import score_rows
 from llm_quest.recipes.config import load_run_config
 from llm_quest.recipes.held_out import HeldOutReport, evaluate_run, find_run
 from llm_quest.recipes.policy_prompts import PromptEncoder
 from llm_quest.recipes.yaml_io import read_yaml_file
 from llm_quest.rollouts.model_reward import ModelReward
-from llm_quest.techniques.score_head import find_score_head
 
 
 @dataclass(frozen=True)
@@ -165,10 +163,7 @@ def open_eval_template(name_or_path: str, tokenizer: Tokenizer, kwargs: Mapping[
 
 def load_reward(name_or_path: str, tokenizer: Tokenizer, device: torch.device) -> ModelReward:
     """A reward model that reads the same ids as the model whose samples it scores."""
-    model = load(name_or_path, device=device, dtype="float32")
-    head = find_score_head(model) if isinstance(model, Decoder) else None
-    if head is None or head.outputs != 1:
-        raise UsageError(f"--reward-model {name_or_path} is no reward model; train one (quest train reward)")
+    model = load_reward_model(name_or_path, device)
     if load_tokenizer(name_or_path).hash != tokenizer.hash:
         raise UsageError(f"--reward-model {name_or_path} has another tokenizer than the model whose samples it scores")
     return ModelReward(partial(score_rows, model))

@@ -80,6 +80,7 @@ class GenerationOptions:
             raise UsageError("--chat-template-kwargs is read by a chat template: give --chat too, or leave it out")
         if self.length_penalty != 1 and self.num_beams == 1:
             raise UsageError("--length-penalty belongs to beam search: give --beams too, or leave it out")
+        self.sampling  # noqa: B018  (mistakes are reported before a model is loaded)
 
     @property
     def sampling(self) -> SamplingParams:

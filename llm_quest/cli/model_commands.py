@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from llm_quest.cli.options import JsonOption, ModelArgument, OfflineOption, ThreadsOption
-from llm_quest.cli.output import print_result
+from llm_quest.cli.output import print_coloured_result, print_result
 from llm_quest.machine.hardware import set_environment
-from llm_quest.progress import wants_colour
 
 
 def models(
@@ -36,11 +34,7 @@ def diff(a: Annotated[str, typer.Argument(help="A family or preset.")], b: str, 
     """Compare two families: what is new, layers, numbers, code."""
     from llm_quest.cli.diff import diff_families
 
-    found = diff_families(a, b)
-    if json or not wants_colour(sys.stdout):
-        print_result(found, json)
-    else:  # our own source and colours: nothing in it needs cleaning
-        print("\n".join(found.lines(colour=True)))
+    print_coloured_result(diff_families(a, b), json)
 
 
 def inspect(

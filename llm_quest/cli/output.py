@@ -38,7 +38,7 @@ from llm_quest.errors import (
     wrap_line,
 )
 from llm_quest.files import atomic_write_text
-from llm_quest.progress import Heartbeat, is_terminal, write_line
+from llm_quest.progress import Heartbeat, is_terminal, wants_colour, write_line
 
 UNSAFE_CHARACTERS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 and C1 but for tab and newline
@@ -125,6 +125,23 @@ def print_result(report: Printable, as_json: bool) -> None:
         print_json(report.as_json())
     else:
         print_lines(report.lines())
+
+
+class ColourPrintable(Protocol):
+    """A result of our own text, which can have colours."""
+
+    def lines(self, *, colour: bool = False) -> list[str]: ...
+
+    def as_json(self) -> Any: ...
+
+
+def print_coloured_result(report: ColourPrintable, as_json: bool) -> None:
+    """Print a result on stdout, with colours where that is a terminal. Its text is clean already: the colours are
+    escape sequences, which `print_lines` would remove."""
+    if as_json or not wants_colour(sys.stdout):
+        print_result(report, as_json)
+    else:
+        print("\n".join(report.lines(colour=True)))
 
 
 def print_lines(lines: Iterable[str]) -> None:

@@ -63,12 +63,7 @@ def score_conversations(
     groups = read_scored(file, prompt, answers)
     conversations = [one for group in groups for one in group]
     torch_device = resolve_device(device)
-    model = load(name_or_path, device=torch_device, dtype="float32")
-    head = find_score_head(model) if isinstance(model, Decoder) else None
-    if head is None or head.outputs != 1:
-        raise UsageError(
-            f"{name_or_path} is not a reward model; train one with quest train reward model.load={name_or_path}"
-        )
+    model = load_reward_model(name_or_path, torch_device)
     tokenizer = load_tokenizer(name_or_path)
     if locate_model(name_or_path).run_dir is not None:
         tokenizer.chat_template = end_template_at_answer(tokenizer)
@@ -81,6 +76,17 @@ def score_conversations(
     found = zip(scores, conversations, strict=True)
     told = tuple(ConversationScore(score, one.answer, one.where) for score, one in found)
     return ScoreReport(name_or_path, told, ranking_accuracy(scores, groups))
+
+
+def load_reward_model(name_or_path: str, device: torch.device) -> Decoder:
+    """A model that gives one number. UsageError for another."""
+    model = load(name_or_path, device=device, dtype="float32")
+    head = find_score_head(model) if isinstance(model, Decoder) else None
+    if head is None or head.outputs != 1:
+        raise UsageError(
+            f"{name_or_path} is not a reward model; train one with quest train reward model.load={name_or_path}"
+        )
+    return model
 
 
 def ranking_accuracy(scores: Sequence[float], groups: Sequence[Sequence[Conversation]]) -> float | None:

@@ -6,8 +6,14 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from llm_quest.cli.chat import load_text_model, print_text, require_compiler, require_room_in_context
-from llm_quest.cli.generation_options import GENERATE_DEFAULTS, GenerationOptions
+from llm_quest.cli.chat import (
+    load_for_generation,
+    load_text_model,
+    print_text,
+    require_compiler,
+    require_room_in_context,
+)
+from llm_quest.cli.generation_options import GenerationOptions
 from llm_quest.cli.output import clean_text, print_json
 from llm_quest.contracts import LogFn
 from llm_quest.data.tokenizer import Tokenizer
@@ -57,8 +63,7 @@ def generate_speculative(
     text is generated once before it is timed, so that the speeds do not include compilation."""
     if options.num_beams > 1:
         raise UsageError("--beams does not work with --draft: leave one of them out")
-    model, tokenizer = load_text_model(name_or_path, device, dtype, log)
-    options = options.with_advice(model.generation_config, GENERATE_DEFAULTS, log)
+    model, tokenizer, options = load_for_generation(name_or_path, options, device=device, dtype=dtype, log=log)
     draft = load_draft(draft_name, model, tokenizer, name_or_path, device, dtype, log)
     tokens = options.encode_prompts(tokenizer, [prompt])[0]
     require_room_in_context(tokens, model, options.slide)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llm_quest.cli.chat import load_text_model
+from llm_quest.cli.chat import load_for_generation
 from llm_quest.cli.chat_session import ChatSession
 from llm_quest.cli.generation_options import CHAT_DEFAULTS, GenerationOptions
 from llm_quest.contracts import LogFn
@@ -27,9 +27,9 @@ def run_chat(
     log: LogFn,
 ) -> None:
     """Read messages from the user and answer each, in one conversation."""
-    options.sampling  # noqa: B018  (mistakes are reported before a model is loaded)
-    model, tokenizer = load_text_model(name_or_path, device, dtype, log)
-    options = options.with_advice(model.generation_config, CHAT_DEFAULTS, log)
+    model, tokenizer, options = load_for_generation(
+        name_or_path, options, defaults=CHAT_DEFAULTS, device=device, dtype=dtype, log=log
+    )
     history = make_conversation(tokenizer, system, template, options.chat_template_kwargs, log)
     ChatSession(history, lambda: model, options, options.stopping_criteria(model, tokenizer), log).run()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,10 +17,16 @@ from llm_quest.cli.options import (
     SeedOption,
     ThreadsOption,
 )
-from llm_quest.cli.output import print_json, print_lines, print_result, show_progress, status_printer
+from llm_quest.cli.output import (
+    print_coloured_result,
+    print_json,
+    print_lines,
+    print_result,
+    show_progress,
+    status_printer,
+)
 from llm_quest.errors import UsageError
 from llm_quest.machine.hardware import set_environment
-from llm_quest.progress import wants_colour
 
 
 def quickstart(
@@ -157,10 +162,7 @@ def inspect_batch(
     from llm_quest.cli.inspect_batch import load_batch_view
 
     shown = load_batch_view(recipe, pairs or [], step=step, rows=rows, log=status_printer(quiet))
-    if json or not wants_colour(sys.stdout):
-        print_result(shown, json)
-    else:  # the colours are ours; the text between them is cleaned already
-        print("\n".join(shown.lines(colour=True)))
+    print_coloured_result(shown, json)
 
 
 def report(

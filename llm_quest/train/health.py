@@ -5,12 +5,15 @@ A loss that diverges, gradients that explode (`divergence.py`), experts that get
 the watchers of a recipe take for a collapse (`rollouts/diagnostics.py`). From then on the newest checkpoint from before
 it began is kept, whatever `keep_last` says, and is RUN@good, until the run is well again.
 
-`guards.py` has what stops a run: numbers that are not finite."""
+Numbers that are not finite stop it: `guards.py` finds them, `stop_run` tells where they began and what to do."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict
+from typing import Any, NoReturn
+
+from torch import nn
 
 from llm_quest.contracts import MetricsCallback
 from llm_quest.errors import GuardStop
@@ -19,8 +22,15 @@ from llm_quest.train.checkpoint import checkpoint_dir
 from llm_quest.train.checkpoint_manager import CheckpointManager
 from llm_quest.train.divergence import MARGIN, largest_gradient
 from llm_quest.train.expert_load import ExpertLoadMonitor
-from llm_quest.train.guards import suggest_remedies
+from llm_quest.train.guards import (
+    NO_CULPRIT,
+    describe_good_checkpoint,
+    find_bad_parameter,
+    find_culprit,
+    suggest_remedies,
+)
 from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.rng_state import capture_generators
 from llm_quest.train.run_log import RunLog
 from llm_quest.train.state import TrainState
 from llm_quest.train.step import StepStats
@@ -99,6 +109,44 @@ class HealthMonitor:
             del self.signs[sign]
             if not self.signs:
                 progress.good_step = None
+
+    def stop_if_weights_are_bad(self, error: Exception) -> None:
+        """Raise GuardStop in place of an error in a step or an evaluation whose cause is a weight."""
+        if bad := "" if isinstance(error, GuardStop) else find_bad_parameter(self.state.model):
+            self.stop_run(f"{bad} ({str(error).partition(chr(10))[0]})")
+
+    def locate_nonfinite(self, refused: str, objective: nn.Module, micro_batches: Sequence[Any]) -> str:
+        """Find the first bad module by running the step again: why the step is skipped. Stops the run where skipping
+        cannot help, or has been done too often."""
+        guard = self.state.guard
+        if not guard.nonfinite_streak:
+            self.stop_run(guard.stop_reason, refused)
+        before = capture_generators()
+        found = find_culprit(objective, micro_batches, self.args.precision, self.parallel.device)
+        before.restore()
+        found = self.parallel.first_found(found if found != NO_CULPRIT else "") or found
+        if found.startswith("parameter "):
+            self.stop_run(found)
+        found = f"the first number that is not finite is in: {found}"
+        if guard.stop_reason:
+            self.stop_run(f"{guard.stop_reason}, {found}", refused)
+        return f"{refused}; {found}"
+
+    def stop_run(self, reason: str, last: str = "") -> NoReturn:
+        """Write crash.json, and raise GuardStop with the place, the last good checkpoint and the remedies."""
+        state, args, checkpoints = self.state, self.args, self.checkpoints
+        checkpoints.collect(wait=True)
+        number = state.progress.step + 1
+        report = {"step": number, "reason": reason, "last": last, "checkpoint": checkpoints.path}
+        report |= {"loader": state.loader.state_dict(), "guard": asdict(state.guard)}
+        report |= {"last_row": state.progress.latest_metrics}
+        where = self.run_log.write_crash_report(report)
+        is_well = state.progress.good_step is None
+        good = describe_good_checkpoint(checkpoints.path) if is_well else self.describe_good()
+        raise GuardStop(
+            f"stopped at step {number}: {reason}{where}.\n{good}.\n"
+            + suggest_remedies(state.optimizer.param_groups[0]["lr"], args.precision, args.max_grad_norm)
+        )
 
     def describe_good(self) -> str:
         """Where the run can go on from, as it was before it went wrong."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -21,15 +21,11 @@ from llm_quest.train.checkpoint_manager import CheckpointManager
 from llm_quest.train.divergence import DivergenceMonitor
 from llm_quest.train.guards import (
     MAX_PLAUSIBLE_WEIGHT,
-    NO_CULPRIT,
     NonFiniteGuard,
-    describe_good_checkpoint,
     find_bad_optimizer_state,
     find_bad_parameter,
-    find_culprit,
     initial_loss_warning,
     require_fp32_parameters,
-    suggest_remedies,
 )
 from llm_quest.train.health import HealthMonitor
 from llm_quest.train.optimizers import LRSchedule
@@ -135,7 +131,7 @@ class TrainSession:
             pass
         except Exception as error:
             if not (isinstance(error, RuntimeError) and self.parallel.is_abandoned()):
-                self._stop_if_weights_are_bad(error)
+                self.health.stop_if_weights_are_bad(error)
                 raise
         self._abandon_step(signal_handler, before)
         return None
@@ -188,7 +184,8 @@ class TrainSession:
         """Divide, clip and update; or skip the update and log why."""
         self.state.set_learning_rate()
         if not stats.parameter_norm <= MAX_PLAUSIBLE_WEIGHT:
-            self._stop_run(self.parallel.first_found(find_bad_parameter(self.model)) or "the weights are not finite")
+            bad = self.parallel.first_found(find_bad_parameter(self.model))
+            self.health.stop_run(bad or "the weights are not finite")
         refused = self.guard.refusal_reason(stats.loss, stats.grad_norm, stats.count)
         if not refused:
             step.scale_gradients_(self.trainable_parameters, stats, self.args.max_grad_norm)
@@ -198,7 +195,7 @@ class TrainSession:
             if self.guard.nonfinite_streak:
                 self.health.after_skip(self.progress.step + 1)
             if self.guard.stop_reason or self.guard.nonfinite_streak == 1:
-                refused = self._locate_nonfinite(refused)
+                refused = self.health.locate_nonfinite(refused, self.objective, self.micro_batches)
         self.progress.step += 1
         self.optimizer.zero_grad(set_to_none=True)
         self.callback_metrics = {}
@@ -261,7 +258,7 @@ class TrainSession:
                     with phase(shown), self.parallel.unshard_model(self.objective):
                         found = evaluator.evaluate(self.model, self.progress.step)
                 except Exception as error:
-                    self._stop_if_weights_are_bad(error)
+                    self.health.stop_if_weights_are_bad(error)
                     raise
                 metrics |= {f"{evaluator.name}/{name}": value for name, value in found.items()}
         return metrics
@@ -298,45 +295,9 @@ class TrainSession:
         if due and self.run_dir is not None and number != self.checkpoints.step:
             bad = find_bad_parameter(self.model) or find_bad_optimizer_state(self.model, self.optimizer)
             if bad := self.parallel.first_found(bad):
-                self._stop_run(f"{bad} after the update of step {number}")
+                self.health.stop_run(f"{bad} after the update of step {number}")
             self.checkpoints.save(self.state, is_last=self.status == "finished")
         self.checkpoints.collect(wait=self.is_finished)
-
-    def _stop_if_weights_are_bad(self, error: Exception) -> None:
-        """Raise GuardStop in place of an error in a step or an evaluation whose cause is a weight."""
-        if bad := "" if isinstance(error, GuardStop) else find_bad_parameter(self.model):
-            self._stop_run(f"{bad} ({str(error).partition(chr(10))[0]})")
-
-    def _locate_nonfinite(self, refused: str) -> str:
-        """Find the first bad module by running the step again: why the step is skipped. Stops the run where skipping
-        cannot help, or has been done too often."""
-        if not self.guard.nonfinite_streak:
-            self._stop_run(self.guard.stop_reason, refused)
-        before = capture_generators()
-        found = find_culprit(self.objective, self.micro_batches, self.args.precision, self.parallel.device)
-        before.restore()
-        found = self.parallel.first_found(found if found != NO_CULPRIT else "") or found
-        if found.startswith("parameter "):
-            self._stop_run(found)
-        found = f"the first number that is not finite is in: {found}"
-        if self.guard.stop_reason:
-            self._stop_run(f"{self.guard.stop_reason}, {found}", refused)
-        return f"{refused}; {found}"
-
-    def _stop_run(self, reason: str, last: str = "") -> NoReturn:
-        """Write crash.json, and raise GuardStop with the place, the last good checkpoint and the remedies."""
-        self.checkpoints.collect(wait=True)
-        number, args = self.progress.step + 1, self.args
-        report = {"step": number, "reason": reason, "last": last, "checkpoint": self.checkpoints.path}
-        report |= {"loader": self.dataloader.state_dict(), "guard": asdict(self.guard)}
-        report |= {"last_row": self.progress.latest_metrics}
-        where = self.run_log.write_crash_report(report)
-        is_well = self.progress.good_step is None
-        good = describe_good_checkpoint(self.checkpoints.path) if is_well else self.health.describe_good()
-        raise GuardStop(
-            f"stopped at step {number}: {reason}{where}.\n{good}.\n"
-            + suggest_remedies(self.optimizer.param_groups[0]["lr"], args.precision, args.max_grad_norm)
-        )
 
     def result(self) -> TrainResult:
         """The result of the run."""

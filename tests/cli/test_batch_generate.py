@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from typer.testing import CliRunner
 
 import llm_quest as quest
 from llm_quest.cli import batch_generate
@@ -198,10 +199,10 @@ def test_a_text_file_is_a_prompt_a_line_and_mistakes_name_file_line_and_field(mo
     assert not (tmp_path / "never.jsonl").exists()
 
 
-def test_the_street(
+def test_options_that_exclude_each_other_and_a_file_in_use_are_refused(
     model: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def street(*words: str) -> tuple[int, str, str]:
+    def run_generate(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["quest", "generate", model, *words])
         code = run_with_exit_code(lambda: app(prog_name="quest"))
         said = capsys.readouterr()
@@ -210,7 +211,7 @@ def test_the_street(
     threads = torch.get_num_threads()
     out = str(tmp_path / "texts.jsonl")
     many = ("--prompts", str(prompts), "--out", out)
-    code, told, _ = street(*many, "-n", "3", "--batch", "2", "--json", "--quiet", "--threads", str(threads))
+    code, told, _ = run_generate(*many, "-n", "3", "--batch", "2", "--json", "--quiet", "--threads", str(threads))
     assert (code, json.loads(told)["rows"], json.loads(told)["new"]) == (0, len(PROMPTS), len(PROMPTS))
     for words, said in [
         ((), "give --prompt TEXT, or --prompts FILE"),
@@ -221,7 +222,7 @@ def test_the_street(
         (("-p", "a", "--out", out), "--out belongs to --prompts FILE"),
         (("-p", "a", "--batch", "2"), "--batch belongs to --prompts FILE"),
     ]:
-        code, _, told = street(*words)
+        code, _, told = run_generate(*words)
         assert code == 2, words
         assert said in told, told
 
@@ -315,3 +316,19 @@ def test_beams_write_what_beam_search_finds(model: str, capsys):
 def test_options_that_would_do_nothing_are_refused(choice, message):
     with pytest.raises(UsageError, match=message):
         replace(MANNER, **choice)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate X -p a",
+        "generate X -p a --draft Y",
+        "generate X -p a --image Z",
+        "generate X --prompts P --out O",
+        "chat X",
+    ],
+)
+def test_a_choice_out_of_its_range_is_told_before_a_model_or_a_file_is_looked_for(command: str):
+    done = CliRunner().invoke(app, [*command.split(), "--top-p", "0", "--quiet"])
+    assert isinstance(done.exception, UsageError)
+    assert "top_p" in str(done.exception)

@@ -151,6 +151,6 @@ def test_the_command_votes_and_chooses(tmp_path: Path):
         assert told in done.stdout
     other = CliRunner().invoke(app, [*words, "--best-of", "2", "--reward-model", policy])
     assert isinstance(other.exception, UsageError)
-    assert "is no reward model" in str(other.exception)
+    assert "is not a reward model" in str(other.exception)
     chat = CliRunner().invoke(app, [*words, "--chat"])
     assert "has no chat template" in str(chat.exception)

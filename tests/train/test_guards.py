@@ -43,7 +43,9 @@ def test_looking_for_the_module_leaves_no_trace_on_the_numbers(tmp_path, monkeyp
     ends = []
     for name in ("looked", "did not look"):
         if name == "did not look":
-            monkeypatch.setattr("llm_quest.train.session.TrainSession._locate_nonfinite", lambda self, reason: reason)
+            monkeypatch.setattr(
+                "llm_quest.train.health.HealthMonitor.locate_nonfinite", lambda self, reason, *given: reason
+            )
         with RunDir(tmp_path / name) as run:
             ends.append(digest(go(8, run, made=trapped(), feed=Poisoned({3, 6})).checkpoint_path))
     assert ends[0] == ends[1]
