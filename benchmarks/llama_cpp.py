@@ -4,7 +4,10 @@ Q8_0, our int8) and 4 bits (its Q4_0, our int4; the tied head has 8 bits in both
 A token's time is the CPU time of all threads for WHOLE tokens less that for SHORT ones, so the prompt does not count.
 Needs the extra `bench` (xllamacpp, gguf). An AVX2 machine: ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2.
 
+--products: the form of float32's products, auto by this machine's profile.
+
 OMP_NUM_THREADS=1 python -m benchmarks.llama_cpp [--shape 124m-llama] [--kinds f32 q8_0 q4_0] [--pairs 5] [--compile]
+                                                 [--products auto plain kernel]
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from torch import Tensor
 
 import llm_quest as quest
 from benchmarks.generation import PROMPT, SHAPES
+from llm_quest.cli.chat import use_fast_products
 from llm_quest.hub.weight_map import export_weight_map, weight_views
+from llm_quest.layers.linear import KERNEL_ROWS, set_few_row_products
 from llm_quest.models.build import family_of
 from llm_quest.models.decoder import Decoder
 from llm_quest.techniques.quantize import Quantize
@@ -135,6 +140,16 @@ def token_seconds(decode: Callable[[int], None], whole: int) -> float:
     return (time.process_time() - short - (short - start)) / (whole - SHORT)
 
 
+def set_products(form: str) -> str:
+    """Set the form of products for the whole process, and say which one a single row has."""
+    if form == "auto":
+        use_fast_products("float32", print)
+    else:
+        kernel = {"float32": (1, 65)} if form == "kernel" else {}
+        assert not set_few_row_products({}, kernel)
+    return "kernel" if 1 in KERNEL_ROWS.get(torch.float32, ()) else "plain"
+
+
 def compare(shape: str, kind: str, pairs: int, compile: bool, folder: Path) -> str:
     """One row of the table."""
     config = SHAPES[shape][1]
@@ -158,8 +173,10 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=list(FORMATS), default=list(FORMATS))
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--products", choices=["auto", "plain", "kernel"], default="auto")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    print(f"float32's products of one row: {set_products(options.products)}\n")
     print("| shape, weights, step | llama.cpp, tokens/s | ours | times llama.cpp (range) |\n| --- | --- | --- | --- |")
     for shape in [options.shape] if options.shape else ["11m", "124m-llama"]:
         for kind in options.kinds:

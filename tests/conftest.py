@@ -54,6 +54,7 @@ def pytest_collection_finish() -> None:
 def few_row_products() -> None:
     """The form of products with few rows is set for the whole process; every test begins with the package's own. (A
     fixture of a whole module that trains sets it before the test begins.)"""
+    linear.KERNEL_ROWS.clear()
     linear.FEW_ROWS.clear()
     linear.FEW_ROWS.update(FEW_ROWS)
 

@@ -448,7 +448,7 @@ MUTATIONS = (
     Mutation("quantized: the halves of a byte change places", "layers/weight_formats.py", "low | (high << 4)", "high | (low << 4)", "tests/layers/test_quantized.py"),
     Mutation("quantized: the gradient of x is that of another matrix", "layers/quantized_kernels.py", "return gradient @ weight.to(gradient.dtype)", "return gradient @ weight.abs().to(gradient.dtype)", "tests/layers/test_quantized.py -k gradient"),
     Mutation("quantized: the kernel leaves the last numbers of a row out", "layers/quantized_tiles.h", "for (int64_t rest = k; rest < K; rest++)", "for (int64_t rest = k; rest + 1 < K; rest++)", "tests/layers/test_quantized.py -k every_width"),
-    Mutation("quantized: the kernel forgets the minimum of int4", "layers/quantized_tiles.h", "TABLE ? 0.0f : Scale::widen(scales[groups + g])", "0.0f", "tests/layers/test_quantized.py -k every_width"),
+    Mutation("quantized: the kernel forgets the minimum of int4", "layers/quantized_tiles.h", "TABLE ? 0.0f : widen_one(scales[groups + g])", "0.0f", "tests/layers/test_quantized.py -k every_width"),
     Mutation("a saved technique is taken for the plain model", "hub/config.py", "    if all_exportable(techniques):", "    if True:", "tests/recipes/test_techniques.py -k transformers"),
     Mutation("RPT: the text is encoded anew", "recipes/rpt/prompts.py", "prompt = (self.start_token_id, *self.prefix_ids, *map(int, ids[1:place]), *self.suffix_ids)", "prompt = (self.start_token_id, *self.prefix_ids, *map(int, sorted(ids[1:place])), *self.suffix_ids)", RPT_ASK),
     Mutation("RPT: the next token stands in the question", "recipes/rpt/prompts.py", "*map(int, ids[1:place]), *self.suffix_ids)", "*map(int, ids[1 : place + 1]), *self.suffix_ids)", RPT_ASK),

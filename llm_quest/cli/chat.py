@@ -20,8 +20,8 @@ from llm_quest.generation.stopping import Completion, StoppingCriteria
 from llm_quest.hub.load_save import load_model_and_tokenizer
 from llm_quest.layers.linear import set_few_row_products
 from llm_quest.layers.quantized import QuantizedMatrix
-from llm_quest.machine.choices import choose_few_rows, choose_weight_kernel, slow_bf16_warning
-from llm_quest.machine.profile import MachineProfile, load_compiler, load_profile, load_weight_rates
+from llm_quest.machine.choices import choose_few_row_kernel, choose_few_rows, choose_weight_kernel, slow_bf16_warning
+from llm_quest.machine.profile import MachineProfile, load_compiler, load_kernel_rates
 from llm_quest.models.build import DTYPES
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.auto import resolve_precision
@@ -39,7 +39,7 @@ def load_text_model(
         use_fast_products(kind, log)
     model, tokenizer = load_model_and_tokenizer(name_or_path, device=torch_device, dtype=kind, vision=vision)
     if torch_device.type == "cpu" and (kinds := quantized_kinds(model)):
-        use_fast_weights(model, kinds, load_weight_rates(log), log)
+        use_fast_weights(model, kinds, load_kernel_rates(log), log)
     size = sum(p.numel() for p in model.parameters())
     log(f"{name_or_path}: {model.spec.family}, {size:,} parameters, {kind} on {torch_device}")
     return model, tokenizer
@@ -61,8 +61,8 @@ def load_for_generation(
 
 def use_fast_products(dtype: str, log: LogFn) -> None:
     """Set the form of products with few rows by the machine's profile, and warn of a dtype that is slow here."""
-    profile = load_profile(log)
-    set_few_row_products(choose_few_rows(profile).value)
+    profile = load_kernel_rates(log)
+    set_few_row_products(choose_few_rows(profile).value, choose_few_row_kernel(profile).value)
     if dtype == "bfloat16" and (warning := slow_bf16_warning(profile)):
         log(f"warning: {warning}")
 

@@ -23,11 +23,17 @@ import torch
 from llm_quest import __version__
 from llm_quest.contracts import LogFn
 from llm_quest.layers.weight_formats import FORMATS
-from llm_quest.machine.choices import choose_few_rows, choose_muon_form, choose_precision, choose_weight_kernel
+from llm_quest.machine.choices import (
+    choose_few_row_kernel,
+    choose_few_rows,
+    choose_muon_form,
+    choose_precision,
+    choose_weight_kernel,
+)
 from llm_quest.machine.compiler import find_cpp_compiler, missing_compiler_hint
 from llm_quest.machine.hardware import bf16_support, describe_threads, processor_name, usable_cores
 from llm_quest.machine.probe import WEIGHT_KINDS
-from llm_quest.machine.profile import MachineProfile, load_compiler, load_weight_rates, measure_profile
+from llm_quest.machine.profile import MachineProfile, load_compiler, load_kernel_rates, measure_profile
 
 # fmt: off
 PACKAGES = (
@@ -150,7 +156,7 @@ def examine_machine(*, renew: bool = False, log: LogFn = lambda text: None) -> M
     """`inspect_machine`, with the machine's profile and a compiler that was tried. renew: measure the profile anew."""
     if renew:
         measure_profile(log)
-    profile, compiler = load_weight_rates(log), load_compiler(log)
+    profile, compiler = load_kernel_rates(log), load_compiler(log)
     found = replace(
         inspect_machine(),
         profile=replace(profile, compiler=compiler),
@@ -168,6 +174,7 @@ def profile_facts(profile: MachineProfile) -> list[tuple[str, str]]:
     attention = [f"{dtype} {rate[f'attention/{dtype}']}" for dtype in dtypes]
     weights = [f"{kind} {rate[f'weights/{kind}/1']}" for kind in WEIGHT_KINDS if f"weights/{kind}/1" in rate]
     precision, muon, few = choose_precision(profile), choose_muon_form(profile), choose_few_rows(profile)
+    kernel = choose_few_row_kernel(profile)
     return [
         ("threads", describe_threads(profile.threads)),
         ("profile", f"{profile.source}{'; other programs were running' if profile.busy else ''}"),
@@ -178,6 +185,7 @@ def profile_facts(profile: MachineProfile) -> list[tuple[str, str]]:
         ("precision", f"{precision.value} ({precision.reason})"),
         ("Muon", f"{muon.value} ({muon.reason})"),
         ("few rows", f"the other order for {few.value or 'none'} ({few.reason})"),
+        ("", f"the loop in C++ for {kernel.value or 'none'} ({kernel.reason})"),
     ]
 
 

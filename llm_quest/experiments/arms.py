@@ -21,9 +21,9 @@ from llm_quest.recipes.recipe import load_recipe
 
 CONTROL = "control"
 FIXED = {
-    "threads": "1", "compile": "false", "precision": "fp32", "few_row_products": "{}", "muon_form": "float32",
-    "save_steps": "0", "report_to": "[]", "eval_steps": "0", "eval_baselines": "false", "samples.every_steps": "0",
-    "seed_per_module": "true",
+    "threads": "1", "compile": "false", "precision": "fp32", "few_row_products": "{}", "few_row_kernel": "{}",
+    "muon_form": "float32", "save_steps": "0", "report_to": "[]", "eval_steps": "0", "eval_baselines": "false",
+    "samples.every_steps": "0", "seed_per_module": "true",
 }  # fmt: skip
 """What is the same for all arms unless it is given: what decides last bits, what pairs start weights, and what costs
 time and decides nothing. Keys that a recipe does not have are left out."""

@@ -7,11 +7,14 @@ fast, and needs no second copy of the weights. Measured on one core (`docs/LOG.m
 (50257, 768) and (3072, 768): bfloat16, 1 row 8.8 and 0.28 against 6.3 and 0.23, 32 rows 11.0 and 0.36 against 7.7 and
 0.24; float32, 32 rows 33 and 1.17 against 27 and 0.86, while below 8 rows it is slower. So it is from 64 rows on (the
 matrices of an 11M model one after another, on another machine: 15.4 ms against 12.5).
+
+A third form is a loop of our own in C++ (quantized_rows.cpp) that reads W once, in order, and sums in float32: where
+the host's product reads memory at half of its rate, or has no instructions for bfloat16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -19,31 +22,54 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llm_quest.layers import native
+
 FEW_ROWS = {torch.bfloat16: range(1, 65), torch.float32: range(8, 49)}
 """The numbers of rows that are few, by dtype; the values here are of one machine (`set_few_row_products`)."""
+KERNEL_ROWS: dict[torch.dtype, range] = {}
+"""The same for the loop in C++, which is taken before the other order; none until they are set."""
 NO_ROWS = range(0)
 
 
-def set_few_row_products(rows: Mapping[str, tuple[int, int]]) -> None:
-    """Set, for the whole process, for which numbers of rows `Linear` takes the other order: dtype -> the first number
-    and the first that is too many. A dtype that is missing takes the plain order always."""
-    FEW_ROWS.clear()
-    FEW_ROWS.update({getattr(torch, dtype): range(first, end) for dtype, (first, end) in rows.items()})
+def set_few_row_products(rows: Mapping[str, tuple[int, int]], kernel: Mapping[str, tuple[int, int]]) -> str:
+    """Set, for the whole process, for which numbers of rows `Linear` takes the other order, and for which the loop in
+    C++: dtype -> the first number and the first that is too many. A dtype that is missing takes the plain order.
+    Returns why the loop cannot be had, empty if it can or is not wanted."""
+    missing = native.Library.reason if kernel and not native.is_loaded() else ""
+    for table, given in ((FEW_ROWS, rows), (KERNEL_ROWS, {} if missing else kernel)):
+        table.clear()
+        table.update({getattr(torch, dtype): range(first, end) for dtype, (first, end) in given.items()})
+    return missing
 
 
 class Linear(nn.Linear):
-    """nn.Linear that takes the faster order for few rows where no gradient is needed. Under autocast the dtypes here
-    are not those of the product, and the other order would return columns for which the next layer copies its weights.
-    """
+    """nn.Linear that takes the fastest form for few rows where no gradient is needed."""
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
-        alike = x.dtype == self.weight.dtype and self.weight.is_contiguous() and not torch.is_grad_enabled()
-        few = (
-            alike
-            and x.shape[:-1].numel() in FEW_ROWS.get(x.dtype, NO_ROWS)
-            and not torch.is_autocast_enabled(x.device.type)
-        )
-        return (linear_few_rows if few else F.linear)(x, self.weight, self.bias)
+        return fastest_product(x, self.weight)(x, self.weight, self.bias)
+
+
+def fastest_product(x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """The form of x W^T + b for so many rows. Under autocast the dtypes here are not those of the product, and the
+    other order would return columns for which the next layer copies its weights."""
+    if x.dtype != weight.dtype or torch.is_grad_enabled() or not weight.is_contiguous():
+        return F.linear
+    rows = x.shape[:-1].numel()
+    by_kernel = rows in KERNEL_ROWS.get(x.dtype, NO_ROWS) and weight.device.type == "cpu"
+    few = by_kernel or rows in FEW_ROWS.get(x.dtype, NO_ROWS)
+    if not few or torch.is_autocast_enabled(x.device.type):
+        return F.linear
+    if by_kernel and not torch.compiler.is_exporting():  # an exported program does not depend on the library
+        return linear_by_kernel
+    return linear_few_rows if rows in FEW_ROWS.get(x.dtype, NO_ROWS) else F.linear
+
+
+def linear_by_kernel(
+    x: Float[Tensor, "*batch I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None = None
+) -> Float[Tensor, "*batch O"]:
+    """F.linear by the operator in C++: sums in float32, each in an order that does not depend on the other rows."""
+    y = torch.ops.llm_quest.float_rows(x.to(torch.float32).contiguous(), weight, native.ISA["best"])
+    return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
 
 
 def linear_few_rows(

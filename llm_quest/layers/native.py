@@ -28,10 +28,11 @@ COMPILE_SECONDS = 120
 
 
 class Library:
-    """Whether the operators are loaded. loaded None: not tried yet."""
+    """Whether the operators are loaded. loaded None: not tried yet. warned: of quantized weights without them."""
 
     loaded: bool | None = None
     reason: str = "not tried yet"
+    warned = False
 
 
 def is_loaded() -> bool:
@@ -41,18 +42,25 @@ def is_loaded() -> bool:
     return bool(Library.loaded)
 
 
+def is_loaded_or_warn() -> bool:
+    """As `is_loaded`, for quantized weights, whose plain form is slow: a warning has the reason, once."""
+    if not is_loaded() and not Library.warned and not torch.compiler.is_compiling():
+        Library.warned = True
+        warnings.warn(
+            f"quantized weights are computed by their plain form, which is slow: {Library.reason}", stacklevel=2
+        )
+    return bool(Library.loaded)
+
+
 def load_library() -> None:
     """Build the operators if they are not in the cache folder, and load them. Never raises: what failed is the reason
-    for the plain forms, which is logged once."""
+    for the plain forms."""
     try:
         torch.ops.load_library(str(build_library()))
         register_shapes()
         Library.loaded, Library.reason = True, ""
     except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:  # ImportError: no setuptools
         Library.loaded, Library.reason = False, describe_failure(error)
-        warnings.warn(
-            f"quantized weights are computed by their plain form, which is slow: {Library.reason}", stacklevel=2
-        )
 
 
 def describe_failure(error: Exception) -> str:
@@ -89,8 +97,12 @@ def build_library() -> Path:
 
 
 def register_shapes() -> None:
-    """The shape rule of the operator, for compiling and the meta device."""
+    """The shape rules of the operators, for compiling and the meta device."""
 
     @torch.library.register_fake("llm_quest::quantized_rows")
     def _(x: Tensor, q: Tensor, scale: Tensor, levels: Tensor, format: int, isa: int) -> Tensor:
         return x.new_empty(x.shape[0], q.shape[0])
+
+    @torch.library.register_fake("llm_quest::float_rows")
+    def _(x: Tensor, weight: Tensor, isa: int) -> Tensor:
+        return x.new_empty(*x.shape[:-1], weight.shape[0])

@@ -89,7 +89,7 @@ def takes_kernel(x: Float[Tensor, "N in"], q: Tensor) -> bool:
         and x.shape[0] <= MAX_KERNEL_ROWS
         and not (torch.is_grad_enabled() and x.requires_grad)
         and not torch.compiler.is_exporting()
-        and native.is_loaded()
+        and native.is_loaded_or_warn()
     )
 
 

@@ -1,6 +1,7 @@
-// y = x W^T for few rows of x (N,K), float32, and a quantized W (O,K) (layers/weight_formats.py).
+// y = x W^T for few rows of x (N,K), float32, and a W (O,K) that is quantized (layers/weight_formats.py), float32 or
+// bfloat16.
 //
-// Decoding reads every weight once, so the time is that of reading the codes and of widening them: they become floats in
+// Decoding reads every weight once, so the time is that of reading W and of widening it: codes become floats in
 // registers and are never written. A tile is one row of W with one row or four rows of x. W is read in the order in which
 // it lies: with four rows of W at once the same sums took twice the time.
 //
@@ -16,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define VECTORS 1
@@ -32,9 +34,24 @@ constexpr int64_t PREFETCH = 1024;  // bytes ahead: 1.5 times as fast with AVX51
 constexpr int64_t MIN_WORK = 1 << 17;  // products that repay a thread
 
 enum Isa : int64_t { BEST = 0, PLAIN = 1, AVX2 = 2, AVX512 = 3 };
-enum Format : int64_t { INT8 = 0, INT4 = 1, NF4 = 2 };
+enum Format : int64_t { INT8 = 0, INT4 = 1, NF4 = 2, FLOAT32 = 3, BFLOAT16 = 4 };
 
-// One product. levels: what NF4's codes stand for.
+using BFloat16 = uint16_t;  // the upper half of a float's bits
+
+inline float widen_one(float number) { return number; }
+inline float widen_one(int8_t code) { return code; }
+inline float widen_one(BFloat16 stored) {
+  const uint32_t bits = uint32_t(stored) << 16;
+  float number;
+  std::memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
+inline void prefetch_ahead(const void* read, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(read) + PREFETCH + line);
+}
+
+// One product. q: the matrix. levels: what NF4's codes stand for.
 struct Product {
   Format format;
   const float* x;
@@ -45,24 +62,9 @@ struct Product {
   int64_t rows, out, width;
 };
 
-struct Float32Scale {
-  using Stored = float;
-  static inline float widen(float scale) { return scale; }
-};
-
-struct BFloat16Scale {
-  using Stored = uint16_t;
-  static inline float widen(uint16_t scale) {
-    const uint32_t bits = uint32_t(scale) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-  }
-};
-
 template <class Scale>
-inline const typename Scale::Stored* scales_of(const Product& p) {
-  return static_cast<const typename Scale::Stored*>(p.scale);
+inline const Scale* scales_of(const Product& p) {
+  return static_cast<const Scale*>(p.scale);
 }
 
 namespace plain {
@@ -83,6 +85,12 @@ inline Floats broadcast(float value) {
 inline Floats widen(const int8_t* q) {
   Floats v;
   for (int i = 0; i < 8; i++) v.lane[i] = q[i];
+  return v;
+}
+inline Floats widen(const float* w) { return load(w); }
+inline Floats widen(const BFloat16* w) {
+  Floats v;
+  for (int i = 0; i < 8; i++) v.lane[i] = widen_one(w[i]);
   return v;
 }
 inline void unpack(const uint8_t* pairs, Codes& low, Codes& high) {
@@ -126,6 +134,11 @@ inline Floats broadcast(float value) { return _mm256_set1_ps(value); }
 inline Floats widen(const int8_t* q) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q))));
 }
+inline Floats widen(const float* w) { return load(w); }
+inline Floats widen(const BFloat16* w) {
+  const Codes low = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(low, 16));
+}
 inline void unpack(const uint8_t* pairs, Codes& low, Codes& high) {
   const Codes both = load_bytes(pairs);
   low = _mm256_and_si256(both, _mm256_set1_epi32(15));
@@ -160,6 +173,11 @@ inline Floats load(const float* x) { return _mm512_loadu_ps(x); }
 inline Floats broadcast(float value) { return _mm512_set1_ps(value); }
 inline Floats widen(const int8_t* q) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q))));
+}
+inline Floats widen(const float* w) { return load(w); }
+inline Floats widen(const BFloat16* w) {
+  const Codes low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(low, 16));
 }
 inline void unpack(const uint8_t* pairs, Codes& low, Codes& high) {
   const Codes both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(pairs)));
@@ -199,10 +217,19 @@ void multiply_with(const Product& p, int64_t isa, int64_t begin, int64_t end) {
   plain::multiply<Scale>(p, begin, end);
 }
 
+// All rows of W, on as many threads as repay it.
+void multiply_all(const Product& p, int64_t isa, bool narrow_scales) {
+  static const int64_t best = best_isa();
+  const int64_t chosen = isa == BEST ? best : std::min(isa, best);
+  const int64_t grain = std::max<int64_t>(1, MIN_WORK / std::max<int64_t>(1, p.width * p.rows));
+  torch::stable::parallel_for(0, p.out, grain, [&](int64_t begin, int64_t end) {
+    narrow_scales ? multiply_with<BFloat16>(p, chosen, begin, end) : multiply_with<float>(p, chosen, begin, end);
+  });
+}
+
 // x (N,K) float32, K a multiple of GROUP for 4 bits; q (O,K) or (O,K/2) int8; scale (O), (O,2,K/32) or (O,K/32);
 // levels (16) float32.
 Tensor quantized_rows(Tensor x, Tensor q, Tensor scale, Tensor levels, int64_t format, int64_t isa) {
-  static const int64_t best = best_isa();
   const int64_t N = x.size(0), K = x.size(1), O = q.size(0);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && q.is_contiguous() && scale.is_contiguous(),
                   "quantized_rows: x is float32, and x, q and scale are contiguous");
@@ -212,12 +239,24 @@ Tensor quantized_rows(Tensor x, Tensor q, Tensor scale, Tensor levels, int64_t f
   const Product p{Format(format), static_cast<const float*>(x.data_ptr()), static_cast<const uint8_t*>(q.data_ptr()),
                   scale.data_ptr(), static_cast<const float*>(levels.data_ptr()), static_cast<float*>(y.data_ptr()),
                   N, O, K};
-  const int64_t chosen = isa == BEST ? best : std::min(isa, best);
-  const bool narrow = scale.scalar_type() == ScalarType::BFloat16;
-  const int64_t grain = std::max<int64_t>(1, MIN_WORK / std::max<int64_t>(1, K * N));
-  torch::stable::parallel_for(0, O, grain, [&](int64_t begin, int64_t end) {
-    narrow ? multiply_with<BFloat16Scale>(p, chosen, begin, end) : multiply_with<Float32Scale>(p, chosen, begin, end);
-  });
+  multiply_all(p, isa, scale.scalar_type() == ScalarType::BFloat16);
+  return y;
+}
+
+// x (...,K) float32, weight (O,K) float32 or bfloat16 -> (...,O).
+Tensor float_rows(Tensor x, Tensor weight, int64_t isa) {
+  const bool narrow = weight.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && (narrow || weight.scalar_type() == ScalarType::Float) &&
+                      x.is_contiguous() && weight.is_contiguous() && x.dim() && x.size(-1) == weight.size(1),
+                  "float_rows: x is float32, W is float32 or bfloat16, of one width, and both are contiguous");
+  std::vector<int64_t> shape(x.dim(), weight.size(0));
+  for (int64_t axis = 0; axis + 1 < x.dim(); axis++) shape[axis] = x.size(axis);
+  Tensor y = torch::stable::new_empty(x, shape);
+  const int64_t N = y.numel() / std::max<int64_t>(1, weight.size(0));
+  const Product p{narrow ? BFLOAT16 : FLOAT32, static_cast<const float*>(x.data_ptr()),
+                  static_cast<const uint8_t*>(weight.data_ptr()), nullptr, nullptr, static_cast<float*>(y.data_ptr()),
+                  N, weight.size(0), weight.size(1)};
+  multiply_all(p, isa, false);
   return y;
 }
 
@@ -225,6 +264,10 @@ Tensor quantized_rows(Tensor x, Tensor q, Tensor scale, Tensor levels, int64_t f
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llm_quest, m) {
   m.def("quantized_rows(Tensor x, Tensor q, Tensor scale, Tensor levels, int format, int isa) -> Tensor");
+  m.def("float_rows(Tensor x, Tensor weight, int isa) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(llm_quest, CPU, m) { m.impl("quantized_rows", TORCH_BOX(&quantized_rows)); }
+STABLE_TORCH_LIBRARY_IMPL(llm_quest, CPU, m) {
+  m.impl("quantized_rows", TORCH_BOX(&quantized_rows));
+  m.impl("float_rows", TORCH_BOX(&float_rows));
+}

@@ -6,12 +6,13 @@ A choice that decides results in their last bits is written into a run's config 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from llm_quest.machine.compiler import CompilerTrial
-from llm_quest.machine.probe import ROWS
-from llm_quest.machine.profile import MachineProfile
+from llm_quest.machine.probe import DTYPES, ROWS
+from llm_quest.machine.profile import MachineProfile, has_kernel
 
 ValueT = TypeVar("ValueT")
 
@@ -29,7 +30,7 @@ ATTENTION_SHARE = 0.06
 MIN_GAIN = 1.1
 """How much faster another form must be to be chosen."""
 FewRows = dict[str, tuple[int, int]]
-"""dtype -> the first number of rows for which `linear_few_rows` is taken, and the first that is too many."""
+"""dtype -> the first number of rows for which a form is taken, and the first that is too many."""
 
 
 def training_gain(profile: MachineProfile) -> float:
@@ -95,27 +96,42 @@ def choose_muon_form(profile: MachineProfile) -> Resolved[str]:
 
 def choose_few_rows(profile: MachineProfile) -> Resolved[FewRows]:
     """For each dtype the numbers of rows from which and up to which a product is faster the other way round."""
-    ranges = {
-        dtype: found for dtype in ("float32", "bfloat16") if (found := _longest_range(gains_of_columns(profile, dtype)))
-    }
-    words = (
-        f"{dtype} {gains_of_columns(profile, dtype)[first]:.1f} times as fast at {first} rows"
-        for dtype, (first, _) in ranges.items()
-    )
-    return Resolved(ranges, "; ".join(words) or "no form is faster than the plain one")
+    return _choose_rows({dtype: gains_of_columns(profile, dtype) for dtype in DTYPES}, "no form is faster than plain")
+
+
+def choose_few_row_kernel(profile: MachineProfile) -> Resolved[FewRows]:
+    """The same for the loop in C++, against the faster of the other two."""
+    nothing = "nowhere faster" if has_kernel(profile) else "not measured; `quest doctor` does"
+    return _choose_rows({dtype: gains_of_kernel(profile, dtype) for dtype in DTYPES}, nothing)
+
+
+def _choose_rows(gains: Mapping[str, Mapping[int, float]], nothing: str) -> Resolved[FewRows]:
+    """dtype -> rows -> the gain of a form, as the ranges in which it is taken."""
+    ranges = {dtype: found for dtype, of_dtype in gains.items() if (found := _longest_range(of_dtype))}
+    words = (f"{dtype} {gains[dtype][first]:.1f} times as fast at {first} rows" for dtype, (first, _) in ranges.items())
+    return Resolved(ranges, "; ".join(words) or nothing)
 
 
 def gains_of_columns(profile: MachineProfile, dtype: str) -> dict[int, float]:
     """Rows -> how many times as fast `linear_few_rows` is as `F.linear`."""
-    names = {rows: f"few_rows/{dtype}/{rows}" for rows in ROWS}
-    return {
-        rows: profile.ratio(f"{name}/columns", f"{name}/plain")
-        for rows, name in names.items()
-        if f"{name}/columns" in profile.rates and f"{name}/plain" in profile.rates
-    }
+    return _gains(profile, dtype, "columns", ["plain"])
 
 
-def _longest_range(gains: dict[int, float]) -> tuple[int, int] | None:
+def gains_of_kernel(profile: MachineProfile, dtype: str) -> dict[int, float]:
+    """Rows -> how many times as fast `linear_by_kernel` is as the faster of the others."""
+    return _gains(profile, dtype, "kernel", ["plain", "columns"])
+
+
+def _gains(profile: MachineProfile, dtype: str, form: str, others: Sequence[str]) -> dict[int, float]:
+    gains = {}
+    for rows in ROWS:
+        mine, *theirs = (profile.rates.get(f"few_rows/{dtype}/{rows}/{name}") for name in (form, *others))
+        if mine and all(theirs):
+            gains[rows] = mine / max(rate for rate in theirs if rate)
+    return gains
+
+
+def _longest_range(gains: Mapping[int, float]) -> tuple[int, int] | None:
     """The longest run of measured numbers of rows with a gain, as a half-open range."""
     best: list[int] = []
     run: list[int] = []

@@ -5,8 +5,9 @@
     eigenvalues/float32           n^3 per nanosecond of the eigenvectors of a symmetric 384 x 384 matrix
     few_rows/float32/8/plain      GFLOP/s of `F.linear` on 8 rows, over the matrices of a small model one after another
     few_rows/float32/8/columns    the same by `linear_few_rows`
+    few_rows/float32/8/kernel     the same by `linear_by_kernel` (`measure_kernel_rates`)
     attention/float32             GFLOP/s of causal attention, forward and backward, at rows of 128 tokens
-    weights/int8/1                billion weights per second of an 8-bit matrix, times one row (`measure_weight_rates`)
+    weights/int8/1                billion weights per second of an 8-bit matrix, times one row (`measure_kernel_rates`)
     memory/copy                   GB/s read and written by a large copy
 
 Commonly got wrong: other programs slow a machine for moments, and where several threads wait for one another by a
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,7 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llm_quest.layers.linear import linear_few_rows
+from llm_quest.layers import native
+from llm_quest.layers.linear import linear_by_kernel, linear_few_rows
 from llm_quest.layers.quantized_kernels import quantized_linear
 from llm_quest.layers.weight_formats import FORMATS, quantize
 
@@ -45,7 +47,9 @@ RUNNING_SHARE = 0.85
 """So does a thread that runs for less of the time than this."""
 LARGE, SMALL = 768, 384
 ROWS = (1, 2, 4, 8, 16, 32, 64)
-"""Numbers of rows for which both forms of a product are measured."""
+"""Numbers of rows for which the forms of a product are measured."""
+FORMS = {"plain": F.linear, "columns": linear_few_rows}
+WITH_KERNEL = FORMS | {"kernel": linear_by_kernel}
 WEIGHT_ROWS = (1, 8)
 WEIGHT_KINDS = ("float32", *FORMATS)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -59,12 +63,7 @@ COPY_BYTES = 48 << 20
 
 RATES = {
     **{f"products/{dtype}/{size}": "GFLOP/s" for dtype in DTYPES for size in ("small", "large")},
-    **{
-        f"few_rows/{dtype}/{rows}/{form}": "GFLOP/s"
-        for dtype in DTYPES
-        for rows in ROWS
-        for form in ("plain", "columns")
-    },
+    **{f"few_rows/{dtype}/{rows}/{form}": "GFLOP/s" for dtype in DTYPES for rows in ROWS for form in WITH_KERNEL},
     **{f"attention/{dtype}": "GFLOP/s" for dtype in DTYPES},
     **{f"weights/{kind}/{rows}": "billion/s" for kind in WEIGHT_KINDS for rows in WEIGHT_ROWS},
     "eigenvalues/float32": "n^3/ns",
@@ -73,7 +72,7 @@ RATES = {
 """The unit of each rate that a profile can hold."""
 NOT_SCALED = ("memory/copy", "eigenvalues/float32")
 """What several threads share, or hardly divide among themselves."""
-REQUIRED = tuple(name for name in RATES if "bfloat16" not in name and "weights" not in name)
+REQUIRED = tuple(name for name in RATES if not any(word in name for word in ("bfloat16", "weights", "kernel")))
 
 
 @dataclass(frozen=True)
@@ -86,23 +85,42 @@ class Measurement:
 
 
 def measure_rates() -> Measurement:
-    """The rates of this machine with the present number of threads, which is left as it is. One thread is always
-    measured by its own CPU time."""
+    """The rates of this machine with the present number of threads, which is left as it is."""
+    return measure_undisturbed_or_alone(_measure_all)
+
+
+RatesOf = Callable[[Clock, torch.Generator], Iterator[tuple[str, float]]]
+
+
+def measure_undisturbed_or_alone(rates_of: RatesOf) -> Measurement:
+    """Some rates on all threads, or on one if other programs use the cores. One thread is always measured by its own
+    CPU time."""
     threads = torch.get_num_threads()
-    if threads > 1 and (rates := measure_undisturbed()) is not None:
+    if threads > 1 and (rates := measure_undisturbed(rates_of)) is not None:
         return Measurement(rates, busy=False)
     torch.set_num_threads(1)
     try:
-        rates = dict(measure_with(time.thread_time))
+        rates = dict(measure_with(time.thread_time, rates_of))
     finally:
         torch.set_num_threads(threads)
     scaled = {name: rate * (1 if name in NOT_SCALED else threads) for name, rate in rates.items()}
     return Measurement(scaled, busy=threads > 1)
 
 
+def measure_kernel_rates() -> dict[str, float]:
+    """The rates of the package's own kernels in C++, and of what they are compared with at the same time. The first
+    call may build them, for up to two minutes, so these are measured when they are needed."""
+    few_rows = measure_undisturbed_or_alone(_measure_few_rows).rates if native.is_loaded() else {}
+    return few_rows | measure_weight_rates()
+
+
+def _measure_few_rows(clock: Clock, generator: torch.Generator) -> Iterator[tuple[str, float]]:
+    for name in DTYPES:
+        yield from few_row_rates(clock, name, generator, WITH_KERNEL)
+
+
 def measure_weight_rates() -> dict[str, float]:
-    """The rates of quantised weights and of float32's on one row and on eight, on one thread by its own CPU time. The
-    first call may build the kernel, for up to two minutes, so these are measured when they are needed."""
+    """The rates of quantised weights and of float32's on one row and on eight, on one thread by its own CPU time."""
     threads, generator = torch.get_num_threads(), torch.Generator().manual_seed(0)
     torch.set_num_threads(1)
     try:
@@ -123,12 +141,12 @@ def _measure_weights(generator: torch.Generator) -> Iterator[tuple[str, float]]:
             yield f"weights/{kind}/{rows}", OUT * IN / fast_seconds(time.thread_time, products) / 1e9
 
 
-def measure_undisturbed() -> dict[str, float] | None:
-    """The rates on all threads; None, and soon, if other programs take the cores away: too often, or for so long that
+def measure_undisturbed(rates_of: RatesOf) -> dict[str, float] | None:
+    """Rates on all threads; None, and soon, if other programs take the cores away: too often, or for so long that
     this thread runs for less than most of the time."""
     wall, own, before = time.perf_counter(), time.thread_time(), count_preemptions()
     rates: dict[str, float] = {}
-    for name, rate in measure_with(time.perf_counter):
+    for name, rate in measure_with(time.perf_counter, rates_of):
         rates[name] = rate
         seconds = time.perf_counter() - wall
         too_often = count_preemptions() - before > PREEMPTIONS + PREEMPTIONS_PER_SECOND * seconds
@@ -145,10 +163,10 @@ def count_preemptions() -> int:
         return 0
 
 
-def measure_with(clock: Clock) -> Iterator[tuple[str, float]]:
-    """All rates, by this clock, each with its name. Nothing of torch's global state changes."""
+def measure_with(clock: Clock, rates_of: RatesOf) -> Iterator[tuple[str, float]]:
+    """Rates by this clock, each with its name. Nothing of torch's global state changes."""
     with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
-        yield from _measure_all(clock, torch.Generator().manual_seed(0))
+        yield from rates_of(clock, torch.Generator().manual_seed(0))
 
 
 def _measure_all(clock: Clock, generator: torch.Generator) -> Iterator[tuple[str, float]]:
@@ -160,7 +178,7 @@ def _measure_all(clock: Clock, generator: torch.Generator) -> Iterator[tuple[str
             continue
         yield f"products/{name}/large", product_rate(clock, LARGE, dtype, generator)
         yield f"attention/{name}", attention_rate(clock, dtype, generator)
-        yield from few_row_rates(clock, name, generator)
+        yield from few_row_rates(clock, name, generator, FORMS)
     yield "eigenvalues/float32", eigenvalue_rate(clock, generator)
     yield "memory/copy", copy_rate(clock)
 
@@ -171,14 +189,16 @@ def product_rate(clock: Clock, size: int, dtype: torch.dtype, generator: torch.G
     return 2 * size**3 / fast_seconds(clock, [lambda: a @ b], 2 * SECONDS) / 1e9
 
 
-def few_row_rates(clock: Clock, name: str, generator: torch.Generator) -> Iterator[tuple[str, float]]:
-    """Both forms of a product with few rows, over more weights than a processor's nearest caches hold."""
+def few_row_rates(
+    clock: Clock, name: str, generator: torch.Generator, forms: Mapping[str, Callable[..., Tensor]]
+) -> Iterator[tuple[str, float]]:
+    """These forms of a product with few rows, over more weights than a processor's nearest caches hold."""
     dtype = DTYPES[name]
     weights = [random_matrix(OUT, IN, dtype, generator) for _ in range(MATRICES)]
     with torch.no_grad():
         for rows in ROWS:
             x = random_matrix(rows, IN, dtype, generator)
-            for form, product in (("plain", F.linear), ("columns", linear_few_rows)):
+            for form, product in forms.items():
                 seconds = fast_seconds(clock, [partial(product, x, weight) for weight in weights])
                 yield f"few_rows/{name}/{rows}/{form}", 2 * rows * OUT * IN / seconds / 1e9
 

@@ -23,9 +23,10 @@ import torch
 
 from llm_quest.errors import DataError
 from llm_quest.files import atomic_write_json, cache_dir
+from llm_quest.layers import native
 from llm_quest.machine.compiler import CompilerTrial, find_cpp_compiler, try_cpp_compiler
 from llm_quest.machine.hardware import processor_name
-from llm_quest.machine.probe import RATES, REQUIRED, measure_rates, measure_weight_rates
+from llm_quest.machine.probe import RATES, REQUIRED, measure_kernel_rates, measure_rates
 
 LogFn = Callable[[str], None]
 
@@ -158,15 +159,21 @@ def load_compiler(log: LogFn = lambda text: None) -> CompilerTrial:
     return trial
 
 
-def load_weight_rates(log: LogFn = lambda text: None) -> MachineProfile:
-    """The profile with the rates of quantised weights, which are measured when they are first needed."""
+def load_kernel_rates(log: LogFn = lambda text: None) -> MachineProfile:
+    """The profile with the rates of the package's own kernels, which are built and measured when they are first
+    needed."""
     profile = load_profile(log)
-    if profile.given or "weights/float32/1" in profile.rates:
+    if profile.given or ("weights/float32/1" in profile.rates and (has_kernel(profile) or not native.is_loaded())):
         return profile
-    log("machine profile: measuring the kernels of quantised weights")
-    profile = replace(profile, rates={**profile.rates, **measure_weight_rates()})
+    log("machine profile: building and measuring the kernels in C++, once")
+    profile = replace(profile, rates={**profile.rates, **measure_kernel_rates()})
     _update_profile(profile, log)
     return profile
+
+
+def has_kernel(profile: MachineProfile) -> bool:
+    """Whether the loop over few rows in C++ was measured."""
+    return "few_rows/float32/1/kernel" in profile.rates
 
 
 def record_compile_seconds(seconds: float) -> None:

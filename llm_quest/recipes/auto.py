@@ -20,7 +20,7 @@ from llm_quest.machine import choices
 from llm_quest.machine.choices import Resolved
 from llm_quest.machine.hardware import bf16_support, describe_threads
 from llm_quest.machine.profile import MachineProfile, load_compiler, load_profile, record_compile_seconds
-from llm_quest.recipes.config import load_raw_config, parse_config
+from llm_quest.recipes.config import load_raw_config, parse_recorded_config
 from llm_quest.recipes.config_schema import RunConfig
 from llm_quest.recipes.recipe import Context
 from llm_quest.train.checkpoint import list_checkpoints
@@ -29,7 +29,6 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 PRECISION_ALIASES = {"float32": "fp32", "bfloat16": "bf16"}
 """Other names of the same things."""
-UNDECIDED = ("auto", 0)
 KEPT = "as when this run began"
 
 
@@ -57,15 +56,21 @@ def resolve_auto(config: ConfigT, context: Context, flops: float | None = None) 
         else None
     )
     torch.set_num_threads(chosen["threads"])
-    set_few_row_products(chosen["few_row_products"])
+    if missing := set_few_row_products(chosen["few_row_products"], chosen["few_row_kernel"]):
+        context.log(f"the loop in C++ for few rows cannot be had ({missing}): the last bits of sampled text may differ")
     return config.model_copy(update=chosen)
+
+
+def is_undecided(value: Any) -> bool:
+    """auto, or 0 threads. (False equals 0 and is a decision: a run that is not compiled goes on so.)"""
+    return value == "auto" or (value == 0 and value is not False)
 
 
 def recorded_choices(config: RunConfig, context: Context) -> dict[str, Any]:
     """The choices of the run that is about to be resumed; empty if there is none."""
     if (recorded := recorded_config(config, context)) is None:
         return {}
-    return {key: value for key in RESOLVERS if (value := getattr(recorded, key)) not in UNDECIDED}
+    return {key: value for key in RESOLVERS if not is_undecided(value := getattr(recorded, key))}
 
 
 def recorded_config(config: ConfigT, context: Context) -> ConfigT | None:
@@ -76,7 +81,7 @@ def recorded_config(config: ConfigT, context: Context) -> ConfigT | None:
     settings = load_raw_config(str(folder / "config.yaml"))
     if settings.tree.get("recipe") != config.recipe:
         return None
-    return parse_config(type(config), settings)
+    return parse_recorded_config(type(config), settings)
 
 
 def choose_all(config: RunConfig, recorded: Mapping[str, Any], machine: Machine) -> dict[str, Any]:
@@ -84,7 +89,7 @@ def choose_all(config: RunConfig, recorded: Mapping[str, Any], machine: Machine)
     chosen: dict[str, Any] = {}
     for key, (label, resolve) in RESOLVERS.items():
         value, reason = getattr(config, key), "asked for"
-        if value in UNDECIDED:
+        if is_undecided(value):
             value, reason = recorded.get(key, value), KEPT
         found = resolve(Resolved(value, reason), machine, config.model_copy(update=chosen))
         chosen[key] = found.value
@@ -163,6 +168,13 @@ def resolve_few_rows(given: Resolved[Any], machine: Machine, config: RunConfig) 
     return Resolved({}, "") if machine.profile is None else choices.choose_few_rows(machine.profile)
 
 
+def resolve_few_row_kernel(given: Resolved[Any], machine: Machine, config: RunConfig) -> Resolved[choices.FewRows]:
+    """Where the loop in C++ is taken; a run does not build and measure it, since few of its products are small."""
+    if given.value != "auto":
+        return Resolved(given.value, given.reason if given.value else "")
+    return Resolved({}, "") if machine.profile is None else choices.choose_few_row_kernel(machine.profile)
+
+
 Resolver = Callable[[Resolved[Any], Machine, Any], Resolved[Any]]
 RESOLVERS: dict[str, tuple[str, Resolver]] = {
     "threads": ("threads", resolve_threads),
@@ -170,6 +182,7 @@ RESOLVERS: dict[str, tuple[str, Resolver]] = {
     "compile": ("compiled", resolve_compile),
     "muon_form": ("Muon's iterations", resolve_muon_form),
     "few_row_products": ("products of few rows in the other order", resolve_few_rows),
+    "few_row_kernel": ("products of few rows in C++", resolve_few_row_kernel),
 }
 """Keys that are decided in this order, each with its label on the screen."""
 

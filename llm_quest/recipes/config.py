@@ -129,6 +129,18 @@ def load_run_config(run: File) -> RawConfig:
     return settings
 
 
+BEFORE_THE_KEY: dict[str, Any] = {"few_row_kernel": {}}
+"""What a run that began before a key existed goes on with, where the default would decide anew."""
+
+
+def parse_recorded_config(schema: type[ConfigT], settings: RawConfig) -> ConfigT:
+    """The config of a run that is resumed."""
+    for key, value in BEFORE_THE_KEY.items():
+        if key in schema.model_fields:
+            settings.tree.setdefault(key, value)
+    return parse_config(schema, settings)
+
+
 def parse_config(schema: type[ConfigT], settings: RawConfig, more: Sequence[ConfigProblem] = ()) -> ConfigT:
     """The typed config; UsageError with one line per mistake. more: mistakes that are not the schema's to find."""
     if settings.problems:

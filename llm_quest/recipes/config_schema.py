@@ -178,6 +178,10 @@ class RunConfig(StrictModel):
         description="rows for which products are taken in the other order: {dtype: [first, first that is too many]}; "
         "auto: where that is measured to be faster",
     )
+    few_row_kernel: Literal["auto"] | FewRowProducts = Field(
+        default="auto",
+        description="the same for products by the loop in C++; auto: where `quest doctor` has measured it to be faster",
+    )
     parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp", description="how processes started by torchrun share the work"
     )

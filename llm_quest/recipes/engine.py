@@ -19,7 +19,7 @@ from llm_quest.machine.hardware import peak_memory_bytes
 from llm_quest.models.build import count_parameters, family_of
 from llm_quest.progress import LineLogger, Logger, NullLogger, is_terminal, phase
 from llm_quest.recipes.auto import CompileTimer
-from llm_quest.recipes.config import load_raw_config, parse_config
+from llm_quest.recipes.config import load_raw_config, parse_recorded_config
 from llm_quest.recipes.config_schema import RunConfig
 from llm_quest.recipes.freezing import freeze_parameters
 from llm_quest.recipes.recipe import Context, Job, Recipe, RunOutcome
@@ -112,7 +112,7 @@ def run_job(job: Job, context: Context, callbacks: Sequence[Callback] = ()) -> R
 def tell_new_length(job: Job, folder: Path, log: LogFn) -> None:
     """Say what changes where a run is resumed with another number of steps."""
     if list_checkpoints(folder / "checkpoints"):
-        before = parse_config(type(job.config), load_raw_config(str(folder / "config.yaml")))
+        before = parse_recorded_config(type(job.config), load_raw_config(str(folder / "config.yaml")))
         if before.max_steps != job.config.max_steps:
             schedules = build_lr_schedule(before), build_lr_schedule(job.config)
             describe_new_length(folder, before.max_steps, job.config.max_steps, schedules, log)

@@ -25,7 +25,7 @@ from llm_quest.errors import BusyError, DataError, MissingError, QuestError, Usa
 from llm_quest.files import atomic_write_json, atomic_write_text, file_sha256
 from llm_quest.hub.load_save import write_model_json
 from llm_quest.hub.locate import locate_local
-from llm_quest.recipes.config import config_differences, config_to_yaml, load_raw_config, parse_config
+from llm_quest.recipes.config import config_differences, config_to_yaml, load_raw_config, parse_recorded_config
 from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME, RunConfig
 from llm_quest.recipes.recipe import Context, Job
 from llm_quest.recipes.yaml_io import flatten_tree
@@ -80,7 +80,7 @@ def require_matching_run(config: RunConfig, folder: Path, accept: Sequence[str] 
         if settings.tree.get("recipe") != config.recipe:
             other = settings.tree.get("recipe")
             raise BusyError(f"{folder} holds a run of another recipe ({other}); choose another --out")
-        before = parse_config(type(config), settings)
+        before = parse_recorded_config(type(config), settings)
         if before.max_steps != config.max_steps and not counts_epochs(config):
             check_new_length(folder, config.max_steps)
         changed = config_differences(before, config, (*KEYS_FREE_ON_RESUME, "max_steps", "num_train_epochs"))

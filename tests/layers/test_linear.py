@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llm_quest.layers.linear import FEW_ROWS, Linear, linear_few_rows
+from llm_quest.layers import native
+from llm_quest.layers.linear import (
+    FEW_ROWS,
+    KERNEL_ROWS,
+    Linear,
+    linear_by_kernel,
+    linear_few_rows,
+    set_few_row_products,
+)
+
+needs_compiler = pytest.mark.skipif(not native.is_loaded(), reason=f"no C++ kernel: {native.Library.reason}")
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -67,3 +77,60 @@ def test_under_autocast_what_is_passed_on_lies_in_rows(rows: int):
     layer = Linear(6, 4)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert layer(draw(rows, 1, 6)).stride() == (4, 4, 1)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loop_in_cpp_is_the_product_and_a_row_does_not_depend_on_the_others(dtype: torch.dtype):
+    """On every instruction set, for widths that fill no register, and where a number is not finite."""
+    for out, width in ((5, 32), (3, 40), (9, 768), (1, 7), (4, 1), (6, 33), (37, 96)):
+        weight, x = draw(out, width, dtype=dtype), draw(9, width)
+        exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+        for isa in ("plain", "avx2", "avx512"):
+            made = torch.ops.llm_quest.float_rows(x, weight, native.ISA[isa])
+            assert ((made - exact).abs() <= 2e-6 * size).all(), (out, width, isa)
+            for rows in (0, 1, 2, 3, 5):
+                alone = torch.ops.llm_quest.float_rows(x[:rows], weight, native.ISA[isa])
+                assert torch.equal(alone, made[:rows])
+    x[1, 3] = float("nan")
+    made = torch.ops.llm_quest.float_rows(x, weight, 0)
+    assert made[0].isfinite().all()
+    assert made[1].isnan().all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layer_takes_the_loop_in_cpp_eager_and_compiled_and_no_other_code_does(dtype: torch.dtype, monkeypatch):
+    """Not with a gradient, on the meta device, in an exported program, nor for more rows."""
+    taken: list[int] = []
+    monkeypatch.setattr(
+        "llm_quest.layers.linear.linear_by_kernel", lambda x, *rest: taken.append(len(x)) or linear_by_kernel(x, *rest)
+    )
+    assert set_few_row_products({}, {str(dtype).removeprefix("torch."): (1, 3)}) == ""
+    layer, x = Linear(6, 4, dtype=dtype), draw(2, 1, 6, dtype=dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), layer(x))
+        assert len(taken) == 3
+        exported = torch.export.export(layer, (x,)).module()
+        torch.testing.assert_close(exported(x), layer(x))
+        assert "float_rows" not in str(exported.graph)
+        assert Linear(6, 4, device="meta", dtype=dtype)(x.to("meta")).device.type == "meta"
+        layer(draw(3, 1, 6, dtype=dtype))
+    layer(x)
+    assert len(taken) == 4
+    torch.library.opcheck(
+        torch.ops.llm_quest.float_rows, (x.reshape(2, 6).float(), layer.weight.detach(), 0),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
+    )  # fmt: skip
+
+
+def test_without_the_library_the_plain_order_is_taken_and_the_reason_is_told(monkeypatch):
+    monkeypatch.setenv("LLM_QUEST_NATIVE", "0")
+    monkeypatch.setattr(native.Library, "loaded", None)
+    monkeypatch.setattr(native.Library, "reason", "")
+    assert set_few_row_products({"float32": (2, 3)}, {"float32": (1, 2)}) == "LLM_QUEST_NATIVE=0"
+    assert not KERNEL_ROWS
+    assert {torch.float32: range(2, 3)} == FEW_ROWS
+    assert not set_few_row_products({}, {}), "who does not ask for it hears nothing"

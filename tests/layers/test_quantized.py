@@ -154,6 +154,7 @@ def test_without_the_kernel_the_plain_form_computes_and_the_reason_is_told_once(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(native.Library, "loaded", None)
     monkeypatch.setattr(native.Library, "reason", "")
+    monkeypatch.setattr(native.Library, "warned", False)
     matrix, x = QuantizedMatrix(seeded(8, 64), FORMATS["int4"]), seeded(2, 64, seed=1)
     with pytest.warns(UserWarning, match=f"plain form, which is slow: .*{said}") as told, torch.no_grad():
         made = [matrix(x), matrix(x)]

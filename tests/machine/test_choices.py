@@ -13,6 +13,7 @@ from llm_quest.cli.chat import quantized_kinds, use_fast_weights
 from llm_quest.layers.quantized import QuantizedMatrix
 from llm_quest.machine.choices import (
     choose_compile,
+    choose_few_row_kernel,
     choose_few_rows,
     choose_muon_form,
     choose_precision,
@@ -101,6 +102,18 @@ def few_row_rates(gains: dict[int, float]) -> dict[str, float]:
 def test_few_rows_are_the_longest_measured_range_with_a_gain(gains, rows):
     found = choose_few_rows(machine("avx2", **few_row_rates(gains))).value
     assert found == ({} if rows is None else {"float32": rows})
+
+
+def test_the_loop_in_cpp_is_taken_where_it_beats_both_other_forms():
+    rates = few_row_rates({1: 0.5, 2: 2.0, 4: 1.0, 8: 1.0, 16: 1.0, 32: 1.0, 64: 1.0})
+    assert not choose_few_row_kernel(machine("avx2", **rates)).value
+    assert "quest doctor" in choose_few_row_kernel(machine("avx2", **rates)).reason
+    kernel = {1: 19.0, 2: 23.0, 4: 12.0, 8: 11.5, 16: 9.0, 32: 9.0, 64: 9.0}  # the others: 10, of two rows 20
+    rates |= {f"few_rows__float32__{n}__kernel": rate for n, rate in kernel.items()}
+    assert choose_few_row_kernel(machine("avx2", **rates)).value == {"float32": (1, 9)}
+    assert choose_few_row_kernel(machine("avx2", **rates | {"few_rows__float32__2__kernel": 21.0})).value == {
+        "float32": (4, 9)
+    }
 
 
 def test_a_kernel_of_quantised_weights_that_is_slower_is_not_taken():

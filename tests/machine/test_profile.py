@@ -90,11 +90,11 @@ def test_a_thread_that_is_kept_from_running_is_no_measurement(monkeypatch):
 
     for work, steady in ((time.sleep, False), (wait, True)):
         monkeypatch.setattr(
-            probe, "measure_with", lambda clock, work=work: ((name, work(0.02) or 1.0) for name in "abc")
+            probe, "measure_with", lambda clock, rates_of, work=work: ((name, work(0.02) or 1.0) for name in "abc")
         )
         if steady:  # this machine may be busy: then the clock of the wall is the thread's own
             monkeypatch.setattr(probe.time, "perf_counter", time.thread_time)
-        assert (probe.measure_undisturbed() == {"a": 1.0, "b": 1.0, "c": 1.0}) is steady
+        assert (probe.measure_undisturbed(probe._measure_all) == {"a": 1.0, "b": 1.0, "c": 1.0}) is steady
 
 
 def test_it_is_measured_once_and_kept(measured, monkeypatch):

@@ -9,9 +9,10 @@ import pytest
 import torch
 import yaml
 
-from llm_quest.layers.linear import FEW_ROWS
+from llm_quest.layers import native
+from llm_quest.layers.linear import FEW_ROWS, KERNEL_ROWS
 from llm_quest.machine.profile import VARIABLE, load_profile
-from llm_quest.recipes.auto import CompileTimer, Machine, choose_all, resolve_precision
+from llm_quest.recipes.auto import CompileTimer, Machine, choose_all, is_undecided, resolve_precision
 from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.pretrain import PretrainConfig
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
@@ -69,6 +70,45 @@ def test_a_resumed_run_keeps_the_choices_of_the_machine_where_it_began(text, tmp
     assert {name: (rows.start, rows.stop) for name, rows in FEW_ROWS.items()} == {
         getattr(torch, name): tuple(rows) for name, rows in written["few_row_products"].items()
     }
+
+
+KERNEL = {"few_rows/float32/1/kernel": 90.0}
+"""A rate with which the loop in C++ is taken for one row."""
+
+
+def test_a_run_keeps_the_loop_in_cpp_and_one_from_before_it_goes_on_without(text, tmp_path, machine):
+    """A config.yaml without the key is that of a run that began before there was the loop."""
+    slow = json.loads((MACHINES / "avx2.json").read_text())["rates"]
+    machine("avx2", rates=slow | KERNEL)
+    new, old = tmp_path / "new", tmp_path / "old"
+    for out in (new, old):
+        run(text, out, callbacks=(CtrlC(4),))
+        assert read_config(out)["few_row_kernel"] == {"float32": [1, 2]}
+    content = read_config(old)
+    del content["few_row_kernel"]
+    (old / "config.yaml").write_text(yaml.safe_dump(content))
+    for out, kept in ((new, {"float32": [1, 2]}), (old, {})):
+        machine("avx2", rates=slow | ({} if out is new else KERNEL))
+        said: list[str] = []
+        run(text, out, log=said.append)
+        assert read_config(out)["few_row_kernel"] == kept
+        assert any(line.startswith("products of few rows in C++") for line in said) == bool(kept)
+        assert {name: (rows.start, rows.stop) for name, rows in KERNEL_ROWS.items()} == (
+            {torch.float32: (1, 2)} if kept and native.is_loaded() else {}
+        )
+
+
+def test_a_run_that_is_not_compiled_goes_on_so_where_another_would_be(text, tmp_path, machine, monkeypatch):
+    """False equals 0, which means undecided for threads."""
+    machine("avx512_bf16", compiler={"path": "/usr/bin/g++", "problem": "", "seconds": 1})
+    values = ("auto", 0, False, True, {}, 2)
+    assert [is_undecided(value) for value in values] == [True, True, False, False, False, False]
+    run(text, tmp_path / "run", "compile=auto", callbacks=(CtrlC(4),))
+    monkeypatch.setattr("llm_quest.machine.choices.COMPILE_SECONDS", -1.0)  # now any run would repay it
+    said: list[str] = []
+    run(text, tmp_path / "run", "compile=auto", log=said.append)
+    assert "compiled: no (as when this run began)" in said
+    assert read_config(tmp_path / "run")["compile"] is False
 
 
 def test_a_new_run_has_the_choices_of_its_own_machine(text, tmp_path, machine):
