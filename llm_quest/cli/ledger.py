@@ -14,7 +14,7 @@ from llm_quest.contracts import LogFn
 from llm_quest.errors import UsageError
 from llm_quest.experiments.ledger import Row, experiments, find_faults, merge_ledgers, read_rows
 from llm_quest.experiments.verdict_lines import describe_verdict
-from llm_quest.files import atomic_write_text
+from llm_quest.files import atomic_write_text, damaged_file_errors
 from llm_quest.formatting import align_columns
 from llm_quest.train.trackers import TRACKERS
 
@@ -24,6 +24,7 @@ VERDICT_COLUMNS = (
 )  # fmt: skip
 CLAIM_KEYS = ("experiment", "time", "recipe", "budget", "command")
 FORMATS = ("csv", *TRACKERS)
+EDITED = "its rows were edited: restore the file, or merge the ledgers that it was made of"
 SENTENCES = ("prediction", "outcome")
 """Kinds of rows of a ladder, which say what they found."""
 
@@ -55,6 +56,11 @@ def open_ledger(file: Path, log: LogFn) -> list[Row]:
 def list_experiments(file: Path, log: LogFn) -> LedgerView:
     """A line for each verdict, and for each experiment without one."""
     rows = open_ledger(file, log)
+    with damaged_file_errors(file, EDITED):
+        return list_rows(rows)
+
+
+def list_rows(rows: Sequence[Row]) -> LedgerView:
     shown: list[tuple[str, str]] = []
     for name, own in experiments(rows).items():
         claim = first_of(own, "claim")
@@ -75,15 +81,19 @@ def show_experiment(file: Path, name: str, log: LogFn) -> LedgerView:
     if len(matching) != 1:
         known = ", ".join(list(found)[-8:])
         raise UsageError(f"{len(matching)} experiments of {file} are called {name}; the newest are: {known}")
-    own = found[matching[0]]
+    with damaged_file_errors(file, EDITED):
+        return show_rows(matching[0], found[matching[0]])
+
+
+def show_rows(name: str, own: Sequence[Row]) -> LedgerView:
     claim = first_of(own, "claim")
     runs = [row for row in own if row["kind"] == "run"]
     ended = {row["run"] for row in runs}
     lines = [
-        claim.get("question") or matching[0],
+        str(claim.get("question") or name),
         *align_columns([(key, str(claim.get(key, ""))) for key in CLAIM_KEYS]),
         *(line for verdict in latest_verdicts(own) for line in describe_verdict(verdict)),
-        *(row["sentence"] for row in own if row["kind"] in SENTENCES),
+        *(str(row["sentence"]) for row in own if row["kind"] in SENTENCES),
         *align_columns([run_line(row) for row in runs]),
         *(f"started and not ended: {row['arm']}, seed {row['seed']}" for row in own
           if row["kind"] == "started" and row["run"] not in ended),
@@ -133,9 +143,12 @@ def export(file: Path, format: str, out: Path | None, log: LogFn) -> LedgerChang
     if format not in FORMATS:
         raise UsageError(f"--format {format}: known are {', '.join(FORMATS)}")
     rows = open_ledger(file, log)
-    if format != "csv":
-        return export_runs(rows, format, out)
     target = out or file.with_suffix(".csv")
+    with damaged_file_errors(file, EDITED):
+        return export_table(rows, target) if format == "csv" else export_runs(rows, format, out)
+
+
+def export_table(rows: Sequence[Row], target: Path) -> LedgerChange:
     found = [row for row in rows if row["kind"] == "verdict"]
     claims = {row["experiment"]: row for row in rows if row["kind"] == "claim"}
     text = io.StringIO()

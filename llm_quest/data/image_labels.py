@@ -18,7 +18,7 @@ import numpy as np
 
 from llm_quest.data.batch import MULTI_LABEL
 from llm_quest.data.document import DropReport
-from llm_quest.data.images import is_image_file
+from llm_quest.data.images import is_file, is_image_file
 from llm_quest.data.records import Record, TrackedRow, iter_records, map_columns, parse_rows
 from llm_quest.data.text_classification import collect_label_names, parse_labels, problem_type_of
 from llm_quest.errors import DataError, RowError
@@ -83,7 +83,7 @@ def parse_labeled_image(record: Record, *, folder: Path, label_separator: str | 
         raise RowError(
             where, "no label", f"has the keys {has}; expected 'label' or 'labels' (data.columns renames one)"
         )
-    if not (folder / name).is_file():
+    if not is_file(folder / name):
         raise RowError(where, "an image that is missing", f"there is no {name!r:.200} in {folder}")
     if not is_image_file(folder / name):
         raise RowError(where, "a file that is no image", f"{name!r:.200} is no image")

@@ -24,7 +24,7 @@ from torch import Tensor
 from llm_quest.data import synthetic_shapes
 from llm_quest.data.batch import IGNORE_INDEX, pad, split_rows
 from llm_quest.data.document import DropReport
-from llm_quest.data.images import ImageProcessor, load_image
+from llm_quest.data.images import ImageProcessor, is_file, load_image
 from llm_quest.data.loader import repeat_by_weight, shuffle_indices
 from llm_quest.data.message_parsing import text_field
 from llm_quest.data.records import Record, TrackedRow, parse_rows
@@ -184,7 +184,7 @@ def parse_caption_row(record: Record) -> CaptionRow:
         for question, answer in found
     )
     file = Path(where.rpartition(":")[0]).parent / image
-    if not file.is_file():
+    if not is_file(file):
         raise RowError(where, "an image that is not there", f"there is no image {file}")
     return CaptionRow(file, turns, record.weight)
 

@@ -224,6 +224,14 @@ def load_image(file: str | Path) -> Image.Image:
         raise DataError(f"{file}: too large to be decoded: {str(error)[:120]}") from None
 
 
+def is_file(file: Path) -> bool:
+    """Whether a file is there; also for a name in a row that no file can have, such as one of 5,000 characters."""
+    try:
+        return file.is_file()
+    except OSError:
+        return False
+
+
 def is_image_file(file: str | Path) -> bool:
     """Whether this is a file that begins as an image does, whatever its name ends in."""
     try:

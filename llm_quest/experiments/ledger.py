@@ -27,6 +27,8 @@ from llm_quest.files import atomic_write_text, iter_lines
 from llm_quest.progress import utc_now
 
 Row = dict[str, Any]
+KEYS = {"kind": None, "experiment": None, "id": None, "parent": "", "time": ""}
+"""The texts of every row; None: it must be there."""
 
 
 def row_id(row: Mapping[str, Any]) -> str:
@@ -43,13 +45,23 @@ def read_rows(file: Path, log: LogFn) -> list[Row]:
         with file.open("rb") as handle:
             for number, line in iter_lines(handle):
                 try:
-                    row = json.loads(line)
-                    rows.append({**row, "kind": row["kind"], "experiment": row["experiment"], "id": row["id"]})
-                except (ValueError, KeyError, TypeError, RecursionError):
+                    rows.append(parse_row(line))
+                except (ValueError, TypeError, RecursionError):
                     log(f"{file}:{number}: not a whole row ({len(line)} bytes), skipped; its experiment adds it again")
     except OSError as error:
         raise DataError(f"{file} can't be read: {error.strerror}") from None
     return rows
+
+
+def parse_row(line: bytes) -> Row:
+    """A row with the fields that every kind has. TypeError or ValueError for another line."""
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise TypeError(f"a row is {type(row).__name__}")
+    if not all(isinstance(row.get(key, default), str) for key, default in KEYS.items()):
+        raise TypeError(f"one of {', '.join(KEYS)} is no text")
+    json.dumps(row, ensure_ascii=False).encode()  # ValueError for half of a surrogate pair, which cannot be written
+    return row
 
 
 def find_faults(rows: Sequence[Row]) -> list[str]:

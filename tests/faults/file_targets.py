@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import base64
+import contextlib
 import csv
 import gzip
 import io
@@ -23,12 +25,15 @@ from safetensors.numpy import save as save_bytes
 
 from llm_quest.cli.generation_options import parse_template_kwargs
 from llm_quest.cli.jsonl_output import JsonlOutput
+from llm_quest.cli.ledger import export, list_experiments, merge, show_experiment
 from llm_quest.cli.models import read_family_config
 from llm_quest.data.answer_layout import AnswerLayout
 from llm_quest.data.conversations import read_conversations
 from llm_quest.data.document import DropReport
 from llm_quest.data.documents import read_documents
 from llm_quest.data.image_datasets import CIFAR10_RECORD_BYTES, read_cifar_files
+from llm_quest.data.image_folder import list_table
+from llm_quest.data.image_labels import LabelOptions
 from llm_quest.data.images import is_image_file, load_image
 from llm_quest.data.policy_batch import PolicyRow, row_from_json, row_to_json
 from llm_quest.data.template_messages import parse_arguments
@@ -36,8 +41,9 @@ from llm_quest.data.template_program import RenderJob, TemplateProgram, Template
 from llm_quest.data.template_sandbox import render_job
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import open_token_folder, prepare_token_folder
+from llm_quest.errors import UsageError
 from llm_quest.experiments.ladder_forecast import read_ladder
-from llm_quest.experiments.ledger import read_rows
+from llm_quest.experiments.ledger import experiments, read_rows
 from llm_quest.experiments.measurements import read_record
 from llm_quest.experiments.page import read_losses
 from llm_quest.files import damaged_file_errors, load_json
@@ -62,6 +68,7 @@ from llm_quest.train.checkpoint import Checkpoint, load_checkpoint, save_checkpo
 from llm_quest.train.run_dir import RunDir, _row_step, lock_owner
 from llm_quest.train.state import Progress
 from tests.data.test_tokens import PARTS
+from tests.experiments.test_ledger import fill
 from tests.faults.targets import Target, family_configs, rows_reader
 from tests.papers.made_up import made_result
 from tests.tokenizer_kinds import tokenizer_of
@@ -290,6 +297,37 @@ def text_of(file: Path) -> str:
     return file.read_text(encoding="utf-8", errors="replace")
 
 
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
+IMAGE_LABELS = [{"file_name": "1.png", "label": "cat"}, {"file_name": "2.png", "label": "dog", "width": 3}]
+
+
+def read_image_labels(file: Path) -> object:
+    for name in ("1.png", "2.png", "3.png"):
+        (file.parent / name).write_bytes(PNG)
+    report = DropReport()
+    found = list_table(file, LabelOptions(label_separator="|"), report)
+    return found, report.lines()
+
+
+@cache
+def ledger_values() -> list[Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = fill(Path(folder) / "ledger.jsonl", "one")
+        ledger.append("prediction", "one", {"sentence": "a loss of 3", "loss": 3.0})
+        return [[row | {"time": "2026-11-29"} for row in ledger.rows()]]
+
+
+def read_ledger(file: Path) -> object:
+    """Everything that a command does with a ledger."""
+    log = [].append
+    merge([file], file.parent / "merged.jsonl", log)
+    export(file, "csv", None, log)
+    for name in experiments(read_rows(file, log)):
+        with contextlib.suppress(UsageError):  # a beginning of several names
+            show_experiment(file, name, log).lines()
+    return list_experiments(file, log).lines()
+
+
 LADDER_RESULT = {
     "experiment": "ladder-1", "recipe": "pretrain", "settings": ["max_steps=3"],
     "rungs": [{"multiplying": n, "tokens": 10 * n, "losses": [3.0]} for n in (1000, 2000, 4000, 8000)],
@@ -344,8 +382,10 @@ FILE_TARGETS: tuple[Target, ...] = (
     Target("out.jsonl", read_output, lambda: [[{"row": 0, "text": "x"}, {"row": 1, "text": "y"}]], as_lines=True),
     Target("run.lock", lock_owner, lambda: [{"pid": 3, "host": "h", "started": "now"}]),
     Target("judge's reply", read_reply, lambda: [JUDGE_REPLY], file="reply.json"),
-    Target("ledger.jsonl", lambda file: read_rows(file, lambda text: None),
-           lambda: [[{"kind": "plan", "experiment": "e", "id": "1", "parent": ""}]], as_lines=True),
+    Target("ledger.jsonl", read_ledger, ledger_values, as_lines=True),
+    Target("metadata.jsonl", read_image_labels, lambda: [IMAGE_LABELS], as_lines=True),
+    Target("metadata.csv", read_image_labels,
+           contents=lambda: [b'file_name,label\n1.png,cat\n"2.png","a|b"\n', b"file_name,labels\n1.png,cat\n"]),
     Target("ladder's result.json", read_ladder, lambda: [LADDER_RESULT], file="result.json"),
     Target("record.json", lambda file: read_record(file.parent), lambda: [{"status": "finished", "metrics": {}}]),
     Target("losses of a run", read_losses, lambda: [[{"step": 1, "loss": 2.5}, {"step": 2, "loss": None}]],

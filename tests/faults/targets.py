@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import struct
 import tempfile
@@ -32,6 +33,8 @@ from llm_quest.data.vocabulary import token_bytes
 from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.adapter_config import read_adapter_config
 from llm_quest.hub.config import parse_generation_config, read_json
+from llm_quest.hub.gguf import TensorData, read_gguf, tensor_nbytes, write_gguf
+from llm_quest.hub.gguf_dequantize import DEQUANTIZE_ONLY
 from llm_quest.hub.gguf_export import save_gguf
 from llm_quest.hub.inspect import inspect_folder
 from llm_quest.hub.load_save import load
@@ -140,6 +143,26 @@ def gguf_bytes() -> list[bytes]:
     return found
 
 
+@functools.cache
+def gguf_block_bytes() -> list[bytes]:
+    """The block types that are read and not written: the matrices of a small model, each of another type."""
+    sizes = {"vocab_size": 40, "hidden_size": 256, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 2}
+    kinds = itertools.cycle(DEQUANTIZE_ONLY)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "x.gguf"
+        model = build(replace(preset("llama3.2-tiny").config, rotary=RotaryEmbedding(2, 10_000.0), **sizes))
+        save_gguf(model, numbered_tokenizer(40), file)
+        found = read_gguf(file)
+        tensors = {}
+        for name, tensor in found.tensors.items():
+            kind = next(kinds) if tensor.shape[-1] == 256 and len(tensor.shape) == 2 else "F32"
+            zeros = bytes(tensor_nbytes(kind, tensor.shape))
+            tensors[name] = TensorData(kind, tensor.shape, lambda zeros=zeros: iter([zeros]))
+        file.unlink()
+        write_gguf(file, found.metadata, tensors)
+        return [file.read_bytes()]
+
+
 def read_gguf_model(file: Path) -> object:
     inspected = inspect_folder(file).lines()
     with contextlib.suppress(DataError):
@@ -243,6 +266,7 @@ TARGETS: tuple[Target, ...] = (
     Target("tokenizer.model", read_sentencepiece, contents=lambda: SENTENCEPIECE),
     Target("x.safetensors", read_header, contents=safetensors_bytes),
     Target("x.gguf", read_gguf_model, contents=gguf_bytes),
+    Target("GGUF of other block types", read_gguf_model, contents=gguf_block_bytes, file="x.gguf"),
     Target("MANIFEST.json", read_manifest_file, lambda: [MANIFEST]),
     Target("metrics.jsonl", read_run_folder, lambda: [[METRICS, METRICS]], as_lines=True),
     Target("events.jsonl", read_run_folder, lambda: [[EVENT, EVENT]], as_lines=True),
