@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import html
 import re
+from collections.abc import Collection
 
 from book import figures
+from book.exercises import EXERCISES, PRACTISED
+from book.games import GAMES
 from book.markdown import colour_code
 from book.source import ROOT, code_of, mistakes_of
 from tests.mutations import MUTATIONS, Mutation
@@ -27,6 +30,20 @@ def mistakes_block(words: str, body: str = "") -> str:
 
 def mutations_of(file: str) -> list[Mutation]:
     return [one for one in MUTATIONS if one.file == file]
+
+
+def mutations_of_tests(name: str, others: Collection[str] = ()) -> list[Mutation]:
+    """Mutations that are caught by tests named after a family or a recipe, or chosen by its name (`-k gemma` chooses
+    gemma1 too). others: names that are a page of their own (qwen3_next is no part of qwen3)."""
+
+    def is_about(one: Mutation) -> bool:
+        files, _, chosen = one.tests.partition(" -k ")
+        named, words = re.findall(r"test_(\w+)", files), chosen.split() if "/models/" in files else []
+        if any(name == word or name.startswith(f"{word}_") for word in named) or any(word in name for word in words):
+            return True
+        return any(re.match(rf"{name}(\d|_)", word) and word not in others for word in [*named, *words])
+
+    return [one for one in MUTATIONS if is_about(one)]
 
 
 def breaks_block(words: str, body: str = "") -> str:
@@ -76,6 +93,18 @@ def tests_as_code(text: str) -> str:
 def figure_block(words: str, body: str = "") -> str:
     """A figure, drawn while the book is built."""
     return figures.draw(words)
+
+
+def exercises_block(words: str, file: str = "") -> str:
+    """The exercises about a page or a chapter, and the games in which a line of its file is wrong."""
+    about = [one for one in EXERCISES.values() if words in (one.chapter, *PRACTISED.get(one.name, ()))]
+    asked = [(f"quest learn {one.name}", one.task.strip().splitlines()[0]) for one in about]
+    games = [number for number, one in enumerate(GAMES, start=1) if file == one.file]
+    asked += [
+        (f"quest learn break {number}", "One line of this file is wrong: find it by the law.") for number in games
+    ]
+    items = "".join(f"<li><code>{command}</code>: {html.escape(task)}</li>" for command, task in asked)
+    return f"<ul>{items}</ul>" if items else ""
 
 
 def card_block(words: str, body: str = "") -> str:

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING
 
 from book.api import Module, module_name
 from book.blocks import (
-    breaks_block,
     card_block,
     code_block,
+    exercises_block,
     figure_block,
     mistakes_block,
+    mutation_block,
     mutations_of,
+    mutations_of_tests,
     recorded_block,
     recorded_mutations,
 )
-from book.catalog import Subject
+from book.catalog import Subject, read_questions
 from book.equations import symbol_rows
 from book.markdown import Renderer, colour_code, output_block
 from book.run import Examples
@@ -90,11 +92,12 @@ def make_sections(subject: Subject, markdown: Renderer, examples: Examples | Non
     parts += [("Switch it on", switch_section(subject, examples) + options)]
     if subject.kind != "paper":
         parts += [
-            ("What breaks without it", breaks(subject)),
+            ("What breaks without it", breaks(subject, markdown)),
             ("Commonly got wrong", mistakes_block(subject.file)),
             ("Measured here", measured(subject, markdown)),
-            ("Sources", sources(subject)),
         ]
+    parts += [("Exercises", exercises_block(subject.key, subject.file))]
+    parts += [("Sources", sources(subject))] if subject.kind != "paper" else []
     return [(heading, body) for heading, body in parts if body]
 
 
@@ -125,12 +128,29 @@ def symbols_table(subject: Subject, text: str) -> str:
     return f"<h3>Symbols</h3>{table(('symbol', 'meaning'), rows)}" if rows else ""
 
 
-def breaks(subject: Subject) -> str:
-    found = len(mutations_of(subject.file)) + len(recorded_mutations(subject.file))
-    if not found:
-        return ""
-    count = f"{found} mistake{'s were' if found > 1 else ' was'} made here on purpose; a test failed each time."
-    return f"<p>{count}</p>{breaks_block(subject.file)}{recorded_block(subject.file)}"
+def breaks(subject: Subject, markdown: Renderer) -> str:
+    """Mistakes that were made on purpose: in the file, or caught by the tests of a family or recipe; and where those in
+    what a recipe is made of are shown."""
+    named = mutations_of_tests(subject.name, same_kind(subject.kind)) if subject.kind in ("family", "recipe") else []
+    made = list(dict.fromkeys([*mutations_of(subject.file), *named]))
+    found = len(made) + len(recorded_mutations(subject.file))
+    count = f"{found} mistake{'s were' if found > 1 else ' was'} made on purpose; a test failed each time."
+    shown = "".join(map(mutation_block, made)) + recorded_block(subject.file)
+    return (f"<p>{count}</p>{shown}" if found else "") + parts_of_recipe(subject, markdown)
+
+
+@cache
+def same_kind(kind: str) -> frozenset[str]:
+    """The names of all pages of a kind."""
+    return frozenset(key.partition("/")[2] for key in read_questions() if key.startswith(f"{kind}/"))
+
+
+def parts_of_recipe(subject: Subject, markdown: Renderer) -> str:
+    """The pages of the objectives that a recipe imports."""
+    text = (PACKAGE / subject.file).read_text(encoding="utf-8") if subject.kind == "recipe" else ""
+    used = dict.fromkeys(re.findall(r"from llm_quest\.objectives\.(\w+) import", text))
+    links = ", ".join(f"[[objective/{one}]]" for one in used)
+    return markdown(f"Mistakes in what it trains with: {links}.") if links else ""
 
 
 def measured(subject: Subject, markdown: Renderer) -> str:

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pygments.formatters import HtmlFormatter
 
 from book import api, reference
-from book.blocks import BLOCKS
+from book.blocks import BLOCKS, exercises_block
 from book.catalog import KINDS, Subject, all_subjects, read_questions
 from book.markdown import Block, Renderer
 from book.pages import make_sections, summary_of, title_of
@@ -132,8 +132,18 @@ def make_chapter(book: Book, file: Path, folder: Path, run: bool) -> Page:
         examples = Examples(file.name, folder / file.stem)
         blocks |= {"quest": examples.quest, "python": examples.python}
     text = file.read_text(encoding="utf-8")
+    check_fences(file.name, text)
     body = Renderer(blocks, book.link)(text)
+    if asked := exercises_block(file.stem.split("-", 1)[1]):
+        body += f'<section><h2 id="exercises">Exercises</h2>{asked}</section>'
     return Page(book.here, chapter_title(file), "Chapters", first_paragraph(text), body, text)
+
+
+def check_fences(name: str, text: str) -> None:
+    """Every block of a chapter runs, or is made from the source."""
+    for kind in re.findall(r"^```(\S+)", text, re.M):
+        if kind not in ("quest", "python", *BLOCKS):
+            raise BookError(f"{name}: a {kind} block would not be run; known: quest, python, {', '.join(BLOCKS)}")
 
 
 def first_paragraph(text: str) -> str:

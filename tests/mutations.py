@@ -51,6 +51,8 @@ PROCESSORS = "tests/generation/test_logits_processor.py"
 ALIGNED = "tests/laws/test_alignment.py"
 MATCH = "tests/recipes/rpt/test_prefix_match.py"
 RAGGED = "tests/laws/test_ragged.py"
+QUANT, STREAM = "tests/layers/test_quantized.py -k ", "tests/generation/test_detokenizer.py"
+GENERATE, DRAFTED = "tests/generation/test_generate.py -k ", "tests/generation/speculative/test_decoder.py -k "
 RPT, RPT_ASK = "tests/recipes/rpt/test_recipe.py", "tests/recipes/rpt/test_prompts.py"
 
 MUTATIONS = (
@@ -548,4 +550,35 @@ MUTATIONS = (
     Mutation("GGUF: a window that llama.cpp lacks leaves the context long", "hub/gguf_config.py", 'keys["context_length"] = uint32(min(narrow))', 'keys["context_length"] = uint32(config.max_position_embeddings)', "tests/hub/test_gguf_families.py -k window_that_llama_cpp_lacks"),
     Mutation("Q4_K: scales 4 to 7 without their upper bits", "hub/gguf_dequantize.py", "low & 63, (mixed & 15) | (low >> 2 & 48)", "low & 63, (mixed & 15)", "tests/hub/test_gguf.py -k every_block_type"),
     Mutation("Server: an answer that fails is never woken", "serve/outbox.py", "return isinstance(event, RequestFailed) or event.finish_reason", "return not isinstance(event, RequestFailed) and event.finish_reason", "tests/serve/test_outbox.py"),
+    # Generation and drafts
+    Mutation("native: a build that failed is tried again at every call", "layers/native.py", "Library.loaded, Library.reason = False, describe_failure(error)", "Library.reason = describe_failure(error)", QUANT + "plain_form"),
+    Mutation("native: what a slow compiler printed is the reason", "layers/native.py", "if isinstance(error, subprocess.TimeoutExpired):", "if False:", QUANT + "too_long"),
+    Mutation("compiled: capacities are rounded down", "generation/compiled.py", "return -(-capacity // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE", "return max(capacity // CAPACITY_MULTIPLE, 1) * CAPACITY_MULTIPLE", "tests/generation/test_compiled.py -k capacities"),
+    Mutation("compiled: any pass takes the widest graph", "generation/compiled.py", "for width in widths if width >= columns", "for width in widths[::-1] if width >= columns", "tests/generation/test_compiled_speculation.py -k narrowest"),
+    Mutation("stop strings: the first of the list cuts, not the earliest", "generation/detokenizer.py", "min(found) if found", "found[0] if found", STREAM),
+    Mutation("stop strings: what may become one is shown", "generation/detokenizer.py", "len(self.pending_text) - self.possible_stop_length(), forget", "len(self.pending_text), forget", STREAM),
+    Mutation("stop strings: what was held back is lost at the end", "generation/detokenizer.py", "        self.pending_text += self.decoder.flush()\n", "        self.pending_text = self.decoder.flush()\n", STREAM),
+    Mutation("generate: the prompts of a group's rows are tiled", "generation/generate.py", "GeneratedSequence(number, read[number // n],", "GeneratedSequence(number, read[number % len(read)],", GENERATE + "prefill_for_a_group"),
+    Mutation("generate: a prompt that fills the context is taken", "generation/generate.py", "len(prompt) >= max_context:", "len(prompt) > max_context:", GENERATE + "bad_input"),
+    Mutation("generate: a model in training mode writes", "generation/generate.py", "    if model.training:\n        raise UsageError(\"the model", "    if False:\n        raise UsageError(\"the model", GENERATE + "training_mode"),
+    Mutation("a stop of tokens reaches into the prompt", "generation/stopping.py", "if len(stop) <= num_generated and tuple", "if tuple", GENERATE + "stop_sequence"),
+    Mutation("drafting that does not pay rests as long every time", "generation/speculative/draft_length.py", "self.rest_length = min(2 * self.rest_length, MAX_REST)", "self.rest_length = INITIAL_REST", DRAFTED + "rests_longer"),
+    Mutation("drafting goes on while anything may be accepted", "generation/speculative/draft_length.py", "return gain > self.tokens_per_second() *", "return gain > 0 * self.tokens_per_second() *", DRAFTED + "follows_the_acceptance"),
+    Mutation("a draft is drawn from unfiltered probabilities", "generation/speculative/drafters.py", "q = sampling_params.log_probs(logits, seen).exp()", "q = logits.float().softmax(dim=-1)", DRAFTED + "always_accepted"),
+    Mutation("drafts do not count as seen for the penalty", "generation/speculative/drafters.py", "            self.seen.scatter_(1, tokens, True)", "            pass", DRAFTED + "count_as_seen"),
+    Mutation("MTP drafts: a module reads a text's first tokens", "generation/speculative/mtp_drafter.py", "torch.where(module_input.positions > k, module_input.positions, -1)", "module_input.positions", DRAFTED + "uncached_chain"),
+    Mutation("MTP drafts: a row that read nothing forgets what it had", "generation/speculative/mtp_drafter.py", "torch.where(nothing_read, before, after)", "after", DRAFTED + "uncached_chain"),
+    Mutation("MTP drafts: a cycle begins without what came before it", "generation/speculative/mtp_drafter.py", "h = torch.cat((before, out[:, : verified - 1]", "h = torch.cat((0 * before, out[:, : verified - 1]", DRAFTED + "uncached_chain"),
+    Mutation("n-gram drafts: the shortest match decides", "generation/speculative/ngram_drafter.py", "        for size in self.ngram_sizes:\n            key", "        for size in reversed(self.ngram_sizes):\n            key", DRAFTED + "longest_match"),
+    Mutation("n-gram drafts: a draft's own tokens are not searched", "generation/speculative/ngram_drafter.py", "self.draft_followers.get(key, self.text_followers.get(key))", "self.text_followers.get(key)", DRAFTED + "longest_match"),
+    Mutation("speculation: after a rejection p itself is drawn from", "generation/speculative/rejection_sampler.py", "left = (p - q).clamp(min=0)", "left = p", DRAFTED + "by_hand"),
+    Mutation("speculation: nothing is left where p and q are equal", "generation/speculative/rejection_sampler.py", "return torch.where(total > 0, left / total.clamp(min=torch.finfo(p.dtype).tiny), p)", "return left / total", DRAFTED + "rounding"),
+    Mutation("speculation: rejected drafts stay in the target's cache", "generation/speculative/target_model.py", "self.cached_lengths = self.kv_cache.rewind(to)", "self.cached_lengths = to", DRAFTED + "taken_back"),
+    Mutation("speculation: the cache goes back one token too far", "generation/speculative/target_model.py", "min(stand, max(len(text) - 1, 0))", "min(stand, max(len(text) - 2, 0))", DRAFTED + "taken_back"),
+    Mutation("speculation: rejected drafts stay in the draft's cache", "generation/speculative/draft_model.py", "self.cached_lengths = self.kv_cache.rewind(to)", "self.cached_lengths = to", DRAFTED + "write_itself"),
+    Mutation("GPT-NeoX: attention and MLP one after the other", "models/gpt_neox.py", "    if not config.use_parallel_residual:\n", "    if config.use_parallel_residual:\n", families("gpt_neox")),
+    Mutation("StarCoder2: the exact GELU", "models/starcoder2.py", "config.intermediate_size, gelu_tanh, bias", "config.intermediate_size, __import__('torch').nn.functional.gelu, bias", families("starcoder2")),
+    Mutation("StableLM: attention has no biases", "models/stablelm.py", "attention_bias: bool = spelled(\"use_qkv_bias\", default=False)", "attention_bias: bool = constant_field(default=False)", families("stablelm")),
+    Mutation("Seed-OSS: the output's bias follows the others", "models/seed_oss.py", "config.hidden_size, bias=config.attention_out_bias)", "config.hidden_size, bias=config.attention_bias)", families("seed_oss")),
+    Mutation("OLMo 2: norms before the layers", "models/olmo2.py", "mixer=Sublayer(nn.Identity(), attention, post_norm=RMSNorm(config.hidden_size, config.rms_norm_eps))", "mixer=Sublayer(RMSNorm(config.hidden_size, config.rms_norm_eps), attention)", families("olmo2")),
 )  # fmt: skip

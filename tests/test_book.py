@@ -9,15 +9,16 @@ import re
 import pytest
 import typer
 
-from book import api, blocks, equations, figures, pages, pictures, readmes, reference, site, source, switch
+from book import api, blocks, coverage, equations, figures, pages, pictures, readmes, reference, site, source, switch
+from book.__main__ import main as book_command
 from book.catalog import Subject, all_subjects, read_questions
+from book.exercises import EXERCISES, PRACTISED
+from book.games import GAMES
 from book.markdown import Renderer
 from book.run import ExampleError, Examples, example_environment
 from book.site import Book, BookError, build_site, check_links, check_questions
 
 ROOT = source.ROOT
-WITHOUT_MUTATION = {"native"}
-"""Pages of layers, techniques and objectives on which no mistake is on record."""
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +80,44 @@ def test_every_page_has_a_command_and_its_output_is_chosen_by_words():
     assert switch.chosen_lines("a", "from=b") == []
 
 
-def test_every_layer_technique_and_objective_shows_what_breaks_and_every_page_its_sources(built):
+def test_every_page_has_the_parts_that_its_kind_requires(built):
     out, _ = built
-    for subject in all_subjects():
-        text = (out / subject.path).read_text(encoding="utf-8")
-        assert subject.kind == "paper" or 'id="sources"' in text, subject.key
-        if subject.kind in ("layer", "technique", "objective") and subject.name not in WITHOUT_MUTATION:
-            assert 'id="what-breaks-without-it"' in text, subject.key
+    pages_of = {one.key: (one.kind, (out / one.path).read_text(encoding="utf-8")) for one in all_subjects()}
+    found = {key: missing for key, (kind, page) in pages_of.items() if (missing := coverage.missing_parts(kind, page))}
+    assert found == {}
+    page = pages_of["layer/norm"][1]
+    lacking = page.replace(">Commonly got wrong<", "><").replace("class='question'", "")
+    assert coverage.missing_parts("layer", lacking) == ["Question", "Commonly got wrong"]
+
+
+def test_exercises_are_shown_on_the_pages_that_they_are_about(built):
+    out, _ = built
+    assert set(PRACTISED) <= set(EXERCISES)
+    assert {key for keys in PRACTISED.values() for key in keys} <= {one.key for one in all_subjects()}
+    for place, name in (("layer/rotary.html", "rotary"), ("05-llama.html", "rotary"), ("recipe/dpo.html", "dpo_loss")):
+        assert f"quest learn {name}<" in (out / place).read_text(encoding="utf-8"), place
+    game = next(one.path for one in all_subjects() if one.file == GAMES[0].file)
+    assert "quest learn break 1<" in (out / game).read_text(encoding="utf-8")
+
+
+BAD = {
+    "a link": ("[[layer/none]]", "layer/none"),
+    "an example": ("```python\n1 / 0\n```", "ZeroDivisionError"),
+    "a command": ("```quest\nquest show nothing\n```", "ended with"),
+    "an anchor": ("```code layers/norm.py:None\n```", "no 'None'"),
+    "a block that does not run": ("```console\nquest show gpt2\n```", "console"),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), BAD.values(), ids=BAD)
+def test_a_chapter_with_something_wrong_ends_the_command_with_1(text, said, tmp_path, monkeypatch, capsys):
+    """`make book` is a step of CI."""
+    (tmp_path / "chapters").mkdir()
+    (tmp_path / "chapters/01-bad.md").write_text(f"# Bad\n\nA chapter.\n\n{text}\n")
+    monkeypatch.setattr(site, "CHAPTERS", tmp_path / "chapters")
+    monkeypatch.setattr("sys.argv", ["book", str(tmp_path / "site")])
+    assert book_command() == 1
+    assert said in capsys.readouterr().err
 
 
 def test_a_benchmark_that_is_shown_is_a_section_of_its_page():

@@ -2,6 +2,9 @@
 
 Compiling costs 5 to 30 seconds per model, batch size, number of columns and (rounded) capacity, so it pays for rollouts
 and serving, not for one short answer. Later calls of the same shapes reuse the graph for as long as the model exists.
+
+Commonly got wrong: capacities are rounded up, or each length is a graph of its own; the narrowest compiled width that
+holds the columns is taken; rows that ended stay in the batch as padding, since a smaller batch is another graph.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """Runs the model for generation: one prefill, then one token per row and step, with preallocated caches.
 
-Nothing here decides when a sequence ends. The host waits for one small read per step."""
+Nothing here decides when a sequence ends. The host waits for one small read per step.
+
+Commonly got wrong: prompts that were read in groups of like length get their logits back in the order of the prompts;
+each row's next token stands at its own position, not at the longest row's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Incremental detokenization: text is released as tokens arrive, and no character and no stop string is ever split."""
+"""Incremental detokenization: text is released as tokens arrive, and no character and no stop string is ever split.
+
+Commonly got wrong: the earliest stop string cuts, not the first of the list; a text that may become a stop string is
+held back, and shown when it does not; what is held back when generation ends still belongs to the text."""
 
 from __future__ import annotations
 

@@ -1,5 +1,9 @@
 """Text generation. `generate` returns completions; `stream_tokens` is the same as an iterator over tokens. Both are one
-loop: sample, find the rows that ended, feed the others."""
+loop: sample, find the rows that ended, feed the others.
+
+Commonly got wrong: row r continues prompt r // n, not r % prompts; a row's random numbers come from its seed and
+prompt, not from its place in the batch; a model in training mode is refused, since dropout would change the text; a
+prompt that fills the context leaves no room for a token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Stopping criteria, and the state of a sequence while it is generated."""
+"""Stopping criteria, and the state of a sequence while it is generated.
+
+Commonly got wrong: a stop of tokens must lie in what was generated, not reach into the prompt; a text is decoded behind
+its prompt, or its first space is lost; an eos ends its own row alone."""
 
 from __future__ import annotations
 

@@ -4,6 +4,9 @@ Block          x = x + mixer(norm(x));  x = x + feed_forward(norm(x))
 SingleBlock    x = x + layer(norm(x))                                      one sublayer (Mamba hybrids)
                x = x + mixer(y) + feed_forward(y),  y = norm(x)            its layer a ParallelLayers (Cohere)
                x = x + mixer(norm1(x)) + feed_forward(norm2(x))            the same with two norms (GPT-NeoX)
+
+Commonly got wrong: in a plain block the feed-forward layer reads the stream with attention's output in it; of two
+parallel branches Cohere's share one norm and GPT-NeoX's have a norm each.
 """
 
 from __future__ import annotations

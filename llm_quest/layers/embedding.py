@@ -2,6 +2,9 @@
 
 `embed(input_ids, scope, inputs_embeds=None)` -> (B,T,D). inputs_embeds (B,T,D), if given, replaces what
 `embed.embed_tokens(input_ids)` would give: an image's vectors in place of its placeholders. Positions are added after.
+
+Commonly got wrong: learned positions begin at 0 behind padding, in every row at another column; vectors of an image get
+positions like words; a position beyond the table is an error, not the last one again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Feed-forward layers: they act on each token alone."""
+"""Feed-forward layers: they act on each token alone.
+
+Commonly got wrong: the activation is on the gate, not on the other projection; GPT-2's GELU is the tanh approximation
+and differs from the exact one in the fourth digit."""
 
 from __future__ import annotations
 

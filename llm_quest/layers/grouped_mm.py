@@ -5,6 +5,9 @@ PyTorch's `grouped_mm` computes it. It is wrapped in operators of our own becaus
 bfloat16 only, while the kernel itself takes float32 too: eager and compiled code run the same kernel, forward and
 backward. The two permutations are each other's transpose, and neither adds into a place twice, so that the order of
 additions is fixed on any device.
+
+Commonly got wrong: the offsets are where runs end, not where they begin; the way back is the inverse of the
+permutation, not the permutation; a token's gradient is the sum over all its experts.
 """
 
 from typing import Any, NamedTuple, Self

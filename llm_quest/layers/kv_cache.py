@@ -9,6 +9,10 @@ A token at position p is in slot p + 1; padding (p = -1) is in slot 0, which no 
 A ring serves a mixer that sees at most `sliding_window` tokens; it has `max_rewind` slots more than the window, so that
 up to `max_rewind` tokens can be rewound (speculative decoding). The slots of a pass are computed once per number of
 slots, not per layer. Eager code reads the filled slots alone; a compiled step reads all of them (constant shapes).
+
+Commonly got wrong: position -1 taken modulo the slots lands in a live one; a ring needs more slots than its window, or
+a pass overwrites what its first query still sees; after a rewind, slots that were overwritten cannot come back; rows of
+a group are repeated (0, 0, 1, 1), not tiled.
 """
 
 from __future__ import annotations

@@ -10,6 +10,9 @@ matrices of an 11M model one after another, on another machine: 15.4 ms against 
 
 A third form is a loop of our own in C++ (quantized_rows.cpp) that reads W once, in order, and sums in float32: where
 the host's product reads memory at half of its rate, or has no instructions for bfloat16.
+
+Commonly got wrong: a tied head is the embedding itself, not a copy of it; the order for few rows is for passes without
+gradients alone; a float32 bias does not set the dtype of a product under autocast.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@ square matrix (LoRA-XS) or a few mixed ones (TinyLoRA). W itself stays unchanged
 
 A wrapper keeps the interface of what it wraps: `weight` is the effective matrix (MLA multiplies by it directly),
 `parts` are the base's. `enabled` False: the model without its adapters, in the same memory.
+
+Commonly got wrong: dropout is on the adapter's input, not on the base's; DoRA's norm is one number for each output (a
+row of W), not for each input, and has no gradient; with an adapter off, `weight` is the base's too.
 """
 
 from __future__ import annotations

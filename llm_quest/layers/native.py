@@ -4,6 +4,8 @@ use, and kept in the cache folder.
 Without a working compiler, on another operating system than Linux and macOS, or with LLM_QUEST_NATIVE=0 everything is
 computed by the plain forms; a warning has the reason. Nothing is compiled at import. The instruction set is
 chosen when the operator is called, so a cache folder may be shared by unlike machines.
+
+Commonly got wrong: a build that failed is not tried again at every call; a compiler's output is not an error message.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 Decoding one token reads every weight once, and memory bandwidth is the limit: a quarter of float32's bytes (int8), or
 an eighth (int4, nf4), gives up to so many times the tokens. Activations stay floats: no calibration, and a row's result
 does not depend on the rows beside it.
+
+Commonly got wrong: the bias of a quantized layer and the soft cap of a quantized head still have to be applied; only
+the matrix is replaced.
 """
 
 from __future__ import annotations

@@ -9,6 +9,9 @@
 
 torch's own kernels are not used: `aten._weight_int8pack_mm` rounds x and y to bfloat16, reads beyond rows whose width
 is no multiple of 16, and inductor cannot compile it for a computed input (docs/LOG.md).
+
+Commonly got wrong: dx = dy W needs W with its signs and scales, not the codes; a row's sum must not depend on the rows
+beside it; NaN and infinity pass through.
 """
 
 from __future__ import annotations

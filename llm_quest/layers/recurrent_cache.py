@@ -5,6 +5,9 @@ positions will be rewound, and copies the state while every row stands there. Wi
 the state after each of the last tokens (`history`), so that rejected draft tokens are rewound at no cost.
 `latest_rewind(positions)` returns the latest of these places; the caller feeds the tokens from there again
 (`Cache.rewind`).
+
+Commonly got wrong: joined caches have histories of unlike length, which are aligned at their ends, since entry -1 is
+the last token in each; padding must neither fade nor change a state.
 """
 
 from __future__ import annotations

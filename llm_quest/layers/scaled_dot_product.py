@@ -3,6 +3,9 @@
 `explicit_attention` is the definition; `fused_attention` computes the same through PyTorch's kernel; a law holds them
 equal. `ScaledDotProduct` is the module that mixers call. Its scale, dropout, soft cap and sinks are its attributes, and
 forward hooks on it see the queries and keys of every pass (QK-Clip, attention taps).
+
+Commonly got wrong: the cap comes after the scale and before the mask; a window counts the token itself; a sink's logit
+is not scaled like a score, and its column is dropped after the softmax, so the weights sum to less than one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Which slot each token of a pass gets, and the position that each slot holds (the picture: `layers/kv_cache.py`)."""
+"""Which slot each token of a pass gets, and the position that each slot holds (the picture: `layers/kv_cache.py`).
+
+Commonly got wrong: caches that are joined in another order than they were filled carry their positions along, or a row
+reads another row's past."""
 
 from __future__ import annotations
 

@@ -14,6 +14,9 @@ in llama.cpp. A row whose width is no multiple of the group is padded with zeros
 Differs: QLoRA has groups of 64 and quantizes the scales once more; here one scale of 2 bytes serves 32 weights (4.5
 bits a weight against 4.13), which is more exact. int4's scale and minimum are fitted to the least squared error, which
 is 0.70 of that of Q4_0 and 0.84 of Q4_1's smallest and largest number on normal weights.
+
+Commonly got wrong: int8 has one scale for each row, not one for the matrix, in which a single large row would take the
+others' precision; the low half of a byte is weight j and the high half weight j + 16, not neighbours.
 """
 
 from __future__ import annotations

@@ -10,6 +10,9 @@ form takes a few rows at a time, accumulates both gradients during the forward p
 three matrix products, as many as the plain form, and never more than `rows` x V numbers. Capped logits c tanh(z/c)
 multiply g by the slope 1 - tanh(z/c)^2. (`chunked_head_loss` does this for any loss of the logits: distillation is
 another.)
+
+Commonly got wrong: rows without a target have no gradient; capped logits need the slope of the cap; the sum is divided
+by the number of targets of the whole step, not of a piece.
 """
 
 from __future__ import annotations

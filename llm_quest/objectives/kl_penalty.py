@@ -8,6 +8,9 @@ What matters is the *gradient* of each in a loss, in expectation over samples of
       k2        grad KL(pi || pi_ref), exactly
       k3        pi - pi_ref: the gradient of the other direction, KL(pi_ref || pi) (the GRPO paper's choice)
       rho k3    grad KL(pi || pi_ref), exactly (DeepSeek-V3.2, arXiv:2512.02556)
+
+Commonly got wrong: k1 in a loss has no effect in expectation, and is refused; k3 has e^-l, and with e^l it estimates
+no divergence between policy and reference.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
 """Next-token prediction, the objective of pretraining: sum over tokens of -log p(token t+1 | tokens <= t).
 
 Captioning and visual question answering are the same with an image before the text: -log p(token t+1 | image,
-tokens <= t). The question, the image placeholders and the padding have no loss, and no logits are computed for them."""
+tokens <= t). The question, the image placeholders and the padding have no loss, and no logits are computed for them.
+
+Commonly got wrong: held-out losses count neither tokens for the balancing of experts nor the loss of extra modules;
+what a teacher's distribution replaces is taken from the cross-entropy, not added to it."""
 
 from __future__ import annotations
 

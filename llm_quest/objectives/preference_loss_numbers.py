@@ -1,4 +1,6 @@
-"""A preference loss by its name, with the numbers that it takes: what each means, its range, and what is refused."""
+"""A preference loss by its name, with the numbers that it takes: what each means, its range, and what is refused.
+
+Commonly got wrong: a number that the chosen loss does not read is refused, since a run with it would look tuned."""
 
 from __future__ import annotations
 

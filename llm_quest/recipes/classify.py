@@ -1,5 +1,8 @@
 """`quest train classify`: texts with labels -> a classifier: a model's head is replaced by one number for each class,
-read at a text's last token. Rows with lists of labels make a multi-label classifier."""
+read at a text's last token. Rows with lists of labels make a multi-label classifier.
+
+Commonly got wrong: macro F1 weighs classes alike, however common they are; an export of several labels has to say that
+they are, or a reader takes a softmax over them."""
 
 from __future__ import annotations
 

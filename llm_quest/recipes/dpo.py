@@ -1,5 +1,8 @@
 """`quest train dpo`: preferences -> a model that gives the better answer more probability than it had and the worse one
-less, without a reward model."""
+less, without a reward model.
+
+Commonly got wrong: a question's pass is shared by its answers, but not under FSDP2, which shards a block again after
+its first pass; the reference is the model that the run begins with, so the first loss is ln 2."""
 
 from __future__ import annotations
 

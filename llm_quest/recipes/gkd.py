@@ -1,5 +1,8 @@
 """`quest train gkd`: a model and a teacher -> a model that writes as the teacher would, learned on its own answers
-(on-policy distillation, GKD, arXiv:2306.13649)."""
+(on-policy distillation, GKD, arXiv:2306.13649).
+
+Commonly got wrong: a question is cut so far that the data's answer and the model's own both have room; the teacher is a
+part of the run's identity, so that a resumed run does not change it."""
 
 from __future__ import annotations
 

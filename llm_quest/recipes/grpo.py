@@ -4,7 +4,10 @@
                                                      and after
 
 Prompts are a task's problems or rows of a file (`recipes/policy_prompts.py`); rewards are in `recipes/reward_specs.py`;
-`recipes/policy_setup.py` assembles the rollouts."""
+`recipes/policy_setup.py` assembles the rollouts.
+
+Commonly got wrong: with an adapter the reference is the model with its adapters off, in the same memory; a run that is
+resumed in the middle of a rollout must not sample it again with other weights."""
 
 from __future__ import annotations
 

@@ -7,7 +7,10 @@
 Every stage is a run of its own in the folder, so the whole goes on where it was interrupted. In the metrics of a policy
 `rewards/model` is what it is trained for and `reward` is what it is worth: where they part, the policy exploits the
 reward model.
-Not said in the paper: the policy's optimiser begins anew in every iteration."""
+Not said in the paper: the policy's optimiser begins anew in every iteration.
+
+Commonly got wrong: the reference of an iteration is the policy that it began with, not the first one, so its divergence
+begins at 0; each reward model learns from earlier comparisons too."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """`quest train kto`: single answers labelled as desirable or not -> a model that gives desirable ones more probability
-than it had, without pairs and without a reward model."""
+than it had, without pairs and without a reward model.
+
+Commonly got wrong: the reference point is the mean over all processes' rows, not over one process's own; held-out rows
+have one of their own."""
 
 from __future__ import annotations
 

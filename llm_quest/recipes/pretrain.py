@@ -4,6 +4,9 @@
             checkpoints/  summary.json
 
 The same command again resumes the run and ends with the bits of a run that was never interrupted.
+
+Commonly got wrong: a model that goes on from weights, or learns from a teacher, does not begin at a loss of ln V; a run
+with another teacher is another run, even where the teachers' folders have one name.
 """
 
 from __future__ import annotations

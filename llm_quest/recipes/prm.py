@@ -1,5 +1,8 @@
 """`quest train prm`: solutions whose steps are labelled -> a process reward model, which scores the end of every
-step."""
+step.
+
+Commonly got wrong: a step's label stands at the separator that ends it, not before; separators of the question end no
+step; steps without a label are not judged."""
 
 from __future__ import annotations
 

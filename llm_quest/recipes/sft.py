@@ -1,5 +1,9 @@
 """`quest train sft`: conversations -> a model that answers. The loss is of the answers alone, each with its end; whole
-conversations share rows and do not see one another."""
+conversations share rows and do not see one another.
+
+Commonly got wrong: the token that ends an answer is learned too, or the model never stops; prompt and answer are
+encoded as pieces of one text, so that no token lies across their border; what a user types is never read as a control
+token."""
 
 from __future__ import annotations
 

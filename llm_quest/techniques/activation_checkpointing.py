@@ -2,8 +2,9 @@
 forward pass and computed again in the backward pass: the memory of one block instead of all, for about a third more
 time.
 
-It changes no value, no gradient and no name, so it is not part of the model: neither spec nor file records it. Commonly
-got wrong: dropout must be the same the second time (torch restores the random state of each block).
+It changes no value, no gradient and no name, so it is not part of the model: neither spec nor file records it.
+
+Commonly got wrong: dropout must be the same the second time (torch restores the random state of each block).
 """
 
 from __future__ import annotations

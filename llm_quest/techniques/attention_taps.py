@@ -1,5 +1,8 @@
 """Attention taps: chosen layers record their attention weights in `Scope(..., records={})`, and no logit changes. The
-weights are computed a second time, explicitly, since the fused kernel does not return them; they carry gradients."""
+weights are computed a second time, explicitly, since the fused kernel does not return them; they carry gradients.
+
+Commonly got wrong: weights that are computed a second time need the same sinks and the same soft cap, or they are not
+those that mixed the values."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """Hyper-connections added to a finished decoder: its residual stream becomes n streams, every residual a
 `HyperConnection` (`layers/hyper_connections.py` has the equations). At first the logits are the plain model's.
+
+Commonly got wrong: layers that all begin with the same stream never make the streams differ; the connections' static
+weights do not decay, since 0 is not their neutral value.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """Multi-token prediction added to any decoder (DeepSeek-V3, arXiv:2412.19437, section 2.2): modules of the family's own
 block, each predicting one token further ahead (`layers/multi_token_prediction.py` shows the chain). The objective
 trains them with a weight of its own; speculative decoding uses them; the model's own logits are unchanged.
+
+Commonly got wrong: module k's state at t is paired with the token k + 1 further on, not with the next; modules have
+the form of the model's last layer and weights of their own, drawn apart.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ as much memory again, and whose errors do not move the policy.
 
 It begins at 0, so that the first advantages are those of the rewards alone; on a reward model as the value model, with
 its score. The model's logits are unchanged; `quest export` leaves both out.
+
+Commonly got wrong: a head that begins elsewhere than at 0 gives the first advantages its own noise; adding it must not
+change the logits.
 """
 
 from __future__ import annotations

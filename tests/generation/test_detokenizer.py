@@ -49,6 +49,7 @@ def test_an_unfinished_stop_string_is_said_at_the_end():
 
 def test_the_earliest_of_several_stop_strings_cuts():
     assert "".join(told("one two three", ["three", "two"])[0]) == "one "
+    assert "".join(told("a stop", ["top", "stop"])[0]) == "a ", "one token completes both"
 
 
 def test_a_character_of_several_bytes_is_said_whole():

@@ -8,7 +8,10 @@ many draft steps and of a wider pass. That pays while
 
 which is the rule of renewal-reward problems: the best policy is the one whose own rate is its threshold. A is measured:
 how often drafts of this confidence were accepted so far. The times are medians of the last passes (the lower of two, so
-that a first pass that had to be compiled is soon forgotten)."""
+that a first pass that had to be compiled is soon forgotten).
+
+Commonly got wrong: drafting that does not pay rests longer each time, or a poor draft costs a constant share; a step is
+worth its tokens only against what the same time would bring elsewhere, not whenever it is likely to be accepted."""
 
 from __future__ import annotations
 

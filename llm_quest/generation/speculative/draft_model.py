@@ -2,7 +2,10 @@
 
 Two models of one tokenizer may have embeddings padded to other sizes (Qwen2.5: 151,936 and 152,064 rows). Ids that the
 draft model does not have are never drafted, and ids that the target does not have neither; the text is the target's
-alone in any case."""
+alone in any case.
+
+Commonly got wrong: the draft's cache is taken back with the target's, or it goes on from rejected tokens; an id that
+only one of two padded vocabularies has is never drafted."""
 
 from __future__ import annotations
 

@@ -4,7 +4,10 @@ itself.
 A drafter proposes for each row the tokens that may follow, with the distribution q each was drawn from (None: a point
 mass). Where it has no proposal it gives none, and the target model samples alone. A drafter that is `context_only`
 proposes at a place what depends on the text before it alone, wherever the cycle began: then a row's text does not
-depend on the draft length."""
+depend on the draft length.
+
+Commonly got wrong: a draft is drawn from the same filtered distribution as the target's tokens, or it is rejected more
+often; its own earlier drafts count as seen for the repetition penalty."""
 
 from __future__ import annotations
 

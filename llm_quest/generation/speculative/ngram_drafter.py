@@ -1,4 +1,7 @@
-"""Drafting from the text itself: prompt lookup."""
+"""Drafting from the text itself: prompt lookup.
+
+Commonly got wrong: the longest match decides, not the latest; drafts of this cycle are a part of the text that is
+searched, and forgotten after it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The target model of speculative decoding: one pass over unread and drafted tokens, and the rewind after it."""
+"""The target model of speculative decoding: one pass over unread and drafted tokens, and the rewind after it.
+
+Commonly got wrong: after a rejection the cache is taken back to before the last token, which is unread; rows that
+accepted unlike numbers are taken back to unlike places; a cache that went back further reads tokens again, which are
+not judged a second time."""
 
 from __future__ import annotations
 

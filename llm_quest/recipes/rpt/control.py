@@ -2,7 +2,10 @@
 next-token training on the same documents for as many FLOPs as RPT took, finding positions and sampling included.
 
 A step of n documents of T tokens costs three forward passes over T each (`cost/flops.py`); the run ends with the first
-step that reaches what RPT spent."""
+step that reaches what RPT spent.
+
+Commonly got wrong: the control spends at least what RPT spent, the search for places and the sampling included; it
+begins with the thoughts that RPT began with."""
 
 from __future__ import annotations
 

@@ -5,7 +5,10 @@ before it says the next token.
       a token's end: 1, else 0 -> policy gradient, with held-out accuracy by how hard the proxy finds the place
 
 What is spent is counted in FLOPs (`teraflops` in the metrics), so that `quest train rpt_control` can spend as much on
-plain next tokens."""
+plain next tokens.
+
+Commonly got wrong: finding the places, and the passes of a reference, cost FLOPs too; a prompt that is sampled several
+times is read once; the places come in another order every epoch."""
 
 from __future__ import annotations
 
