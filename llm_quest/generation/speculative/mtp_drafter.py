@@ -10,8 +10,8 @@ So each cycle begins with what the target has verified: every module reads the t
 the modules before it. Entries made from guesses need not be taken back: nobody sees a later position than its own, and
 by then the entry has been written again.
 
-Commonly got wrong: module k has nothing to say of a text's first k + 1 tokens; a row that read nothing in a cycle keeps
-the output with which it will begin."""
+Commonly got wrong: module k has nothing to say of a text's first k + 1 tokens; each module reads
+the output of the one before for the token before, so a cycle begins with an output that the last one kept."""
 
 from __future__ import annotations
 
