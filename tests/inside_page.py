@@ -1,8 +1,8 @@
 """Proves the page of `quest serve --inside`: a tiny gpt-oss (experts, windows, sinks) and a tiny DeepSeek-V3 (latent
-attention, a dense layer before those with experts) are served, and the page is used in headless Chromium by keyboard
-alone, 400 and 1200 pixels wide, light and dark. The numbers that it shows are those of the server's JSON, texts have a
-contrast of at least 4.5, every control gets the focus and shows it, nothing is wider than the window, and the console
-has no error.
+attention, a dense layer before those with experts) are served, each with a draft, and the page is used in headless
+Chromium by keyboard alone, 400 and 1200 pixels wide, light and dark. The numbers that it shows are those of the
+server's JSON, texts have a contrast of at least 4.5, every control gets the focus and shows it, nothing is wider than
+the window, and the console has no error.
 
 python -m tests.inside_page [--chromium PATH] [--screenshots FOLDER]
 """
@@ -32,10 +32,14 @@ from tests.browser import SCHEMES, WIDTHS, Browser
 from tests.gguf_judge import randomize_for_judging
 from tests.web_page import ascii_tokenizer
 
-MODELS = ("gpt-oss-tiny", "deepseek-v3-tiny")
+MODELS = {"gpt-oss-tiny": "itself", "deepseek-v3-tiny": "mtp"}
+"""Name -> draft; itself: the folder once more."""
 PROMPT = "One loop trains a model of any kind, and"
 STEPS_RIGHT = 5
 CELL = "(one) => one.children.length ? [...one.children].map((part) => part.textContent).join('\\n') : one.textContent"
+LONGEST_TOKEN = (
+    "[...document.querySelectorAll('#tokens button')].reduce((a, b) => a.innerText.length > b.innerText.length ? a : b)"
+)
 LARGEST_SURPRISE = 12.0
 """In bits: from here on a token has the darkest shade."""
 
@@ -51,9 +55,10 @@ def write_model(name: str, folder: Path) -> None:
 
 
 @contextmanager
-def inside_server(folder: Path) -> Iterator[str]:
-    """`quest serve --inside` in a process of its own; its address."""
+def inside_server(folder: Path, draft: str) -> Iterator[str]:
+    """`quest serve --inside --draft` in a process of its own; its address."""
     command = [sys.executable, "-m", "llm_quest", "serve", str(folder), "--inside", "--port", "0", "--threads", "1"]
+    command += ["--draft", str(folder) if draft == "itself" else draft]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:
@@ -65,7 +70,7 @@ def inside_server(folder: Path) -> Iterator[str]:
 
 def fetch(url: str, body: dict[str, Any] | None = None) -> bytes:
     data, headers = (json.dumps(body).encode(), {"Content-Type": "application/json"}) if body else (None, {})
-    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=20) as answer:
+    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=120) as answer:
         return answer.read()
 
 
@@ -137,6 +142,22 @@ class PageNumbers:
         ]
         self.compare_rows("experts", rows, numbers)
 
+    def drafts(self, place: int) -> None:
+        """The proposals of the chosen token's cycle, and the count of all."""
+        cycles = json.loads(fetch(f"{self.text}/drafts"))["cycles"]
+        proposals = [one for cycle in cycles for one in cycle["proposals"]]
+        accepted = sum(one["is_accepted"] for one in proposals)
+        counts = re.findall(r"\d+", self.browser.text("#drafted"))
+        expected = [accepted, len(proposals), len(self.view["tokens"]), len(cycles)]
+        self.compare_rows("counts of drafts", [counts], [expected])
+        underlined = self.browser.evaluate("document.querySelectorAll('#tokens .accepted').length")
+        self.compare_rows("underlined", [[str(underlined)]], [[accepted]])
+        cycle = next(one for one in cycles if place < one["place"] + one["num_taken"])
+        judged = sum(one["p"] is not None for one in cycle["proposals"])
+        rows = [[row[0], *row[2:5]] for row in table(self.browser, "proposals")][:judged]
+        numbers = [[cycle["place"] + n, one["q"], one["p"], one["chance"]] for n, one in enumerate(cycle["proposals"])]
+        self.compare_rows("proposals", rows, numbers[:judged])
+
     def attention(self, layer: int, head: int, place: int) -> None:
         """The largest weights of a token's row, and every pixel of the drawing: opacity is the weight's square root."""
         size = len(self.view["prompt"]) + len(self.view["tokens"])
@@ -180,11 +201,13 @@ def use_page(browser: Browser, url: str) -> PageNumbers:
     numbers = PageNumbers(browser, url)
     numbers.tokens()
     numbers.chosen_token(0)
+    numbers.drafts(0)
     numbers.attention(0, 0, 0)
     browser.tab_to("#tokens [aria-selected=true]")
     for _ in range(STEPS_RIGHT):
         browser.press("ArrowRight")
     numbers.chosen_token(STEPS_RIGHT)
+    numbers.drafts(STEPS_RIGHT)
     for field in ("#layer", "#head"):
         browser.tab_to(field)
         browser.press("ArrowDown")
@@ -209,6 +232,7 @@ def check_view(browser: Browser, url: str, width: int, scheme: str, screenshots:
     browser.open(f"{url}/inside", width, scheme)
     time.sleep(0.3)
     wait_until_quiet(browser)
+    browser.evaluate(f"{LONGEST_TOKEN}.click()")
     first = browser.reading_problems()
     numbers = use_page(browser, url)
     problems = [*first, *numbers.wrong, *browser.reading_problems()]
@@ -220,7 +244,7 @@ def check_view(browser: Browser, url: str, width: int, scheme: str, screenshots:
 
 def check_model(browser: Browser, name: str, folder: Path, screenshots: Path) -> bool:
     write_model(name, folder)
-    with inside_server(folder) as url:
+    with inside_server(folder, MODELS[name]) as url:
         good = [check_empty(browser, url)]
         good += [check_view(browser, url, width, scheme, screenshots) for width in WIDTHS for scheme in SCHEMES]
     return all(good)

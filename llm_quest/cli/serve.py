@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from llm_quest.cli.chat import load_text_model
 from llm_quest.cli.generation_options import read_advice
+from llm_quest.cli.speculative_generate import load_draft
 from llm_quest.contracts import LogFn
 from llm_quest.errors import QuestError, UsageError
 from llm_quest.hub.load_adapter import load_adapter
@@ -21,12 +23,15 @@ def serve_models(
     options: ServeOptions,
     *,
     name: str | None,
+    draft: str | None,
     device: str,
     dtype: str,
     log: LogFn,
 ) -> None:
     """Serve until the process is told to end. Keys are read and the port is bound first, so that a mistake shows before
     models load."""
+    if draft is not None and not options.inside:
+        raise UsageError("--draft shows on the page of --inside what a draft proposes: add --inside")
     parsed, rules = parse_adapters(adapters), options.access_rules()
     listener = bind_socket(options.host, options.port)
     with listener:
@@ -38,6 +43,10 @@ def serve_models(
                     f"--adapter {adapter}={folder}: this is the name of the model; give another, or --name"
                 )
             models[adapter] = load_adapted(name_or_path, folder, served_name, device, dtype, log)
+        if draft is not None:
+            base = models[served_name]
+            source = load_draft(draft, base.model, base.tokenizer, name_or_path, device, dtype, log)
+            models = {key: replace(one, draft=source) for key, one in models.items()}
         server = make_server(models, options, rules, log)
         host, port = listener.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host

@@ -44,6 +44,12 @@ def serve(
     inside: Annotated[
         bool, typer.Option("--inside", help="Keep the last 64 texts for a page at /inside: how each token came about.")
     ] = False,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL|mtp|ngram", help="With --inside: show what this draft proposes, and what is accepted."
+        ),
+    ] = None,
     quiet: QuietOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -63,4 +69,4 @@ def serve(
         prefix_cache, HttpLimits(request_seconds=timeout), log_requests, log_prompts, inside,
     )  # fmt: skip
     machine: dict[str, Any] = {"device": device, "dtype": dtype, "log": status_printer(quiet)}
-    serve_models(model, adapter or (), options, name=name, **machine)
+    serve_models(model, adapter or (), options, name=name, draft=draft, **machine)

@@ -38,7 +38,8 @@ POSITIONS_PER_BLOCK = 64
 
 @dataclass(frozen=True)
 class WrittenText:
-    """A finished text and how it was sampled. prompt_length: the tokens before it."""
+    """A finished text and how it was sampled. prompt_length: the tokens before it. copy: which choice of its request it
+    is; choice: of the whole answer."""
 
     id: str
     choice: int
@@ -47,6 +48,8 @@ class WrittenText:
     sampling_params: SamplingParams
     stopping_criteria: StoppingCriteria
     make_grammar: Callable[[], Grammar] | None = None
+    seed: int = 0
+    copy: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,18 +122,25 @@ class TextInside:
         self, place: int, logits: Float[Tensor, "1 V"], grammar: Grammar | None
     ) -> Iterator[tuple[str, Float[Tensor, " V"]]]:
         """The distribution after each step of sampling that is in use; the last one was drawn from."""
-        params, past = self.text.sampling_params, self.text.token_ids[:place]
         yield "model", logits[0].softmax(dim=-1)
+        changed, in_use = self.penalize(place, logits, grammar)
+        if in_use:
+            yield "penalties", changed[0].softmax(dim=-1)
+        for name, step in filter_steps(self.text.sampling_params):
+            yield name, step.log_probs(changed)[0].exp()
+
+    def penalize(
+        self, place: int, logits: Float[Tensor, "1 V"], grammar: Grammar | None
+    ) -> tuple[Float[Tensor, "1 V"], bool]:
+        """The logits after bias, penalties and schema, and whether any of them is in use."""
+        params, past = self.text.sampling_params, self.text.token_ids[:place]
         processor = LogitsProcessor(params, self.text.stopping_criteria, logits.shape[-1], self.device)
         offsets = processor.to_tensor([processor.row_offsets(past, self.text.prompt_length)])
         if grammar is not None:
             offsets = offsets.masked_fill(~grammar.token_mask().to(self.device), NEG_INF)
         seen = token_presence_mask([past], logits.shape[-1], self.device) if params.repetition_penalty != 1 else None
-        changed = params.apply_penalties(processor.add_bias(logits), seen, offsets)
-        if seen is not None or processor.bias is not None or processor.reads_history or grammar is not None:
-            yield "penalties", changed[0].softmax(dim=-1)
-        for name, step in filter_steps(params):
-            yield name, step.log_probs(changed)[0].exp()
+        in_use = seen is not None or processor.bias is not None or processor.reads_history or grammar is not None
+        return params.apply_penalties(processor.add_bias(logits), seen, offsets), in_use
 
     @torch.inference_mode()
     def attention(self, layer: int, head: int) -> Float[Tensor, "T T"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -13,10 +14,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from llm_quest.errors import QuestError
+from llm_quest.generation.speculative.drafters import MAX_DRAFT_TOKENS
 from llm_quest.serve.answers import AnswerWriter, spell
 from llm_quest.serve.engine import ServingEngine
 from llm_quest.serve.errors import ApiError
 from llm_quest.serve.inside import TextInside, TokenView, WrittenText, attention_heads
+from llm_quest.serve.inside_drafts import DraftCycle, DraftReplay
 from llm_quest.serve.service import ServedModel
 
 MAX_TEXTS = 64
@@ -44,12 +47,12 @@ class InsideViews:
         """Remember the texts of a finished answer; the oldest go."""
         for request in answer.requests:
             first = answer.first_choice(request)
-            for choice in answer.choices[first : first + request.n]:
+            for copy, choice in enumerate(answer.choices[first : first + request.n]):
                 if not choice.token_ids:
                     continue
                 text = WrittenText(
                     answer.id, choice.index, (*request.prompt, *choice.token_ids), len(request.prompt),
-                    request.sampling_params, request.stopping_criteria, request.make_grammar,
+                    request.sampling_params, request.stopping_criteria, request.make_grammar, request.seed, copy,
                 )  # fmt: skip
                 self.texts[answer.id, choice.index] = (answer.served, text)
         while len(self.texts) > MAX_TEXTS:
@@ -64,6 +67,7 @@ class InsideViews:
             Route(f"{text}/attention", self.attention),
             Route(f"{text}/lens", self.lens),
             Route(f"{text}/routing", self.routing),
+            Route(f"{text}/drafts", self.drafts),
         ]
 
     async def page(self, request: Request) -> Response:
@@ -90,6 +94,7 @@ class InsideViews:
                 "tokens": [describe_token(served, view) for view in views],
                 "heads": attention_heads(model),
                 "layers": len(model.blocks),
+                "has_draft": served.draft is not None,
             }
         )
 
@@ -115,6 +120,19 @@ class InsideViews:
         layers = [[[{"expert": one, "weight": w} for one, w in row] for row in layer] for layer in found]
         return JSONResponse({"layers": layers})
 
+    async def drafts(self, request: Request) -> Response:
+        """What the server's draft proposes along the text. Each cycle runs between two steps of its own, for there may
+        be as many as tokens."""
+        served, text = self.find(request)
+        if (draft := served.draft) is None:
+            raise ApiError(400, "this server has no draft: start it with --draft MODEL, mtp or ngram")
+        length = read_number(request, "length", 4, 1, MAX_DRAFT_TOKENS)
+        replay = await self.compute(lambda: DraftReplay(TextInside(served.batch.model, text), draft, length))
+        cycles: list[DraftCycle] = []
+        while not replay.is_finished:
+            cycles.append(await self.compute(replay.run_cycle))
+        return JSONResponse({"cycles": [describe_cycle(served, one) for one in cycles]})
+
     def find(self, request: Request) -> tuple[ServedModel, WrittenText]:
         key = (request.path_params["id"], request.path_params["choice"])
         if key not in self.texts:
@@ -135,6 +153,12 @@ def read_number(request: Request, name: str, default: int, low: int, high: int) 
     if not (text.isascii() and text.isdigit() and len(text) < 8 and low <= int(text) <= high):
         raise ApiError(400, f"{name} is {text[:40]!r}: give a number from {low} to {high}", param=name)
     return int(text)
+
+
+def describe_cycle(served: ServedModel, cycle: DraftCycle) -> dict[str, Any]:
+    """A cycle with the texts of its tokens."""
+    proposals = [asdict(one) | {"text": spell(served, one.token)} for one in cycle.proposals]
+    return {"place": cycle.place, "num_taken": cycle.num_taken, "proposals": proposals}
 
 
 def describe_token(served: ServedModel, view: TokenView) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 "use strict";
 // The page of /inside: everything comes from this server, and model text becomes text nodes only.
 const at = (id) => document.getElementById(id);
-const state = { text: null, view: null, token: 0, matrix: null, size: 0, lens: null, routing: null };
+const state = { text: null, view: null, token: 0, matrix: null, size: 0, lens: null, routing: null, cycles: [] };
 
 async function ask(path, body) {
   const headers = at("key").value ? { Authorization: `Bearer ${at("key").value}` } : {};
@@ -86,9 +86,12 @@ async function showText() {
   [state.view, state.lens, state.routing] = await Promise.all(
     ["?top=8", "/lens?top=4", "/routing"].map(async (path) => (await ask(state.text + path)).json()));
   const { view } = state;
+  state.cycles = view.has_draft ? (await (await ask(`${state.text}/drafts`)).json()).cycles : [];
+  at("drafts").hidden = !view.has_draft;
   fillSelect(at("layer"), view.heads.map((count, layer) => [layer, count]).filter(([, count]) => count).map(([layer]) => [layer, layer]));
   at("experts").hidden = !state.routing.layers.length;
   at("tokens").replaceChildren(...view.tokens.map(tokenButton));
+  markAccepted();
   at("before").textContent = view.prompt.join("");
   at("views").hidden = false;
   await showAttention();
@@ -101,6 +104,24 @@ function tokenButton(token, place) {
   button.style.background = `rgba(var(--mark), calc(var(--shade) * ${Math.min(token.surprise / 12, 1)}))`;
   button.addEventListener("click", () => choose(place));
   return button;
+}
+
+// Underlines the tokens that the draft had proposed, and counts.
+function markAccepted() {
+  const proposals = state.cycles.flatMap((cycle) => cycle.proposals.map((one, number) => ({ ...one, place: cycle.place + number })));
+  const accepted = proposals.filter((one) => one.is_accepted), { length } = state.view.tokens;
+  for (const { place } of accepted) at("tokens").children[place].className = "accepted";
+  at("drafted").textContent = `${accepted.length} of ${proposals.length} proposals are accepted; ` +
+    `${length} tokens in ${state.cycles.length} passes of the model`;
+}
+
+// The cycle that a token belongs to: its proposals, with the probability of each under draft and model.
+function showProposals(place) {
+  const cycle = state.cycles.find((one) => place < one.place + one.num_taken);
+  const judged = (p) => (p === null ? "not judged" : share(p));
+  fillTable(at("proposals"), ["for token", "proposed", "draft", "model", "chance", "accepted"], (cycle ? cycle.proposals : []).map((one, number) => (
+    { cells: [cycle.place + number, spell(one.text), share(one.q), judged(one.p), judged(one.chance), one.is_accepted ? "yes" : "no"],
+      drawn: one.is_accepted })));
 }
 
 function choose(place) {
@@ -122,6 +143,7 @@ function choose(place) {
   const row = view.prompt.length + state.token - 1;
   fillTable(at("routing"), ["layer", "expert and weight"], routing.layers.flatMap((layer, number) => (
     layer.length ? { cells: [number, layer[row].map((one) => `${one.expert}: ${one.weight.toFixed(3)}`)] } : [])));
+  showProposals(state.token);
   showLooks(row);
 }
 

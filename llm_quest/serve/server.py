@@ -16,6 +16,8 @@ from llm_quest.contracts import LogFn
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.generation.generate import require_inference_mode
+from llm_quest.generation.sampling import SamplingParams
+from llm_quest.generation.speculative.decoder import DraftSource, make_drafter
 from llm_quest.generation.stopping import end_token_ids
 from llm_quest.hub.pooling import Pooling
 from llm_quest.models.decoder import Decoder
@@ -37,13 +39,14 @@ SHUTDOWN_SECONDS = 5
 @dataclass(frozen=True)
 class LoadedModel:
     """A model to serve. defaults: how it is sampled where a request says nothing. parent: of an adapter, the name of
-    its base. pooling: None: it makes no embeddings."""
+    its base. pooling: None: it makes no embeddings. draft: whose proposals the inside view shows."""
 
     model: Decoder
     tokenizer: Tokenizer
     defaults: Mapping[str, Any] = field(default_factory=dict)
     parent: str | None = None
     pooling: Pooling | None = None
+    draft: DraftSource | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ def make_server(
 def serve_model(name: str, loaded: LoadedModel, options: ServeOptions) -> ServedModel:
     model = loaded.model
     require_inference_mode(model)
+    if loaded.draft is not None:
+        make_drafter(loaded.draft, model, SamplingParams())  # UsageError here for one that cannot draft for this model
     batch = RunningBatch(model, options.batch_limits(model), ServerMetrics())
     return ServedModel(
         name,
@@ -108,6 +113,7 @@ def serve_model(name: str, loaded: LoadedModel, options: ServeOptions) -> Served
         loaded.defaults,
         loaded.parent,
         loaded.pooling,
+        loaded.draft,
     )
 
 

@@ -13,6 +13,7 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.vocabulary import token_bytes
 from llm_quest.errors import UsageError
 from llm_quest.generation.sampling import SamplingParams
+from llm_quest.generation.speculative.decoder import DraftSource
 from llm_quest.generation.stopping import StoppingCriteria
 from llm_quest.hub.pooling import Pooling
 from llm_quest.serve.batch import RunningBatch
@@ -29,7 +30,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 @dataclass(eq=False)
 class ServedModel:
     """A model under its name. defaults: temperature, top_p and their like, where a request says nothing. pooling: of a
-    model that makes embeddings."""
+    model that makes embeddings. draft: whose proposals the inside view shows."""
 
     name: str
     tokenizer: Tokenizer
@@ -38,6 +39,7 @@ class ServedModel:
     defaults: Mapping[str, Any]
     parent: str | None = None
     pooling: Pooling | None = None
+    draft: DraftSource | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property

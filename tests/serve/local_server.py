@@ -81,11 +81,11 @@ def parse_answer(raw: bytes) -> tuple[int, Any, dict[str, str]]:
 
 
 @contextmanager
-def local_server(pooling: Pooling | None = None, **options: Any) -> Iterator[LocalServer]:
+def local_server(pooling: Pooling | None = None, draft: str | None = None, **options: Any) -> Iterator[LocalServer]:
     """A server in this process, until the end of the block."""
     tokenizer = tiny_tokenizer()
     models = {
-        "tiny": LoadedModel(tiny_model(tokenizer), tokenizer, pooling=pooling),
+        "tiny": LoadedModel(tiny_model(tokenizer), tokenizer, pooling=pooling, draft=draft),
         "adapted": LoadedModel(tiny_adapter(tokenizer), tokenizer, parent="tiny"),
     }
     lines: list[str] = []
