@@ -238,12 +238,52 @@ def write_pages(out: Path, pages: list[Page]) -> None:
     colours = HtmlFormatter(style="default").get_style_defs(".code")
     dark = HtmlFormatter(style="monokai").get_style_defs(".code")
     style = (THEME / "style.css").read_text(encoding="utf-8")
-    dark = re.sub(r"background(-color)?:[^;}]*;?", "", dark)
-    colours = re.sub(r"background(-color)?: #f8f8f8;?", "", colours)
+    colours, dark = readable_colours(colours, PAPER["light"]), readable_colours(dark, PAPER["dark"])
     written = f"{style}\n{colours}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
     (out / "style.css").write_text(written, encoding="utf-8")
     shutil.copy(THEME / "search.js", out / "search.js")
     (out / "search-index.js").write_text(f"window.PAGES = {search_index(pages)};\n", encoding="utf-8")
+
+
+PAPER = {"light": "#f4f5f7", "dark": "#1f2226"}
+"""What code lies on: --soft of the style."""
+MIN_CONTRAST = 4.6
+"""Of code with its background; WCAG 2.2 wants 4.5."""
+
+
+def readable_colours(css: str, paper: str) -> str:
+    """The colours of a style of pygments without its backgrounds, each as much darker or paler as it has to be."""
+    css = re.sub(r"background(-color)?:[^;}]*;?", "", css)
+    return re.sub(r"(?<=color: )#[0-9a-fA-F]{3,6}\b", lambda found: readable_colour(found[0], paper), css)
+
+
+def readable_colour(colour: str, paper: str) -> str:
+    """The colour, mixed with black or white until its contrast with the paper is enough."""
+    goal = 0 if luminance(paper) > 0.5 else 255
+    parts = channels(colour)
+    while contrast(written := "#" + "".join(f"{round(part):02x}" for part in parts), paper) < MIN_CONTRAST:
+        parts = [part + 0.04 * (goal - part) for part in parts]
+    return written
+
+
+def channels(colour: str) -> list[float]:
+    """Red, green and blue of #rgb or #rrggbb, 0 to 255."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    return [float(int(digits[at : at + 2], 16)) for at in (0, 2, 4)]
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance (WCAG 2.2)."""
+    r, g, b = (
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+        for part in (one / 255 for one in channels(colour))
+    )
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+def contrast(a: str, b: str) -> float:
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
 
 
 def search_index(pages: list[Page]) -> str:

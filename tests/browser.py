@@ -125,14 +125,14 @@ class Browser:
         self.call("Emulation.setScrollbarsHidden", hidden=False)
         file.write_bytes(base64.b64decode(found["data"]))
 
-    def reading_problems(self) -> list[str]:
+    def reading_problems(self, *, keyboard: bool = True) -> list[str]:
         """What makes this page hard to read or to use by keyboard: text by text, focus by focus."""
         self.evaluate(SCRIPT.read_text(encoding="utf-8"))
         over = self.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         wide = [f"{over} pixels wider than the window"] if over > 0 else []
         texts = self.evaluate(f"readable.contrast({MIN_CONTRAST})")
         assert texts["count"] > 0
-        return [*wide, *texts["found"], *self.focus_problems(), *self.errors]
+        return [*wide, *texts["found"], *(self.focus_problems() if keyboard else []), *self.errors]
 
     def focus_problems(self) -> list[str]:
         """Go around the page with Tab: every control that has a place in the order gets the focus, and shows it."""

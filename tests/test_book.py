@@ -216,6 +216,24 @@ def test_pages_load_nothing_from_elsewhere_and_stay_small(built):
         assert all(b - a <= 1 for a, b in itertools.pairwise(levels)), f"{file.name} skips a level of headings"
 
 
+def test_every_colour_of_code_has_enough_contrast_and_wide_things_scroll_in_themselves(built):
+    """`python -m tests.book_page SITE` looks at the pages in a browser."""
+    css = (built[0] / "style.css").read_text(encoding="utf-8")
+    for scheme, part in zip(("light", "dark"), css.rsplit("@media (prefers-color-scheme: dark)", 1), strict=True):
+        assert f"--soft: {site.PAPER[scheme]}" in css
+        colours = re.findall(r"^ *\.code .*?[^-]color: (#[0-9a-fA-F]{3,6})\b", part, re.M)
+        assert len(colours) > 20
+        assert [one for one in colours if site.contrast(one, site.PAPER[scheme]) < 4.5] == [], scheme
+    assert (
+        site.contrast("#888888", "#ffffff") < 4.5 < site.contrast(site.readable_colour("#888888", "#ffffff"), "#ffffff")
+    )
+    for rule in ("pre {", "table {", 'math[display="block"] {'):
+        assert "overflow-x: auto" in css[css.index(rule) : css.index("}", css.index(rule))], rule
+    assert "main { overflow-wrap: anywhere; }" in css, (
+        "long names break; without it three pages were wider than a phone"
+    )
+
+
 @pytest.mark.parametrize("page", ['<a href="nowhere.html">x</a>', '<a href="#gone">x</a>', '<img src="https://x.org/a.png">',
                                   '<p id="a"></p><p id="a"></p>'])  # fmt: skip
 def test_a_bad_link_an_id_twice_and_a_picture_from_elsewhere_are_found(tmp_path, page):
