@@ -137,9 +137,12 @@ class Browser:
     def focus_problems(self) -> list[str]:
         """Go around the page with Tab: every control that has a place in the order gets the focus, and shows it."""
         found = []
-        for _ in range(self.evaluate("readable.startTabs()") + 8):
+        controls = self.evaluate("readable.startTabs()")
+        for number in range(2 * controls + 8):  # what scrolls has a place in the order too
             self.press("Tab")
             found += self.evaluate(f"readable.focus({MIN_RING_CONTRAST})")
+            if number >= controls and not self.evaluate("readable.unvisited().length"):
+                break
         return [
             *dict.fromkeys(found),
             *(f"Tab does not lead to {one}" for one in self.evaluate("readable.unvisited()")),

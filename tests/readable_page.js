@@ -53,8 +53,7 @@ globalThis.readable = (() => {
     getSelection().empty();
     visited.clear();
     for (const one of document.querySelectorAll("*")) before.set(one, outline(one));
-    // Formulas that scroll have a place in the order too.
-    return controls().length + document.querySelectorAll("math").length;
+    return controls().length;
   }
 
   // What is wrong with the look of the focused element: a ring of two pixels that it does not have without the focus.
