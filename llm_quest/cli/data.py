@@ -6,15 +6,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from llm_quest.data.conversation_forms import RowForm
 from llm_quest.data.corpus import BUILTIN_CORPORA, Corpus, load_corpus
 from llm_quest.data.document import DropReport
+from llm_quest.data.image_folder import find_sides, list_labeled_folder
+from llm_quest.data.image_labels import LabelOptions, encode_labels
+from llm_quest.data.images import load_image
 from llm_quest.data.records import Record, TrackedRow, parse_rows
 from llm_quest.data.row_forms import ROW_FORMS, describe_forms, select_form
 from llm_quest.data.sources import DataSource, iter_sources
+from llm_quest.data.text_classification import collect_label_names
 from llm_quest.errors import UsageError
+from llm_quest.progress import track
 from llm_quest.recipes.yaml_io import read_yaml
 
 
@@ -78,6 +84,46 @@ class RowSummary:
         return [f"{self.source}, as quest train {self.recipe} reads it", *counted, *self.drop_report.remarks()]
 
 
+@dataclass(frozen=True)
+class ImageSummary:
+    """What `quest train vit` would read of a folder: images of each label, in one part or two, and what it would leave
+    out."""
+
+    source: str
+    labels: dict[str, dict[str, int]]
+    images: dict[str, int]
+    drop_report: DropReport
+
+    def as_json(self) -> dict[str, Any]:
+        counted = {"images": self.images, "labels": self.labels}
+        return {"source": self.source, "recipe": "vit", **counted, **self.drop_report.row_facts()}
+
+    def lines(self) -> list[str]:
+        result = [f"{self.source}, as quest train vit reads it"]
+        for part, labels in self.labels.items():
+            result += [f"{self.images[part]:>9,} images: {part}"]
+            result += [f"{count:>13,} {label}" for label, count in labels.items()]
+        result += [f"left out: {count:,} {reason}" for reason, (count, _) in sorted(self.drop_report.dropped.items())]
+        return [*result, *self.drop_report.remarks()]
+
+
+def summarize_images(source: str, columns: Mapping[str, str] | None = None) -> ImageSummary:
+    """List a folder of labelled images as `quest train vit` does, and open every image: a broken one is an error."""
+    report, options = DropReport(), LabelOptions(columns=columns or {})
+    learned, held_out = find_sides(Path(source))
+    images = list_labeled_folder(learned, report, options)
+    parts = {"to train on" if held_out else "a part of them is held out": images}
+    known = collect_label_names(images)
+    if held_out is not None:
+        parts["held out"] = list_labeled_folder(held_out, report, options, known)
+        encode_labels(parts["held out"], known, is_multi_label=True)  # a label that is not known is an error
+    for one in track([image for part in parts.values() for image in part], "opening images"):
+        load_image(one.file)
+    counts = {part: Counter(label for one in found for label in one.labels) for part, found in parts.items()}
+    labels = {part: {name: count[name] for name in known} for part, count in counts.items()}
+    return ImageSummary(source, labels, {part: len(found) for part, found in parts.items()}, report)
+
+
 def parse_columns(text: str | None) -> dict[str, str]:
     """data.columns as the command line gives it. UsageError for anything but a mapping of names to names."""
     settings = read_yaml(text or "{}", "--columns")
@@ -89,9 +135,11 @@ def parse_columns(text: str | None) -> dict[str, str]:
     return given
 
 
-def summarize_rows(source: str, recipe: str, columns: Mapping[str, str] | None = None) -> RowSummary:
-    """Read every row of a source as a recipe does, without a model. columns: see `map_columns`. UsageError for a recipe
-    that reads no rows."""
+def summarize_rows(source: str, recipe: str, columns: Mapping[str, str] | None = None) -> RowSummary | ImageSummary:
+    """Read every row of a source as a recipe does, without a model; for vit, a folder of images. columns: see
+    `map_columns`. UsageError for a recipe that reads neither."""
+    if recipe == "vit":
+        return summarize_images(source, columns)
     forms = next((forms for names, forms in ROW_FORMS.items() if recipe in names.split(", ")), None)
     if forms is None:
         known = ", ".join(ROW_FORMS)

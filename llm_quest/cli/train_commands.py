@@ -182,7 +182,9 @@ def data(
         str | None,
         typer.Argument(help="builtin[:parts], a file, a folder, hf:DATASET, FILE.py:FUNCTION; without it: a list."),
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="Read its rows as this recipe does: sft, dpo, ...")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Read it as this recipe does: sft, dpo, ... rows, vit images.")
+    ] = None,
     columns: Annotated[
         str | None,
         typer.Option(

@@ -86,10 +86,18 @@ class DropReport:
         """Count the keys of a row that nothing read, once a row."""
         self.unused_keys.update(set(keys))
 
-    def require_rows(self, used: int, source: str, *, strict: bool = False) -> None:
-        """DataError with the rows that cannot be used, if none is left, or if there are any and `strict` is set."""
+    def require_rows(
+        self,
+        used: int,
+        source: str,
+        *,
+        strict: bool = False,
+        remedy: str = "with data.strict=false these are left out and counted",
+    ) -> None:
+        """DataError with the rows that cannot be used, if none is left, or if there are any and `strict` is set.
+        remedy: what to do about them, where the reader has no data.strict."""
         if self.skipped and (strict or not used):
-            ending = "with data.strict=false these are left out and counted" if used else "no row is left"
+            ending = remedy if used else "no row is left"
             raise DataError("\n".join([f"{source}: {self.describe_skipped()}; {ending}", *self.shown_rows()]))
 
     def describe_skipped(self) -> str:

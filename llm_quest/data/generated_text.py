@@ -5,15 +5,19 @@ FILE.py:FUNCTION`. Letters stand apart, so that a byte-pair tokenizer of 300 has
     recall()                  pairs of a capital and a letter, a bar, the pairs in another order
     sums()                    sums of two numbers of two digits
     reversals()               `reverse(abc)=` and the answer, as the task `reverse` has them
-    reversal_pairs()          the same prompt, the reversed word, and its letters in another order"""
+    few_reversals()           the first 600 of them
+    reversal_pairs()          the same prompt, the reversed word, and its letters in another order
+    rated_reversals()         one answer of a pair, and whether it is right: one in five is"""
 
 from __future__ import annotations
 
+import itertools
 import random
 import string
 from collections.abc import Iterator
+from typing import Any
 
-Row = dict[str, str]
+Row = dict[str, Any]
 ROWS = 6000
 
 
@@ -58,6 +62,10 @@ def reversals() -> Iterator[Row]:
         yield {"prompt": f"reverse({word})=", "completion": word[::-1]}
 
 
+def few_reversals() -> Iterator[Row]:
+    return itertools.islice(reversals(), 600)
+
+
 def reversal_pairs() -> Iterator[Row]:
     rng = random.Random("pairs")
     for word in words():
@@ -67,3 +75,10 @@ def reversal_pairs() -> Iterator[Row]:
             rng.shuffle(letters)
             wrong = "".join(letters)
         yield {"prompt": f"reverse({word})=", "chosen": right, "rejected": wrong}
+
+
+def rated_reversals() -> Iterator[Row]:
+    rng = random.Random("ratings")
+    for pair in reversal_pairs():
+        right = rng.random() < 0.2
+        yield {"prompt": pair["prompt"], "completion": pair["chosen" if right else "rejected"], "label": right}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from llm_quest.data.batch import MULTI_LABEL
@@ -48,26 +48,30 @@ def load_image_folder(
     """A folder with a sub-folder for each class, or a table of labels; or with folders `train` and `val` (or `test`) of
     such, which are then the two sides; or with another folder for validation. drop_report counts the files, and notes
     what is odd about the two sides."""
-    path = Path(path)
-    if not path.is_dir():
-        raise DataError(f"{path} is no folder of images; expected a sub-folder for each class, or metadata.jsonl")
     options = options or LabelOptions()
-    inside = {entry.name: entry for entry in path.iterdir() if entry.is_dir()}
-    if validation is not None:
-        train = read_labeled_folder(path, image_processor, drop_report, options)
-        sides = ImageSplits(
-            train, read_labeled_folder(Path(validation), image_processor, drop_report, options, like=train)
-        )
-    elif find_label_table(path) is None and (inside.keys() - {"train"}) & {"val", "test"} and "train" in inside:
-        train = read_labeled_folder(inside["train"], image_processor, drop_report, options)
-        other = inside.get("val", inside.get("test", path))
-        sides = ImageSplits(train, read_labeled_folder(other, image_processor, drop_report, options, like=train))
+    learned, other = find_sides(Path(path), validation)
+    train = read_labeled_folder(learned, image_processor, drop_report, options)
+    if other is None:
+        sides = split_images(train, held_out, stratify=stratify)
     else:
-        images = read_labeled_folder(path, image_processor, drop_report, options)
-        sides = split_images(images, held_out, stratify=stratify)
+        sides = ImageSplits(train, read_labeled_folder(other, image_processor, drop_report, options, like=train))
     for note in describe_sides(sides):
         drop_report.note(note)
     return sides
+
+
+def find_sides(path: Path, validation: str | None = None) -> tuple[Path, Path | None]:
+    """The folder of the training images, and that of the held-out ones where there is one: `validation`, or `val` or
+    `test` beside `train`."""
+    if not path.is_dir():
+        raise DataError(f"{path} is no folder of images; expected a sub-folder for each class, or metadata.jsonl")
+    if validation is not None:
+        return path, Path(validation)
+    inside = {entry.name: entry for entry in path.iterdir() if entry.is_dir()}
+    other = inside.get("val", inside.get("test"))
+    if find_label_table(path) is None and other is not None and "train" in inside:
+        return inside["train"], other
+    return path, None
 
 
 def read_labeled_folder(
@@ -78,21 +82,30 @@ def read_labeled_folder(
     like: ImageDataset | None = None,
 ) -> ImageDataset:
     """The images of a folder with their labels. like: the training images, whose classes and problem type hold."""
-    table = find_label_table(path)
-    if table is None and (options.columns or options.label_separator):
-        raise DataError(
-            f"{path} has no {' or '.join(METADATA_FILES)}, which data.columns and data.label_separator are for"
-        )
-    images = list_class_images(path, drop_report, like) if table is None else list_table(table, options, drop_report)
+    images = list_labeled_folder(path, drop_report, options, known=None if like is None else like.names)
     if like is not None:
         names, is_multi_label = like.names, like.is_multi_label
-    elif table is None:
+    elif find_label_table(path) is None:
         names, is_multi_label = tuple(dict.fromkeys(one.labels[0] for one in images)), options.is_multi_label
     else:
         names, problem_type = resolve_label_names(images, options)
         is_multi_label = problem_type == MULTI_LABEL
     pixels = load_pixels([one.file for one in images], image_processor)
     return ImageDataset(pixels, encode_labels(images, names, is_multi_label=is_multi_label), names)
+
+
+def list_labeled_folder(
+    path: Path, drop_report: DropReport, options: LabelOptions, known: Sequence[str] | None = None
+) -> list[LabeledImage]:
+    """The images of a folder, by its table of labels or by its sub-folders. known: the classes that there may be."""
+    table = find_label_table(path)
+    if table is not None:
+        return list_table(table, options, drop_report)
+    if options.columns or options.label_separator:
+        raise DataError(
+            f"{path} has no {' or '.join(METADATA_FILES)}, which data.columns and data.label_separator are for"
+        )
+    return list_class_images(path, drop_report, known)
 
 
 def list_table(table: Path, options: LabelOptions, drop_report: DropReport) -> list[LabeledImage]:
@@ -108,19 +121,19 @@ def list_table(table: Path, options: LabelOptions, drop_report: DropReport) -> l
     return images
 
 
-def list_class_images(path: Path, drop_report: DropReport, like: ImageDataset | None) -> list[LabeledImage]:
-    """Every image of every sub-folder, whose name is its class. like: images of the classes that must exist."""
+def list_class_images(path: Path, drop_report: DropReport, known: Sequence[str] | None) -> list[LabeledImage]:
+    """Every image of every sub-folder, whose name is its class. known: the classes that there may be; None: any."""
     files = find_class_images(path, drop_report)
-    if like is None and len(files) < 2:
+    if known is None and len(files) < 2:
         raise DataError(
             f"{path} has images in {len(files)} sub-folders; at least two classes are needed, one folder each, or a "
             "metadata.jsonl with file_name and label"
         )
-    if unknown := [name for name in files if like is not None and name not in like.names]:
+    if unknown := [name for name in files if known is not None and name not in known]:
         raise DataError(f"{path} has the class {unknown[0]!r}, which the training images have not")
     if not files:
         raise DataError(f"{path} has no images in the folders of the classes; add some, or remove {path.name}")
-    order = files if like is None else like.names
+    order = files if known is None else known
     return [LabeledImage(file, (name,)) for name in order for file in files.get(name, ())]
 
 

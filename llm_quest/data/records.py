@@ -18,6 +18,8 @@ from llm_quest.errors import DataError, RowError
 
 MAX_DEPTH = 64
 """Levels of lists and objects in a row."""
+REPAIR = "repair or remove them"
+"""What to do about unusable rows where no setting leaves them out."""
 
 
 class TrackedRow(dict[str, Any]):
@@ -106,7 +108,7 @@ def read_records(file: str | Path) -> list[Record]:
     """All rows of a file or folder. DataError with file and line where a row cannot be used, or where there is none."""
     drop_report = DropReport()
     found = list(iter_records(file, drop_report))
-    drop_report.require_rows(len(found), str(file), strict=True)
+    drop_report.require_rows(len(found), str(file), strict=True, remedy=REPAIR)
     if not found:
         raise DataError(f"{file} holds no rows")
     return found

@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llm_quest.data.problems import Problem
 from llm_quest.eval.evaluators import save_samples
-from llm_quest.eval.problems import ProblemAccuracy, measure_accuracy
+from llm_quest.eval.problems import ProblemAccuracy, Selection, measure_accuracy
+from llm_quest.eval.selection import best_of_at_k
 from llm_quest.generation.sampling import SamplingParams
 from llm_quest.models.decoder import Decoder
+from llm_quest.rollouts.rewards import score_correctness
 from llm_quest.rollouts.sampler import Sample
 
 SampleGroups = list[list[Sample]]
@@ -32,7 +35,8 @@ MAX_SAVED_ANSWERS = 5
 @dataclass(frozen=True)
 class PolicyScores:
     """rewards: the mean of each, by name, over the answers that it applies to. total: their weighted sum. interval: its
-    half width at 95 %. accuracy: None where no problem has an answer."""
+    half width at 95 %. accuracy: None where no problem has an answer. best_rewarded: best@n, the accuracy of the sample
+    with the largest reward."""
 
     rewards: Mapping[str, float]
     total: float
@@ -40,6 +44,7 @@ class PolicyScores:
     mean_tokens: float
     truncated: float
     accuracy: ProblemAccuracy | None
+    best_rewarded: float | None
     answers: Sequence[Sample] = field(repr=False)
 
     def line(self) -> str:
@@ -56,13 +61,16 @@ class PolicyScores:
             n, passes = self.accuracy.num_samples, self.accuracy.pass_at_k.items()
             found |= {"accuracy": self.accuracy.greedy_accuracy.share} | {f"pass@{k}": share for k, share in passes}
             found |= {f"mean@{n}": self.accuracy.mean_at_k} if n else {}
+            found |= {f"maj@{k}": share for k, share in self.accuracy.majority_at_k.items() if k == n}
+            found |= {} if self.best_rewarded is None else {f"best@{n}": self.best_rewarded}
         return found
 
 
 @dataclass
 class PolicyEvaluator:
     """Answers the held-out problems greedily, and scores the answers with every reward; with num_samples and answers to
-    check by, mean@n and pass@k too. rewards: (name, weight) of each. The first answers go to
+    check by, mean@n, pass@k and maj@n too, and best@n, the best rewarded sample, where correctness is not the whole
+    reward. rewards: (name, weight) of each. The first answers go to
     samples/step-00000020.json. whole_model: inside it a sharded model is whole. newest: what the last evaluation of
     this process found."""
 
@@ -100,11 +108,32 @@ class PolicyEvaluator:
             *mean_with_interval(totals),
             sum(len(one.completion_ids) for one in answers) / len(answers),
             sum(one.truncated for one in answers) / len(answers),
-            measure_accuracy([answers[place] for place in checked], drawn, temperature=self.temperature)
+            measure_accuracy(
+                [answers[place] for place in checked],
+                drawn,
+                temperature=self.temperature,
+                selection=Selection(self.num_samples),
+            )
             if checked
             else None,
+            self.best_rewarded(drawn),
             answers,
         )
+
+    def best_rewarded(self, drawn: SampleGroups) -> float | None:
+        """best@n: how often the sample with the largest reward, of those that have one, is right. None where
+        correctness is the whole reward: it would be pass@n."""
+        weights = [weight for _, weight in self.rewards]
+        if not drawn or not any(weight for name, weight in self.rewards if name != "correct"):
+            return None
+        rewards = self.score(drawn)
+        groups = [
+            list(zip(total_rewards(rewards[:, place], weights), map(score_correctness, group), strict=True))
+            for place, group in enumerate(drawn)
+        ]
+        known = [[pair for pair in pairs if not any(map(math.isnan, pair))] for pairs in groups]
+        found = [best_of_at_k(len(pairs), pairs) for pairs in known if pairs]
+        return sum(found) / len(found) if found else math.nan
 
     def draw_samples(self, model: Decoder, checked: Sequence[int]) -> SampleGroups:
         if not self.num_samples or not checked:
@@ -114,8 +143,9 @@ class PolicyEvaluator:
 
 
 def total_rewards(rewards: Tensor, weights: Sequence[float]) -> list[float]:
-    """The weighted sum of each answer's rewards (R,P), those that apply; NaN where none does."""
-    known = ~rewards.isnan()
+    """The weighted sum of each answer's rewards (R,P), those that apply; NaN where none does whose weight is not 0."""
+    counted = [weight != 0 or not any(weights) for weight in weights]
+    known = ~rewards.isnan() & torch.tensor(counted)[:, None]
     summed = (rewards.nan_to_num(0.0) * rewards.new_tensor(weights)[:, None]).sum(dim=0)
     found: list[float] = summed.masked_fill(~known.any(dim=0), math.nan).tolist()
     return found

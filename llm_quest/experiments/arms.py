@@ -33,11 +33,13 @@ OWN_KEYS = ("seed", "max_steps", "num_train_epochs", "max_time")
 
 @dataclass(frozen=True)
 class Arm:
-    """name; the settings on top of the control's; the code that it runs."""
+    """name; the settings on top of the control's; the code that it runs; the metric that is read of it, where it is
+    another one than the control's."""
 
     name: str
     pairs: tuple[str, ...]
     code: CodeTree
+    metric: str = ""
 
     def sets(self, key: str) -> bool:
         return any(pair.partition("=")[0].strip() == key for pair in self.pairs)
@@ -119,7 +121,8 @@ def resolve_arms(recipe: str, base: Sequence[str], arms: Sequence[Arm], log: Log
     control, own, kept = resolve_settings(recipe, tuple(base)), own_code(), []
     for arm in arms:
         same_settings = resolve_settings(recipe, (*base, *arm.pairs)) == control
-        if same_settings and (arm.code.hash == own.hash or not differing_files(own, arm.code)):
+        same_code = arm.code.hash == own.hash or not differing_files(own, arm.code)
+        if same_settings and same_code and not arm.metric:
             edited = arm.code.hash != own.hash
             log(f"{arm.name} changes nothing: {'only words and layout' if edited else 'it is the control'}; not run")
         else:

@@ -66,7 +66,7 @@ class Plan:
 
     def content(self) -> dict[str, Any]:
         """What is fixed before the first run, as JSON can hold it."""
-        arms = {arm.name: {"settings": list(arm.pairs), "code": arm.code.hash} for arm in (self.control, *self.arms)}
+        arms = {arm.name: describe_arm(arm) for arm in (self.control, *self.arms)}
         return {
             "question": self.question, "recipe": self.recipe, "settings": list(self.pairs), "arms": arms,
             "claim": asdict(self.claim), "budget": self.budget, "rates": self.rates,
@@ -79,6 +79,11 @@ class Plan:
         """The name of the experiment: the recipe, and a hash of all that is fixed."""
         text = json.dumps(self.content(), sort_keys=True)
         return f"{Path(self.recipe).stem}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def describe_arm(arm: Arm) -> dict[str, Any]:
+    """An arm as JSON can hold it."""
+    return {"settings": list(arm.pairs), "code": arm.code.hash} | ({"metric": arm.metric} if arm.metric else {})
 
 
 class Experiment:
@@ -154,7 +159,8 @@ class Experiment:
         """Leave out arms that compute what the control does: their settings are its own, spelled out."""
         control = self.descriptions[CONTROL]["computes"], self.arms[CONTROL].code.hash
         for name in self.open_names:
-            if (self.descriptions[name]["computes"], self.arms[name].code.hash) == control:
+            same = (self.descriptions[name]["computes"], self.arms[name].code.hash) == control
+            if same and not self.arms[name].metric:
                 self.note(f"{name} changes nothing: its settings are the control's; not run")
                 del self.arms[name], self.descriptions[name], self.costs[name]
         if not self.open_names:
@@ -185,7 +191,8 @@ class Experiment:
 
     def value(self, record: Record, name: str, metric: str = "") -> float | None:
         vocab_size = self.descriptions[name]["vocab_size"]
-        return metric_value(record, metric or self.plan.claim.metric, name, vocab_size)
+        own = self.arms[name].metric or self.plan.claim.metric
+        return metric_value(record, metric or own, name, vocab_size)
 
     def tune(self) -> None:
         """Give each arm its learning rate."""

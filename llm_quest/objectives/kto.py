@@ -90,7 +90,10 @@ class KTOLoss(nn.Module):
         self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
 
     def forward(self, batch: UnpairedBatch) -> Loss:
-        log_p = sequence_log_probs(self.model, batch)
+        return self.loss_of(sequence_log_probs(self.model, batch), batch)
+
+    def loss_of(self, log_p: Float[Tensor, " R"], batch: UnpairedBatch) -> Loss:
+        """The loss from the policy's log-probability of each row."""
         r, z = log_p - batch.reference_log_probs, batch.kl.to(log_p.dtype)
         good = self.desirable_weight * self.loss.desirable(r, z)
         bad = self.undesirable_weight * self.loss.undesirable(r, z)

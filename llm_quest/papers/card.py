@@ -172,7 +172,8 @@ def arm_words(paper: Paper) -> Iterator[str]:
         given = " ".join(paper.fill_in(pairs, size)).replace(
             paper.fill_in(["$generated"], size)[0], "generated_text.py"
         )
-        yield f"{name} (`{given}`)" if given else name
+        words = [*([f"`{given}`"] if given else []), *([paper.metrics[name]] if name in paper.metrics else [])]
+        yield f"{name} ({', '.join(words)})" if words else name
 
 
 def verdict_words(card: PaperCard) -> str:

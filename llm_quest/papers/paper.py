@@ -43,7 +43,8 @@ class Bench:
 @dataclass(frozen=True)
 class Paper:
     """A claim. expect: of the first arm against the control. prediction: the probability, written before the first run,
-    that it is confirmed. sizes: of the bench's; empty: all. replication: what larger experiments of others found."""
+    that it is confirmed. metrics: of arms that are another measure of the control's run, such as a vote of its samples.
+    sizes: of the bench's; empty: all. replication: what larger experiments of others found."""
 
     name: str
     title: str
@@ -57,6 +58,7 @@ class Paper:
     settings: Sequence[Any] = ()
     bases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     metric: str = "eval/loss"
+    metrics: Mapping[str, str] = field(default_factory=dict)
     secondary: Sequence[str] = ()
     cap: int = 12
     budget: str = ""
@@ -87,6 +89,7 @@ class Paper:
     def hash(self) -> str:
         """A hash of what decides numbers and verdict: words may change."""
         words = {"title", "claim", "prediction", "replication", "notes", "bench", "sizes"}
+        words |= set() if self.metrics else {"metrics"}
         content = {key: value for key, value in vars(self).items() if key not in words}
         bench = [self.on.recipe, list(flatten(self.on.settings)), dict(self.on.bases), without_seconds(self.on.sizes)]
         text = json.dumps([content, bench], sort_keys=True, default=list)

@@ -38,7 +38,10 @@ def make_paper_plan(paper: Paper, size: str, log: LogFn, *, first_seed: int = 1)
     recipe = paper.on.recipe
     pairs = paper.fill_in([*paper.on.settings, *paper.settings], size)
     base = (*default_pairs(recipe, pairs), *pairs)
-    arms = [Arm(name, paper.fill_in(given, size), own_code()) for name, given in paper.arms.items()]
+    arms = [
+        Arm(name, paper.fill_in(given, size), own_code(), paper.metrics.get(name, ""))
+        for name, given in paper.arms.items()
+    ]
     greater = is_greater_better(paper.metric)
     return Plan(
         recipe, base, tuple(resolve_arms(recipe, base, arms, log)), Arm(CONTROL, (), own_code()),

@@ -230,6 +230,8 @@ def explain_validation_error(
     error: ValidationError, schema: type[StrictModel], settings: RawConfig
 ) -> Iterator[ConfigProblem]:
     """Pydantic's findings in our words."""
+    from llm_quest.recipes.other_names import value_of
+
     findings = error.errors()
     for finding in findings:
         path = tuple(str(part) for part in finding["loc"])
@@ -241,6 +243,8 @@ def explain_validation_error(
             continue
         if (new_value := OLD_VALUES.get((".".join(path), str(finding["input"])))) is not None:
             what = f"{finding['input']} is now {new_value}"
+        elif (ours := value_of(recipe_name(schema), ".".join(path), str(finding["input"]))) is not None:
+            what = f"{finding['input']} is called {ours} here"
         elif finding["type"] == "extra_forbidden":
             what = explain_unknown_key(schema, path, list(fields))
         elif finding["type"] == "missing":
@@ -258,7 +262,7 @@ MAX_LISTED_KEYS = 150  # characters
 
 def explain_unknown_key(schema: type[StrictModel], path: KeyPath, known: Sequence[str]) -> str:
     """What to write instead of a key that the schema does not have."""
-    from llm_quest.recipes.other_names import setting_of
+    from llm_quest.recipes.other_names import remark_on, setting_of
 
     def knows(key: str) -> bool:
         *group, last = key.split(".")
@@ -268,13 +272,21 @@ def explain_unknown_key(schema: type[StrictModel], path: KeyPath, known: Sequenc
 
     if (ours := setting_of(path[-1], knows)) is not None:
         return f"unknown key; here it is {ours}"
+    recipe = recipe_name(schema)
+    if (remark := remark_on(path[-1], recipe)) is not None:
+        return f"unknown key; {remark}"
     if ":" in path[-1]:
         return f"no key; a space is missing behind its colon: {path[-1].replace(':', ': ', 1)}"
     listed = f"allowed here: {', '.join(known)}"
     if len(listed) > MAX_LISTED_KEYS:
-        recipe = get_args(schema.model_fields["recipe"].annotation) if "recipe" in schema.model_fields else ()
-        listed = f"quest train {recipe[0] if recipe else 'RECIPE'} --help lists the {len(known)} keys"
+        listed = f"quest train {recipe or 'RECIPE'} --help lists the {len(known)} keys"
     return f"unknown key{did_you_mean(path[-1], known)}; {listed}"
+
+
+def recipe_name(schema: type[StrictModel]) -> str:
+    """The recipe of a config; empty for a part of one."""
+    field = schema.model_fields.get("recipe")
+    return str(next(iter(get_args(field.annotation)), "")) if field else ""
 
 
 def has_findings_below(place: tuple[int | str, ...], findings: Sequence[Any]) -> bool:

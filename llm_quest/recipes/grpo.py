@@ -117,7 +117,9 @@ class GrpoConfig(EpisodeConfig):
     )
     eval_steps: NonNegativeInt = Field(default=20, description="steps between evaluations; 0: only at the end")
     eval_problems: PositiveInt = Field(default=200, description="held-out problems, answered greedily")
-    eval_num_samples: NonNegativeInt = Field(default=0, description="samples of each, for mean@k and pass@k")
+    eval_num_samples: NonNegativeInt = Field(
+        default=0, description="samples of each, for mean@k, pass@k, maj@k and best@k"
+    )
 
     @property
     def by_steps(self) -> bool:

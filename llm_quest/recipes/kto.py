@@ -33,6 +33,7 @@ from llm_quest.objectives.kto import (
     gains_with_mismatch,
     reference_point,
 )
+from llm_quest.objectives.preference import sequence_log_probs
 from llm_quest.recipes.assembly import count_epochs, load_split_rows
 from llm_quest.recipes.chat_template_config import open_chat_template
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat
@@ -123,8 +124,8 @@ class KTOLoader:
 
 
 class UnpairedEvaluator:
-    """The loss on held-out rows, its metrics, and margin: what the rewards of desirable and undesirable answers differ
-    by. Held-out rows have a reference point of their own."""
+    """The loss on held-out rows, its metrics, margin: what the rewards of desirable and undesirable answers differ by,
+    and auc: how often a desirable answer has the larger one. Held-out rows have a reference point of their own."""
 
     name = "eval"
 
@@ -134,9 +135,12 @@ class UnpairedEvaluator:
     @torch.no_grad()
     def evaluate(self, model: Any, step: int) -> Mapping[str, float]:
         objective, device = self.make_objective(model), next(model.parameters()).device
-        batches = [self.rows.collate(numbers) for numbers in length_grouped_indices(self.rows, EVAL_BATCH_SIZE)]
-        z = reference_point([gains_with_mismatch(model, batches)]) if objective.loss.needs_kl else torch.zeros(())
-        losses = [objective(own_rows(batch, z).to(device)) for batch in batches]
+        labelled = [self.rows.collate(numbers) for numbers in length_grouped_indices(self.rows, EVAL_BATCH_SIZE)]
+        z = reference_point([gains_with_mismatch(model, labelled)]) if objective.loss.needs_kl else torch.zeros(())
+        batches = [own_rows(batch, z).to(device) for batch in labelled]
+        log_probs = [sequence_log_probs(model, rows) for rows in batches]
+        gains = [log_p - rows.reference_log_probs for log_p, rows in zip(log_probs, batches, strict=True)]
+        losses = [objective.loss_of(log_p, rows) for log_p, rows in zip(log_probs, batches, strict=True)]
         found = {"loss": sum(float(one.total) for one in losses) / len(self.rows)}
         for name in losses[0].metrics:
             sums = [(float(one.metrics[name][0]), float(one.metrics[name][1])) for one in losses]
@@ -145,7 +149,14 @@ class UnpairedEvaluator:
                 found[name.removeprefix("rewards/")] = total / count
         if "chosen" in found and "rejected" in found:
             found["margin"] = found["chosen"] - found["rejected"]
+            found["auc"] = area_under_curve(torch.cat(gains), torch.cat([rows.desirable for rows in batches]))
         return found
+
+
+def area_under_curve(rewards: Tensor, desirable: Tensor) -> float:
+    """The probability that a desirable answer has a larger reward than an undesirable one; a tie counts half."""
+    difference = rewards[desirable][:, None] - rewards[~desirable][None, :]
+    return float(((difference > 0).double() + (difference == 0).double() / 2).mean())
 
 
 def build_kto(config: KtoConfig, context: Context) -> Job:

@@ -27,14 +27,27 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "max_seq_length": ("sequence_length", "max_new_tokens"),
     "max_seq_len": ("sequence_length", "max_new_tokens"),
     "seq_len": ("sequence_length", "max_new_tokens"),
+    "sequence_len": ("sequence_length",),
     "block_size": ("sequence_length",),
     "cutoff_len": ("sequence_length",),
-    "max_completion_length": ("max_new_tokens",),
+    "max_completion_length": ("max_new_tokens", "sequence_length"),
     "max_tokens": ("max_new_tokens", "samples.max_new_tokens"),
     "group_size": ("num_generations",),
     "n_generations": ("num_generations",),
     "reward_funcs": ("rewards",),
     "reward_fn": ("rewards",),
+    "reward_weights": ("rewards='[{name: correct, weight: 0.5}, {name: format, weight: 0.5}]'",),
+    "scale_rewards": ("advantage_estimator=mean",),
+    "importance_sampling_level": ("loss_type=gspo",),
+    "steps_per_generation": ("num_mini_batches",),
+    "num_ppo_epochs": ("num_iterations",),
+    "ppo_epochs": ("num_iterations",),
+    "simpo_gamma": ("loss_kwargs='{simpo_gamma: 0.5}'",),
+    "cpo_alpha": ("rpo_alpha",),
+    "sft_weight": ("rpo_alpha",),
+    "pref_beta": ("beta",),
+    "pref_loss": ("loss_type",),
+    "label_smoothing_factor": ("label_smoothing",),
     "beta": ("kl_coef", "teacher.beta"),
     "kl_coeff": ("kl_coef",),
     "kl_beta": ("kl_coef",),
@@ -66,15 +79,23 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "torch_dtype": ("precision",),
     "mixed_precision": ("precision",),
     "torch_compile": ("compile",),
+    "tf32": ("precision",),
     "fsdp": ("parallel=fsdp",),
+    "deepspeed": ("parallel=fsdp",),
     "ddp": ("parallel=ddp",),
     "activation_checkpointing": ("gradient_checkpointing",),
+    "gradient_checkpointing_kwargs": ("gradient_checkpointing",),
     "model_name_or_path": ("model.load",),
     "model_name": ("model.load",),
     "base_model": ("model.load",),
     "pretrained": ("model.load",),
     "tokenizer_name": ("tokenizer.load",),
     "dataset": ("data.source",),
+    "datasets": ("data.source",),
+    "chat_template": ("data.chat_template_path",),
+    "chat_template_path": ("data.chat_template_path",),
+    "chat_template_kwargs": ("data.chat_template_kwargs",),
+    "data_seed": ("seed",),
     "dataset_name": ("data.source",),
     "dataset_path": ("data.source",),
     "train_file": ("data.source",),
@@ -89,6 +110,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "limit": ("data.max_samples",),
     "output_dir": ("--out FOLDER",),
     "out": ("--out FOLDER",),
+    "run_name": ("--out FOLDER",),
     "resume_from_checkpoint": ("--resume FOLDER",),
     "eval_strategy": ("eval_steps",),
     "evaluation_strategy": ("eval_steps",),
@@ -96,7 +118,11 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "save_strategy": ("save_steps",),
     "save_interval": ("save_steps",),
     "log_interval": ("logging_steps",),
-    "wandb": ("report_to",),
+    "evals_per_epoch": ("eval_steps",),
+    "saves_per_epoch": ("save_steps",),
+    "wandb": ("report_to='[wandb]'",),
+    "wandb_project": ("report_to='[wandb]'",),
+    "early_stopping_callback": ("early_stopping_patience",),
     "load_best_model": ("load_best_model_at_end",),
     "patience": ("early_stopping_patience",),
     "frozen": ("freeze",),
@@ -110,6 +136,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "lora_alpha": ("techniques='[{name: lora, alpha: 16}]'",),
     "lora_dropout": ("techniques='[{name: lora, dropout: 0.05}]'",),
     "lora_target_modules": ("techniques='[{name: lora, targets: [all]}]'",),
+    "lora_target_linear": ("techniques='[{name: lora, targets: [all]}]'",),
     "target_modules": ("techniques='[{name: lora, targets: [all]}]'",),
     "load_in_4bit": ("techniques='[{name: quantize, format: nf4}, lora]'",),
     "load_in_8bit": ("techniques='[{name: quantize, format: int8}, lora]'",),
@@ -125,12 +152,61 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 """Another name -> settings of ours, the first that a recipe has is meant; options of the command begin with --."""
 
 
+PACKED = "whole documents and conversations always share rows, and do not see one another; leave it out"
+BATCHED_BY_LENGTH = "rows of like length share a micro-batch, so that little is padded; leave it out"
+ROWS_IN_PROCESS = "the run reads and prepares its rows itself; leave it out"
+FUSED = "PyTorch's fused attention is taken wherever it applies; leave it out"
+ANSWERS_ALONE = "the loss is of answers alone (train: false in a message leaves one out); leave it out"
+REMARKS: list[tuple[str, dict[str, str]]] = [
+    (
+        "packing sample_packing packing_strategy padding_free eval_packing group_by_length",
+        {"pretrain": PACKED, "sft": PACKED, "": BATCHED_BY_LENGTH},
+    ),
+    ("assistant_only_loss completion_only_loss train_on_inputs", {"sft": ANSWERS_ALONE}),
+    ("dataset_num_proc dataloader_num_workers dataloader_pin_memory preprocessing_num_workers", {"": ROWS_IN_PROCESS}),
+    ("attn_implementation flash_attention flash_attn sdpa_attention", {"": FUSED}),
+    ("remove_unused_columns", {"": "keys of rows that nothing reads are counted and named; leave it out"}),
+    ("dataset_text_field text_column", {"": "name the column of the text: data.columns='{text: body}'"}),
+    ("shuffle", {"": "rows are shuffled anew in every epoch, by seed; leave it out"}),
+    ("push_to_hub hub_model_id", {"": "leave it out; then quest export RUN FOLDER and quest push FOLDER OWNER/NAME"}),
+    ("use_vllm vllm_mode", {"grpo": "the policy samples in this process itself; leave it out"}),
+    (
+        "reward_model reward_model_path reward_model_name_or_path",
+        {"grpo": "a reward model is a reward: rewards='[{name: model, load: FOLDER}]'"},
+    ),
+    ("ref_model", {"dpo": "the reference is the model as the run finds it in model.load; leave it out"}),
+    ("reference_free", {"dpo": "losses without a reference are loss_type=simpo, cpo and orpo; leave it out"}),
+    ("num_processes nproc_per_node", {"": "leave it out, and start torchrun --nproc-per-node 2 --no-python quest"}),
+]
+NO_SETTING = {name: remarks for names, remarks in REMARKS for name in names.split()}
+"""A name that no setting has -> by recipe ("": all others), what happens instead and what to do."""
+OTHER_VALUES: dict[tuple[str, ...], str] = {
+    ("dpo", "loss_type", "sigmoid"): "dpo",
+    ("lr_scheduler_type", "constant_with_warmup"): "constant",
+    ("lr_scheduler_type", "warmup_stable_decay"): "wsd",
+    ("lr_scheduler_type", "cosine_with_min_lr"): "cosine",
+}
+"""(recipe, where one alone is meant,) key and value of other programs -> our value."""
+
+
+def remark_on(name: str, recipe: str) -> str | None:
+    """What is done in place of a setting that other programs have; None if the name is not known."""
+    found = NO_SETTING.get(name, {})
+    return found.get(recipe, found.get(""))
+
+
+def value_of(recipe: str, key: str, value: str) -> str | None:
+    """Our name for another program's value of a setting."""
+    return OTHER_VALUES.get((recipe, key, value)) or OTHER_VALUES.get((key, value))
+
+
 ONLY_WITH = {
     "neftune_noise_alpha": "batch_size",
+    "simpo_gamma": "label_smoothing",
     **dict.fromkeys(("epsilon", "epsilon_high", "cliprange", "clip_range"), "num_generations"),
 }
-"""A name that is answered in recipes alone that have this key: policies are trained without noise, and other losses
-have no clip range."""
+"""A name that is answered in recipes alone that have this key: policies are trained without noise, and
+preference losses alone have SimPO's margin, policies' alone a clip range."""
 
 
 def setting_of(name: str, knows: Callable[[str], bool]) -> str | None:

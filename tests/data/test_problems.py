@@ -109,6 +109,10 @@ def test_a_file_that_is_not_gsm8k_is_told_with_its_line(text: str, said: str, tm
         read_gsm8k(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="there is no file"):
         read_gsm8k(tmp_path / "b.jsonl")
+    good = json.dumps({"question": "a", "answer": "#### 5"})
+    (tmp_path / "c.jsonl").write_text(f"{good}\n{text or '1'}")
+    with pytest.raises(DataError, match="; repair or remove them"):  # data.strict is no key of a task
+        read_gsm8k(tmp_path / "c.jsonl")
 
 
 def test_held_out_questions_are_chosen_by_their_text(tmp_path: Path) -> None:

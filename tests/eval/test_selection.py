@@ -7,14 +7,17 @@ import math
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from llm_quest.cli.eval_options import EVAL_MEASURES, check_eval_options
 from llm_quest.cli.main import app
 from llm_quest.data.problems import Problem
 from llm_quest.errors import UsageError
+from llm_quest.eval.policy import PolicyEvaluator
 from llm_quest.eval.problems import Selection
 from llm_quest.eval.selection import best_of_at_k, majority_at_k, selection_sizes
 from llm_quest.hub.load_save import load, save
@@ -98,6 +101,31 @@ def test_samples_that_cannot_be_scored_are_left_out():
     selection = Selection(vote=2, best_of=2, reward=lambda group: [0.1, 0.2, 0.3])
     assert selection.majorities(drawn, [[1.0, math.nan, 0.0]]) == {1: 0.5, 2: 0.5}
     assert selection.best_of_rewards(drawn, [[1.0, math.nan, 0.0]]) == {1: 0.5, 2: 0.0}
+
+
+@pytest.mark.parametrize(
+    ("weights", "best"), [((0.0, 1.0), 0.0), ((0.0, -1.0), 1.0), ((1.0, 0.0), None), ((5.0, 1.0), 1.0)]
+)
+def test_a_policys_evaluation_votes_and_takes_the_best_rewarded_sample(
+    weights: tuple[float, float], best: float | None
+):
+    """The reward `length` likes a wrong answer of both problems best; the second sample of the second has none."""
+    drawn = [[sample_of("number", answer) for answer in group] for group in ("773", "733")]
+    liked = torch.tensor([[0.1, 0.2, 0.3], [0.3, math.nan, 0.4]]).double()
+    correct = torch.tensor([[float(s.text == "7") for s in group] for group in drawn]).double()
+
+    def draw(model: Any, problems: Any, sampling: Any, n: int, seed: int) -> list[list[Sample]]:
+        return [group[:n] for group in drawn]
+
+    def score(groups: list[list[Sample]]) -> torch.Tensor:
+        return torch.stack([correct, liked])[:, :, : len(groups[0])]
+
+    names = list(zip(("correct", "length"), weights, strict=True))
+    problems = [group[0].problem for group in drawn]
+    found = PolicyEvaluator(problems, draw, score, names, 0, num_samples=3).evaluate(None, 0)  # type: ignore[arg-type]
+    assert found["maj@3"] == 0.5
+    assert found["mean@3"] == 0.5
+    assert found.get("best@3") == best
 
 
 GIVEN = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 
 from llm_quest.errors import UsageError
 from llm_quest.experiments import measurements
+from llm_quest.experiments.arms import Arm
 from llm_quest.experiments.bases import Base
 from llm_quest.experiments.code_tree import own_code
 from llm_quest.experiments.ledger import Ledger, find_faults
@@ -162,6 +164,20 @@ def test_arms_begin_from_the_base_of_their_seed_and_go_on_where_time_ran_out(
         (start,) = {Path(pair.partition("=")[2]).name for pair in row["settings"] if pair.startswith("model.load=")}
         assert starts[start] == row["seed"]
     assert run_experiment(plan, tmp_path, pool, deadline=0.0)[0] == result, "what is there is used after the time too"
+
+
+def test_an_arm_may_be_another_measure_of_the_controls_run(text: Path, pool: WorkerPool, tmp_path: Path):
+    """Such an arm trains nothing, and its differences are those of the two numbers."""
+    plan = plan_of(text, tmp_path, **{**SHORT, "arms": ("muon=optim=muon",), "delta": 1e-9, "steps": 4})
+    plan = replace(plan, arms=(Arm("perplexity", (), own_code(), "eval/perplexity"),), secondary=("eval/loss",))
+    result, _ = run_experiment(plan, tmp_path, pool)
+    (verdict,), values = result["verdicts"], result["arms_measured"]["perplexity"]["values"]
+    assert verdict["runs"]["perplexity"] == verdict["runs"]["control"]
+    losses = result["arms_measured"]["control"]["values"]
+    assert values == pytest.approx([math.exp(loss) for loss in losses])
+    assert verdict["differences"] == pytest.approx([math.exp(loss) - loss for loss in losses])
+    assert verdict["secondary"]["eval/loss"]["mean"] == 0.0
+    assert result["arms"]["perplexity"]["metric"] == "eval/perplexity"
 
 
 def test_a_metric_that_no_arm_reports_is_named_with_those_that_are(

@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from llm_quest.cli.inspect_batch import load_batch_view
 from llm_quest.errors import DataError
+from llm_quest.recipes.kto import area_under_curve
 from tests.recipes.tuned import WORDS, base, metrics, started, weights, written
 
 pytestmark = [pytest.mark.xdist_group("preferring"), pytest.mark.usefixtures("render_once")]
@@ -53,8 +55,15 @@ def test_kto_learns_which_answers_are_desirable_and_tells_the_counts(options: li
     assert first["kl"] == 0.0
     assert last["rewards/chosen"] > 0 > last["rewards/rejected"]
     assert outcome.scores["margin"] > 0.5
+    assert outcome.scores["auc"] > 0.9
     assert any(line.startswith("labels: ") and "desirable_weight=" in line for line in said)
     assert json.loads((tmp_path / "run" / "data.json").read_text())["dropped"] == {"empty answer": 1}
+
+
+def test_the_area_under_the_curve_counts_pairs_in_order_and_ties_as_half():
+    rewards, desirable = torch.tensor([2.0, 0.0, 1.0, 0.0]), torch.tensor([True, True, False, False])
+    assert area_under_curve(rewards, desirable) == (2 + 0 + 0.5) / 4
+    assert area_under_curve(-rewards, desirable) == 1 - 2.5 / 4
 
 
 @pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])

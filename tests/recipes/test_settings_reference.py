@@ -18,7 +18,7 @@ from llm_quest.cli.techniques import list_techniques
 from llm_quest.errors import UsageError
 from llm_quest.recipes import RECIPES
 from llm_quest.recipes.config import nested_schema
-from llm_quest.recipes.other_names import OTHER_NAMES, setting_of
+from llm_quest.recipes.other_names import NO_SETTING, OTHER_NAMES, OTHER_VALUES, remark_on, setting_of
 from llm_quest.recipes.recipe import get_recipe, load_recipe
 from llm_quest.recipes.schema import StrictModel
 from llm_quest.recipes.settings_reference import make_page
@@ -111,6 +111,36 @@ def error_of(recipe: str, *pairs: str) -> str:
 )
 def test_another_librarys_name_is_answered_with_ours(recipe: str, pair: str, ours: str):
     assert f"unknown key; here it is {ours}" in error_of(recipe, pair)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "pair", "remedy"),
+    [
+        ("sft", "packing=true", "always share rows, and do not see one another; leave it out"),
+        ("dpo", "packing=true", "rows of like length share a micro-batch"),
+        ("grpo", "use_vllm=true", "the policy samples in this process itself; leave it out"),
+        ("grpo", "reward_model_path=x", "rewards='[{name: model, load: FOLDER}]'"),
+        ("dpo", "loss_type=sigmoid", "loss_type: sigmoid is called dpo here"),
+        ("sft", "lr_scheduler_type=constant_with_warmup", "constant_with_warmup is called constant here"),
+        ("sft", "report_to=wandb", "; write [wandb]"),
+    ],
+)
+def test_what_other_programs_set_is_answered_with_what_to_do(recipe: str, pair: str, remedy: str):
+    assert remedy in error_of(recipe, pair)
+
+
+def test_what_is_said_in_place_of_a_setting_is_no_key_of_the_recipe_and_no_other_name():
+    """A remark on a key that a recipe has would never be seen, nor one on a name that is answered with a setting."""
+    for name, remarks in NO_SETTING.items():
+        assert name not in OTHER_NAMES
+        assert set(remarks) <= {*RECIPES, ""}
+        for recipe in RECIPES:
+            if remark_on(name, recipe) is not None:
+                assert name not in all_keys(recipe), f"{recipe} has {name}"
+    for *where, value in OTHER_VALUES:
+        recipe, key = where if len(where) > 1 else ("sft", where[0])
+        load_recipe(recipe, [f"{key}={OTHER_VALUES[(*where, value)]}"])
+        assert value in error_of(recipe, f"{key}={value}")
 
 
 def all_keys(recipe: str) -> set[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llm_quest.data.document import DropReport
 from llm_quest.data.problems.problem import Problem
-from llm_quest.data.records import Record, iter_records, parse_rows
+from llm_quest.data.records import REPAIR, Record, iter_records, parse_rows
 from llm_quest.errors import DataError, RowError
 
 GSM8K_ANSWER_MARK = "####"
@@ -31,7 +31,7 @@ def read_gsm8k(file: str | Path, drop_report: DropReport | None = None) -> list[
 
 def parse_gsm8k(records: Iterable[Record], name: str, drop_report: DropReport, *, strict: bool) -> list[Problem]:
     problems = parse_rows(records, parse_gsm8k_row, drop_report)
-    drop_report.require_rows(len(problems), name, strict=strict)
+    drop_report.require_rows(len(problems), name, strict=strict, remedy=REPAIR)
     if not problems:
         raise DataError(f"{name} holds no problems")
     return problems
