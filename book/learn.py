@@ -23,7 +23,9 @@ from book.source import ROOT
 from llm_quest.errors import ResourceError, UsageError
 from tests.mutations import Mutation
 
-SECONDS = 10
+SECONDS, WAIT_SECONDS = 10, 300
+"""What an answer may take of a processor, and how long it is waited for: on a busy machine 10 s of a processor are
+minutes."""
 run_process = subprocess.run
 Log = Callable[[str], None]
 
@@ -77,9 +79,11 @@ def check(folder: Path, name: str) -> tuple[bool, list[str]]:
         raise UsageError(f"{file} is not there; begin with: quest learn {name}")
     command = [sys.executable, "-m", "book.learn", name, str(file.resolve())]
     try:
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS + 20, check=False)
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        raise ResourceError(f"{file} did not end within {SECONDS + 20} s: is there an endless loop?") from None
+        raise ResourceError(f"{file} did not end within {WAIT_SECONDS} s: does it wait for something?") from None
+    if ended.returncode < 0:  # ended by a signal, that of the limit among others
+        raise ResourceError(f"{file} was ended after {SECONDS} s of the processor or for its memory: an endless loop?")
     return ended.returncode == 0, (ended.stdout or ended.stderr).strip().splitlines()
 
 

@@ -54,7 +54,7 @@ def smaller(line: str) -> str:
         steps = "max_steps=4" if "runs/mine" in line.split()[2] else TRAINED.replace("eval_steps=0", "eval_steps=1")
         size = " model.config.num_hidden_layers=1 eval_baselines=false" if "config.hidden_size" in line else ""
         return f"{line} {steps}{size} --quiet" if "model.load=FOLDER" not in line else f"{line} {TRAINED} --quiet"
-    line = re.sub(r"--samples 16 --vote 16", "--samples 2 --vote 2 --limit 2", line)
+    line = re.sub(r"--samples 16 --vote 16", "--samples 2 --vote 2 --problems 2", line)
     return f"{line} --tokens 8" if line.startswith("quest generate") else line
 
 

@@ -120,6 +120,25 @@ def test_a_chapter_with_something_wrong_ends_the_command_with_1(text, said, tmp_
     assert said in capsys.readouterr().err
 
 
+def sentences(text: str) -> set[str]:
+    """Long sentences of prose: without code, formulas and marks, on one line."""
+    prose = re.sub(r"^```.*?^```|\$\$.*?\$\$", "", text, flags=re.M | re.S)
+    flat = re.sub(r"\s+", " ", re.sub(r"[`*\[\]]", "", prose))
+    return {one for one in re.split(r"(?<=[.:;?!])\s", flat) if len(one) > 60}
+
+
+def test_no_sentence_of_the_book_stands_in_the_source_too():
+    """What the source says is included from it by an anchor. The recipes of `extending.md` are new files."""
+    texts = [file.read_text(encoding="utf-8") for file in (ROOT / "llm_quest").rglob("*.py")]
+    source_text = re.sub(r"\s+", " ", re.sub(r"[`*\[\]]", "", " ".join(texts)))
+    files = [*site.chapter_files(), source.ROOT / "book/questions.yaml", source.ROOT / "book/glossary.yaml"]
+    twice = {one for file in files for one in sentences(file.read_text(encoding="utf-8")) if one in source_text}
+    assert twice == set()
+    assert sentences("It is said. " + "The norm's first sentence is long enough, `and` has a mark in it: here.") == {
+        "The norm's first sentence is long enough, and has a mark in it:"
+    }
+
+
 def test_a_benchmark_that_is_shown_is_a_section_of_its_page():
     for heading in pages.BENCHMARKS.values():
         assert "| --- |" in pages.benchmark(heading), heading

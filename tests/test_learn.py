@@ -12,7 +12,7 @@ from book.exercises.exercise import judge
 from book.games import GAMES
 from book.source import PACKAGE
 from llm_quest.cli.book import run_lesson
-from llm_quest.errors import UsageError
+from llm_quest.errors import ResourceError, UsageError
 
 CHAPTERS = {file.stem.split("-", 1)[1] for file in (PACKAGE.parent / "book/chapters").glob("*.md")}
 
@@ -80,6 +80,18 @@ def test_an_exercise_is_begun_judged_and_never_written_over(tmp_path):
     assert "is there already" in run_lesson("causal_mask", None, tmp_path, print)[1][0]
     file.write_text("import torch\ndef causal_mask(T):\n    return torch.arange(T)[:, None] >= torch.arange(T)\n")
     assert learn.judge_file("causal_mask", str(file)) == 0
+
+
+def test_an_answer_without_an_end_is_ended_by_its_own_processor_time(tmp_path, monkeypatch):
+    """Not by the clock, which on a busy machine runs on while nothing is computed."""
+    (tmp_path / "causal_mask.py").write_text(
+        "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (0, 1))\nwhile True: pass\n"
+    )
+    with pytest.raises(ResourceError, match="of the processor"):
+        run_lesson("check", "causal_mask", tmp_path, print)
+    monkeypatch.setattr(learn, "WAIT_SECONDS", 0.01)
+    with pytest.raises(ResourceError, match="wait for something"):
+        run_lesson("check", "causal_mask", tmp_path, print)
 
 
 @pytest.mark.parametrize("text", ["def causal_mask(T:", "x = 1", "raise SystemError('no')"])
