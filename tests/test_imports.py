@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Set
@@ -341,3 +342,38 @@ def test_no_function_and_no_table_is_written_twice():
 def test_the_cores_a_process_may_use_are_counted_in_one_place():
     files = {file for file in FILES for name, _ in called(file) if name == "os.sched_getaffinity"}
     assert {file.name for file in files} == {"hardware.py"}
+
+
+def literal_tables() -> Iterator[tuple[str, set[frozenset[str]]]]:
+    """Tables at the top of a file, with their entries: the pairs of a dict, whichever side is the key, and the texts of
+    a list. Numbers are left out (the sizes of tiny models), and `old_keys.py`, whose table is of what was before."""
+    for file in FILES:
+        for node in tree(file).body if file.name != "old_keys.py" else ():
+            for table in ast.walk(node) if isinstance(node, ast.Assign | ast.AnnAssign) else ():
+                entries: set[frozenset[str]] = set()
+                if isinstance(table, ast.Dict):
+                    pairs = [(k, v) for k, v in zip(table.keys, table.values, strict=True) if k and not is_number(v)]
+                    entries = {frozenset(ast.unparse(side).split(".")[-1] for side in pair) for pair in pairs}
+                elif isinstance(table, ast.Tuple | ast.List | ast.Set):
+                    texts = [one.value for one in table.elts if isinstance(one, ast.Constant)]
+                    entries = {frozenset([text]) for text in texts if isinstance(text, str)}
+                yield str(file.relative_to(PACKAGE)), {one for one in entries if not one & SAMPLING_NAMES}
+
+
+def is_number(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and type(node.value) in (int, float, bool)
+
+
+SAMPLING_NAMES = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
+"""Every format that is read or written has some of these."""
+
+
+def test_no_table_repeats_another():
+    """Three entries that are seven tenths of the smaller table are too many: derive one of them from the other."""
+    tables = [(file, entries) for file, entries in literal_tables() if len(entries) >= 3]
+    alike = {
+        (one, other, *map(str, a & b))
+        for (one, a), (other, b) in itertools.combinations(tables, 2)
+        if one != other and len(a & b) >= max(3, 0.7 * min(len(a), len(b)))
+    }
+    assert not alike

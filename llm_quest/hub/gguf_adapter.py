@@ -24,7 +24,7 @@ from llm_quest.files import atomic_model_file
 from llm_quest.hub.gguf import TensorData, float32, string, uint32, write_gguf
 from llm_quest.hub.gguf_blocks import tensor_data
 from llm_quest.hub.gguf_config import layout_for
-from llm_quest.hub.gguf_export import DTYPE_NAMES, FILE_TYPES, GGUFReport
+from llm_quest.hub.gguf_export import FILE_TYPES, GGUFReport, parse_float_type
 from llm_quest.hub.gguf_tensors import Place, gguf_places
 from llm_quest.hub.save_adapter import adapter_edits, to_lora_pair, whole_tensors
 from llm_quest.layers.linear import find_row_slice
@@ -45,9 +45,7 @@ Pieces = dict[str, list[tuple[Tensor, Tensor]]]
 def save_gguf_adapter(model: Any, file: str | Path, *, dtype: str | None = None, overwrite: bool = False) -> GGUFReport:
     """The adapter alone. dtype: f32, f16 or bf16; None: f32. UsageError without an adapter, or for one that llama.cpp
     does not apply: DoRA, whole parameters beside it, matrices that the base's file does not hold by rows."""
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        raise UsageError(f"--dtype {dtype!r} is no type of a GGUF file; {', '.join(DTYPE_NAMES)} are")
-    main, layout = DTYPE_NAMES[dtype or "f32"], layout_for(model)
+    main, layout = parse_float_type(dtype or "f32"), layout_for(model)
     if whole := whole_tensors(model):
         raise UsageError(
             f"llama.cpp applies low-rank edits alone, and {sorted(whole)[0]} was trained whole: --merge instead"

@@ -21,9 +21,9 @@ from torch import Tensor
 from llm_quest.hub.gguf import TENSOR_TYPES, TensorData
 from llm_quest.hub.gguf_dequantize import DEQUANTIZE_ONLY
 from llm_quest.hub.safetensors_io import CHUNK_BYTES, StoredTensor, count_non_finite, read_exact
-from llm_quest.tensor_files import raw_bytes
+from llm_quest.tensor_files import DTYPE_NAMES, raw_bytes
 
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLAIN = {DTYPE_NAMES[dtype]: dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 """Tensor types that are a dtype of torch."""
 BLOCK = 32
 

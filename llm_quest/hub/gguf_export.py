@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llm_quest.data.tokenizer import Tokenizer
@@ -23,11 +22,10 @@ from llm_quest.hub.gguf_rope import rope_tensors
 from llm_quest.hub.gguf_tensors import ALWAYS_FLOAT32, CHANGES, Place, file_shape, gguf_places
 from llm_quest.hub.gguf_tokenizer import tokenizer_keys
 from llm_quest.models.decoder import Decoder
+from llm_quest.tensor_files import DTYPE_NAMES
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-DTYPE_NAMES = {
-    "f32": "F32", "f16": "F16", "bf16": "BF16", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-}  # fmt: skip
+FLOAT_TYPES = {name.lower(): name for name in PLAIN}
+FLOAT_TYPES |= {str(dtype).removeprefix("torch."): name for name, dtype in PLAIN.items()}
 """--dtype -> a tensor type."""
 QUANTIZE_NAMES = {"q8_0": "Q8_0", "q4_0": "Q4_0"}
 """--quantize -> a tensor type."""
@@ -80,12 +78,19 @@ def choose_type(model: Decoder, quantize: str | None, dtype: str | None) -> str:
     """The type of most matrices."""
     if quantize is not None and quantize not in QUANTIZE_NAMES:
         raise UsageError(f"--quantize {quantize!r} is not written; {', '.join(QUANTIZE_NAMES)} are")
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        raise UsageError(f"--dtype {dtype!r} is no type of a GGUF file; {', '.join(DTYPE_NAMES)} are")
+    given = None if dtype is None else parse_float_type(dtype)
     if quantize is not None:
         return QUANTIZE_NAMES[quantize]
-    own: Any = model.embed
-    return DTYPES.get(own.token.weight.dtype, "F32") if dtype is None else DTYPE_NAMES[dtype]
+    embed: Any = model.embed
+    own = DTYPE_NAMES[embed.token.weight.dtype]
+    return given or (own if own in PLAIN else "F32")
+
+
+def parse_float_type(dtype: str) -> str:
+    """The tensor type that --dtype names. UsageError for a name that is not known."""
+    if dtype not in FLOAT_TYPES:
+        raise UsageError(f"--dtype {dtype!r} is no type of a GGUF file; {', '.join(FLOAT_TYPES)} are")
+    return FLOAT_TYPES[dtype]
 
 
 def safe_name(name: str) -> str:

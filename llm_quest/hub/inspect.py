@@ -17,13 +17,11 @@ from llm_quest.hub.folder_report import FolderReport, TensorSource
 from llm_quest.hub.load_save import ALLOW_PICKLE, find_non_finite, load
 from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.hub.locate import ModelLocation, locate_model
-from llm_quest.hub.safetensors_io import FLOAT_DTYPES
 from llm_quest.hub.validate import validate_folder
 from llm_quest.hub.weight_map import compact_names
 from llm_quest.models.build import count_parameters
 from llm_quest.techniques import TECHNIQUES
-
-DTYPE_NAMES = {theirs: name for name, theirs in FLOAT_DTYPES.items()}
+from llm_quest.tensor_files import DTYPE_NAMES
 
 
 @dataclass(frozen=True)

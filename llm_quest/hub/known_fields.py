@@ -14,6 +14,7 @@ from typing import Any
 from llm_quest.errors import DataError
 from llm_quest.models.config_fields import MAX_PLAUSIBLE_INT
 from llm_quest.models.family import Family
+from llm_quest.models.rope_config import ROPE_KEYS
 
 BOOKKEEPING = frozenset((
     *("architectures", "auto_map", "dtype", "id2label", "label2id", "model_type", "num_labels", "problem_type"),
@@ -98,11 +99,8 @@ HARMLESS_NAMES = re.compile(
     r"|(unsloth|wandb|train|training|trainer|optimizer|dataset|eval|learning_rate|warmup)_.*|learning_rate|epochs?"
 )
 """Names that speak of ids, of a training or of its files."""
-ROPE_KEYS = frozenset((
-    *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"),
-    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate", "low_freq_factor"),
-    *("high_freq_factor", "short_factor", "long_factor", "mrope_section", "mrope_interleaved", "finetuned"),
-    *("full_attention", "sliding_attention"),
+KNOWN_ROPE_KEYS = frozenset((
+    *ROPE_KEYS, "type", "mrope_section", "mrope_interleaved", "finetuned", "full_attention", "sliding_attention",
 ))  # fmt: skip
 """What may stand in rope_parameters and rope_scaling. (For text the sections of mrope hold one position.)"""
 PARTIAL = "partial_rotary_factor"
@@ -170,7 +168,7 @@ def unknown_fields(family: Family, hf_config: Mapping[str, Any], config: Any = N
     asks = any(key == PARTIAL and value != 1 for key, value in rope.values())
     known = known_fields(family, hf_config) if unread or asks else set()
     unknown = {name: value for name, value in unread.items() if name not in known}
-    keys = ROPE_KEYS | OF_FAMILY.get(family.name, frozenset())
+    keys = KNOWN_ROPE_KEYS | OF_FAMILY.get(family.name, frozenset())
     keys -= {PARTIAL} if asks and not known & {PARTIAL, "rotary_pct"} else set()
     return unknown | {path: value for path, (key, value) in rope.items() if key not in keys}
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from llm_quest.errors import DataError
-from llm_quest.tensor_files import empty_huge_pages, raw_bytes
+from llm_quest.tensor_files import DTYPE_NAMES, empty_huge_pages, raw_bytes
 
 HEADER_LIMIT = 10_000_000
 LFS_POINTER = b"version https://git-lfs"
@@ -201,13 +201,8 @@ def is_size_list(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
-FLOAT_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-INT_DTYPES: dict[str, torch.dtype] = {"I8": torch.int8}
+FLOAT_DTYPES = {DTYPE_NAMES[dtype]: dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+INT_DTYPES = {DTYPE_NAMES[torch.int8]: torch.int8}
 DTYPE_BITS = {name: dtype.itemsize * 8 for name, dtype in FLOAT_DTYPES.items()} | {
     **dict.fromkeys(("I64", "U64", "C64"), 64),
     **dict.fromkeys(("I32", "U32"), 32),

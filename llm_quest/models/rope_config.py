@@ -18,6 +18,13 @@ from llm_quest.layers.rotary import (
     YaRNScaling,
 )
 
+ROPE_KEYS = (
+    "rope_theta", "rope_type", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
+    "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate", "short_factor", "long_factor",
+    "partial_rotary_factor",
+)  # fmt: skip
+"""What is read of rope_parameters and rope_scaling; the part of a head that is rotated is read by the families."""
+
 
 def require_field(hf_config: Mapping[str, Any], field: str) -> Any:
     """A field that has no default."""

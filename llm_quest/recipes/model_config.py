@@ -25,7 +25,7 @@ from llm_quest.models.build import build, family_of, preset
 from llm_quest.models.config_fields import field_values, nested_config
 from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.models.family import Family
-from llm_quest.models.rope_config import read_rotary
+from llm_quest.models.rope_config import ROPE_KEYS, read_rotary
 from llm_quest.recipes.config import config_error, nested_schema
 from llm_quest.recipes.config_schema import ModelConfig
 from llm_quest.recipes.model_config_types import describe_expected, describe_type_error, missing_inside
@@ -308,9 +308,3 @@ def rotary_dim(sizes: ConfigValues, given: ConfigValues, before: RotaryEmbedding
     if "partial_rotary_factor" in given or before is None:
         return int(sizes["head_dim"] * given.get("partial_rotary_factor", 1.0))
     return max(2, before.dim * sizes["head_dim"] // base.head_dim // 2 * 2)
-
-
-ROPE_KEYS = (
-    "rope_theta", "rope_type", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
-    "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate", "partial_rotary_factor",
-)  # fmt: skip
