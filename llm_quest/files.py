@@ -91,7 +91,7 @@ def replace_file(source: Path, target: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
+    """The sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -141,7 +141,7 @@ class EtaClock:
         return f"{seconds:.1f} s/step" if seconds > 1 else f"{1 / max(seconds, 1e-9):.1f} step/s"
 
     def time_left(self, step: int) -> str:
-        """As h:mm:ss; -:--:-- before the first step."""
+        """The time left as h:mm:ss; -:--:-- before the first step."""
         if step == self.first_step < self.steps:
             return "-:--:--"
         seconds = round(self.seconds_per_step(step) * (self.steps - step))

@@ -52,8 +52,9 @@ def read_instructions(page: Path = PAGE) -> list[Instruction]:
 
 
 def copy_package(folder: Path) -> None:
+    """With the bytecode of what is compiled already: it is good as long as its file is not edited."""
     for name in COPIED:
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "runs"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("runs"))
     shutil.copy(ROOT / "pyproject.toml", folder)
 
 

@@ -101,6 +101,31 @@ def test_hardly_a_functions_name_begins_with_a_participle():
     assert len(found) / len(named) < MAX_PARTICIPLE_SHARE, found
 
 
+ELLIPSIS = re.compile(r"(Of|As|Those|These|All of them)\b|For (the screen|people)|The (same|inverse)[,.;:]")
+"""First words that say nothing of what a thing is; `As vLLM's: ...` says it behind a colon."""
+
+
+def own_names(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
+    """The fields of a class, or the arguments of a function."""
+    fields = {
+        one.target.id for one in ast.walk(node) if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
+    }
+    return fields | {one.arg for one in ast.walk(node) if isinstance(one, ast.arg)}
+
+
+def test_a_docstring_says_first_what_a_thing_is():
+    """Not what one of its fields means, and not "The same" or "Of them"."""
+    elliptic = []
+    for file, tree in trees().items():
+        for node in ast.walk(tree) if "flat" not in file.parts else ():
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name[0] != "_":
+                text = ast.get_docstring(node) or ""
+                field = re.match(r"(\w+)(, \w+)*( \([^)]*\))?:(?!:)", text)
+                if ELLIPSIS.match(text) or (field and field[1] in own_names(node)):
+                    elliptic.append(f"{file.relative_to(PACKAGE)}:{node.lineno}: {text[:60]}")
+    assert not elliptic
+
+
 def test_few_names_are_defined_in_three_files_or_more():
     files = collections.defaultdict(set)
     for file, tree in trees().items():

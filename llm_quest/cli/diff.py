@@ -54,7 +54,7 @@ class FamilyDiff:
         return asdict(self)
 
     def lines(self, *, colour: bool = False) -> list[str]:
-        """As lines. colour: with terminal colours (all of the text is our own source)."""
+        """The comparison as lines. colour: with terminal colours (all of the text is our own source)."""
         return [colorize(style, text) if colour else text for style, text in self.style_lines()]
 
     def style_lines(self) -> Iterator[StyledLine]:

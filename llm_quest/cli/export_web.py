@@ -110,7 +110,7 @@ def model_facts(file: GGUFFile, report: GGUFExportReport) -> dict[str, str]:
 
 
 def count_file_parameters(file: GGUFFile) -> int:
-    """Of all tensors but the tables of rotations, which follow from the config."""
+    """The number of parameters in a file: of all tensors but the tables of rotations, which follow from the config."""
     return sum(math.prod(tensor.shape) for name, tensor in file.tensors.items() if not name.startswith("rope_"))
 
 

@@ -30,7 +30,8 @@ SCORE_BATCH_SIZE = 16
 
 @dataclass(frozen=True)
 class ConversationScore:
-    """score: the reward model's number. answer: the last message. where: file and line, or the option."""
+    """A conversation with its score. score: the reward model's number. answer: the last message. where: file and line,
+    or the option."""
 
     score: float
     answer: str
@@ -90,7 +91,7 @@ def load_reward_model(name_or_path: str, device: torch.device) -> Decoder:
 
 
 def ranking_accuracy(scores: Sequence[float], groups: Sequence[Sequence[Conversation]]) -> float | None:
-    """Of the groups of several answers, the part whose first has the highest score; None without such a group."""
+    """The share of groups of several answers whose first has the highest score; None without such a group."""
     rest = iter(scores)
     ranked = [[next(rest) for _ in group] for group in groups]
     right = [first > max(others) for first, *others in ranked if others]

@@ -18,7 +18,7 @@ SHORT_KEYS = {"checkpointing": "gradient_checkpointing=true"}
 
 @dataclass(frozen=True)
 class TechniqueOption:
-    """takes: what it may be, in words; default: as YAML writes it."""
+    """An option of a technique. takes: what it may be, in words; default: as YAML writes it."""
 
     name: str
     takes: str
@@ -27,8 +27,8 @@ class TechniqueOption:
 
 @dataclass(frozen=True)
 class TechniqueEntry:
-    """command: what follows `quest train RECIPE` to switch it on. in_training: acts in training alone; no saved model
-    names it."""
+    """A technique with its options. command: what follows `quest train RECIPE` to switch it on. in_training: acts in
+    training alone; no saved model names it."""
 
     name: str
     summary: str

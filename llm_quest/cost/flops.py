@@ -114,7 +114,7 @@ class ModelCost:
 
     @classmethod
     def from_config(cls, config: Any, dtype: torch.dtype = torch.bfloat16) -> ModelCost:
-        """Of the model that a config describes, however large."""
+        """The cost of the model that a config describes, however large."""
         with FakeTensorMode():
             return cls(materialize(build_meta_model(config).eval(), "cpu", dtype))
 
@@ -236,7 +236,7 @@ def image_flops(config: Any) -> tuple[int, int]:
 
 
 def text_flops(config: Any) -> tuple[int, int]:
-    """The same of reading one text of the longest length, for a text encoder."""
+    """FLOPs of reading one text of the longest length, for a text encoder."""
     tokens = lambda: torch.zeros(1, config.max_position_embeddings, dtype=torch.int64)  # noqa: E731
     return count_flops(config, lambda model: model.head(model.hidden_states(tokens())[:, 0]))
 

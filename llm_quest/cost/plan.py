@@ -137,7 +137,7 @@ class Plan:
         }
 
     def lines(self) -> list[str]:
-        """For the screen."""
+        """The plan as lines for the screen."""
         units, total = f"{self.unit}s", round(self.units_per_step * self.steps)
         trained = "" if self.trainable == self.parameters else f", {self.trainable:,} of them trained"
         seen = f"{total / self.parameters:.3g} per parameter" if self.epochs is None else f"{self.epochs:.3g} epochs"

@@ -25,10 +25,10 @@ MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class StepProfile:
-    """Of one micro-batch and one update. flops: forward and backward, without what checkpointing computes again;
-    executed_flops: with it; forward_flops: forward alone. Bytes beyond the weights: `gradients`; `activations`, which
-    the forward pass leaves for the backward pass; `temporaries`, the most that comes and goes besides these, in the
-    backward pass or the update; `optimizer`, its state."""
+    """The cost of one micro-batch and one update. flops: forward and backward, without what checkpointing computes
+    again; executed_flops: with it; forward_flops: forward alone. Bytes beyond the weights: `gradients`; `activations`,
+    which the forward pass leaves for the backward pass; `temporaries`, the most that comes and goes besides these, in
+    the backward pass or the update; `optimizer`, its state."""
 
     forward_flops: int
     flops: int

@@ -143,7 +143,7 @@ def full_token_count(rows: Sequence[tuple[Sequence[int], int]]) -> int:
 
 
 def shared_token_count(rows: Sequence[tuple[Sequence[int], int]]) -> int:
-    """The same, where every prompt is read once, and of each row what it adds."""
+    """Tokens that are read where every prompt is read once, and of each row what it adds."""
     prompts = {tuple(prompt) for prompt, _ in rows}
     return len(rows) * (1 + max(more for _, more in rows)) + len(prompts) * (max(map(len, prompts)) - 1)
 

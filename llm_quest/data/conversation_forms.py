@@ -16,8 +16,8 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RowForm:
-    """keys: those that every row of the form has. optional: further keys that it reads. parse(row, where): its
-    content."""
+    """A form of rows, told by its keys. keys: those that every row of the form has. optional: further keys that it
+    reads. parse(row, where): its content."""
 
     name: str
     keys: tuple[str, ...]

@@ -24,8 +24,9 @@ from llm_quest.errors import DataError, RowError, UsageError
 
 @dataclass(frozen=True)
 class Conversation:
-    """messages: also given as pairs of role and content. tools: the functions that the assistant may call, as JSON
-    schemas for the chat template. weight: how often it is seen in an epoch. where: file:line."""
+    """A conversation that is trained on. messages: also given as pairs of role and content. tools: the functions that
+    the assistant may call, as JSON schemas for the chat template. weight: how often it is seen in an epoch. where:
+    file:line."""
 
     messages: tuple[Message, ...]
     where: str = ""

@@ -67,7 +67,7 @@ class ImageDataset:
         return np.bincount(self.labels, minlength=len(self.names)).tolist()  # type: ignore[no-any-return]
 
     def subset(self, indices: np.ndarray) -> ImageDataset:
-        """These images alone."""
+        """A data set of these images."""
         return ImageDataset(self.pixels[indices], self.labels[indices], self.names)
 
 

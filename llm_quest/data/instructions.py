@@ -66,7 +66,7 @@ class PackedExamples:
         return {"loader": "instructions", "data": self.hash, "sequence_length": self.sequence_length}
 
     def collate(self, row_indices: Sequence[int]) -> TokenBatch:
-        """These rows."""
+        """Make a batch of these rows."""
         shape = (len(row_indices), self.sequence_length)
         tokens, segments = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         targets, positions = np.full(shape, IGNORE_INDEX, dtype=np.int64), np.full(shape, -1, dtype=np.int64)

@@ -30,7 +30,7 @@ class RowSource(Protocol[BatchT_co]):
     """The rows of training, by their number."""
 
     def micro_batches(self, rows: range, micro_batch_size: int, seed: int) -> Sequence[BatchT_co]:
-        """These rows, in batches of at most `micro_batch_size`. The source may order them by length within the step."""
+        """Cut these rows into batches of at most `micro_batch_size`. The source may order them by length within the step."""
 
     def fingerprint(self) -> Mapping[str, Any]:
         """What the rows depend on, apart from seed and batch size: JSON that identifies data and order."""
@@ -96,7 +96,7 @@ class Dataset(Protocol[BatchT_co]):
     def __len__(self) -> int: ...
 
     def collate(self, indices: Sequence[int]) -> BatchT_co:
-        """These items as a batch."""
+        """Make a batch of these items."""
 
 
 class SizedDataset(Dataset[BatchT_co], Protocol):
@@ -114,7 +114,7 @@ def shuffled_batches(dataset: Dataset[BatchT_co], rows: range, micro_batch_size:
 def length_grouped_batches(
     dataset: SizedDataset[BatchT_co], rows: range, micro_batch_size: int, seed: int
 ) -> list[BatchT_co]:
-    """The same, where the rows of a step that are of similar length share a micro-batch."""
+    """The micro-batches of a step where the rows of a step that are of similar length share a micro-batch."""
     return collate_in_parts(dataset, sort_by_length(dataset, epoch_indices(len(dataset), seed, rows)), micro_batch_size)
 
 

@@ -14,8 +14,8 @@ EXTRA_MESSAGE_KEYS = ("reasoning_content", "tool_calls", "tool_call_id", "name")
 
 @dataclass(frozen=True)
 class Message:
-    """role: system, user, assistant or tool. train: whether an assistant's message is learned; others never are. extra:
-    the keys of EXTRA_MESSAGE_KEYS that it has, for the chat template."""
+    """A message of a conversation. role: system, user, assistant or tool. train: whether an assistant's message is
+    learned; others never are. extra: the keys of EXTRA_MESSAGE_KEYS that it has, for the chat template."""
 
     role: str
     content: str

@@ -167,7 +167,8 @@ class HeldOutLoader:
         return document_ids
 
     def bits_per_byte(self, total_nats: float) -> float:
-        """total_nats: the sum of -ln p over all targets of these batches."""
+        """Bits per byte of the text that these batches hold. total_nats: the sum of -ln p over all targets of these
+        batches."""
         return total_nats / math.log(2) / self.num_bytes
 
     def _iter_pieces(self, number: int) -> Iterator[tuple[int, int, int, int, int, int]]:

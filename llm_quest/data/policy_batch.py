@@ -51,7 +51,7 @@ class PolicyRow:
         return len(self.completion_ids) if self.is_policy_token is None else int(self.is_policy_token.sum())
 
     def at_policy_tokens(self, values: np.ndarray) -> np.ndarray:
-        """Of one number for each token of the completion those of the policy's own tokens."""
+        """Select, from one number for each token of the completion, those of the policy's own tokens."""
         return values if self.is_policy_token is None else values[self.is_policy_token]
 
     def spread_over_completion(self, values: np.ndarray) -> np.ndarray:
@@ -70,7 +70,8 @@ class PolicyRow:
 
 @dataclass(frozen=True)
 class PolicyBatch:
-    """As in `TokenBatch`, `targets[b, t]` is predicted *at* t, and every other tensor is aligned with the targets.
+    """Completions of a policy as rows. As in `TokenBatch`, `targets[b, t]` is predicted *at* t, and every other tensor
+    is aligned with the targets.
 
     Padding is on the right, where no token of a causal pass sees it: the rows are plain, and no kernel needs a
     mask. Or the rows share their prompts (`SharedPrefix`) and say their positions; num_tokens is what plain rows would
@@ -84,8 +85,7 @@ class PolicyBatch:
     With an answer of the environment (x y) inside the completion, which is read and not learned:
 
         tokens      p0  p1  a  </s>  x   y   b
-        targets      .  a  </s>  .   .   b  </s>
-    """
+        targets      .  a  </s>  .   .   b  </s>"""
 
     input_ids: Int[Tensor, "B T"]
     targets: Int[Tensor, "B T"]
@@ -188,7 +188,7 @@ def full_token_cost(rows: Sequence[PolicyRow]) -> int:
 
 
 def shared_token_cost(rows: Sequence[PolicyRow]) -> int:
-    """The same, where every prompt is read once."""
+    """Tokens that a group costs where every prompt is read once."""
     return shared_token_count([(row.prompt_ids, len(row.completion_ids) - 1) for row in rows])
 
 

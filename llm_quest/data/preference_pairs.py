@@ -37,10 +37,10 @@ from llm_quest.data.preferences import TokenizedPreference
 
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """input_ids, targets, position_ids (R,T): as in TokenBatch, answers alone learned, padded on the right; the last
-    token of a row, its end, predicts nothing. chosen, rejected (M,): rows compared. weights, margins (M,).
-    reference_log_probs (R,): the reference's log-probability of each answer, where it is known. prefix: the questions
-    that rows go on from, where they are shared."""
+    """Answers as rows, and which of them are compared. input_ids, targets, position_ids (R,T): as in TokenBatch,
+    answers alone learned, padded on the right; the last token of a row, its end, predicts nothing. chosen, rejected
+    (M,): rows compared. weights, margins (M,). reference_log_probs (R,): the reference's log-probability of each
+    answer, where it is known. prefix: the questions that rows go on from, where they are shared."""
 
     input_ids: Int[Tensor, "R T"]
     targets: Int[Tensor, "R T"]

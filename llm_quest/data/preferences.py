@@ -30,9 +30,9 @@ from llm_quest.errors import DataError, RowError
 
 @dataclass(frozen=True)
 class Preference:
-    """question: messages, also given as pairs of role and content, the last one the user's. answers: the best first.
-    margin: by how much the better one is better, in the reward's units. where: file:line. tools, weight: see
-    `Conversation`."""
+    """A question with ranked answers. question: messages, also given as pairs of role and content, the last one the
+    user's. answers: the best first. margin: by how much the better one is better, in the reward's units. where:
+    file:line. tools, weight: see `Conversation`."""
 
     question: tuple[Message, ...]
     answers: tuple[str, ...]

@@ -249,7 +249,7 @@ def build_preprocessor_config(processor: ImageProcessor) -> dict[str, Any]:
 
 
 def build_budget_config(processor: ImageProcessor, budget: PixelBudget) -> dict[str, Any]:
-    """The same for images whose shape follows from the image (Qwen2VLImageProcessor)."""
+    """The config of a processor for images whose shape follows from the image (Qwen2VLImageProcessor)."""
     return {
         "image_processor_type": "Qwen2VLImageProcessor",
         "size": {"shortest_edge": budget.min_pixels, "longest_edge": budget.max_pixels},

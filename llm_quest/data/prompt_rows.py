@@ -30,9 +30,9 @@ RESERVED_COLUMNS = ("prompts", "completions", "completion_ids")
 
 @dataclass(frozen=True)
 class PromptRow:
-    """prompt: messages, the last one the user's (or a tool's). answer: None where the row has none. is_conversational:
-    the row held messages. columns: all of its keys. where: file:line. weight: how often it is seen in an epoch. tools:
-    functions that may be called."""
+    """A prompt, and what its row says of the answer. prompt: messages, the last one the user's (or a tool's). answer:
+    None where the row has none. is_conversational: the row held messages. columns: all of its keys. where: file:line.
+    weight: how often it is seen in an epoch. tools: functions that may be called."""
 
     prompt: Messages
     answer: str | None
@@ -43,7 +43,7 @@ class PromptRow:
     tools: tuple[Mapping[str, Any], ...] = ()
 
     def to_problem(self, answer_form: str, grading: str) -> Problem:
-        """As a problem of the verifier `equal`."""
+        """The row as a problem of the verifier `equal`."""
         return Problem(
             prompt="\n".join(message["content"] for message in self.prompt),
             answer=self.answer or "",

@@ -28,8 +28,8 @@ HUB_PREFIX = "hf:"
 
 @dataclass(frozen=True)
 class DataSource:
-    """path: see above. weight: how often each row is seen in an epoch. name, split: of a data set of the hub, as
-    `datasets.load_dataset` has them."""
+    """A source of rows. path: see above. weight: how often each row is seen in an epoch. name, split: of a data set of
+    the hub, as `datasets.load_dataset` has them."""
 
     path: str
     weight: float = 1.0

@@ -62,7 +62,8 @@ class TokenizedSteps:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """input_ids, position_ids (R,T): padded on the right. labels (R,T): NaN where no step ends."""
+    """Solutions as rows, with a label where a step ends. input_ids, position_ids (R,T): padded on the right. labels
+    (R,T): NaN where no step ends."""
 
     input_ids: Int[Tensor, "R T"]
     position_ids: Int[Tensor, "R T"]

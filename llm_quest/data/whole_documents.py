@@ -48,7 +48,7 @@ class WholeDocuments:
         return len(self.documents)
 
     def collate(self, indices: Sequence[int]) -> TokenBatch:
-        """These documents."""
+        """Make a batch of these documents."""
         places = None if self.target_positions is None else [self.target_positions[index] for index in indices]
         return collate_documents([self.documents[index] for index in indices], places)
 

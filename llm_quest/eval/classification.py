@@ -27,7 +27,7 @@ Outputs = Callable[[Any], Iterator[tuple[Tensor, Tensor]]]
 
 
 def text_outputs(held_out: TextClassificationDataset) -> Outputs:
-    """Of held-out texts, those of like length together."""
+    """Outputs of held-out texts; texts of similar length share a batch."""
 
     def batches(model: Any) -> Iterator[tuple[Tensor, Tensor]]:
         device = next(model.parameters()).device
@@ -39,7 +39,7 @@ def text_outputs(held_out: TextClassificationDataset) -> Outputs:
 
 
 def image_outputs(images: ImageDataset, preprocess: ImageProcessor) -> Outputs:
-    """Of held-out images, without augmentation."""
+    """Outputs of held-out images, without augmentation."""
 
     def batches(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         device = next(model.parameters()).device

@@ -44,8 +44,9 @@ class GenKwargs:
 
 
 def parse_gen_kwargs(given: Mapping[str, Any]) -> GenKwargs:
-    """As transformers reads them: do_sample false is greedy, true without a temperature is temperature 1; without
-    do_sample the temperature decides. UsageError for a key without effect here."""
+    """Parse a task's generation arguments as transformers reads them: do_sample false is greedy, true without a
+    temperature is temperature 1; without do_sample the temperature decides. UsageError for a key without effect
+    here."""
     known = (*LENGTH_KEYS, *SAMPLING_KEYS, *OTHER_KEYS)
     if unknown := [key for key in given if key not in known]:
         raise UsageError(

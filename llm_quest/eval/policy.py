@@ -34,9 +34,9 @@ MAX_SAVED_ANSWERS = 5
 
 @dataclass(frozen=True)
 class PolicyScores:
-    """rewards: the mean of each, by name, over the answers that it applies to. total: their weighted sum. interval: its
-    half width at 95 %. accuracy: None where no problem has an answer. best_rewarded: best@n, the accuracy of the sample
-    with the largest reward."""
+    """Held-out rewards of a policy. rewards: the mean of each, by name, over the answers that it applies to. total:
+    their weighted sum. interval: its half width at 95 %. accuracy: None where no problem has an answer. best_rewarded:
+    best@n, the accuracy of the sample with the largest reward."""
 
     rewards: Mapping[str, float]
     total: float
@@ -48,7 +48,7 @@ class PolicyScores:
     answers: Sequence[Sample] = field(repr=False)
 
     def line(self) -> str:
-        """For the screen."""
+        """The scores in one line."""
         share = "" if self.accuracy is None else f"accuracy {self.accuracy.greedy_accuracy}, "
         each = ", ".join(f"{name} {mean:.3f}" for name, mean in self.rewards.items())
         return f"{share}reward {self.total:.3f} ± {self.interval:.3f}" + (f" ({each})" if len(self.rewards) > 1 else "")

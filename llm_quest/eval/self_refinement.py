@@ -79,8 +79,8 @@ class RefineRound:
 
 @dataclass(frozen=True)
 class SelfRefinement:
-    """rounds: of feedback and another answer. messages: a problem as messages. encode: the prompts of conversations,
-    as ids. context: the model's longest."""
+    """Answers that the model revises by its own feedback. rounds: of feedback and another answer. messages: a problem
+    as messages. encode: the prompts of conversations, as ids. context: the model's longest."""
 
     rounds: int
     messages: Callable[[Problem], Messages]

@@ -33,9 +33,10 @@ from llm_quest.models.decoder import Decoder
 
 @dataclass(frozen=True, kw_only=True)
 class BeamSearchParams:
-    """num_beams: how many beginnings are kept. length_penalty: the exponent of the length that sums are divided by.
-    early_stopping: when a prompt is done that has num_beams finished hypotheses: True, at once; False, when the best
-    beam would not improve on the worst of them if it ended now; "never", when it could not at any length."""
+    """The settings of beam search. num_beams: how many beginnings are kept. length_penalty: the exponent of the length
+    that sums are divided by. early_stopping: when a prompt is done that has num_beams finished hypotheses: True, at
+    once; False, when the best beam would not improve on the worst of them if it ended now; "never", when it could not
+    at any length."""
 
     num_beams: int
     length_penalty: float = 1.0

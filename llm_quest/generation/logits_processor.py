@@ -66,7 +66,7 @@ class LogitsProcessor:
     def draft_offsets(
         self, rows: Sequence[GeneratedSequence | None], guesses: Sequence[Sequence[int]], width: int
     ) -> Float[Tensor, "B T V"] | None:
-        """The same at each of `width` columns, where the guesses before it belong to the history."""
+        """What is added to the logits at each of `width` columns, where the guesses before it belong to the history."""
         if not self.reads_history:
             return None
         columns = [

@@ -204,7 +204,7 @@ def classifier_config(config: Mapping[str, Any], techniques: Sequence[Technique]
 
 
 def split_techniques(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-    """The inverse: the published config, and the techniques still as JSON."""
+    """The inverse of `add_techniques`: the published config, and the techniques still as JSON."""
     extra = config.get(OUR_MODEL_TYPE) or {}
     base = extra.get("base") if isinstance(extra, Mapping) else None
     if config.get("model_type") == OUR_MODEL_TYPE and not isinstance(base, Mapping):

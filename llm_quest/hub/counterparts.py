@@ -40,7 +40,7 @@ def random_input_ids(model: Any, seed: int) -> Inputs:
 
 
 def random_scored_ids(model: Any, seed: int) -> Inputs:
-    """The same, without the padding token, by which transformers finds the last one."""
+    """`random_input_ids` without the padding token, by which transformers finds the last one."""
     ids, pad = random_input_ids(model, seed)["input_ids"], padding_token(model)
     return {"input_ids": ids.where(ids != pad, (pad + 1) % model.config.vocab_size)}
 
@@ -58,13 +58,13 @@ def random_illustrated_ids(model: Any, seed: int) -> Inputs:
 
 
 def random_typed_ids(model: Any, seed: int) -> Inputs:
-    """The same for Gemma 3, which is told what is an image's: its tokens see each other."""
+    """Rows with image tokens for Gemma 3, which is told which tokens are an image's: its tokens see each other."""
     inputs = random_illustrated_ids(model, seed)
     return {**inputs, "token_type_ids": (inputs["input_ids"] == model.config.image_token_id).long()}
 
 
 def random_gridded_ids(model: Any, seed: int) -> Inputs:
-    """The same for Qwen3.5: patches in blocks of neighbours, each twice in time, and their grids."""
+    """Rows with image tokens for Qwen3.5: patches in blocks of neighbours, each twice in time, and their grids."""
     vision = model.config.vision_config
     side, merge, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
     rows, columns = 2 * merge, 4 * merge
@@ -182,7 +182,7 @@ def our_image_logits(model: Any, inputs: Inputs) -> Tensor:
 
 
 def output_called(name: str) -> Callable[[Any, Inputs], Tensor]:
-    """Of transformers' outputs the one of this name."""
+    """The output of this name among transformers' outputs."""
     return lambda model, inputs: getattr(model(**inputs), name)  # type: ignore[no-any-return]
 
 

@@ -43,7 +43,7 @@ class ScaledTensor:
 
     @property
     def dtype(self) -> str:
-        """As it is stored."""
+        """The dtype of the stored numbers."""
         return self.weight.dtype
 
     @property

@@ -219,7 +219,7 @@ def read_windows(file: GGUFFile, layout: Layout, found: dict[str, Any]) -> dict[
 def refuse_unknown_keys(file: GGUFFile, layout: Layout) -> None:
     """DataError for keys of the architecture that are not read and may change what is computed."""
     prefix = f"{file.architecture}."
-    known = {*layout.keys, *HARMLESS, *known_more(layout)}
+    known = {*layout.keys, *HARMLESS, *extra_keys(layout)}
     names = [key.removeprefix(prefix) for key in file.metadata if key.startswith(prefix)]
     unknown = [name for name in names if name not in known and not name.startswith("rope.")]
     unknown = [name for name in unknown if file.get(prefix + name) not in (0, 0.0, False, "", [])]
@@ -231,7 +231,7 @@ def refuse_unknown_keys(file: GGUFFile, layout: Layout) -> None:
 
 
 @functools.cache
-def known_more(layout: Layout) -> frozenset[str]:
+def extra_keys(layout: Layout) -> frozenset[str]:
     """The keys that `more` writes and `back` reads."""
     config = next(
         (one.config for family in all_families() for one in family.presets

@@ -75,15 +75,15 @@ def size_of(file: GGUFFile, key: str) -> int | None:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """architecture: llama.cpp's name. model_type: config.json's. keys: GGUF key -> field of our Config, both ways.
-    fixed: fields without a key, with the only value that llama.cpp computes. flags: fields that a file shows by a
-    tensor that is there. rope: the order of the rotated pairs; empty: no rotation. rope_factors: Llama 3's stretch is
-    known (a divisor for each pair). longrope: two lists of divisors are known. window_period: every so many layers have
-    no window, where a file does not say; 0: windows are not computed. square: the heads together are as wide as the
-    stream. names: modules with another name than usual. reads: False where another layout of the same architecture
-    reads its files; matches(file): which of several does. check(config): why a model cannot be expressed, or nothing.
-    more(config): further keys; back(file): the fields that they stand for. notes(config): what llama.cpp computes
-    otherwise."""
+    """How llama.cpp stores a model family. architecture: llama.cpp's name. model_type: config.json's. keys: GGUF key ->
+    field of our Config, both ways. fixed: fields without a key, with the only value that llama.cpp computes. flags:
+    fields that a file shows by a tensor that is there. rope: the order of the rotated pairs; empty: no rotation.
+    rope_factors: Llama 3's stretch is known (a divisor for each pair). longrope: two lists of divisors are known.
+    window_period: every so many layers have no window, where a file does not say; 0: windows are not computed. square:
+    the heads together are as wide as the stream. names: modules with another name than usual. reads: False where
+    another layout of the same architecture reads its files; matches(file): which of several does. check(config): why a
+    model cannot be expressed, or nothing. more(config): further keys; back(file): the fields that they stand for.
+    notes(config): what llama.cpp computes otherwise."""
 
     architecture: str
     model_type: str

@@ -81,13 +81,13 @@ def match_tensors(model: Decoder, stored: Mapping[str, StoredTensor]) -> Matched
             views[part] = place.view
             shape = place.view.shape(parameters[place.view.parameter])
             if name in stored:
-                rows = stored[name] if len(parts) == 1 else cut_rows(stored[name], start, shape)
+                rows = stored[name] if len(parts) == 1 else slice_stored_rows(stored[name], start, shape)
                 sources[part] = as_source(rows, shape, place)
                 start += shape[0]
     return sources, views
 
 
-def cut_rows(stored: StoredTensor, start: int, shape: tuple[int, ...]) -> StoredTensor:
+def slice_stored_rows(stored: StoredTensor, start: int, shape: tuple[int, ...]) -> StoredTensor:
     """Some rows of a stored matrix; all of it where they are beyond its end."""
     if len(stored.shape) != len(shape) or start + shape[0] > stored.shape[0]:
         return stored

@@ -10,7 +10,7 @@ from pathlib import Path
 from llm_quest.data.problems.gsm8k import read_gsm8k, split_gsm8k_validation
 from llm_quest.data.problems.problem import Problem
 from llm_quest.errors import DataError, MissingError
-from llm_quest.hub.locate import describe_failure, unreachable_reason
+from llm_quest.hub.locate import describe_download_failure, unreachable_reason
 
 NAME = "openai/gsm8k"
 FILES = {"train": "main/train-00000-of-00001.parquet", "test": "main/test-00000-of-00001.parquet"}
@@ -22,7 +22,7 @@ def is_gsm8k(task: str) -> bool:
 
 
 def load_gsm8k(task: str, part: str) -> list[Problem]:
-    """part: train, validation or test. A file is what it is: its test part is all of it."""
+    """Load the problems of GSM8K. part: train, validation or test. A file is what it is: its test part is all of it."""
     if part == "test":
         return gsm8k_from_hub(part) if task == "gsm8k" else read_gsm8k(task)
     learned, held = train_validation_split(task)
@@ -48,7 +48,7 @@ def download_dataset_file(file: str) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(NAME, file, repo_type="dataset"))
     except Exception as error:  # also what the packages below raise
-        reason = unreachable_reason(describe_failure(error))
+        reason = unreachable_reason(describe_download_failure(error))
         raise MissingError(
             f"{NAME} lacks {file} in the local cache while {reason}: run `hf download --repo-type dataset {NAME}` "
             "where there is a network, or give a file of JSON lines (task=FILE.jsonl)"

@@ -56,7 +56,7 @@ class Inspection:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """For people: layers are drawn together."""
+        """The report as lines; equal layers are drawn together."""
         size = "unknown" if self.parameters is None else f"{self.parameters:,}"
         lines = [f"{self.name}: {self.model_type} (family {self.family or 'none'}), {size} parameters", "", "files"]
         lines += [f"  {name:<40} {size:>15,} bytes" for name, size in self.files.items()]

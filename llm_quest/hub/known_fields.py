@@ -163,7 +163,7 @@ def unknown_fields(family: Family, hf_config: Mapping[str, Any], config: Any = N
     a field that says what it has anyway (the bias that a family always has) is no news."""
     unread = {name: value for name, value in hf_config.items() if not is_harmless(family, name, value)}
     unread = {name: value for name, value in unread.items() if name not in ROPE_FIELDS}
-    unread = {name: value for name, value in unread.items() if not said_anyway(config, name, value)}
+    unread = {name: value for name, value in unread.items() if not matches_config(config, name, value)}
     rope = {path: (key, value) for path, key, value in rope_keys(hf_config) if value is not None}
     asks = any(key == PARTIAL and value != 1 for key, value in rope.values())
     known = known_fields(family, hf_config) if unread or asks else set()
@@ -173,7 +173,7 @@ def unknown_fields(family: Family, hf_config: Mapping[str, Any], config: Any = N
     return unknown | {path: value for path, (key, value) in rope.items() if key not in keys}
 
 
-def said_anyway(config: Any, name: str, value: Any) -> bool:
+def matches_config(config: Any, name: str, value: Any) -> bool:
     has = getattr(config, name, None)
     return has is not None and type(has) is type(value) and has == value
 

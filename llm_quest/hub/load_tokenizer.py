@@ -61,7 +61,7 @@ def load_preprocess(name_or_path: str | Path, *, revision: str | None = None) ->
 
 
 def find_preprocess(name_or_path: str | Path, *, revision: str | None = None) -> ImageProcessor | None:
-    """The same; None where no file says."""
+    """The image processor of a folder, as `load_preprocess`; None where no file says."""
     from llm_quest.data.preprocessor_config import parse_preprocessor_config
 
     location = locate_model(name_or_path, revision=revision)

@@ -31,8 +31,9 @@ PICKLE_FILES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.i
 
 @dataclass(frozen=True)
 class ModelLocation:
-    """folder: holds the weights. run_dir: the run folder they belong to, if they are ours. name: as the user gave
-    it. gguf_file: a GGUF file that is the whole model; nothing else in its folder belongs to it."""
+    """Where a model's files are. folder: holds the weights. run_dir: the run folder they belong to, if they are ours.
+    name: as the user gave it. gguf_file: a GGUF file that is the whole model; nothing else in its folder belongs to
+    it."""
 
     folder: Path
     name: str
@@ -200,7 +201,7 @@ def download_snapshot(name: str, patterns: list[str], revision: str | None) -> P
     except errors.RepositoryNotFoundError:
         raise DataError(f"there is no folder {name!r} here and no such model on the hub{preset_hint(name)}") from None
     except Exception as error:  # also what the packages below raise: httpx's errors, a portal's page that is no JSON
-        raise offline_error(name, "config.json", describe_failure(error)) from None
+        raise offline_error(name, "config.json", describe_download_failure(error)) from None
 
 
 def remove_damaged(snapshot: Path, since: float) -> None:
@@ -224,7 +225,7 @@ def git_blob_sha1(file: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def describe_failure(error: Exception) -> str:
+def describe_download_failure(error: Exception) -> str:
     """What a download failed with, in a line."""
     return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
 

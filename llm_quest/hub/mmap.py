@@ -59,8 +59,8 @@ def memory_map_parameters(
     *,
     aligned: bool = False,
 ) -> dict[str, Tensor]:
-    """Those parameters that can be mapped, as tensors over the files. sources: stored name -> where its
-    numbers are. dtypes: of each parameter. aligned: only those in row order that begin at a multiple of 64 bytes."""
+    """Map the parameters that can be mapped: tensors over the files. sources: stored name -> where its numbers are.
+    dtypes: of each parameter. aligned: only those in row order that begin at a multiple of 64 bytes."""
     parts: dict[str, list[tuple[StoredTensor, WeightView]]] = defaultdict(list)
     for name, place in weight_views.items():
         source = sources[name]

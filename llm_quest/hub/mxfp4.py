@@ -44,7 +44,7 @@ class BlockTensor:
 
     @property
     def dtype(self) -> str:
-        """As it is stored."""
+        """The dtype of the stored numbers."""
         return self.blocks.dtype
 
     @property

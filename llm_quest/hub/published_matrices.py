@@ -23,7 +23,7 @@ from llm_quest.layers.linear import PackedLinear, find_row_slice
 from llm_quest.layers.low_rank import expert_parts
 from llm_quest.models import FAMILIES
 from llm_quest.models.build import build_meta_model, family_of
-from llm_quest.models.weight_names import AlternatingRows, ConcatRows, Transposed, WeightMap, WovenRows
+from llm_quest.models.weight_names import AlternatingRows, ConcatRows, RowsByHead, Transposed, WeightMap
 from llm_quest.techniques.adapter_targets import TargetMatrix, target_matrices
 
 GATE_UP, DOWN, BASE_LAYER = "gate_up_proj", "down_proj", ".base_layer"
@@ -73,8 +73,8 @@ def base_matrices(config: Any) -> dict[str, PublishedMatrix]:
             case ConcatRows(names=names):
                 module: Any = meta_model.get_submodule(site.path)
                 found[site.address] = locate_matrix(names[list(module.parts).index(site.part)], site)
-            case WovenRows(name=name, heads=heads):
-                found[site.address] = locate_woven_rows(name, site, meta_model.get_submodule(site.path), heads)
+            case RowsByHead(name=name, heads=heads):
+                found[site.address] = locate_rows_by_head(name, site, meta_model.get_submodule(site.path), heads)
             case str(name) | Transposed(name=name):
                 found[site.address] = locate_matrix(name, site, meta_model.get_submodule(site.path))
             case None if f"{site.path}.down" in table:
@@ -83,7 +83,7 @@ def base_matrices(config: Any) -> dict[str, PublishedMatrix]:
 
 
 def locate_matrix(name: str, site: TargetMatrix, packed: nn.Module | None = None) -> PublishedMatrix:
-    """packed: the layer, where its whole matrix is published as one."""
+    """The place of a matrix in the published model. packed: the layer, where its whole matrix is published as one."""
     rows, width = site.weight.shape
     module = name.removesuffix(".weight")
     if isinstance(packed, PackedLinear):
@@ -91,7 +91,7 @@ def locate_matrix(name: str, site: TargetMatrix, packed: nn.Module | None = None
     return PublishedMatrix(module, slice(0, rows), rows, width)
 
 
-def locate_woven_rows(name: str, site: TargetMatrix, packed: Any, heads: int) -> PublishedMatrix:
+def locate_rows_by_head(name: str, site: TargetMatrix, packed: Any, heads: int) -> PublishedMatrix:
     """The rows of one part of a matrix that is stored head by head."""
     stored = torch.arange(packed.out_features).view(heads, len(packed.parts), -1)
     order: list[int] = stored.transpose(0, 1).flatten().tolist()
@@ -125,7 +125,7 @@ def stack_experts_pair(pair: LoRAPair, num_experts: int) -> LoRAPair:
 
 
 def flatten_experts(pair: LoRAPair) -> LoRAPair:
-    """The inverse."""
+    """The inverse of `stack_experts_pair`."""
     return LoRAPair(pair.A.flatten(0, 1), pair.B.permute(1, 2, 0).flatten(1))
 
 

@@ -14,7 +14,7 @@ from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.hub.adapter_config import CONFIG as ADAPTER_CONFIG
 from llm_quest.hub.inspect import inspect_folder
 from llm_quest.hub.load_save import SAVED_FILES
-from llm_quest.hub.locate import describe_failure, unreachable_reason
+from llm_quest.hub.locate import describe_download_failure, unreachable_reason
 from llm_quest.hub.model_card import PLACE
 from llm_quest.hub.save_adapter import WEIGHTS as ADAPTER_WEIGHTS
 
@@ -101,7 +101,7 @@ def upload_files(files: list[Path], repository: str, *, private: bool) -> str:
         if isinstance(cause := error.__cause__, errors.HfHubHTTPError):  # of a large file, which goes to a storage
             said = f"the hub's storage answered {cause.response.status_code}"
             raise MissingError(f"{repository}: {said}; nothing is committed, try again") from None
-        why = unreachable_reason(describe_failure(error))
+        why = unreachable_reason(describe_download_failure(error))
         raise MissingError(f"{repository}: {why}; the same command again sends what is missing") from None
     return str(made)
 

@@ -198,7 +198,7 @@ def to_lora_pair(edit: nn.Module) -> LoRAPair:
 
 
 def peft_tensors(module: str, pair: LoRAPair, modules: Container[str]) -> Iterator[tuple[str, Tensor]]:
-    """modules: all that the adapter edits."""
+    """The tensors of an adapter under PEFT's names. modules: all that the adapter edits."""
     if pair.A.dim() == 3:
         module, pair = experts_module(module, modules), flatten_experts(pair)
     yield f"{ROOT}{module}.lora_A.weight", pair.A.contiguous()

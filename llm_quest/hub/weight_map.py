@@ -27,10 +27,10 @@ from llm_quest.models.weight_names import (
     ConcatRows,
     PublishedWeight,
     Reshaped,
+    RowsByHead,
     StackTensors,
     Transposed,
     WeightMap,
-    WovenRows,
 )
 from llm_quest.techniques.model_spec import strip_wrapper_names
 from llm_quest.techniques.score_head import find_score_head
@@ -93,7 +93,7 @@ def entry_views(published: PublishedWeight, sizes: tuple[int, ...]) -> Iterator[
             yield name, lambda parameter: parameter.mT
         case Reshaped(name=name, shape=shape):
             yield name, lambda parameter: parameter.view(shape)
-        case WovenRows(name=name, heads=heads, parts=parts):
+        case RowsByHead(name=name, heads=heads, parts=parts):
             yield name, lambda parameter: parameter.unflatten(0, (parts, heads, -1)).transpose(0, 1)
         case ConcatRows(names=names):
             starts = accumulate(sizes, initial=0)
@@ -107,7 +107,7 @@ def entry_views(published: PublishedWeight, sizes: tuple[int, ...]) -> Iterator[
                     yield name, index_view(index, view)
 
 
-MERGED = {WovenRows: (0, 2), AlternatingRows: (-2, -1)}
+MERGED = {RowsByHead: (0, 2), AlternatingRows: (-2, -1)}
 """Dimensions of an entry's view that are one in the file."""
 
 

@@ -141,7 +141,8 @@ class GroupedQueryAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T D"], scope: Scope, num_queries: int | None = None
     ) -> Float[Tensor, "B N D"]:
-        """num_queries: only the first N of T positions are queries (without a cache); all T are keys."""
+        """Attention over the tokens of this pass and the cached ones. num_queries: only the first N of T positions are
+        queries (without a cache); all T are keys."""
         head_counts = (self.num_attention_heads, self.num_key_value_heads, self.num_key_value_heads)
         q, k, v = (part.unflatten(-1, (count, -1)) for part, count in zip(self.qkv(x), head_counts, strict=True))
         q, gate = self.output_gate.split(q)

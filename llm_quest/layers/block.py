@@ -54,7 +54,7 @@ class Sublayer(nn.Module):
     def forward_first(
         self, x: Float[Tensor, "B T *streams D"], scope: Scope, num_queries: int
     ) -> Float[Tensor, "B N *streams D"]:
-        """The same for the first `num_queries` positions of a mixer's input; all positions are its keys. (A residual
+        """The sublayer at the first `num_queries` positions of a mixer's input; all positions are its keys. (A residual
         that mixes streams before the norm computes all positions.)"""
         if not isinstance(self.residual, Residual):
             return self(x, scope)[:, :num_queries]
@@ -82,7 +82,8 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T *streams D"], scope: Scope, num_queries: int | None = None
     ) -> Float[Tensor, "B N *streams D"]:
-        """num_queries: compute the output of the first positions alone, where nothing reads the others."""
+        """Run both sublayers. num_queries: compute the output of the first positions alone, where nothing reads the
+        others."""
         return self.feed_forward(
             self.mixer(x, scope) if num_queries is None else self.mixer.forward_first(x, scope, num_queries), scope
         )

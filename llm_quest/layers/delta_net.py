@@ -43,7 +43,7 @@ class FlatProjection(nn.Module):
 
 
 class InterleavedProjection(nn.Module):
-    """The same with the rows of each product grouped by key head, [q k v z] and [b a] for each: the layout of
+    """A projection with the rows of each product grouped by key head, [q k v z] and [b a] for each: the layout of
     Qwen3-Next's files."""
 
     def __init__(self, dim: int, *, num_k_heads: int, num_v_heads: int, head_k_dim: int, head_v_dim: int):

@@ -70,8 +70,8 @@ def chunk_gated_delta_rule(
     segments: Int[Tensor, "B T"] | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Float[Tensor, "B T H dv"], Float[Tensor, "B H dk dv"]]:
-    """The same, `size` tokens at a time. Rows are padded with tokens that neither decay nor write. As many chunks are
-    prepared at once as keep their intermediate results in the processor's cache."""
+    """The gated delta rule, `size` tokens at a time. Rows are padded with tokens that neither decay nor write. As many
+    chunks are prepared at once as keep their intermediate results in the processor's cache."""
     batch, length, heads = q.shape[:3]
     pad_length = -length % chunk_size
     parts = [pad_to_chunks(part, pad_length).split(CHUNKS_AT_ONCE * chunk_size, dim=1) for part in (q, k, v, g, beta)]

@@ -99,9 +99,9 @@ def run_experts_grouped_mm(
     expert_activation: ExpertActivation,
     biases: ExpertBiases | None = None,
 ) -> Float[Tensor, "N D"]:
-    """The same with tokens sorted by expert: two calls for all experts. The sum over K runs in the token's own order,
-    so that a row does not depend on the others. Weights multiply the hidden layer, which is narrower than the output,
-    and so the biases of the output by themselves."""
+    """The experts' outputs with tokens sorted by expert: two calls for all experts. The sum over K runs in the token's
+    own order, so that a row does not depend on the others. Weights multiply the hidden layer, which is narrower than
+    the output, and so the biases of the output by themselves."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)

@@ -30,9 +30,10 @@ LATENT_NORM_EPS = 1e-6
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """num_attention_heads: H. q_lora_rank: width of the query's own latent; None: queries are projected directly.
-    kv_lora_rank: r, the cached latent. qk_nope_head_dim, qk_rope_head_dim: widths of a head's parts without and with
-    rotation; v_head_dim: of its value. attend: its scale is that of the whole score."""
+    """Multi-head latent attention: keys and values are read from one cached latent vector a token. num_attention_heads:
+    H. q_lora_rank: width of the query's own latent; None: queries are projected directly. kv_lora_rank: r, the cached
+    latent. qk_nope_head_dim, qk_rope_head_dim: widths of a head's parts without and with rotation; v_head_dim: of its
+    value. attend: its scale is that of the whole score."""
 
     def __init__(
         self,

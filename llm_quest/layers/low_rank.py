@@ -37,8 +37,8 @@ class LowRankUpdate(nn.Module):
     def forward(
         self, x: Float[Tensor, "*batch in"], base_output: Float[Tensor, "*batch out"], weight: Callable[[], Tensor]
     ) -> Float[Tensor, "*batch out"]:
-        """base_output: W x. weight: gives W to an edit that needs it; a quantized one is then dequantized. Dropout acts
-        on the adapter's x alone."""
+        """The edited output. base_output: W x. weight: gives W to an edit that needs it; a quantized one is then
+        dequantized. Dropout acts on the adapter's x alone."""
         return base_output + self.update(self.dropout(x))
 
     def update(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:

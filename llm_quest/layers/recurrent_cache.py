@@ -92,7 +92,7 @@ class RecurrentStateCache:
             self.snapshot_positions = [self.snapshot_positions[row] for row in indices.tolist()]
 
     def batch_concat(self, others: Sequence[Any], order: Sequence[int]) -> None:
-        """Of the histories, as many of the last states as all of them have."""
+        """Join caches by rows; of the histories, as many of the last states as all of them have."""
         parts = [self, *others]
         count = min(len(part.history) for part in parts)
         histories = [part.history[len(part.history) - count :] for part in parts]

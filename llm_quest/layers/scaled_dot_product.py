@@ -112,9 +112,9 @@ def fused_attention(
     sink: Float[Tensor, " H"] | None = None,
     softcap: float | None = None,
 ) -> Float[Tensor, "B T H dv"]:
-    """The same through PyTorch's fused kernel, which does not keep the scores. For a single query, the heads of a group
-    are the rows of one product, so that k is read once. The kernel has no soft cap: with one, the explicit form runs.
-    It has no sink: `sink_attention`."""
+    """Attention through PyTorch's fused kernel, which does not keep the scores. For a single query, the heads of a
+    group are the rows of one product, so that k is read once. The kernel has no soft cap: with one, the explicit form
+    runs. It has no sink: `sink_attention`."""
     if isinstance(attention_mask, BlockDiagonalMask):
         options = {"scale": scale, "dropout": dropout, "sink": sink, "softcap": softcap}
         return block_diagonal_attention(q, k, v, attention_mask, **options)  # type: ignore[arg-type]
@@ -250,7 +250,8 @@ class ScaledDotProduct(nn.Module):
         attention_mask: AttentionMask,
         scope: Scope,
     ) -> Float[Tensor, "B T H dv"]:
-        """scope: not read here; forward hooks need it (positions of padding, records)."""
+        """The attention output, by the chosen implementation. scope: not read here; forward hooks need it (positions of
+        padding, records)."""
         dropout = self.dropout if self.training else 0.0
         return self.implementation(
             q, k, v, attention_mask, scale=self.scale, dropout=dropout, sink=self.sink, softcap=self.softcap

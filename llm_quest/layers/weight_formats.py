@@ -53,9 +53,9 @@ SMALLEST_SCALE = 1e-30
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """bits: of a code. group_size: how many numbers share a scale; 0: the whole row. levels: what each code stands for,
-    as a multiple of the scale; empty: the code itself. has_minimum: a number is added that each group has beside its
-    scale; both are in one tensor, (..., 2, G)."""
+    """A format of quantized weights. bits: of a code. group_size: how many numbers share a scale; 0: the whole row.
+    levels: what each code stands for, as a multiple of the scale; empty: the code itself. has_minimum: a number is
+    added that each group has beside its scale; both are in one tensor, (..., 2, G)."""
 
     name: str
     bits: int
@@ -159,7 +159,7 @@ def pack_pairs(codes: Tensor) -> Bytes[Tensor, "*rows packed"]:
 
 
 def unpack_pairs(q: Bytes[Tensor, "*rows packed"], group_size: int) -> Tensor:
-    """The inverse of `pack_pairs`, as integers that index the levels."""
+    """Unpack the codes: the inverse of `pack_pairs`, as integers that index the levels."""
     pairs = q.view(torch.uint8).unflatten(-1, (-1, group_size // 2)).to(torch.int32)
     return torch.cat((pairs & 15, pairs >> 4), dim=-1)
 

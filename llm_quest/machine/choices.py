@@ -170,7 +170,7 @@ def choose_compile(profile: MachineProfile, compiler: CompilerTrial, flops: floa
 
 
 def choose_gpu_compile(flops: float) -> Resolved[bool]:
-    """The same on a GPU, by a cautious guess of its rate."""
+    """Whether to compile on a GPU, by a cautious guess of its rate."""
     seconds = flops / GPU_FLOPS
     return Resolved(seconds >= MIN_GPU_SECONDS, f"a run of about {rough_duration(seconds)}")
 

@@ -28,8 +28,8 @@ extern "C" double trial(double x) { return std::sqrt(x); }
 
 @dataclass(frozen=True)
 class CompilerTrial:
-    """path: None where there is no compiler. problem: why it does not work; empty if it does. seconds: that the trial
-    took."""
+    """Whether there is a C++ compiler that works. path: None where there is no compiler. problem: why it does not work;
+    empty if it does. seconds: that the trial took."""
 
     path: str | None
     problem: str

@@ -77,8 +77,8 @@ REQUIRED = tuple(name for name in RATES if not any(word in name for word in ("bf
 
 @dataclass(frozen=True)
 class Measurement:
-    """rates: by name (`RATES`). busy: whether other programs took the cores away, so that the rates are those of one
-    thread, multiplied by the number of threads."""
+    """Measured rates of this machine. rates: by name (`RATES`). busy: whether other programs took the cores away, so
+    that the rates are those of one thread, multiplied by the number of threads."""
 
     rates: dict[str, float]
     busy: bool
@@ -220,7 +220,7 @@ def attention_rate(clock: Clock, dtype: torch.dtype, generator: torch.Generator)
 
 
 def eigenvalue_rate(clock: Clock, generator: torch.Generator) -> float:
-    """Of one decomposition, which Muon may take in place of its iterations."""
+    """The rate of one eigenvalue decomposition, which Muon may take in place of its iterations."""
     x = random_matrix(SMALL, 2 * SMALL, torch.float32, generator)
     gram = x @ x.mT
     return SMALL**3 / fast_seconds(clock, [lambda: torch.linalg.eigh(gram)], 2 * SECONDS) / 1e9

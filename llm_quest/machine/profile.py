@@ -40,10 +40,10 @@ BUSY_PROFILE_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class MachineProfile:
-    """machine: what the profile belongs to (`identify_machine`). rates: by name, in the units of `probe.RATES`. busy:
-    whether other programs ran meanwhile. measured_at: seconds since 1970. compile_seconds: what compiling a training
-    step took here in an earlier run; None before the first. source: where it comes from, in words. given: whether by a
-    file that stands for this machine."""
+    """The measured rates of a machine, as they are kept. machine: what the profile belongs to (`identify_machine`).
+    rates: by name, in the units of `probe.RATES`. busy: whether other programs ran meanwhile. measured_at: seconds
+    since 1970. compile_seconds: what compiling a training step took here in an earlier run; None before the first.
+    source: where it comes from, in words. given: whether by a file that stands for this machine."""
 
     machine: Mapping[str, str]
     rates: Mapping[str, float]

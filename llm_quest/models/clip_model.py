@@ -43,7 +43,8 @@ def encoder_field(name: str, family: Family, defaults: Mapping[str, Any]) -> Any
 
 @config_dataclass
 class Config:
-    """projection_dim: of the space that images and texts share. vision_config, text_config: of the encoders."""
+    """The numbers of a CLIP. projection_dim: of the space that images and texts share. vision_config, text_config: of
+    the encoders."""
 
     projection_dim: int = hf_default(PROJECTION_DIM)
     vision_config: Any = encoder_field("vision_config", clip.FAMILY, clip.VISION_DEFAULTS)
@@ -54,7 +55,7 @@ class Config:
 
     @property
     def num_hidden_layers(self) -> int:
-        """Of both encoders."""
+        """The layers of both encoders together."""
         return int(self.vision_config.num_hidden_layers + self.text_config.num_hidden_layers)
 
 

@@ -99,7 +99,8 @@ class Config:
 
     @property
     def softmax_scale(self) -> float:
-        """Of the scores: (qk_nope_head_dim + qk_rope_head_dim)^-0.5, times the square of YaRN's temperature."""
+        """The scale of the scores: (qk_nope_head_dim + qk_rope_head_dim)^-0.5, times the square of YaRN's
+        temperature."""
         stretch: Any = self.rotary.scaling
         has_temperature = isinstance(stretch, YaRNScaling) and stretch.mscale_all_dim
         m = yarn_mscale(stretch.factor, stretch.mscale_all_dim) if has_temperature else 1.0
@@ -194,7 +195,8 @@ def duplicate_weights(config: Config) -> dict[str, str]:
 
 
 def resolve_config(config: Config, stored: Collection[str]) -> Config:
-    """As many multi-token modules as the files hold: many conversions leave them out and keep the config."""
+    """The config with as many multi-token modules as the files hold: many conversions leave them out and keep the
+    config."""
     joins = (f"model.layers.{config.num_hidden_layers + k}.eh_proj.weight" for k in count())
     return replace(config, num_nextn_predict_layers=sum(1 for _ in takewhile(stored.__contains__, joins)))
 

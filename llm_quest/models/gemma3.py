@@ -30,8 +30,9 @@ from llm_quest.models.weight_names import Names, Transposed, WeightMap
 
 @config_dataclass
 class Config(TextWithImages):
-    """vision_config: of SigLIP; text_config: of Gemma. image_token_id: the placeholder's. boi_token_index,
-    eoi_token_index: the tokens around an image. mm_tokens_per_image: vectors of an image."""
+    """The numbers of a Gemma 3 that reads images. vision_config: of SigLIP; text_config: of Gemma. image_token_id: the
+    placeholder's. boi_token_index, eoi_token_index: the tokens around an image. mm_tokens_per_image: vectors of an
+    image."""
 
     vision_config: Any = json_field(*vision_part((siglip.FAMILY,)))
     text_config: Any = json_field(*text_part((gemma.FAMILY,), "gemma3_text", gemma.TEXT_DEFAULTS))

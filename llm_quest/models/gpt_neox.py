@@ -28,7 +28,7 @@ from llm_quest.models import llama
 from llm_quest.models.config_fields import config_dataclass, constant_field, json_field, rope_field, spelled, unwritten
 from llm_quest.models.decoder import Decoder, decoder_of_blocks
 from llm_quest.models.family import Family, preset_table
-from llm_quest.models.weight_names import OURS, Names, WovenRows, expand_layers, module_names, parallel_names
+from llm_quest.models.weight_names import OURS, Names, RowsByHead, expand_layers, module_names, parallel_names
 
 
 @config_dataclass
@@ -68,7 +68,7 @@ def weight_map(config: Config) -> Names:
     layer, heads, bias = "gpt_neox.layers.{i}.", config.num_attention_heads, config.attention_bias
     attention = module_names({"qkv": "query_key_value"}, bias=bias)
     table: Names = {
-        f"{OURS}mixer.layer.{ours}": WovenRows(f"{layer}attention.{theirs}", heads)
+        f"{OURS}mixer.layer.{ours}": RowsByHead(f"{layer}attention.{theirs}", heads)
         for ours, theirs in attention.items()
     }
     table |= module_names({f"{OURS}mixer.layer.out": f"{layer}attention.dense"}, bias=bias)

@@ -80,7 +80,7 @@ class ImageEncoder(nn.Module):
     def intermediate_hidden_states(
         self, images: Float[Tensor, "B C H W"], depth: int | None = None
     ) -> Float[Tensor, "B T D"]:
-        """The same before the final norm, after `depth` blocks (None: all): what a language model is shown."""
+        """The hidden states before the final norm, after `depth` blocks (None: all): what a language model is shown."""
         x, scope = self.embed_images(images)
         for layer, block in enumerate(self.blocks[:depth]):
             x = block(x, scope.for_layer(layer))

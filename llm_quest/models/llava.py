@@ -79,10 +79,10 @@ def read_class_token(c: Any) -> bool:
 
 @config_dataclass
 class Config(TextWithImages):
-    """vision_config: of the image encoder (clip or vit); text_config: of the decoder. image_token_id: the
-    placeholder's. num_vision_blocks: after how many of the encoder's blocks the patches are taken. mlp_projector: two
-    matrices in the adapter rather than one. keep_cls_token: is the class token shown too? LLaVA's own config.json
-    leaves out what transformers takes for granted in either part."""
+    """The numbers of a LLaVA. vision_config: of the image encoder (clip or vit); text_config: of the decoder.
+    image_token_id: the placeholder's. num_vision_blocks: after how many of the encoder's blocks the patches are taken.
+    mlp_projector: two matrices in the adapter rather than one. keep_cls_token: is the class token shown too? LLaVA's
+    own config.json leaves out what transformers takes for granted in either part."""
 
     vision_config: Any = json_field(*vision_part(VISION_TOWER_FAMILIES, clip.VISION_DEFAULTS))
     text_config: Any = json_field(*text_part(TEXT_FAMILIES, "llama", TEXT_DEFAULTS))

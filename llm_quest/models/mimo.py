@@ -213,7 +213,7 @@ def mtp_names() -> Names:
 
 
 def resolve_config(config: Config, stored: Collection[str]) -> Config:
-    """As many multi-token modules as the files hold."""
+    """The config with as many multi-token modules as the files hold."""
     joins = (f"model.mtp.layers.{k}.eh_proj.weight" for k in count())
     return replace(config, num_nextn_predict_layers=sum(1 for _ in takewhile(stored.__contains__, joins)))
 

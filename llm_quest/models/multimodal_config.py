@@ -67,8 +67,8 @@ def vision_part(families: Sequence[Family], defaults: Json = NOTHING) -> PartFie
 
 
 def text_part(families: Sequence[Family], kind: str, defaults: Json = NOTHING) -> PartField:
-    """The same for `text_config`; kind: the model_type where none is given. What config.json says of tied embeddings
-    outside the part holds for it."""
+    """How `text_config` is read and written, as `vision_part`. kind: the model_type where none is given. What
+    config.json says of tied embeddings outside the part holds for it."""
 
     def read(c: Any) -> Any:
         outside = {} if c.json.get(TIED) is None else {TIED: c.json[TIED]}

@@ -36,7 +36,8 @@ def publish_vision(value: Any, config: Any) -> dict[str, Any]:
 
 @config_dataclass
 class Config(TextWithImages):
-    """vision_config: of the image encoder; text_config: of the decoder. image_token_id: the placeholder's."""
+    """The numbers of a Qwen3.5 that reads images. vision_config: of the image encoder; text_config: of the decoder.
+    image_token_id: the placeholder's."""
 
     vision_config: Any = json_field(vision_part((qwen3_5_vision.FAMILY,))[0], publish_vision)
     text_config: Any = json_field(*text_part((qwen3_next.FAMILY,), "qwen3_5_text", qwen3_next.DENSE_DEFAULTS))

@@ -1,10 +1,9 @@
 """Weight maps: our parameter names -> the names in published files, for loading and for saving.
 
 An entry is a plain name, several matrices stacked by rows (`ConcatRows`), one stored the other way round
-(`Transposed`), in another shape (`Reshaped`), head by head (`WovenRows`) or gate and up in turn (`AlternatingRows`), or
-one for each expert (`StackTensors`).
-`{i}` stands for the layer's number. Reading and writing follow the same map (`hub/weight_map.py`), so that export then
-import is the identity by construction. Below the entries, the rows that families share."""
+(`Transposed`), in another shape (`Reshaped`), head by head (`RowsByHead`), gate and up in turn (`AlternatingRows`), or
+one for each expert (`StackTensors`). `{i}` stands for the layer's number. Reading and writing follow the same map
+(`hub/weight_map.py`), so that export then import is the identity by construction. Below the entries, the rows that families share."""
 
 from __future__ import annotations
 
@@ -38,14 +37,15 @@ class StackTensors:
 
 @dataclass(frozen=True)
 class Reshaped:
-    """The same numbers in the same order in another shape: a convolution's (D,C,P,P) for our (D, C P P)."""
+    """A parameter that is stored in another shape, its numbers in the same order: a convolution's (D,C,P,P) for our (D,
+    C P P)."""
 
     name: str
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class WovenRows:
+class RowsByHead:
     """Our parts of equal size, stacked by rows (q, k, v), are stored head by head: q, k, v of head 0, then of head 1
     (GPT-NeoX)."""
 
@@ -62,7 +62,7 @@ class AlternatingRows:
     name: str
 
 
-PublishedWeight = AlternatingRows | WovenRows | str | ConcatRows | Transposed | Reshaped | StackTensors
+PublishedWeight = AlternatingRows | RowsByHead | str | ConcatRows | Transposed | Reshaped | StackTensors
 WeightMap = Mapping[str, PublishedWeight]
 Names = dict[str, PublishedWeight]
 
@@ -212,8 +212,8 @@ def map_published_names(theirs: PublishedWeight, rename: Callable[[str], str]) -
             return Transposed(rename(name))
         case Reshaped(name=name, shape=shape):
             return Reshaped(rename(name), shape)
-        case WovenRows(name=name, heads=heads, parts=parts):
-            return WovenRows(rename(name), heads, parts)
+        case RowsByHead(name=name, heads=heads, parts=parts):
+            return RowsByHead(rename(name), heads, parts)
         case AlternatingRows(name=name):
             return AlternatingRows(rename(name))
     return rename(theirs)

@@ -77,7 +77,7 @@ class TextClassificationLoss(nn.Module):
 def classification_loss(
     logits: Float[Tensor, "R C"], labels: Tensor, label_smoothing: float, class_weights: Tensor | None = None
 ) -> Loss:
-    """labels: (R,) class numbers; or (R,C) of 0 and 1, multi-label."""
+    """The loss of a classifier. labels: (R,) class numbers; or (R,C) of 0 and 1, multi-label."""
     weights = None if class_weights is None else class_weights.to(logits)
     if labels.is_floating_point():
         return multi_label_loss(logits, labels, label_smoothing, weights)

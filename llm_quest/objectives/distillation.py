@@ -118,7 +118,8 @@ class DistillationLoss(nn.Module):
 
 
 class ChunkedDivergence(torch.autograd.Function):
-    """x, weight, cap: of the student's logits; y, own, own_cap: the teacher's."""
+    """A divergence between student and teacher, computed chunk by chunk, and its gradient. x, weight, cap: of the
+    student's logits; y, own, own_cap: the teacher's."""
 
     @staticmethod
     def forward(

@@ -24,8 +24,8 @@ from torch.nn.functional import logsigmoid
 
 
 class LogRatios(NamedTuple):
-    """Of each comparison: a, b (without a reference log p alone), and the reference's own log p_ref(chosen) -
-    log p_ref(rejected), 0 without one."""
+    """The log-ratios of each comparison: a, b (without a reference log p alone), and the reference's own log
+    p_ref(chosen) - log p_ref(rejected), 0 without one."""
 
     chosen: Float[Tensor, " M"]
     rejected: Float[Tensor, " M"]

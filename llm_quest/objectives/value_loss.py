@@ -21,8 +21,8 @@ from llm_quest.techniques.value_head import find_value_model, values_from_hidden
 
 @dataclass(frozen=True)
 class ValueLoss:
-    """coef: its weight beside the policy's loss. clip: how far v may move from v_old in one rollout; None: not
-    bounded."""
+    """The loss of a value head (PPO). coef: its weight beside the policy's loss. clip: how far v may move from v_old in
+    one rollout; None: not bounded."""
 
     coef: float = 0.1
     clip: float | None = 0.2

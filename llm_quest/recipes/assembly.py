@@ -78,7 +78,7 @@ def prepare_text_data(data: TextDataConfig, choice: TokenizerConfig, log: LogFn)
     with phase(f"reading {source_name(data)}"):
         corpus = load_config_corpus(data)
     with phase("choosing what is held out"):
-        with skipped_rows_told(corpus.drop_report):
+        with report_skipped_rows(corpus.drop_report):
             parts = split_text(corpus, data)
         parts = replace(parts, train=tuple(repeat_by_weight(parts.train)))
     with phase("training a tokenizer" if choice.load is None else "reading the tokenizer"):
@@ -145,7 +145,7 @@ def load_split_rows(
     with `held_out`. split: which rows are that part."""
     rows = load_config_rows(config, read, drop_report, builtin=builtin, limit=limit)
     if config.validation is None:
-        with skipped_rows_told(drop_report):
+        with report_skipped_rows(drop_report):
             return split(rows, config.held_out) if config.held_out else (rows, [])
     held = load_config_rows(config.of_validation, read, drop_report, builtin=builtin)
     known = {first_question_hash(one.prompt) for one in rows}
@@ -155,7 +155,7 @@ def load_split_rows(
 
 
 @contextmanager
-def skipped_rows_told(drop_report: DropReport) -> Iterator[None]:
+def report_skipped_rows(drop_report: DropReport) -> Iterator[None]:
     """An error about too few rows names those that were skipped: they may be the reason."""
     try:
         yield

@@ -106,7 +106,8 @@ def describe_value(value: Any) -> str:
 
 
 def resolve_threads(given: Resolved[int], machine: Machine, config: RunConfig) -> Resolved[int]:
-    """As many as torch uses now (one per usable core, or OMP_NUM_THREADS), unless a number is given."""
+    """The number of threads: as many as torch uses now (one per usable core, or OMP_NUM_THREADS), unless a number is
+    given."""
     threads = given.value or torch.get_num_threads()
     torch.set_num_threads(threads)  # the profile is one of so many threads
     return Resolved(threads, (f"{given.reason}; " if given.value else "") + describe_threads(threads))
@@ -118,7 +119,7 @@ def resolve_precision(name: str, device: torch.device, log: LogFn = lambda text:
 
 
 def decide_precision(given: Resolved[str], machine: Machine, config: RunConfig | None = None) -> Resolved[str]:
-    """As `resolve_precision`. What was asked for is kept where it is slow, with a warning."""
+    """The precision, as `resolve_precision` chooses it. What was asked for is kept where it is slow, with a warning."""
     name, profile = PRECISION_ALIASES.get(given.value, given.value), machine.profile
     if name == "auto" and profile is None:
         fast, why = bf16_support(machine.device)

@@ -114,7 +114,7 @@ class AuxiliaryLosses:
         return [ExpertBiasBalancer(self.expert_bias_update_speed)] if self.expert_bias_update_speed else []
 
     def initial_loss(self, model: Decoder) -> float:
-        """Of random weights: ln V, and the multi-token modules' share of as much again."""
+        """The loss of random weights: ln V, and the multi-token modules' share of as much again."""
         return math.log(model.config.vocab_size) * (1 + (self.mtp_loss_weight or 0.0))
 
 
@@ -223,5 +223,5 @@ def require_same_tokenizer(name_or_path: str, tokenizer: Tokenizer, start: str |
 
 
 def teacher_hash(terms: Sequence[DistillationLoss]) -> dict[str, str]:
-    """Of the weights, which a resumed run may not change."""
+    """A hash of the teacher's weights, which a resumed run may not change."""
     return {"teacher": weights_hash(terms[0].teacher.model)} if terms else {}

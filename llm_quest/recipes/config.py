@@ -208,7 +208,7 @@ def refuse_earlier_version(error: ValidationError, settings: RawConfig) -> None:
 
 
 def config_error(problems: Sequence[ConfigProblem]) -> UsageError:
-    """All of them, one a line."""
+    """One error for all problems, one a line."""
     return UsageError("\n".join(map(str, problems)))
 
 

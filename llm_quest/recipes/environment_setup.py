@@ -178,7 +178,7 @@ class EnvironmentProblems:
         """The problems as the environment begins them; in place of one that fails, the next that does not."""
         first = self.environments.reset([row_of(problem) for problem in problems])
         begun = [
-            None if isinstance(messages, EpisodeFailure) or not messages else self.begun_problem(problem, messages)
+            None if isinstance(messages, EpisodeFailure) or not messages else self.begin_problem(problem, messages)
             for problem, messages in zip(problems, first, strict=True)
         ]
         good = [one for one in begun if one is not None]
@@ -191,7 +191,7 @@ class EnvironmentProblems:
             found.append(following)
         return found[::-1]
 
-    def begun_problem(self, problem: Problem, messages: list[dict[str, Any]]) -> Problem:
+    def begin_problem(self, problem: Problem, messages: list[dict[str, Any]]) -> Problem:
         return replace(
             problem,
             prompt="".join(message["content"] for message in messages),

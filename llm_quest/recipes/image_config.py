@@ -79,7 +79,7 @@ class ImageDataConfig(StrictModel):
 
     @property
     def channels(self) -> int | None:
-        """As many as numbers are given, if any are."""
+        """The number of channels, which the means or deviations tell; None without them."""
         numbers = self.image_mean or self.image_std
         return None if numbers is None else len(numbers)
 

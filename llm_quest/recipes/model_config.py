@@ -50,7 +50,7 @@ DERIVED_DEFAULTS: dict[str, Callable[[ConfigValues], Any]] = {
 def build_model_config(config: ModelConfig, settings: RawConfig, *, vocab: int, context: int) -> Any:
     """The page's config of the model to build; UsageError with every mistake. vocab: the tokenizer's; context: the
     length of a row."""
-    plan = planned(config, settings, vocab, context)
+    plan = plan_sizes(config, settings, vocab, context)
     if mistakes := list(mistakes_in(plan, settings)):
         raise config_error(mistakes)
     turned = {key: build_rotary(key, plan.sizes, plan.base) for key in rotaries(plan.page)}
@@ -61,7 +61,7 @@ def size_mistakes(settings: RawConfig, *, vocab: int, context: int) -> list[Conf
     """What is wrong with the numbers under `model`, reported together with the schema's findings."""
     try:
         part = ModelConfig.model_validate(settings.tree.get("model"))
-        return [] if part.load is not None else list(mistakes_in(planned(part, settings, vocab, context), settings))
+        return [] if part.load is not None else list(mistakes_in(plan_sizes(part, settings, vocab, context), settings))
     except ValidationError:  # the schema's to tell
         return []
     except Mistaken as error:
@@ -102,7 +102,7 @@ class Sized:
     sizes: ConfigValues
 
 
-def planned(part: ModelConfig, settings: RawConfig, vocab: int, context: int) -> Sized:
+def plan_sizes(part: ModelConfig, settings: RawConfig, vocab: int, context: int) -> Sized:
     """The page, and its numbers with those that follow from others. A page without sizes takes those of its `-tiny`
     preset."""
     if part.preset is not None:

@@ -42,7 +42,7 @@ def describe_type_error(value: Any, kind: Any, least: int = 1) -> str | None:
 
 
 def describe_nested_type_error(value: Any, part: type) -> str | None:
-    """The same for a part of a config, given as a group of keys."""
+    """What is wrong with the type of a part of a config, given as a group of keys."""
     kinds = get_type_hints(part)
     if not isinstance(value, dict):
         return f"{value!r} is not {describe_expected(part)}"

@@ -191,8 +191,9 @@ def make_prompt_encoder(
     tokenizer: Tokenizer, problems: ProblemSet, template: ChatTemplateConfig, *, apply_chat_template: bool | None,
     system_prompt: str | None,
 ) -> PromptEncoder:  # fmt: skip
-    """template: of the rows, or of a task's prompts. apply_chat_template: None for rows with messages, for rows and a
-    model that has a template, and where there is a system prompt or something for the template."""
+    """Make the encoder of prompts. template: of the rows, or of a task's prompts. apply_chat_template: None for rows
+    with messages, for rows and a model that has a template, and where there is a system prompt or something for the
+    template."""
     asked = bool(system_prompt or template.chat_template_path or template.chat_template_kwargs)
     wanted = (
         asked

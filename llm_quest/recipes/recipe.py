@@ -59,7 +59,7 @@ class RunOutcome:
         return asdict(self) | {"metrics": json_safe(self.metrics), "scores": json_safe(self.scores)}
 
     def lines(self) -> list[str]:
-        """For the screen."""
+        """The outcome as lines for the screen."""
         result = [
             f"{self.status} at step {self.step} of {self.steps}, {self.parameters:,} parameters, "
             f"{self.seconds:.0f} s: {self.run}"
@@ -151,10 +151,10 @@ def no_further_rules(config: Any, settings: RawConfig) -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    """name: what `recipe:` says in YAML. Config: the schema. build(config, context): assembles a job. check(config,
-    settings): the config as the model's own config makes it, or UsageError for what only that can show, so that a dry
-    run refuses what the run refuses. run: for a recipe of several jobs, in place of the engine's single one;
-    result_dir(run folder): the one of its runs whose model is the result."""
+    """A recipe. name: what `recipe:` says in YAML. Config: the schema. build(config, context): assembles a job.
+    check(config, settings): the config as the model's own config makes it, or UsageError for what only that can show,
+    so that a dry run refuses what the run refuses. run: for a recipe of several jobs, in place of the engine's single
+    one; result_dir(run folder): the one of its runs whose model is the result."""
 
     name: str
     Config: type[RunConfig]

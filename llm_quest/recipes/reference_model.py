@@ -67,7 +67,8 @@ def reference_without_adapters(model: Any) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class CachedLogProbs:
-    """log_probs: of each pair, a number for each answer. key: what they were computed from. is_new: not on disk yet."""
+    """Log-probabilities of a reference model, computed once and kept on disk. log_probs: of each pair, a number for
+    each answer. key: what they were computed from. is_new: not on disk yet."""
 
     log_probs: list[np.ndarray]
     key: str

@@ -83,7 +83,7 @@ def build_reward(config: RewardConfig, context: Context) -> Job:
 
 
 def score_answers(model: Any, batch: PreferenceBatch) -> Tensor:
-    """Of each row."""
+    """The reward of each row."""
     return read_rewards(model, batch.input_ids, batch.position_ids)
 
 

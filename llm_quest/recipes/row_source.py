@@ -51,7 +51,7 @@ class RowsConfig(StrictModel):
 
     @property
     def of_validation(self) -> Self:
-        """The same, of the rows to evaluate on."""
+        """The config of the rows to evaluate on."""
         return self.model_copy(update={"source": self.validation, "validation": None})
 
     @field_validator("columns")

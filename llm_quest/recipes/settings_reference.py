@@ -56,7 +56,7 @@ class SettingsPage:
         return {"recipe": self.name, "summary": self.summary, "settings": [asdict(one) for one in self.settings]}
 
     def lines(self) -> list[str]:
-        """For the screen."""
+        """The settings as lines for the screen."""
         result = [
             f"quest train {self.name}: {self.summary}",
             "",
@@ -67,7 +67,7 @@ class SettingsPage:
         return result
 
     def markdown(self) -> str:
-        """For docs/settings."""
+        """The settings as a page of docs/settings."""
         rows = [
             f"| `{one.key}` | {escape_cell(one.takes)} | `{escape_cell(one.default)}` | {escape_cell(describe(one))} |"
             for one in self.settings

@@ -66,7 +66,8 @@ def require_demonstrations_fit(
 
 
 def require_lengths_fit(lengths: Sequence[int], max_new_tokens: int, target: float, key: str, log: LogFn) -> None:
-    """As `require_demonstrations_fit`. lengths: tokens of demonstrations. key: of the target in the config."""
+    """UsageError for demonstrations that do not fit, as `require_demonstrations_fit`. lengths: tokens of
+    demonstrations. key: of the target in the config."""
     longest = max(lengths)
     fit = sum(length <= max_new_tokens for length in lengths) / len(lengths)
     told = f"{fit:.0%} of the task's demonstrations fit into max_new_tokens={max_new_tokens} (longest: {longest})"

@@ -159,7 +159,7 @@ def build_vit(config: VitConfig, context: Context) -> Job:
 
 
 def make_image_processor(config: VitConfig, log: LogFn) -> ImageProcessor:
-    """As the folder of model.load says, or plain squares; what the config gives holds instead."""
+    """The image processor: as the folder of model.load says, or plain squares; what the config gives holds instead."""
     part, base = config.data, DEFAULT_PROCESSORS.get(config.data.source, DEFAULT_PROCESSORS["folder"])
     if config.model.load is not None:
         loaded = find_preprocess(config.model.load)

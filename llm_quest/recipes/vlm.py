@@ -136,7 +136,7 @@ def load_or_make_preprocess(config: VlmConfig, log: LogFn) -> ImageProcessor:
 
 
 def default_preprocess(vision: Any, name: str, log: LogFn) -> ImageProcessor:
-    """Of an encoder that does not say how its images are made: as its class was trained."""
+    """The image processor of an encoder that does not say how its images are made: as its class was trained."""
     is_clip = isinstance(vision, clip.Config)
     log(f"{name} does not say how its images are made: as {'CLIP' if is_clip else 'ViT'} makes them")
     return ImageProcessor(vision.image_size, **(CLIP_STATISTICS if is_clip else {}))

@@ -153,10 +153,10 @@ class WeightedReward:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardPipeline:
-    """rewards: the first one that applies to a group says what is right there. A reward that is NaN for a sample (it
-    does not apply, or it failed) stands at the mean of its group, so that it says nothing about that sample; a sample
-    for which every reward is NaN is not learned from. Differs: TRL adds 0 there, which ranks the sample below those
-    that were scored (with rewards of -1, above them).
+    """From rewards to advantages. rewards: the first one that applies to a group says what is right there. A reward
+    that is NaN for a sample (it does not apply, or it failed) stands at the mean of its group, so that it says nothing
+    about that sample; a sample for which every reward is NaN is not learned from. Differs: TRL adds 0 there, which
+    ranks the sample below those that were scored (with rewards of -1, above them).
 
     estimator: how rewards become advantages. per_reward_advantages: each reward is made an advantage by itself, then
     they are added and normalised over the batch (GDPO). overlong_window, max_new_tokens: the last `overlong` tokens of

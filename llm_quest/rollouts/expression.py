@@ -24,7 +24,7 @@ class MalformedExpression(ValueError):
 
 @dataclass(frozen=True)
 class ExpressionValue:
-    """value: exact. numbers: the literals, in order."""
+    """The value of an arithmetic expression. value: exact. numbers: the literals, in order."""
 
     value: Fraction
     numbers: tuple[int, ...]

@@ -38,9 +38,9 @@ VALUE_ESTIMATORS: dict[str, AdvantageEstimator] = {"gae": uncentered_rewards}
 
 @dataclass(frozen=True)
 class GAE:
-    """gamma: discount of later rewards. lam: 0 trusts the value of the next token, 1 the rewards alone. whiten: the
-    advantages of a rollout have mean 0 and standard deviation 1. whiten_rewards: the rewards of tokens have standard
-    deviation 1, and keep their mean."""
+    """Generalized advantage estimation. gamma: discount of later rewards. lam: 0 trusts the value of the next token, 1
+    the rewards alone. whiten: the advantages of a rollout have mean 0 and standard deviation 1. whiten_rewards: the
+    rewards of tokens have standard deviation 1, and keep their mean."""
 
     gamma: float = 1.0
     lam: float = 0.95

@@ -181,8 +181,8 @@ def read_paragraphs(folder: str) -> tuple[str, ...]:
 
 
 def rank_paragraphs(paragraphs: tuple[str, ...], query: str, k1: float = 1.5, b: float = 0.75) -> list[str]:
-    """Those that share a word with the query, the best first: BM25 (Robertson and Zaragoza 2009),
-    sum over words of idf f (k1 + 1) / (f + k1 (1 - b + b length / mean length))."""
+    """The paragraphs that share a word with the query, the best first: BM25 (Robertson and Zaragoza 2009), sum over
+    words of idf f (k1 + 1) / (f + k1 (1 - b + b length / mean length))."""
     counted = [Counter(WORD.findall(one.lower())) for one in paragraphs]
     mean = sum(words.total() for words in counted) / max(1, len(counted))
     scores = [0.0] * len(paragraphs)

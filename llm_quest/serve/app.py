@@ -41,8 +41,8 @@ STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 @dataclass(frozen=True)
 class HttpLimits:
-    """body_bytes: of a request; body_seconds: until all of it has come; request_seconds: until its answer is
-    complete."""
+    """Limits of one HTTP connection. body_bytes: of a request; body_seconds: until all of it has come; request_seconds:
+    until its answer is complete."""
 
     body_bytes: int = 4 * 2**20
     body_seconds: float = 30.0

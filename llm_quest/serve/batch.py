@@ -47,8 +47,8 @@ NOT_FINITE = "the model's logits are not finite, so no token can be drawn"
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """slots: how many texts are generated at the same time. max_model_len: prompt and text together.
-    prefill_tokens: prompt tokens of a step while others generate; idle_prefill_tokens: while none does.
+    """Limits of the running batch. slots: how many texts are generated at the same time. max_model_len: prompt and text
+    together. prefill_tokens: prompt tokens of a step while others generate; idle_prefill_tokens: while none does.
     prefix_bytes: memory of finished rows that are kept for prompts that begin like them."""
 
     slots: int = 16

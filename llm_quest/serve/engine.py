@@ -17,7 +17,7 @@ IDLE_SECONDS = 0.5
 
 
 class QueueFull(Exception):
-    """As many requests wait as may."""
+    """The queue of requests is full."""
 
 
 class ServingEngine:

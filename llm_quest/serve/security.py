@@ -33,8 +33,9 @@ HEADERS = (
 
 @dataclass(frozen=True)
 class AccessRules:
-    """keys: any of them opens the server; none: no key is asked for. names: under which it is reached. origins: of
-    other pages that may use it. any_address: it listens on a network, where it is reached by any of its addresses."""
+    """Who may use the server. keys: any of them opens the server; none: no key is asked for. names: under which it is
+    reached. origins: of other pages that may use it. any_address: it listens on a network, where it is reached by any
+    of its addresses."""
 
     keys: tuple[bytes, ...] = ()
     names: tuple[str, ...] = LOOPBACK_NAMES

@@ -27,8 +27,9 @@ def is_greater_better(name: str) -> bool:
 
 @dataclass(frozen=True)
 class BestModel:
-    """metric: the name, empty for none. greater_is_better: None asks the name. patience: measurements without a better
-    value after which the run ends; None: it never does. known: the metrics that the run has measured so far."""
+    """Tracks the metric by which the best checkpoint is chosen, and early stopping. metric: the name, empty for none.
+    greater_is_better: None asks the name. patience: measurements without a better value after which the run ends; None:
+    it never does. known: the metrics that the run has measured so far."""
 
     metric: str
     greater_is_better: bool | None = None

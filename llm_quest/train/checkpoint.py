@@ -196,7 +196,7 @@ class Retention:
     well_until: int | None = None
 
     def select(self, steps: Sequence[int]) -> set[int]:
-        """Those of these steps, oldest first, whose checkpoints are kept."""
+        """Select the steps, given oldest first, whose checkpoints are kept."""
         if not self.keep_last:
             return set(steps)
         kept = set(steps[-self.keep_last :]) | set(self.keep_steps)

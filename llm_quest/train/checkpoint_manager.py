@@ -27,7 +27,8 @@ from llm_quest.train.state import TrainState
 
 
 class CheckpointManager:
-    """path: the newest checkpoint that is complete, empty before the first. step: of the newest one that was begun."""
+    """Saves, keeps and loads the checkpoints of a run. path: the newest checkpoint that is complete, empty before the
+    first. step: of the newest one that was begun."""
 
     def __init__(self, args: TrainingArguments, run_dir: RunDir | None, parallel: DistributedContext, log: RunLog):
         self.args, self.run_dir, self.parallel, self.run_log = args, run_dir, parallel, log

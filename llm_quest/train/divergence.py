@@ -72,7 +72,7 @@ class DivergenceMonitor:
         return self._count(step, {**signs, "nonfinite": ""})
 
     def skip(self, step: int) -> str:
-        """The same for a step whose numbers are not finite, and which updates nothing."""
+        """Update for a step whose numbers are not finite, and which updates nothing."""
         return self._count(step, {"nonfinite": f"{STREAK} steps in a row had numbers that are not finite"})
 
     def _count(self, step: int, signs: Mapping[str, str]) -> str:

@@ -41,7 +41,8 @@ EXPERT_REMEDY = (
 
 
 class HealthMonitor:
-    """signs: what shows now that the run goes wrong, by name, each with the last step after which the run was well."""
+    """Watches a running training. signs: what shows now that the run goes wrong, by name, each with the last step after
+    which the run was well."""
 
     def __init__(
         self,

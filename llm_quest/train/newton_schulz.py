@@ -43,7 +43,7 @@ def newton_schulz(x: Tensor, steps: int) -> Tensor:
 
 
 def newton_schulz_by_eigenvalues(x: Tensor, steps: int) -> Tensor:
-    """The same by the eigenvalues of X X^T (X^T X of a tall matrix), in float32 or wider."""
+    """Newton-Schulz iterations by the eigenvalues of X X^T (X^T X of a tall matrix), in float32 or wider."""
     a, b, c = COEFFICIENTS
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     tall = x.shape[-2] > x.shape[-1]

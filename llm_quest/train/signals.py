@@ -24,7 +24,7 @@ from typing import Any
 
 
 def known_signals(*names: str) -> tuple[signal.Signals, ...]:
-    """Those of these signals that this system has."""
+    """The signals among these that this system has."""
     return tuple(getattr(signal, name) for name in names if name in dir(signal))
 
 

@@ -39,7 +39,7 @@ def import_tracker(module: str, name: str) -> Any:
 
 
 def tracked_run_id(folder: Path) -> str:
-    """The same for a run that is resumed, another for a folder of that name elsewhere."""
+    """The id of a run at its tracker: the same when it is resumed, another for a folder of that name elsewhere."""
     return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
 
 

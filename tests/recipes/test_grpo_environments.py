@@ -42,15 +42,17 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "my_env.py"
 
 
+FEW = ("prompts_per_rollout=4", "num_generations=4", "eval_problems=4")
+
+
 def played(warm: Path, file: Path, *pairs: str) -> list[str]:  # noqa: F811
-    return from_(warm, "task=null", f"environment={file}:TwoWords", "max_turns=2", "eval_problems=20", *pairs)
+    return from_(warm, "task=null", f"environment={file}:TwoWords", "max_turns=2", *pairs)
 
 
 def test_the_reward_of_an_environment_of_ones_own_rises(warm: Path, file: Path, tmp_path: Path):  # noqa: F811
     said: list[str] = []
-    started(
-        tmp_path / "run", *played(warm, file, "max_steps=60", "learning_rate=2e-3", "kl_coef=0.01"), say=said.append
-    )
+    pairs = played(warm, file, "max_steps=24", "learning_rate=4e-3", "kl_coef=0.01", "eval_problems=20")
+    started(tmp_path / "run", *pairs, say=said.append)
     before, after = (float(line.split("reward ")[1].split()[0]) for line in said if line.startswith("held out"))
     assert after - before >= 0.1
     rows = metrics(tmp_path / "run")
@@ -65,7 +67,7 @@ def test_a_run_with_episodes_resumed_in_the_middle_of_a_rollout_has_the_same_bit
     variant: str, warm: Path, file: Path, tmp_path: Path  # noqa: F811
 ):  # fmt: skip
     pairs = played(
-        warm, file, f"loss_type={variant}", "num_iterations=2", "kl_coef=0.01", "save_steps=1", "max_steps=4"
+        warm, file, f"loss_type={variant}", "num_iterations=2", "kl_coef=0.01", "save_steps=1", "max_steps=4", *FEW
     )
     started(tmp_path / "straight", *pairs)
     out = tmp_path / "stopped"
@@ -80,12 +82,12 @@ def test_an_included_environment_plays_with_a_reward_function_beside_it(warm: Pa
     (tmp_path / "r.py").write_text("def turns(completions): return [float(len(one)) for one in completions]\n")
     both = f"rewards=[{{name: environment}}, {{function: {tmp_path}/r.py:turns, weight: 0.1}}]"
     pairs = from_(warm, "task=null", "environment=guessing_game", "environment_kwargs={high: 3}", both, "max_steps=2")
-    started(tmp_path / "run", *pairs, "eval_problems=10")
+    started(tmp_path / "run", *pairs, *FEW)
     assert {"rewards/environment", "rewards/turns"} <= set(metrics(tmp_path / "run")[-1])
 
 
 def test_a_calculator_asks_the_tasks_questions(warm: Path, tmp_path: Path):  # noqa: F811
-    pairs = from_(warm, "task=addition", "environment=calculator", "max_steps=1", "eval_problems=10", "max_turns=2")
+    pairs = from_(warm, "task=addition", "environment=calculator", "max_steps=1", "max_turns=2", *FEW)
     started(tmp_path / "run", *pairs)
     assert metrics(tmp_path / "run")[0]["reward"] >= 0
 
@@ -106,7 +108,7 @@ def test_functions_of_ones_own_are_tools(warm: Path, tmp_path: Path):  # noqa: F
     file, said = tmp_path / "my_tools.py", []
     file.write_text(TOOL)
     functions = f"environment_kwargs={{functions: ['{file}:double']}}"
-    pairs = from_(warm, "task=addition", "environment=functions", functions, "max_steps=1", "eval_problems=4")
+    pairs = from_(warm, "task=addition", "environment=functions", functions, "max_steps=1", *FEW)
     started(tmp_path / "run", *pairs, "max_turns=2", say=said.append)
     assert "tools: double; which this chat template does not show" in said
     file.write_text(TOOL.replace("2 * x", "3 * x"))
@@ -117,7 +119,7 @@ def test_functions_of_ones_own_are_tools(warm: Path, tmp_path: Path):  # noqa: F
 
 
 def test_a_changed_environment_does_not_resume(warm: Path, file: Path, tmp_path: Path):  # noqa: F811
-    pairs = played(warm, file, "max_steps=1")
+    pairs = played(warm, file, "max_steps=1", *FEW)
     started(tmp_path / "run", *pairs)
     file.write_text(ENVIRONMENT.replace("/ 3", "/ 4"))
     with pytest.raises(BusyError, match="environment"):

@@ -28,7 +28,8 @@ MAX_BOXES = 1000
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """instruction: how a model is asked for it. strict, tolerant: where the answer is read."""
+    """A way to mark an answer in a text. instruction: how a model is asked for it. strict, tolerant: where the answer
+    is read."""
 
     instruction: str
     strict: Extractor

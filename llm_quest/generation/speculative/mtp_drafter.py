@@ -60,7 +60,7 @@ class ModuleInput(NamedTuple):
         )
 
     def pad_to(self, width: int) -> ModuleInput:
-        """The same in so many columns, in new memory (a compiled graph depends on the layout)."""
+        """Pad to so many columns, in new memory (a compiled graph depends on the layout)."""
         batch, length, width_h = self.h.shape
         h, tokens = self.h.new_zeros(batch, width, width_h), self.tokens.new_zeros(batch, width)
         positions = self.positions.new_full((batch, width), -1)

@@ -143,7 +143,8 @@ class RejectionSampler:
         return Acceptance(tokens, logprobs, accepted.tolist())
 
     def align_draft_probs(self, q: Tensor | None, guesses: Int[Tensor, "B T"], log_p: Float[Tensor, "B T V"]) -> Tensor:
-        """q (B,T,V): point masses as distributions, columns without a draft as they are."""
+        """Draft probabilities as distributions. q (B,T,V): point masses as distributions, columns without a draft as
+        they are."""
         if q is None:
             return torch.zeros_like(log_p).scatter(-1, guesses.clamp(min=0)[..., None], 1.0)
         missing = guesses.shape[1] - q.shape[1]

@@ -44,8 +44,8 @@ from llm_quest.train.rng_state import derive_seed
 
 
 class RptControlConfig(RunConfig):
-    """The same model goes on with plain next-token training on the same documents, for as many FLOPs as an RPT run
-    took."""
+    """The control of RPT: the same model goes on with plain next-token training on the same documents, for as many
+    FLOPs as an RPT run took."""
 
     recipe: Literal["rpt_control"]
     rpt_run: LocalPath = Field(min_length=1, description="the RPT run: its start, documents, places, FLOPs are taken")
@@ -176,7 +176,7 @@ class FlopsCallback:
 def set_max_steps(
     config: RptControlConfig, settings: RawConfig, flops_counter: FlopsCallback, teraflops: float
 ) -> RptControlConfig:
-    """As many steps as the compute allows for. UsageError where another number was asked for."""
+    """Set max_steps to as many steps as the compute allows for. UsageError where another number was asked for."""
     steps = 1
     while flops_counter.flops_after(steps) < teraflops * TERA:
         steps += 1

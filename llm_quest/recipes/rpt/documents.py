@@ -151,7 +151,7 @@ def load_documents(
 def documents_from_text(
     config: RptTextConfig, tokenizer: Tokenizer, parallel: DistributedContext, log: LogFn
 ) -> tuple[Documents, Documents, Mapping[str, Any]]:
-    """As pretraining reads it, in the model's own tokens; and the facts about it."""
+    """The documents of a text as pretraining reads it, in the model's own tokens, and the facts about it."""
     text = load_text_data(config.data, TokenizerConfig(load=config.model.load), parallel, log)
     folder = text.tokens
     start, end = tokenizer.start_token_id, tokenizer.eos_token_id

@@ -69,7 +69,8 @@ class BucketAccuracy:
 
 @dataclass(frozen=True)
 class BucketTable:
-    """buckets: disjoint; nested_buckets: the paper's sets, each holding the harder ones."""
+    """Accuracy by bucket of difficulty. buckets: disjoint; nested_buckets: the paper's sets, each holding the harder
+    ones."""
 
     buckets: tuple[BucketAccuracy, ...]
     nested_buckets: tuple[BucketAccuracy, ...]
@@ -99,8 +100,9 @@ class BucketTable:
 
 @dataclass(frozen=True)
 class NextTokenReasoningEval:
-    """documents, positions: the held-out places. prompt_builder: how they become questions. sampler: tokenizer, ends,
-    budget and precision; the answers are greedy. whole_model: inside it a sharded model is whole."""
+    """Evaluates next-token reasoning at held-out places. documents, positions: the held-out places. prompt_builder: how
+    they become questions. sampler: tokenizer, ends, budget and precision; the answers are greedy. whole_model: inside
+    it a sharded model is whole."""
 
     documents: Sequence[Sequence[int]]
     positions: Sequence[Position]

@@ -110,7 +110,7 @@ def hard_positions(
 def position_facts(
     text: RptDocuments, train: Sequence[Position], held_out: Sequence[Position], lost: Counter[str], short: int
 ) -> dict[str, Any]:
-    """For the report."""
+    """What the report says of the positions."""
     dropped = {**lost, **({"a document of one token": short} if short else {})}
     numbers = {"train_documents": len(text.train), "held_out_documents": len(text.held_out)}
     return {**numbers, "train_places": len(train), "held_out_places": len(held_out), "dropped_places": dropped}

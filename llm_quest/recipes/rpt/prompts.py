@@ -60,8 +60,9 @@ class Position:
 
 @dataclass(frozen=True)
 class PromptBuilder:
-    """prefix_ids, suffix_ids: ids around the text so far. max_target_tokens: true tokens that an answer may foretell.
-    token_bytes_by_id: the bytes of every id that occurs. start_token_id: the token every document begins with."""
+    """Builds the prompts of next-token reasoning. prefix_ids, suffix_ids: ids around the text so far.
+    max_target_tokens: true tokens that an answer may foretell. token_bytes_by_id: the bytes of every id that occurs.
+    start_token_id: the token every document begins with."""
 
     prefix_ids: tuple[int, ...]
     suffix_ids: tuple[int, ...]
@@ -88,7 +89,7 @@ class PromptBuilder:
     def filter_positions(
         self, documents: Sequence[Sequence[int]], found: Sequence[Position]
     ) -> tuple[list[Position], Counter[str]]:
-        """Those that can be answered, and how many of the others there are, by reason."""
+        """The positions that can be answered, and how many of the others there are, by reason."""
         reasons = [(one, self.skip_reason(documents[one.document], one.place)) for one in found]
         return [one for one, why in reasons if not why], Counter(why for _, why in reasons if why)
 
@@ -101,7 +102,8 @@ class PromptBuilder:
 def make_prompt_builder(
     tokenizer: Tokenizer, documents: Sequence[Sequence[int]], *, prefix: str, suffix: str, max_target_tokens: int
 ) -> PromptBuilder:
-    """prefix, suffix: as text; control tokens may be written out in them (a chat template's)."""
+    """Make a `PromptBuilder`. prefix, suffix: as text; control tokens may be written out in them (a chat
+    template's)."""
     parts = [np.asarray(ids, np.int64) for ids in documents]
     known = np.unique(np.concatenate(parts)).tolist() if parts else []
     prefix_ids = tokenizer.encode(prefix, allow_special_tokens=True, add_special_tokens=False)

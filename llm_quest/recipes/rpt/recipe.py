@@ -201,8 +201,8 @@ def make_position_evaluation(
 
 
 class FlopsMeter:
-    """flops: so far. num_scorings: how often a sample is scored beside the training itself (a reference, a second
-    opinion)."""
+    """Counts the FLOPs of a run. flops: so far. num_scorings: how often a sample is scored beside the training itself
+    (a reference, a second opinion)."""
 
     def __init__(self, cost: PassCost, *, num_scorings: int = 0, flops: float = 0.0):
         self.cost, self.num_scorings, self.flops = cost, num_scorings, flops
