@@ -101,8 +101,10 @@ def test_hardly_a_functions_name_begins_with_a_participle():
     assert len(found) / len(named) < MAX_PARTICIPLE_SHARE, found
 
 
-ELLIPSIS = re.compile(r"(Of|As|Those|These|All of them)\b|For (the screen|people)|The (same|inverse)[,.;:]")
-"""First words that say nothing of what a thing is; `As vLLM's: ...` says it behind a colon."""
+ELLIPSIS = re.compile(
+    r"(Of|Those|All of them)\b|As (?!`)|These \w+[.,]|For (the screen|people)|The (same|inverse)[,.;:]"
+)
+"""First words that say nothing of what a thing is."""
 
 
 def own_names(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:

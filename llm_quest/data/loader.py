@@ -30,7 +30,8 @@ class RowSource(Protocol[BatchT_co]):
     """The rows of training, by their number."""
 
     def micro_batches(self, rows: range, micro_batch_size: int, seed: int) -> Sequence[BatchT_co]:
-        """Cut these rows into batches of at most `micro_batch_size`. The source may order them by length within the step."""
+        """Cut these rows into batches of at most `micro_batch_size`. The source may order them by length within the
+        step."""
 
     def fingerprint(self) -> Mapping[str, Any]:
         """What the rows depend on, apart from seed and batch size: JSON that identifies data and order."""

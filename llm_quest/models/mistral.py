@@ -4,8 +4,7 @@
   information still travels 131,072 tokens. (Version 0.1; from 0.2 on there is none.)
 - Base 10,000 without a stretch (version 0.3: 1,000,000); heads untied from the embedding.
 
-Commonly got wrong: a window of W counts the token itself; config.json without `sliding_window` means 4096, null none.
-"""
+Commonly got wrong: a window of W counts the token itself; no `sliding_window` in config.json means 4096, null none."""
 
 from __future__ import annotations
 
@@ -45,7 +44,6 @@ def assemble(config: Config) -> Decoder:
 
 V1 = Config(32_000, 4096, 32, 32, 8, 128, 14_336, 32_768, RotaryEmbedding(128, 10_000.0), False, sliding_window=4096)
 V3 = Config(32_768, 4096, 32, 32, 8, 128, 14_336, 32_768, RotaryEmbedding(128, 1_000_000.0), False)
-TINY = Config(97, 48, 2, 4, 2, 16, 96, 256, RotaryEmbedding(16, 10_000.0), False, sliding_window=5)
 FAMILY = Family(
     name="mistral",
     Config=Config,
@@ -57,6 +55,6 @@ FAMILY = Family(
     presets=(
         Preset("mistral-7b-v0.1", V1, 7_241_732_096, "mistralai/Mistral-7B-v0.1", eos_token_ids=(2,)),
         Preset("mistral-7b-v0.3", V3, 7_248_023_552, "mistralai/Mistral-7B-v0.3", eos_token_ids=(2,)),
-        Preset("mistral-tiny", TINY),
+        Preset("mistral-tiny", Config(97, 48, 2, 4, 2, 16, 96, 256, RotaryEmbedding(16, 1e4), False, sliding_window=5)),
     ),
 )

@@ -3,7 +3,8 @@
 An entry is a plain name, several matrices stacked by rows (`ConcatRows`), one stored the other way round
 (`Transposed`), in another shape (`Reshaped`), head by head (`RowsByHead`), gate and up in turn (`AlternatingRows`), or
 one for each expert (`StackTensors`). `{i}` stands for the layer's number. Reading and writing follow the same map
-(`hub/weight_map.py`), so that export then import is the identity by construction. Below the entries, the rows that families share."""
+(`hub/weight_map.py`), so that export then import is the identity by construction.
+Below the entries, the rows that families share."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from llm_quest.cost.flops import ModelCost
 from llm_quest.cost.plan import Plan, Workload, checkpoint_sizes, count_step, describe_machine, plan
 from llm_quest.cost.profile import autocast, freeze_values, time_call
 from llm_quest.data.batch import TokenBatch
+from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.preference_pairs import PreferenceBatch
 from llm_quest.errors import UsageError
 from llm_quest.layers.initialize import materialize
@@ -136,7 +137,8 @@ def job_workload(job: Job, context: Context) -> Workload:
     rows = config.rows_per_step
     words = f"{rows:,} rows, about {units:,.0f} tokens" if job.preprocessor is None else f"{rows:,} images"
     inner: Any = job.loader.feed if isinstance(job.loader, SyncedReference | KTOLoader) else job.loader
-    epochs = None if job.preprocessor else config.max_steps * rows / len(inner.source)
+    source = inner.source if isinstance(inner, ShardedLoader) and job.preprocessor is None else None
+    epochs = None if source is None else config.max_steps * rows / len(source)
     return Workload(
         family=family_of(job.model.config).name,
         make_objective=lambda filled: job.objective,

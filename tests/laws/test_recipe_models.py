@@ -162,6 +162,19 @@ def test_the_size_of_a_presets_head_follows_from_its_width():
     assert head_dim("model.preset=qwen3-0.6b", "model.config.hidden_size=512") == 128
 
 
+def test_rotary_positions_of_a_fresh_model_may_have_every_scaling_that_is_read():
+    """What `read_scaling` reads is a key of the config; a table of its own once lacked LongRoPE's factors."""
+    from llm_quest.recipes.pretrain import resolve_model_config
+
+    factors = "[1, 1, 2, 2, 3, 3, 4, 4]"
+    rotary = f"{{rope_type: longrope, factor: 4, short_factor: {factors}, long_factor: {factors}}}"
+    pairs = ["model.preset=llama3.2-tiny", "model.config.head_dim=16", f"model.config.rotary={rotary}"]
+    _, config, settings = load_recipe("pretrain", pairs)
+    assert resolve_model_config(config, settings).rotary.scaling.long_factor == (1, 1, 2, 2, 3, 3, 4, 4)
+    with pytest.raises(UsageError, match="did you mean 'short_factor'"):
+        load_recipe("pretrain", [*pairs[:2], f"model.config.rotary={rotary.replace('short_f', 'shor_f')}"])
+
+
 @pytest.mark.parametrize("recipe", ["pretrain", "sft", "grpo"])
 def test_a_model_of_images_is_refused_where_text_is_read(recipe: str):
     with pytest.raises(UsageError, match="vit reads images: quest train vit trains it"):

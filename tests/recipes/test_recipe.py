@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from llm_quest.cli.inspect_batch import load_batch_view
-from llm_quest.cli.train import start_training
+from llm_quest.cli.train import estimate_cost, start_training
 from llm_quest.errors import UsageError
 from llm_quest.recipes import RECIPES
 from llm_quest.recipes.recipe import Recipe, get_recipe, load_recipe
+from llm_quest.recipes.settings_reference import make_page
 
 OWN_RECIPE = '''
 """A copying recipe: the model learns to repeat the second token."""
@@ -91,6 +92,9 @@ def test_a_recipe_of_ones_own_costs_one_file_and_one_line(tmp_path: Path) -> Non
     assert "precision: auto" not in (tmp_path / "run" / "config.yaml").read_text(), "the written config is resolved"
     view = load_batch_view("copy", pairs, step=0, rows=1, log=said.append)
     assert (view.rows, view.length) == (1, 8)
+    cost = estimate_cost("copy", pairs, measure=False, log=said.append)
+    assert cost.units_per_step == 4 * 8
+    assert "repeats" in "\n".join(make_page("copy").lines())
 
 
 @pytest.mark.usefixtures("own")
