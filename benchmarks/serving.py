@@ -3,6 +3,7 @@
 
 python -m benchmarks.serving [--clients 200] [--requests 1] [--slots 32] [--new 64] [--rounds 3] [--shape 11m]
        [--stream]
+python -m benchmarks.serving --drafts       what a pass costs that checks drafts
 
 The server is a process of its own with one thread. A round is a pair, `generate` and the server, each by the clock and
 by its processor time (user and system), for clients, server and other programs may share the cores. The ratio of a
@@ -34,6 +35,7 @@ from llm_quest.data.corpus import pydoc_topics
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.generation.generate import generate
 from llm_quest.hub.load_save import save
+from llm_quest.scope import Scope
 
 PROMPT, LONG_PROMPT = 64, 512
 
@@ -183,17 +185,41 @@ def compare_rates(model: Any, process: psutil.Process, port: int, ids: list[list
     print(f"memory {memory[-1] - memory[0]:+.0f} MiB after the first round")
 
 
+@torch.inference_mode()
+def pass_seconds(model: Any, rows: int, columns: int, repeats: int = 7) -> float:
+    """Processor seconds of a pass of `columns` tokens in each row behind prompts of PROMPT tokens; the fastest."""
+    cache, seconds = model.new_cache(rows, PROMPT + columns * repeats), []
+    for width in (PROMPT, *[columns] * repeats):
+        ids, began = torch.full((rows, width), 300), time.process_time()
+        start = 0 if width == PROMPT else PROMPT + columns * (len(seconds) - 1)
+        model(ids, Scope.unpadded(ids, cache=cache, start=start))
+        seconds.append(time.process_time() - began)
+    return min(seconds[1:])
+
+
+def print_draft_costs(model: Any) -> None:
+    """Passes that check 2 and 4 drafted tokens of each row, in passes without drafts."""
+    for rows in (1, 8, 32):
+        plain, *wider = (pass_seconds(model, rows, columns) for columns in (1, 3, 5))
+        ratios = ", ".join(f"{drafts} drafts {one / plain:.2f}" for drafts, one in zip((2, 4), wider, strict=True))
+        print(f"{rows} rows: a pass {plain * 1e3:.1f} ms of the processor; {ratios} times as much", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {"clients": 200, "requests": 1, "slots": 32, "new": 64, "rounds": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--shape", choices=list(SHAPES), default="11m")
     parser.add_argument("--stream", action="store_true")
+    parser.add_argument("--drafts", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = train_bpe((document.text for document in pydoc_topics()), 1024)
     config = SHAPES[arguments.shape][1]
     model = quest.build(replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size)))
+    if arguments.drafts:
+        print_draft_costs(model)
+        return
     ids = prompts(arguments.clients * arguments.requests, PROMPT, tokenizer.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         save(model, Path(folder) / "model", tokenizer=tokenizer)

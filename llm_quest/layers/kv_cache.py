@@ -46,6 +46,13 @@ class Cache:
             self.slot_indices[num_slots] = SlotIndex(num_slots)
         return self.slot_indices[num_slots]
 
+    def reserve(self, length: int) -> None:
+        """Give memory to positions below `length` alone: zeros cost time, and a prompt whose row is copied elsewhere
+        needs no more."""
+        for layer in self.layers:
+            if isinstance(layer, KVCache) and not layer.is_ring:
+                layer.num_reserved = min(length, layer.num_slots)
+
     def snapshot(self, positions: Sequence[int]) -> None:
         """Row b will not be rewound below positions[b]."""
         for layer in self.layers:
@@ -112,10 +119,12 @@ class Cache:
 class KVCache:
     """Named tensors (B, slots+1, ...) by position: keys and values, or MLA's latent and rotary key.
 
-    They take dtype and device from the first pass. window: how many tokens the mixer sees; None: all."""
+    They take dtype and device from the first pass. window: how many tokens the mixer sees; None: all.
+    num_reserved: how many slots get memory."""
 
     def __init__(self, capacity: int, window: int | None = None, max_rewind: int = 0):
         self.num_slots = capacity if window is None else min(capacity, window + max_rewind)
+        self.num_reserved = self.num_slots
         self.is_ring = self.num_slots < capacity
         self.window = window
         self.slot_index: SlotIndex | None = None
@@ -152,7 +161,7 @@ class KVCache:
         for name, tensor in new.items():
             length = tensor.shape[1]
             if name not in self.tensors:
-                self.tensors[name] = allocate_slots(tensor, self.num_slots + 1)
+                self.tensors[name] = allocate_slots(tensor, self.num_reserved + 1)
             stored = self.tensors[name]
             if slot_write.start is not None and slot_write.start + length <= self.num_slots:
                 stored[:, slot_write.start + 1 : slot_write.start + 1 + length] = tensor

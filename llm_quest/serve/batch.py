@@ -164,7 +164,7 @@ class RunningBatch:
                 fresh.append(request)
                 budget -= len(request.prompt)
             else:
-                cache = cache or self.model.new_cache(1, self.limits.max_model_len)
+                cache = cache or self.new_cache(1, len(request.prompt))
                 self.reader = PromptReader(request, cache, start, start, [])
                 budget -= self.read_part(budget)
         self.read_fresh(fresh)
@@ -180,11 +180,17 @@ class RunningBatch:
         ]
         return self.prefixes.find(self.model, request.prompt, running, self.limits.max_model_len)
 
+    def new_cache(self, rows: int, length: int) -> Cache:
+        """A cache in which prompts of at most this length are read. Its capacity is that of all: LongRoPE reads it."""
+        cache = self.model.new_cache(rows, self.limits.max_model_len)
+        cache.reserve(length)
+        return cache
+
     def read_fresh(self, requests: Sequence[GenerationRequest]) -> None:
         """Read whole prompts, those of like length in one pass."""
         windows = [one.prompt for one in requests]
         for group in group_by_length([len(window) for window in windows]) if requests else ():
-            cache = self.model.new_cache(len(group), self.limits.max_model_len)
+            cache = self.new_cache(len(group), max(len(windows[row]) for row in group))
             logits = prefill_group(self.model, windows, group, cache, self.device)
             lengths = [len(windows[row]) for row in group]
             cache.snapshot(lengths)

@@ -4,7 +4,8 @@ the others stay where they are.
       rows   0 1 2 3        request 1 leaves        0 3 2        a request joins        0 3 2 4
                             (the last row takes its place)
 
-Every slot of the batch has the same capacity. On the CPU its memory is touched only as far as it is filled."""
+Every slot of the batch has the same capacity. Memory grows with the longest text (rings, which are small, have theirs
+at once): zeros for the whole capacity would cost more than the prompts that are read into them."""
 
 from __future__ import annotations
 
@@ -21,6 +22,9 @@ from llm_quest.layers.kv_cache import Cache, KVCache, allocate_slots
 from llm_quest.layers.slot_index import SlotIndex
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
+
+MIN_ROOM = 128
+"""For so many positions of each text there is memory at first."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,16 @@ class CacheRow:
         """Bytes of keys, values and states."""
         return sum(layer.nbytes() for layer in self.layers)
 
-    def to_cache(self, model: Decoder, capacity: int) -> Cache:
-        """A cache of one row with room for `capacity` positions, which holds this text."""
+    def to_cache(self, model: Decoder, capacity: int, length: int) -> Cache:
+        """A cache of one row, which holds this text, with memory for `length` positions."""
         cache: Cache = model.new_cache(1, capacity)
         layers: list[Any] = cache.layers
         cache.slot_indices = {size: copy.copy(index) for size, index in self.slot_indices.items()}
         for number, layer in enumerate(self.layers):
             held: Any = copy.copy(layer)
             if isinstance(held, KVCache):
-                held.tensors = {name: widen(part, held.num_slots) for name, part in held.tensors.items()}
+                held.num_reserved = held.num_slots if held.is_ring else max(length, self.length)
+                held.tensors = {name: widen(part, held.num_reserved) for name, part in held.tensors.items()}
                 held.slot_index = cache.slot_indices.get(held.num_slots)
             layers[number] = held
         return cache
@@ -99,6 +104,7 @@ class SlotCache:
 
     def __init__(self, model: Decoder, max_rows: int, capacity: int):
         self.model, self.max_rows, self.capacity = model, max_rows, capacity
+        self.room = min(MIN_ROOM, capacity)
         self.buffers: dict[tuple[int, str], Tensor] = {}
         self.clear()
 
@@ -110,6 +116,7 @@ class SlotCache:
 
     def join(self, row: CacheRow) -> None:
         """Append a text, as the last row."""
+        self.make_room(row.length)
         first, order = not self.lengths, range(len(self.lengths) + 1)
         self.lengths.append(row.length)
         self.cache.batch_size = len(self.lengths)
@@ -132,8 +139,21 @@ class SlotCache:
         for name, part in layer.tensors.items():
             if (number, name) not in self.buffers:
                 like = part[:1].expand(self.max_rows, *part.shape[1:])
-                self.buffers[number, name] = allocate_slots(like, layer.num_slots + 1)
+                room = layer.num_slots if layer.is_ring else self.room
+                self.buffers[number, name] = allocate_slots(like, room + 1)
             self.buffers[number, name][row, : part.shape[1]] = part[0]
+
+    def make_room(self, length: int) -> None:
+        """Memory for texts of this length: at least twice as much as there was, so that few copies are made."""
+        if length <= self.room:
+            return
+        self.room = min(max(length, 2 * self.room), self.capacity)
+        for (number, name), buffer in self.buffers.items():
+            if not self.kv_layer(number).is_ring:
+                wide = allocate_slots(buffer, self.room + 1)
+                wide[: len(self.lengths), : buffer.shape[1]] = buffer[: len(self.lengths)]
+                self.buffers[number, name] = wide
+        self.set_views()
 
     def set_views(self) -> None:
         """The layers see the rows in use."""
@@ -171,6 +191,7 @@ class SlotCache:
     def decode(self, tokens: Sequence[int], device: torch.device) -> Float[Tensor, "B V"]:
         """Feed every row its next token; the logits after it."""
         reach, same = max(self.lengths) + 1, len(set(self.lengths)) == 1
+        self.make_room(reach)
         for index in self.cache.slot_indices.values():  # no row has a gap: the mask is left out where lengths are equal
             index.is_contiguous, index.run_length = same, min(self.lengths)
         positions = torch.tensor(self.lengths, device=device)[:, None]

@@ -15,6 +15,8 @@ from llm_quest.serve.errors import ApiError
 from llm_quest.serve.protocol import ChatBody, Message
 from llm_quest.serve.template_worker import render_requests
 
+IMAGE_PARTS = ("image_url", "input_image", "image")
+
 
 class ChatPrompts:
     """Renders conversations with a tokenizer's chat template. Calls from several threads wait for each other."""
@@ -61,6 +63,9 @@ def message_for_template(message: Message, place: int) -> dict[str, Any]:
     found = {key: value for key, value in message.model_dump().items() if value is not None}
     content = message.content
     if isinstance(content, list):
+        if any(part.get("type") in IMAGE_PARTS for part in content):
+            message = "this server reads no images: send parts of type text (quest generate --image answers about one)"
+            raise ApiError(400, message, param=f"messages.{place}.content", code="image_not_supported")
         if any(part.get("type") != "text" or not isinstance(part.get("text"), str) for part in content):
             raise ApiError(400, "only parts of type text are read by this model", param=f"messages.{place}.content")
         content = "".join(part["text"] for part in content)

@@ -68,7 +68,7 @@ class PrefixCache:
             shared = min(shared_length(wanted, token_ids), row.length)
             if shared < MIN_SHARED_TOKENS:
                 break
-            cache = row.to_cache(model, capacity)
+            cache = row.to_cache(model, capacity, len(prompt))
             if (start := rewind_to(cache, shared, row.length)) >= MIN_SHARED_TOKENS:
                 if (key := tuple(token_ids)) in self.rows:
                     self.rows.move_to_end(key)

@@ -13,8 +13,10 @@ import pytest
 from llm_quest.generation.generate import generate_completions
 from llm_quest.generation.sampling import SamplingParams
 from llm_quest.generation.stopping import StoppingCriteria
+from llm_quest.layers import kv_cache
 from llm_quest.models.build import build
 from llm_quest.models.decoder import Decoder
+from llm_quest.serve import cache_rows
 from llm_quest.serve.batch import BatchLimits, RunningBatch
 from llm_quest.serve.engine import QueueFull, ServingEngine
 from llm_quest.serve.metrics import ServerMetrics
@@ -78,6 +80,12 @@ def requests_of(recorder: Recorder) -> list[GenerationRequest]:
     return [make_request(recorder, p, number, n=1 + (number == 5)) for number, p in enumerate(prompts)]
 
 
+@pytest.fixture(autouse=True)
+def little_room(monkeypatch) -> None:
+    """Memory grows several times in these short texts."""
+    monkeypatch.setattr(cache_rows, "MIN_ROOM", 4)
+
+
 @pytest.fixture(params=TINY)
 def model(request) -> Decoder:
     return loud(build(request.param, seed=1, dtype="float64"))
@@ -109,6 +117,18 @@ def test_a_prompt_that_begins_like_another_is_computed_from_there(llama):
     assert [recorder.cached(one) for one in (first, running, third)] == [0, 30, 30]
     assert batch.prefixes.hits == 60
     assert batch.prefixes.queries == 31 + 31 + 32
+
+
+def test_memory_is_that_of_the_longest_text_not_of_the_capacity(llama, monkeypatch):
+    reserved, allocate = [], kv_cache.allocate_slots
+    monkeypatch.setattr(kv_cache, "allocate_slots", lambda like, slots: reserved.append(slots) or allocate(like, slots))
+    recorder, batch = Recorder(), RunningBatch(llama, LIMITS, ServerMetrics())
+    until = StoppingCriteria(max_new_tokens=3)
+    fresh, alike = (make_request(recorder, [*range(18), n], stopping_criteria=until) for n in (30, 31))
+    run(batch, {0: [fresh], 9: [alike]})
+    assert recorder.cached(alike) == 18
+    assert set(reserved) == {20}, "the prompt's own length and the slot of padding"
+    assert {buffer.shape[1] for buffer in batch.slots.buffers.values()} == {39}, "19, doubled for 21"
 
 
 def test_a_recurrent_state_is_used_again_from_the_end_of_its_prompt():

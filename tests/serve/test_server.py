@@ -22,6 +22,7 @@ from llm_quest.serve.security import AccessRules, host_name, make_access_rules
 from llm_quest.serve.server import bind_socket
 from tests.serve.local_server import LocalServer, local_server, tiny_adapter
 
+IMAGE_URLS = ("data:image/png;base64,iVBORw0KGgo=", "http://127.0.0.1:9/cat.png", "file:///etc/hostname")
 ASK: list[Any] = [{"role": "user", "content": "The quick brown fox"}]
 SCHEMA = {
     "type": "object",
@@ -47,6 +48,12 @@ def wait_until(condition, seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
+
+
+def about_image(url: str) -> dict[str, Any]:
+    """A question about an image, in OpenAI's form."""
+    parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": url}}]
+    return {"messages": [{"role": "user", "content": parts}]}
 
 
 def test_models_are_listed_and_found_by_name(client):
@@ -265,6 +272,7 @@ def test_tokens_of_a_text_and_back(local):
         ("POST", "/v1/completions", {"prompt": "a", "stop": ""}, {}, 400, "stop"),
         ("POST", "/v1/chat/completions", {"messages": []}, {}, 400, "messages"),
         ("POST", "/v1/chat/completions", {"messages": [{"role": "king", "content": ""}]}, {}, 400, "role"),
+        *(("POST", "/v1/chat/completions", about_image(url), {}, 400, "reads no images") for url in IMAGE_URLS),
         ("POST", "/v1/chat/completions", {"messages": ASK, "tool_choice": "required"}, {}, 400, "tool"),
         ("POST", "/v1/chat/completions", {"messages": ASK, "tools": [{"type": "function"}]}, {}, 400, "no tools"),
         ("POST", "/v1/embeddings", {"input": "a"}, {}, 404, "makes no embeddings"),
