@@ -64,8 +64,8 @@ def message_for_template(message: Message, place: int) -> dict[str, Any]:
     content = message.content
     if isinstance(content, list):
         if any(part.get("type") in IMAGE_PARTS for part in content):
-            message = "this server reads no images: send parts of type text (quest generate --image answers about one)"
-            raise ApiError(400, message, param=f"messages.{place}.content", code="image_not_supported")
+            refusal = "this server reads no images: send parts of type text (quest generate --image answers about one)"
+            raise ApiError(400, refusal, param=f"messages.{place}.content", code="image_not_supported")
         if any(part.get("type") != "text" or not isinstance(part.get("text"), str) for part in content):
             raise ApiError(400, "only parts of type text are read by this model", param=f"messages.{place}.content")
         content = "".join(part["text"] for part in content)
