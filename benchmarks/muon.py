@@ -1,12 +1,12 @@
 """The step of Muon, its share of a training step, and torch.optim.Muon's: the shapes of `quest train quickstart` (2M,
 8 rows of 256 tokens) and `quest train pretrain` (11M, 32 rows).
 
-OMP_NUM_THREADS=1 python -m benchmarks.muon [--pairs 5] [--shape 2m] [--alone]
+OMP_NUM_THREADS=1 python -m benchmarks.muon [--pairs 5] [--shape 2m] [--alone] [--forms]
 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 python -m benchmarks.muon    without AVX512
 
 torch.optim.Muon always iterates in bfloat16 and takes a fused projection as one matrix (without bfloat16 instructions
 a step of it takes half a minute: --alone leaves it out); AdamW has the rest on both sides. The forward and backward
-pass is in the precision that `auto` takes here.
+pass is in the precision that `auto` takes here. --forms: every form of the iterations in float32, in turn.
 """
 
 from __future__ import annotations
@@ -69,25 +69,29 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--forms", action="store_true")
     options = parser.parse_args()
     profile = load_profile(print)
     precision, form = choose_precision(profile).value, choose_muon_form(profile).value
     print(f"{torch.get_num_threads()} threads; passes in {precision}, iterations: {form}\n")
-    print(
-        "| shape | passes, ms | our step, ms | of a training step | x torch.optim.Muon (range) |\n" + "| --- " * 5 + "|"
-    )
+    print("| shape, form | passes, ms | our step, ms | of a training step | x torch.optim.Muon (range) |")
+    print("| --- " * 5 + "|")
     for name in [options.shape] if options.shape else SHAPES:
         model = quest.build(SHAPES[name])
         run = passes(model, precision, ROWS[name])
         run()
-        contestants = {"torch": torch_step(model), "ours": our_step(model, form), "passes": run}
-        if options.alone:
-            del contestants["torch"]
+        forms = ["float32", "eigenvalues", "gram"] if options.forms else [form]
+        contestants = {} if options.alone else {"torch": torch_step(model)}
+        contestants |= {one: our_step(model, one) for one in forms} | {"passes": run}
         rows = {row.name: row for row in race(contestants, pairs=options.pairs)}
-        ours, both = rows["ours"], rows["passes"]
-        share = ours.seconds / (ours.seconds + both.seconds)
-        ratio = "-" if options.alone else f"{ours.times_reference:.2f} ({ours.low:.2f}-{ours.high:.2f})"
-        print(f"| {name} | {both.seconds * 1e3:.0f} | {ours.seconds * 1e3:.1f} | {share:.1%} | {ratio} |", flush=True)
+        both = rows["passes"].seconds
+        for one in forms:
+            ours = rows[one]
+            ratio = "-" if options.alone else f"{ours.times_reference:.2f} ({ours.low:.2f}-{ours.high:.2f})"
+            share = ours.seconds / (ours.seconds + both)
+            print(
+                f"| {name}, {one} | {both * 1e3:.0f} | {ours.seconds * 1e3:.1f} | {share:.1%} | {ratio} |", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ def muon_seconds(profile: MachineProfile) -> dict[str, float]:
     flops = 2 * n**2 * (2 * m + n)
     small = {dtype: profile.rates.get(f"products/{dtype}/small") for dtype in ("float32", "bfloat16")}
     seconds = {dtype: 5 * flops / rate / 1e9 for dtype, rate in small.items() if rate}
+    seconds["gram"] = 2 * n**2 * (2 * m + 17 * n) / profile.rates["products/float32/small"] / 1e9
     seconds["eigenvalues"] = flops / profile.rates["products/float32/small"] / 1e9
     seconds["eigenvalues"] += n**3 / profile.rates["eigenvalues/float32"] / 1e9
     return seconds
@@ -88,7 +89,7 @@ def muon_seconds(profile: MachineProfile) -> dict[str, float]:
 def choose_muon_form(profile: MachineProfile) -> Resolved[str]:
     """The fastest form of Muon's iterations; that by eigenvalues has to be faster by a margin."""
     seconds = muon_seconds(profile)
-    products = min(("float32", "bfloat16"), key=lambda form: seconds.get(form, math.inf))
+    products = min(("float32", "bfloat16", "gram"), key=lambda form: seconds.get(form, math.inf))
     by_eigenvalues = seconds["eigenvalues"] * MIN_GAIN <= seconds[products]
     words = ", ".join(f"{form} {1e3 * time:.1f} ms" for form, time in seconds.items())
     return Resolved("eigenvalues" if by_eigenvalues else products, f"a matrix of 384 x 1024: {words}")

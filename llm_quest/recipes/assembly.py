@@ -39,6 +39,7 @@ from llm_quest.recipes.technique_entry import known_techniques
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.techniques.adapter_targets import describe_addresses
 from llm_quest.techniques.lora import adapter_addresses
+from llm_quest.techniques.score_head import find_score_head
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.rng_state import derive_seed
 
@@ -308,9 +309,11 @@ def fit_sequence_length(config: ConfigT, settings: RawConfig, context: int, log:
     return config.model_copy(update={"sequence_length": context})
 
 
-def apply_techniques(entries: Sequence[Mapping[str, Any]], model: Any, log: LogFn) -> list[Callback]:
+def apply_techniques(
+    entries: Sequence[Mapping[str, Any]], model: Any, log: LogFn, *, scores: bool = False
+) -> list[Callback]:
     """Edit the model in place by each in turn, and say what became trainable; returns those that act after every
-    step."""
+    step. scores: whether the recipe trains a score head; the others need the head over the vocabulary."""
     callbacks: list[Callback] = []
     for entry in entries:
         options = {key: value for key, value in entry.items() if key != "name"}
@@ -324,6 +327,11 @@ def apply_techniques(entries: Sequence[Mapping[str, Any]], model: Any, log: LogF
         if isinstance(one, Callback):
             callbacks.append(one)
         log(f"technique: {entry['name']}{trainable_summary(model)}")
+    if not scores and find_score_head(model) is not None:
+        raise UsageError(
+            "the model has a score head in place of the head over the vocabulary, which this recipe trains: leave the "
+            "technique score_head out, or begin with a language model (scores are trained by classify, reward and prm)"
+        )
     return callbacks
 
 

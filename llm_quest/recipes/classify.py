@@ -108,7 +108,7 @@ def build_classify(config: ClassifyConfig, context: Context) -> Job:
         builtin=builtin_labeled_texts, limit=part.max_samples,
         split=split_labeled_texts if part.stratify else split_by_prompt,
     )  # fmt: skip
-    callbacks = apply_config_techniques(config, model, log)
+    callbacks = apply_config_techniques(config, model, log, scores=True)
     head = attach_score_head(model, [*learned, *held_texts], config.problem_type, derive_seed(config.seed, "init"))
     freeze_except(model, config.trainable)
     names, is_multi_label = head.labels, head.is_multi_label

@@ -198,9 +198,9 @@ def can_share_prompts(config: RunConfig) -> bool:
     return config.compile is not True and all(one["name"] != "checkpointing" for one in config.all_techniques)
 
 
-def apply_config_techniques(config: RunConfig, model: Decoder, log: LogFn) -> list[Callback]:
-    """The recipe's techniques, applied; those that ride along."""
-    return apply_techniques(config.all_techniques, model, log)
+def apply_config_techniques(config: RunConfig, model: Decoder, log: LogFn, *, scores: bool = False) -> list[Callback]:
+    """The recipe's techniques, applied (`apply_techniques`)."""
+    return apply_techniques(config.all_techniques, model, log, scores=scores)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def build_prm(config: PrmConfig, context: Context) -> Job:
     config, model, tokenizer = begin_finetuning(config, context, no_builtin_rows)
     train, held_out, drop_report = prepare_steps(config, tokenizer)
     config = count_epochs(config, context.settings, len(train), log)
-    callbacks = apply_config_techniques(config, model, log)
+    callbacks = apply_config_techniques(config, model, log, scores=True)
     add_step_head(model, tokenizer, config)
     source = StepDataset(train)
     rows = micro_batch_rows(config, parallel, max(one.length for one in train))

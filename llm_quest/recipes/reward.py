@@ -54,7 +54,7 @@ def build_reward(config: RewardConfig, context: Context) -> Job:
     parallel, log = context.parallel, context.log
     config, model, tokenizer = begin_finetuning(config, context, builtin_preferences)
     pairs = prepare_preferences(config.data, tokenizer, config.sequence_length, derive_seed(config.seed, "flips"))
-    callbacks = apply_config_techniques(config, model, log)
+    callbacks = apply_config_techniques(config, model, log, scores=True)
     if (head := find_score_head(model)) is None:
         ScoreHead(1, seed=derive_seed(config.seed, "init"), readout=config.readout)(model)
     elif head.readout != config.readout:

@@ -56,7 +56,7 @@ def amx() -> MachineProfile:
     ("profile", "precision", "muon", "few"),
     [
         (machine("avx2"), "fp32", "eigenvalues", ["float32"]),
-        (machine("avx2", eigenvalues__float32=1.0), "fp32", "float32", ["float32"]),
+        (machine("avx2", eigenvalues__float32=1.0), "fp32", "gram", ["float32"]),
         (machine("avx512_bf16"), "bf16", "bfloat16", ["float32"]),
         (amx(), "bf16", "bfloat16", ["float32"]),
     ],
