@@ -35,7 +35,7 @@ GRID_RECIPES = [name for name in RECIPES if name != "rpt_control"]
 QUICK = ("sft", "dpo", "classify", "reward", "kto", "prm")
 SUITABLE = {"multi_token": "sft", "qk_clip": "sft", "neftune": "sft"}
 CLOSE = 1e-4
-CELLS_OF_A_PAIR = 8
+CELLS_OF_A_PAIR = 16
 """So many are run by one pair of processes."""
 
 
