@@ -165,6 +165,7 @@ REMARKS: list[tuple[str, dict[str, str]]] = [
     ("assistant_only_loss completion_only_loss train_on_inputs", {"sft": ANSWERS_ALONE}),
     ("dataset_num_proc dataloader_num_workers dataloader_pin_memory preprocessing_num_workers", {"": ROWS_IN_PROCESS}),
     ("attn_implementation flash_attention flash_attn sdpa_attention", {"": FUSED}),
+    ("use_liger_kernel use_liger_loss", {"": "there are no Liger kernels here; leave it out"}),
     ("remove_unused_columns", {"": "keys of rows that nothing reads are counted and named; leave it out"}),
     ("dataset_text_field text_column", {"": "name the column of the text: data.columns='{text: body}'"}),
     ("shuffle", {"": "rows are shuffled anew in every epoch, by seed; leave it out"}),
