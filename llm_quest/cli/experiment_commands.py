@@ -78,7 +78,10 @@ def ladder(
         str, typer.Option(help="Tokens for each parameter; several (5,10,20) fit L(N, D). The recipe's own.")
     ] = "",
     seeds: Annotated[int, typer.Option(min=1, max=20, help="Runs of each size.")] = 2,
-    rates: Annotated[int, typer.Option(min=1, max=9, help="Learning rates tried on the smallest size; 1: none.")] = 3,
+    rates: Annotated[int, typer.Option(min=1, max=9, help="Learning rates tried on each tuned size; 1: none.")] = 3,
+    tuned_rungs: Annotated[
+        int, typer.Option(min=1, max=2, help="Sizes whose rate is tuned: the smallest; and the middle one.")
+    ] = 2,
     parametrization: Annotated[
         str, typer.Option(help="What carries the rate to larger sizes: standard, mup, completep.")
     ] = "completep",
@@ -99,7 +102,7 @@ def ladder(
 
         options = commands.LadderOptions(
             rungs, commands.parse_size(smallest, "--smallest"), commands.parse_size(largest, "--largest"),
-            commands.parse_ratios(tokens_per_parameter), seeds, rates, parametrization, run, jobs or usable_cores(),
+            commands.parse_ratios(tokens_per_parameter), seeds, rates, tuned_rungs, parametrization, run, jobs or usable_cores(),
         )  # fmt: skip
         found = commands.run_ladder(recipe, pairs or [], options, out=out, log=status_printer(quiet))
     print_result(found, json)

@@ -35,6 +35,7 @@ class LadderOptions:
     ratios: tuple[float, ...] = ()
     seeds: int = 2
     rates: int = 3
+    tuned: int = 2
     kind: str = "completep"
     run: int = 0
     jobs: int = 1
@@ -103,7 +104,7 @@ def make_ladder_plan(recipe: str, pairs: Sequence[str], options: LadderOptions) 
     )  # fmt: skip
     return LadderPlan(
         recipe, tuple(base), tuple(rungs), target, options.kind, own_code(), config.learning_rate, options.seeds,
-        options.rates, options.run, shlex.join(["quest", *sys.argv[1:]]),
+        options.rates, options.tuned, options.run, shlex.join(["quest", *sys.argv[1:]]),
     )  # fmt: skip
 
 

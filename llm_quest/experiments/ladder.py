@@ -1,6 +1,6 @@
 """A ladder from its claim to its outcome: `quest ladder`.
 
-    claim (ledger) ─► the rate, tuned on the smallest rung ─► all rungs, every seed ─► law and leave-one-out ─►
+    claim (ledger) ─► the rates, tuned on two rungs ─► all rungs, every seed ─► law and leave-one-out ─►
     prediction (ledger, before the large run) ─► with --run the large run ─► how far it was (ledger)
 
 Nothing but finished runs is kept between the parts: the same command goes on after kill -9 and ends with the same
@@ -31,7 +31,7 @@ from llm_quest.experiments.scaling_law import (
     numbers_of_form,
     predict_loss,
 )
-from llm_quest.experiments.tuning import RateSearch, describe_search, first_grid, needs_extension
+from llm_quest.experiments.tuning import RateSearch, carry_rate, describe_search, first_grid, needs_extension
 from llm_quest.experiments.worker_pool import WorkerPool
 
 METRIC = "eval/loss"
@@ -39,8 +39,8 @@ METRIC = "eval/loss"
 
 @dataclass(frozen=True)
 class LadderPlan:
-    """What a ladder is. rates: learning rates tried on the smallest rung (1: the recipe's own). run: how many large
-    runs are made after the prediction."""
+    """What a ladder is. rates: learning rates tried on each tuned rung (1: the recipe's own). tuned: how many rungs are
+    tuned: the smallest, and the middle one. run: how many large runs are made after the prediction."""
 
     recipe: str
     pairs: tuple[str, ...]
@@ -51,6 +51,7 @@ class LadderPlan:
     learning_rate: float
     seeds: int = 2
     rates: int = 3
+    tuned: int = 2
     run: int = 0
     command: str = ""
 
@@ -59,9 +60,15 @@ class LadderPlan:
         return {
             "question": f"What loss does {self.target.name} reach, by {len(self.rungs)} smaller sizes?",
             "recipe": self.recipe, "settings": list(self.pairs), "code": self.code.hash,
-            "parametrization": self.kind, "seeds": self.seeds, "rates": self.rates,
+            "parametrization": self.kind, "seeds": self.seeds, "rates": self.rates, "tuned": self.tuned,
             "rungs": [describe_rung(rung) for rung in self.rungs], "target": describe_rung(self.target),
         }  # fmt: skip
+
+    @property
+    def tuned_rungs(self) -> list[Rung]:
+        """Of the largest number of tokens per parameter: the smallest rung and the middle one."""
+        own = [rung for rung in self.rungs if rung.ratio == self.target.ratio]
+        return [own[0], own[len(own) // 2]][: self.tuned]
 
     @property
     def experiment(self) -> str:
@@ -83,8 +90,8 @@ class Ladder:
     def __init__(self, plan: LadderPlan, root: Path, pool: WorkerPool, ledger: Ledger, log: LogFn):
         self.plan, self.root, self.pool, self.ledger, self.log = plan, root, pool, ledger, log
         self.folder = root / plan.experiment
-        self.rate = plan.learning_rate
-        self.search: RateSearch | None = None
+        self.tuned: dict[float, float] = {}
+        self.searches: dict[str, RateSearch] = {}
         self.notes: list[str] = []
 
     def run(self) -> dict[str, Any]:
@@ -113,32 +120,44 @@ class Ladder:
         request = {"do": "describe", "recipe": self.plan.recipe, "pairs": self.settings_of(self.plan.rungs[0])}
         return self.pool.submit(self.plan.code, request).result()
 
-    def settings_of(self, rung: Rung) -> list[str]:
-        return [*self.plan.pairs, *rung.pairs, f"learning_rate={self.rate:g}"]
+    def rate_of(self, rung: Rung) -> float:
+        """The learning rate of a rung: the recipe's own, or carried from the tuned ones."""
+        return carry_rate(rung.n, self.tuned) if self.tuned else self.plan.learning_rate
 
-    def request(self, rung: Rung, seed: int, role: str) -> RunRequest:
-        return RunRequest(rung.name, tuple(self.settings_of(rung)), seed, self.plan.code, role)
+    def settings_of(self, rung: Rung, rate: float = 0.0) -> list[str]:
+        return [*self.plan.pairs, *rung.pairs, f"learning_rate={rate or self.rate_of(rung):g}"]
+
+    def request(self, rung: Rung, seed: int, role: str, rate: float = 0.0) -> RunRequest:
+        return RunRequest(rung.name, tuple(self.settings_of(rung, rate)), seed, self.plan.code, role)
 
     def value(self, record: Record, name: str, metric: str = METRIC) -> float | None:
         return metric_value(record, metric, name, self.vocab_size)
 
     def tune(self) -> None:
-        """The learning rate of the smallest rung, which the parametrization carries to the others."""
-        rung = self.plan.rungs[0]
+        """The learning rates of the smallest rung and of the middle one. The parametrization carries a rate over sizes;
+        what is left is that runs of larger sizes are longer, which the second rung measures."""
         if self.plan.rates < 2:
-            self.note(f"the learning rate is the recipe's, {self.rate:g}, and was not tuned on the smallest rung")
+            self.note(f"the learning rate is the recipe's, {self.plan.learning_rate:g}, and was not tuned")
             return
-        self.search = RateSearch()
-        wanted = first_grid(self.plan.learning_rate, self.plan.rates)
+        center, tuned = self.plan.learning_rate, {}
+        for rung in self.plan.tuned_rungs:
+            search = self.search_rate(rung, center)
+            tuned[float(rung.n)] = center = search.choose()
+            self.log(describe_search(rung.name, search))
+        self.tuned = tuned
+
+    def search_rate(self, rung: Rung, center: float) -> RateSearch:
+        """The losses of a rung at several rates, on a seed that no rung reports."""
+        search = self.searches[rung.name] = RateSearch()
+        wanted = first_grid(center, self.plan.rates)
         while wanted:
-            for rate in wanted:
-                self.rate = rate
-                request = self.request(rung, TUNING_SEEDS[0], "tune")
-                loss = self.value(self.measurements.measure([request], "tuning the smallest rung")[0], rung.name)
-                self.search.losses[rate] = float("inf") if loss is None else loss
-            wanted = [self.search.next_rate()] if needs_extension({rung.name: self.search}, self.plan.rates) else []
-        self.rate = self.search.choose()
-        self.log(describe_search(rung.name, self.search))
+            requests = [self.request(rung, TUNING_SEEDS[0], "tune", rate) for rate in wanted]
+            records = self.measurements.measure(requests, f"tuning {rung.name} parameters")
+            for rate, record in zip(wanted, records, strict=True):
+                loss = self.value(record, rung.name)
+                search.losses[rate] = float("inf") if loss is None else loss
+            wanted = [search.next_rate()] if needs_extension({rung.name: search}, self.plan.rates) else []
+        return search
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -151,8 +170,8 @@ class Ladder:
         losses = [self.value(record, rung.name) for record in records]
         if None in losses:
             raise GuardStop(
-                f"{rung.name} diverged at the learning rate {self.rate:g} of the smallest rung, so no law goes through "
-                "it: give a lower learning_rate with --rates 1, or --parametrization completep"
+                f"{rung.name} diverged at the learning rate {self.rate_of(rung):g}, carried from the tuned sizes, so no "
+                "law goes through it: give a lower learning_rate with --rates 1, or --parametrization completep"
             )
         found = [loss for loss in losses if loss is not None]
         shown = "  ".join(f"{loss:.4f}" for loss in found)
@@ -170,14 +189,16 @@ class Ladder:
             self.note("the law has no floor above 0: the sizes are too small to see one, and larger sizes may flatten")
         sd, freedom = noise_of(points, law, form)
         rungs = [
-            {**describe_rung(rung), "losses": losses[rung.name], "predicted_by_others": as_json(one),
+            {**describe_rung(rung), "learning_rate": self.rate_of(rung), "losses": losses[rung.name],
+             "predicted_by_others": as_json(one),
              "covered": one.covers(point.mean), "fitted": law.predict(rung.n, rung.tokens)}
             for rung, point, one in zip(self.plan.rungs, points, left_out, strict=True)
         ]  # fmt: skip
         return {
             **self.plan.content(), "experiment": self.plan.experiment, "command": self.plan.command,
-            "metric": METRIC, "learning_rate": self.rate, "law": {**asdict(law), "formula": law.formula},
-            "rates": {f"{rate:g}": loss for rate, loss in self.search.losses.items()} if self.search else {},
+            "metric": METRIC, "law": {**asdict(law), "formula": law.formula},
+            "rates_tried": {name: {f"{rate:g}": loss for rate, loss in search.losses.items()}
+                            for name, search in self.searches.items()},
             "run_sd": sd, "degrees_of_freedom": freedom, "rungs": rungs, "covered": covered,
             "prediction": as_json(prediction), "measured": None, "notes": self.notes,
         }  # fmt: skip

@@ -25,7 +25,7 @@ def write_ladder_page(result: Mapping[str, Any], file: Path) -> None:
     text = render_page(
         title=result["question"],
         subtitle=f"{result['experiment']} · {result['metric']} · {result['parametrization']}, "
-        f"learning rate {result['learning_rate']:g}, {result['seeds']} seeds",
+        f"{result['seeds']} seeds",
         heading="Prediction", cards=cards, notes=result["notes"], second="Curve",
         pictures=[("Loss against log10 of the parameters that multiply a token", draw_law(result), True)],
         tables=[("Sizes", sizes_table(result)), ("Settings", settings_table(result))], command=result["command"],
@@ -57,10 +57,10 @@ def draw_law(result: Mapping[str, Any]) -> str:
 
 def sizes_table(result: Mapping[str, Any]) -> Table:
     """Every size, its losses, and what the others say of it."""
-    head = ("", "parameters", "multiplying", "tokens", "steps", "FLOPs", "loss", "fitted", "from the others", "inside")
+    head = ("", "parameters", "multiplying", "tokens", "steps", "rate", "FLOPs", "loss", "fitted", "from the others", "inside")
     rows = [
         (rung["name"], f"{rung['parameters']:,}", f"{rung['multiplying']:,}", f"{rung['tokens']:,}",
-         f"{rung['steps']:,}", f"{rung['flops']:.2e}", " ".join(f"{loss:.4f}" for loss in rung["losses"]),
+         f"{rung['steps']:,}", f"{rung['learning_rate']:g}", f"{rung['flops']:.2e}", " ".join(f"{loss:.4f}" for loss in rung["losses"]),
          f"{rung['fitted']:.4f}", "{loss:.4f} ({low:.4f} to {high:.4f})".format(**rung["predicted_by_others"]),
          "yes" if rung["covered"] else "no")
         for rung in result["rungs"]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 GRID_FACTOR = 4.0
 MAX_EXTENSIONS = 3
+STEEPEST_RATE = -0.5
 LARGEST_RATE = 1.0
 """What the recipes' `learning_rate` takes."""
 
@@ -84,3 +85,13 @@ def describe_search(name: str, search: RateSearch) -> str:
     return (
         f"{name}: learning_rate {search.choose():g}{' (at the edge of its rates)' if search.at_edge else ''}   {points}"
     )
+
+
+def carry_rate(n: float, tuned: Mapping[float, float]) -> float:
+    """The rate of a size: on the power law through the first and the last tuned size (size -> rate). A run of a larger
+    size is longer too, and its best rate lower: the exponent is at most 0, and at least -1/2."""
+    first, last = min(tuned), max(tuned)
+    if first == last:
+        return tuned[first]
+    slope = math.log(tuned[last] / tuned[first]) / math.log(last / first)
+    return round_rate(tuned[first] * (n / first) ** min(0.0, max(STEEPEST_RATE, slope)))

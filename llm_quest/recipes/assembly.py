@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from llm_quest.atomic_dirs import atomic_dir
 from llm_quest.contracts import Callback, LogFn
 from llm_quest.data.conversations import first_question_hash, split_by_prompt
-from llm_quest.data.corpus import Corpus, load_corpus
+from llm_quest.data.corpus import Corpus, is_builtin, load_corpus
 from llm_quest.data.document import DropReport
 from llm_quest.data.loader import ShardedLoader, SourceT, repeat_by_weight
 from llm_quest.data.records import Record
@@ -76,6 +76,31 @@ def prepare_text_data(data: TextDataConfig, choice: TokenizerConfig, log: LogFn)
                 f"{source_name(data)} was prepared with another tokenizer than {choice.load}; leave tokenizer.load out"
             )
         return TextData(folder, folder.load_tokenizer(), text_facts(folder))
+    key = json.dumps([str(default_cache_dir()), data.model_dump(mode="json"), choice.model_dump(mode="json")])
+    text = PREPARED.get(key)
+    if text is None or not text.tokens.path.is_dir():
+        text = prepare_documents(data, choice, log)
+        PREPARED.clear()
+        if choice.load is None and data.validation is None and all(is_builtin(one.path) for one in data_sources(data)):
+            PREPARED[key] = text
+    facts = text.facts
+    log(
+        f"text: {facts['train_bytes']:,} bytes in {facts['train_documents']} documents to train on, "
+        f"{facts['val_bytes']:,} in {facts['val_documents']} held out; {facts['train_tokens']:,} tokens"
+        + f" of {text.tokenizer.vocab_size:,} kinds"
+    )
+    if text.split is not None:
+        log_remarks(text.split.corpus.drop_report, log)
+    return text
+
+
+PREPARED: dict[str, TextData] = {}
+"""The builtin text of this process's last run, by its settings: it can't change, so a process that makes many runs
+reads it once. No other text is kept: its files may change."""
+
+
+def prepare_documents(data: TextDataConfig, choice: TokenizerConfig, log: LogFn) -> TextData:
+    """Read documents, choose what is held out, train a tokenizer, write token files."""
     with phase(f"reading {source_name(data)}"):
         corpus = load_config_corpus(data)
     with phase("choosing what is held out"):
@@ -91,12 +116,6 @@ def prepare_text_data(data: TextDataConfig, choice: TokenizerConfig, log: LogFn)
     with phase(f"turning {sum(document.nbytes for document in corpus.documents):,} bytes into tokens"):
         folder = prepare_token_folder(parts, tokenizer, default_cache_dir())
     facts = text_facts(folder) | {"corpus": corpus.as_json()}  # the cache's manifest names its first source
-    log(
-        f"text: {facts['train_bytes']:,} bytes in {facts['train_documents']} documents to train on, "
-        f"{facts['val_bytes']:,} in {facts['val_documents']} held out; {facts['train_tokens']:,} tokens"
-        + f" of {tokenizer.vocab_size:,} kinds"
-    )
-    log_remarks(parts.corpus.drop_report, log)
     return TextData(folder, tokenizer, facts, parts)
 
 
