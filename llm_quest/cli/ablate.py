@@ -15,6 +15,7 @@ from llm_quest.experiments.arms import CONTROL, Arm, default_pairs, parse_arms, 
 from llm_quest.experiments.budgets import BUDGETS
 from llm_quest.experiments.code_tree import own_code
 from llm_quest.experiments.comparison import Claim
+from llm_quest.experiments.confirmation import DEV, TEST, has_halves, plan_confirmation
 from llm_quest.experiments.experiment import Experiment, Plan
 from llm_quest.experiments.ledger import Ledger
 from llm_quest.experiments.measurements import require_reported_seeds
@@ -50,6 +51,7 @@ class AblateOptions:
     first_seed: int = 1
     question: str = ""
     jobs: int = 1
+    confirm: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,14 @@ class AgentProtocol:
 
 def run_ablation(recipe: str, pairs: Sequence[str], options: AblateOptions, *, out: Path, log: LogFn) -> AblationReport:
     """Run an experiment below the folder `out`, or go on with it."""
-    plan = make_plan(recipe, pairs, options, out, log)
-    folder, ledger = out / plan.experiment, Ledger(out / "ledger.jsonl", log)
+    ledger = Ledger(out / "ledger.jsonl", log)
+    if options.confirm:
+        if recipe or pairs or options.vary or options.arms:
+            raise UsageError(f"--confirm {options.confirm} asks the same again: leave recipe, settings and arms out")
+        plan = plan_confirmation(ledger, options.confirm, options.code, out / "code", command_line())
+    else:
+        plan = make_plan(recipe, pairs, options, out, log)
+    folder = out / plan.experiment
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive_pool(folder, options.jobs, "the same experiment is running; wait, or read its ledger") as pool:
         log(f"experiment {plan.experiment}: {describe_plan(plan)}")
@@ -100,7 +108,11 @@ def make_plan(recipe: str, pairs: Sequence[str], options: AblateOptions, out: Pa
     if not recipe:
         raise UsageError("no recipe was given: quest ablate pretrain --vary optim=adamw,muon, for example")
     refuse_own_keys(pairs, allowed=("max_steps",))
+    if TEST in pairs:
+        raise UsageError(f"{TEST}: the test half confirms what was found on the dev half: quest ablate --confirm NAME")
     base = [*default_pairs(recipe, pairs), *pairs]
+    if not any(pair.startswith("data.eval_part=") for pair in pairs) and has_halves(recipe, base):
+        base.append(DEV)
     found, config, _ = load_recipe(recipe, base)
     if config.device not in ("auto", "cpu") or found.run is not None:
         what = f"device={config.device}" if found.run is None else f"{found.name} (a recipe of several runs)"
@@ -111,8 +123,13 @@ def make_plan(recipe: str, pairs: Sequence[str], options: AblateOptions, out: Pa
     return Plan(
         recipe, tuple(base), tuple(arms), Arm(CONTROL, (), own_code()), claim, budget,
         options.rates, options.tuning_seeds, options.aa_pairs, options.first_seed,
-        tuple(options.metrics[1:]), options.question, shlex.join(["quest", *sys.argv[1:]]),
+        tuple(options.metrics[1:]), options.question, command_line(),
     )  # fmt: skip
+
+
+def command_line() -> str:
+    """The command that is running, as it can be typed again."""
+    return shlex.join(["quest", *sys.argv[1:]])
 
 
 def check_options(options: AblateOptions) -> None:

@@ -42,6 +42,9 @@ def ablate(
     aa_pairs: Annotated[int, typer.Option(min=0, max=20, help="Pairs of the control with itself; 0: none.")] = 3,
     first_seed: Annotated[int, typer.Option(min=1, help="Of the reported seeds; 401 for a confirmation.")] = 1,
     question: Annotated[str, typer.Option(help="What is asked, for the ledger.")] = "",
+    confirm: Annotated[
+        str, typer.Option(metavar="EXPERIMENT", help="Ask once more what it found better: test half, fresh seeds.")
+    ] = "",
     jobs: Annotated[int, typer.Option(min=0, help="Runs side by side; 0: one per core.")] = 0,
     out: Annotated[Path, typer.Option(help="The folder of experiments, runs and the ledger.")] = Path("ablations"),
     for_agents: Annotated[bool, typer.Option("--for-agents", help="Print the protocol that an agent follows.")] = False,
@@ -62,7 +65,7 @@ def ablate(
             return
         options = commands.AblateOptions(
             vary or (), arm or (), code or (), metric or (), delta, cap, budget, rates, tuning_seeds, aa_pairs,
-            first_seed, question, jobs or usable_cores(),
+            first_seed, question, jobs or usable_cores(), confirm,
         )  # fmt: skip
         found = commands.run_ablation(recipe, pairs or [], options, out=out, log=status_printer(quiet))
     print_result(found, json)
@@ -102,7 +105,8 @@ def ladder(
 
         options = commands.LadderOptions(
             rungs, commands.parse_size(smallest, "--smallest"), commands.parse_size(largest, "--largest"),
-            commands.parse_ratios(tokens_per_parameter), seeds, rates, tuned_rungs, parametrization, run, jobs or usable_cores(),
+            commands.parse_ratios(tokens_per_parameter), seeds, rates, tuned_rungs, parametrization, run,
+            jobs or usable_cores(),
         )  # fmt: skip
         found = commands.run_ladder(recipe, pairs or [], options, out=out, log=status_printer(quiet))
     print_result(found, json)

@@ -25,8 +25,8 @@ VERDICT_COLUMNS = (
 CLAIM_KEYS = ("experiment", "time", "recipe", "budget", "command")
 FORMATS = ("csv", *TRACKERS)
 EDITED = "its rows were edited: restore the file, or merge the ledgers that it was made of"
-SENTENCES = ("prediction", "outcome")
-"""Kinds of rows of a ladder, which say what they found."""
+SENTENCES = ("prediction", "outcome", "confirmation")
+"""Kinds of rows that say in words what they found."""
 
 
 @dataclass(frozen=True)

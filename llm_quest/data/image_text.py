@@ -29,6 +29,7 @@ from llm_quest.data.loader import repeat_by_weight, shuffle_indices
 from llm_quest.data.message_parsing import text_field
 from llm_quest.data.records import Record, TrackedRow, parse_rows
 from llm_quest.data.row_forms import IMAGE_TEXT_FORMS, select_form
+from llm_quest.data.split import choose_eval_part
 from llm_quest.data.synthetic_shapes import QuestionAnswer
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, RowError, UsageError
@@ -112,7 +113,8 @@ def read_examples(rows: Sequence[CaptionRow], image_processor: ImageProcessor) -
 class CaptionDataset:
     """Rows of images with captions or questions. Those about one image stay together; about `held_out` of the images,
     by the hash of their pixels, are held out. Every image is opened once, so that a broken one is found before
-    training. name: of the rows, for messages. validation: rows to evaluate on, beside which held_out is 0."""
+    training. name: of the rows, for messages. validation: rows to evaluate on, beside which held_out is 0. eval_part:
+    which half of the images held out is kept."""
 
     def __init__(
         self,
@@ -121,6 +123,7 @@ class CaptionDataset:
         held_out: float,
         name: str,
         validation: Sequence[CaptionRow] = (),
+        eval_part: str = "all",
     ):
         examples = read_examples(rows, image_processor)
         marks = [hashlib.sha256(example.pixels.tobytes()).digest() for example in examples]
@@ -129,6 +132,9 @@ class CaptionDataset:
         self.train_examples = repeat_by_weight(learned)
         self.held_out_examples = [example for example, away in zip(examples, out, strict=True) if away]
         self.held_out_examples += read_examples(validation, image_processor)
+        keys = [hashlib.sha256(example.pixels.tobytes()).hexdigest() for example in self.held_out_examples]
+        part = choose_eval_part([1] * len(keys), keys, eval_part)
+        self.held_out_examples = [self.held_out_examples[number] for number in part]
         if not self.train_examples or (held_out and not self.held_out_examples):
             raise DataError(
                 f"{name}: {len(examples)} images are too few to hold out {held_out:.0%} of them; add images"

@@ -38,6 +38,27 @@ class CorpusSplit:
     val: tuple[Document, ...]
 
 
+def choose_eval_part(sizes: Sequence[int], keys: Sequence[str], part: str) -> list[int]:
+    """The numbers of the held-out items that are evaluated. part: `all`, or one of the halves `dev` and `test`, which
+    have no item and no key in common and about the same size. key: what decides the half, such as the hash of a text or
+    of a question. DataError where a half would be empty."""
+    if part == "all":
+        return list(range(len(sizes)))
+    groups: dict[str, list[int]] = defaultdict(list)
+    for number, key in enumerate(keys):
+        groups[key].append(number)
+    halves: dict[str, list[int]] = {"dev": [], "test": []}
+    for _, numbers in sorted(groups.items()):
+        smaller = min(halves, key=lambda name: sum(sizes[number] for number in halves[name]))
+        halves[smaller] += numbers
+    if not all(halves.values()):
+        raise DataError(
+            f"data.eval_part={part}: {len(groups)} held-out texts can't be halved into dev and test; hold out more "
+            "(data.held_out), or evaluate on all of it (data.eval_part=all)"
+        )
+    return sorted(halves[part])
+
+
 def split_corpus(corpus: Corpus, *, held_out: float = 0.1) -> CorpusSplit:
     """Hold out about `held_out` of the bytes, in whole documents chosen by the hash of their text: no seed, and
     adding a document moves few others. Where no document is small enough (a single file, a few long ones), the end

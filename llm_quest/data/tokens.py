@@ -21,6 +21,7 @@ import platform
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ import numpy as np
 from filelock import FileLock
 
 from llm_quest.data.document import Document
-from llm_quest.data.split import CorpusSplit
+from llm_quest.data.split import CorpusSplit, choose_eval_part
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, ResourceError
 from llm_quest.files import cache_dir, damaged_file_errors, file_sha256, fsync_path, load_json
@@ -80,6 +81,24 @@ class TokenizedDocuments:
 
     def documents(self) -> Iterator[np.ndarray]:
         return (self.document(number) for number in range(self.num_documents))
+
+    def eval_part(self, part: str) -> TokenizedDocuments:
+        """The documents of `dev` or `test`, the halves of a held-out split; `all`: itself. One document is cut into
+        two, whose bytes are counted by their tokens."""
+        if part == "all":
+            return self
+        if self.num_documents == 1 and len(self.ids) >= 8:
+            middle, size = len(self.ids) // 2, len(self.ids)
+            ids, share = (self.ids[:middle], middle / size) if part == "dev" else (self.ids[middle:], 1 - middle / size)
+            documents, nbytes = [np.asarray(ids)], np.array([max(1, round(share * int(self.nbytes[0])))])
+        else:
+            whole = [self.ids[begin:end] for begin, end in pairwise(self.offsets.tolist())]
+            keys = [hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest() for ids in whole]
+            numbers = choose_eval_part([len(ids) for ids in whole], keys, part)
+            documents, nbytes = [whole[number] for number in numbers], self.nbytes[numbers]
+        offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
+        digest = hashlib.sha256(f"{self.hash} {part}".encode()).hexdigest()
+        return TokenizedDocuments(np.concatenate(documents), offsets, nbytes, self.vocab_size, digest)
 
     def validate(self, name: str) -> TokenizedDocuments:
         """Itself; DataError if an id lies outside the vocabulary or the documents do not fill the ids."""

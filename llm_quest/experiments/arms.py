@@ -29,6 +29,9 @@ FIXED = {
 time and decides nothing. Keys that a recipe does not have are left out."""
 OWN_KEYS = ("seed", "max_steps", "num_train_epochs", "max_time")
 """Keys that the experiment sets for each run."""
+EVALUATION_KEYS = ("held_out", "validation", "eval_part", "eval_tokens", "eval_problems", "eval_num_samples")
+EVALUATION_CODE = ("eval/", "data/split.py")
+"""What scores all arms alike: an arm that changes it would be measured by itself."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,22 @@ def parse_arms(vary: Sequence[str], arms: Sequence[str], code: Sequence[str], co
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"two arms are called {twice[0]}; arms need names of their own (the control's is {CONTROL})")
     refuse_own_keys([pair for arm in found for pair in arm.pairs])
+    for arm in found:
+        refuse_own_evaluation(arm, own)
     return found
+
+
+def refuse_own_evaluation(arm: Arm, own: CodeTree) -> None:
+    """UsageError for an arm that changes what it is scored on, or the code that scores."""
+    for pair in arm.pairs:
+        if pair.partition("=")[0].strip().rpartition(".")[2] in EVALUATION_KEYS:
+            raise UsageError(
+                f"{arm.name} sets {pair}: all arms are scored on the same data; set it for the control too"
+            )
+    edited = [] if arm.code.hash == own.hash else differing_files(own, arm.code)
+    for file in edited:
+        if file.startswith(EVALUATION_CODE):
+            raise UsageError(f"{arm.name} edits {file}, which scores all arms: its numbers could not be compared")
 
 
 def refuse_own_keys(pairs: Sequence[str], allowed: Sequence[str] = ()) -> None:
@@ -123,8 +141,8 @@ def resolve_arms(recipe: str, base: Sequence[str], arms: Sequence[Arm], log: Log
         same_settings = resolve_settings(recipe, (*base, *arm.pairs)) == control
         same_code = arm.code.hash == own.hash or not differing_files(own, arm.code)
         if same_settings and same_code and not arm.metric:
-            edited = arm.code.hash != own.hash
-            log(f"{arm.name} changes nothing: {'only words and layout' if edited else 'it is the control'}; not run")
+            why = "it is the control" if arm.code.hash == own.hash else "only words, layout or local names"
+            log(f"{arm.name} changes nothing: {why}; not run")
         else:
             kept.append(arm)
     if not kept:

@@ -3,15 +3,15 @@ without uncommitted changes."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
-import io
 import os
-import re
 import shutil
 import subprocess
-import tokenize
+import types
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llm_quest.errors import UsageError
 
@@ -70,20 +70,34 @@ def git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(arguments, 127, "", "git is not installed")
 
 
-def code_text(source: str) -> str:
-    """The code without docstrings, comments and layout: other words do not make other measurements."""
-    between, parts, begins = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT), [], True
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type in (tokenize.NL, tokenize.COMMENT):
-            continue
-        if token.type not in between and not (begins and token.type == tokenize.STRING):  # not a docstring
-            parts.append(token.string)
-        begins = token.type in between
-    return re.sub(r",(?=[)\]}])", "", "".join(parts))
+OF_NAMES = ("locals", "vars", "eval", "exec", "dir")
+"""Functions that read the names of local variables."""
+
+
+def code_content(code: types.CodeType) -> tuple[Any, ...]:
+    """What compiled code does: all of it but lines and the names of local variables that are no arguments."""
+    arguments = code.co_argcount + code.co_kwonlyargcount + sum(bool(code.co_flags & flag) for flag in (4, 8))
+    names = code.co_varnames if set(OF_NAMES) & set(code.co_names) else code.co_varnames[:arguments]
+    constants = [code_content(one) if isinstance(one, types.CodeType) else repr(one) for one in code.co_consts]
+    sizes = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_nlocals, code.co_flags)
+    outer = (len(code.co_cellvars), len(code.co_freevars), code.co_exceptiontable)
+    return code.co_name, code.co_code, code.co_names, names, *constants, sizes, outer
+
+
+def source_content(source: str) -> tuple[Any, ...]:
+    """The content of a module without its docstrings and comments: other words, layout and names of local variables
+    do not make other measurements."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node, clean=False
+        ):
+            node.body = node.body[1:] or [ast.Pass(lineno=1, col_offset=0)]
+    return code_content(compile(tree, "module", "exec", dont_inherit=True, optimize=0))
 
 
 def differing_files(base: CodeTree, other: CodeTree) -> list[str]:
-    """The files of a run whose code differs, by more than words and layout."""
+    """The files of a run whose code differs, by more than words, layout and names of local variables."""
     before, after = base.files, other.files
     changed = [
         name for name in sorted(before.keys() | after.keys())
@@ -93,12 +107,12 @@ def differing_files(base: CodeTree, other: CodeTree) -> list[str]:
 
 
 def same_code(one: Path | None, other: Path | None) -> bool:
-    """Whether two files differ in words and layout alone."""
+    """Whether two files compute the same."""
     if one is None or other is None or one.suffix != ".py":
         return False
     try:
-        return code_text(one.read_text(encoding="utf-8")) == code_text(other.read_text(encoding="utf-8"))
-    except (SyntaxError, tokenize.TokenError):
+        return source_content(one.read_text(encoding="utf-8")) == source_content(other.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError):
         return False
 
 
@@ -141,7 +155,7 @@ def apply_patch(patch: Path, copies: Path) -> CodeTree:
     if not (root / "llm_quest").is_dir():
         stage = root.with_name(f".tmp-{root.name}-{os.getpid()}")
         shutil.rmtree(stage, ignore_errors=True)
-        shutil.copytree(PACKAGE, stage / "llm_quest", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(PACKAGE, stage / "llm_quest")  # with compiled files, which hold the times of their sources
         try:
             run_patch(patch, stage)
             stage.rename(root)

@@ -47,7 +47,8 @@ UNIGRAM_MARGIN = 0.05
 class Plan:
     """What an experiment is. pairs: the control's settings. rates, tuning_seeds: how many learning rates each arm
     tries, on how many seeds (one rate: no tuning). aa_pairs: pairs of the control with itself. first_seed: of the
-    reported ones. secondary: metrics that are described. bases: runs that arms begin from, in their order."""
+    reported ones. secondary: metrics that are described. bases: runs that arms begin from, in their order. confirms:
+    the experiment whose finding is asked once more."""
 
     recipe: str
     pairs: tuple[str, ...]
@@ -63,6 +64,7 @@ class Plan:
     question: str = ""
     command: str = ""
     bases: tuple[Base, ...] = ()
+    confirms: str = ""
 
     def content(self) -> dict[str, Any]:
         """What is fixed before the first run, as JSON can hold it."""
@@ -72,6 +74,7 @@ class Plan:
             "claim": asdict(self.claim), "budget": self.budget, "rates": self.rates,
             "tuning_seeds": self.tuning_seeds, "aa_pairs": self.aa_pairs, "first_seed": self.first_seed,
             "secondary": list(self.secondary), "bases": [asdict(base) for base in self.bases],
+            **({"confirms": self.confirms} if self.confirms else {}),
         }  # fmt: skip
 
     @property
@@ -197,7 +200,8 @@ class Experiment:
     def tune(self) -> None:
         """Give each arm its learning rate."""
         if self.plan.rates < 2:
-            self.note("learning rates are not tuned: the verdict holds for the rates that were given")
+            whose = f"those of {self.plan.confirms}" if self.plan.confirms else "not tuned"
+            self.note(f"learning rates are {whose}: the verdict holds for the rates that were given")
             return
         if any(arm.sets("learning_rate") for arm in self.arms.values()):
             self.note("learning_rate is what differs, so it is not tuned")
@@ -299,7 +303,15 @@ class Experiment:
             who: [self.measurements.fingerprint(self.request(who, seed, "report")) for seed, _ in self.reported[who]]
             for who in (name, CONTROL)
         }
-        return {"runs": runs, "secondary": dict(self.secondary(name)), "budget": self.plan.budget}
+        rates = {who: self.learning_rate(who) for who in (name, CONTROL)}
+        return {
+            "runs": runs, "secondary": dict(self.secondary(name)), "budget": self.plan.budget, "learning_rates": rates,
+        }  # fmt: skip
+
+    def learning_rate(self, name: str) -> float:
+        """The rate that an arm was tuned to, or was given."""
+        search = self.searches.get(name)
+        return search.choose() if search else float(self.descriptions[name]["learning_rate"])
 
     def secondary(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """Differences in the other metrics, which describe and decide nothing."""
@@ -325,6 +337,6 @@ class Experiment:
             "shared_weights": shared_weights(about, self.descriptions[CONTROL]),
             "same_data_order": about["order"] == self.descriptions[CONTROL]["order"],
             "rates": {f"{rate:g}": loss if math.isfinite(loss) else "diverged" for rate, loss in losses.items()},
-            "learning_rate": search.choose() if search else about["learning_rate"],
+            "learning_rate": self.learning_rate(name),
             "values": [self.value(record, name) for _, record in self.reported[name]],
         }  # fmt: skip

@@ -170,8 +170,8 @@ class Ladder:
         losses = [self.value(record, rung.name) for record in records]
         if None in losses:
             raise GuardStop(
-                f"{rung.name} diverged at the learning rate {self.rate_of(rung):g}, carried from the tuned sizes, so no "
-                "law goes through it: give a lower learning_rate with --rates 1, or --parametrization completep"
+                f"{rung.name} diverged at the learning rate {self.rate_of(rung):g}, carried from the tuned sizes, so "
+                "no law goes through it: give a lower learning_rate with --rates 1, or --parametrization completep"
             )
         found = [loss for loss in losses if loss is not None]
         shown = "  ".join(f"{loss:.4f}" for loss in found)

@@ -57,10 +57,14 @@ def draw_law(result: Mapping[str, Any]) -> str:
 
 def sizes_table(result: Mapping[str, Any]) -> Table:
     """Every size, its losses, and what the others say of it."""
-    head = ("", "parameters", "multiplying", "tokens", "steps", "rate", "FLOPs", "loss", "fitted", "from the others", "inside")
+    head = (
+        "", "parameters", "multiplying", "tokens", "steps", "rate", "FLOPs", "loss", "fitted", "from the others",
+        "inside",
+    )  # fmt: skip
     rows = [
         (rung["name"], f"{rung['parameters']:,}", f"{rung['multiplying']:,}", f"{rung['tokens']:,}",
-         f"{rung['steps']:,}", f"{rung['learning_rate']:g}", f"{rung['flops']:.2e}", " ".join(f"{loss:.4f}" for loss in rung["losses"]),
+         f"{rung['steps']:,}", f"{rung['learning_rate']:g}",
+         f"{rung['flops']:.2e}", " ".join(f"{loss:.4f}" for loss in rung["losses"]),
          f"{rung['fitted']:.4f}", "{loss:.4f} ({low:.4f} to {high:.4f})".format(**rung["predicted_by_others"]),
          "yes" if rung["covered"] else "no")
         for rung in result["rungs"]

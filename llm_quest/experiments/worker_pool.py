@@ -82,6 +82,8 @@ class Worker:
 class WorkerPool:
     """At most `jobs` requests at once; processes are started when they are first needed and used again."""
 
+    make_worker = Worker
+
     def __init__(self, jobs: int, threads: int = 1):
         self.jobs, self.threads = jobs, threads
         self.executor = concurrent.futures.ThreadPoolExecutor(jobs)
@@ -123,7 +125,7 @@ class WorkerPool:
         if other is not None:
             other.close()
             self.workers.remove(other)
-        worker = Worker(tree, self.threads)
+        worker = self.make_worker(tree, self.threads)
         self.workers.append(worker)
         return worker
 

@@ -24,7 +24,7 @@ from llm_quest.data.document import DropReport
 from llm_quest.data.loader import ShardedLoader, SourceT, repeat_by_weight
 from llm_quest.data.records import Record
 from llm_quest.data.sources import Builtin, DataSource, iter_sources, load_rows
-from llm_quest.data.split import CorpusSplit, shingle_overlap, split_corpus
+from llm_quest.data.split import CorpusSplit, choose_eval_part, shingle_overlap, split_corpus
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import TokenFolder, default_cache_dir, open_token_folder, prepare_token_folder
 from llm_quest.data.vocabulary import train_bpe
@@ -166,12 +166,14 @@ def load_split_rows(
     rows = load_config_rows(config, read, drop_report, builtin=builtin, limit=limit)
     if config.validation is None:
         with report_skipped_rows(drop_report):
-            return split(rows, config.held_out) if config.held_out else (rows, [])
-    held = load_config_rows(config.of_validation, read, drop_report, builtin=builtin)
-    known = {first_question_hash(one.prompt) for one in rows}
-    if shared := sum(first_question_hash(one.prompt) in known for one in held):
-        drop_report.note(f"{shared:,} of the {len(held):,} rows of data.validation: their prompt is trained on too")
-    return rows, held
+            rows, held = split(rows, config.held_out) if config.held_out else (rows, [])
+    else:
+        held = load_config_rows(config.of_validation, read, drop_report, builtin=builtin)
+        known = {first_question_hash(one.prompt) for one in rows}
+        if shared := sum(first_question_hash(one.prompt) in known for one in held):
+            drop_report.note(f"{shared:,} of the {len(held):,} rows of data.validation: their prompt is trained on too")
+    part = choose_eval_part([1] * len(held), [first_question_hash(one.prompt) for one in held], config.eval_part)
+    return rows, [held[number] for number in part]
 
 
 @contextmanager

@@ -252,7 +252,7 @@ def build_evaluators(config: PretrainConfig, text: TextData, context: Context, m
     """Held-out loss and samples."""
     if text.tokens.val.num_documents:
         yield LossEvaluator(
-            text.tokens.val,
+            text.tokens.val.eval_part(config.data.eval_part),
             every=config.eval_steps,
             max_tokens=config.eval_tokens,
             last_step=config.max_steps,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
@@ -45,6 +45,9 @@ class RowsConfig(StrictModel):
 
     validation: Sources | None = Field(
         default=None, description="rows to evaluate on, in place of a part of source, all of which is then trained on"
+    )
+    eval_part: Literal["all", "dev", "test"] = Field(
+        default="all", description="evaluate on all that is held out, or on one half of it: choose by dev, report test"
     )
 
     hold_nothing_out = model_validator(mode="before")(hold_nothing_out)

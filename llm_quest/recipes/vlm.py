@@ -154,7 +154,7 @@ def load_image_text(config: VlmConfig, preprocess: ImageProcessor, drop_report: 
         return SceneDataset(preprocess.shape[0])
     rows = load_config_rows(data, read_caption_rows, drop_report)
     held = [] if data.validation is None else load_config_rows(data.of_validation, read_caption_rows, drop_report)
-    return CaptionDataset(rows, preprocess, data.held_out, source_name(data), held)
+    return CaptionDataset(rows, preprocess, data.held_out, source_name(data), held, data.eval_part)
 
 
 def build_vlm_tokenizer(config: VlmConfig, sights: ImageTextDataset) -> Tokenizer:

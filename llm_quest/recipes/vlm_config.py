@@ -57,8 +57,10 @@ class ImageTextDataConfig(RowsConfig):
 
     @model_validator(mode="after")
     def check_columns_are_read(self) -> ImageTextDataConfig:
-        if self.is_synthetic and (self.columns or self.strict or self.validation is not None):
-            raise ValueError("columns, strict and validation have no effect on synthetic_shapes; leave them out")
+        if self.is_synthetic and (self.columns or self.strict or self.validation or self.eval_part != "all"):
+            raise ValueError(
+                "columns, strict, validation and eval_part have no effect on synthetic_shapes; leave them out"
+            )
         return self
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,9 @@ def settings(text: Path, steps: int = 60) -> list[str]:
     ]  # fmt: skip
 
 
-def plan_of(text: Path, root: Path, steps: int = 60, **options: Any) -> Any:
+def plan_of(text: Path, root: Path, steps: int = 60, extra: Sequence[str] = (), **options: Any) -> Any:
     given = {**vars(OPTIONS), "arms": (WIDE, SAME), **options}
-    return make_plan("tiny", settings(text, steps), AblateOptions(**given), root, lambda line: None)
+    return make_plan("tiny", [*settings(text, steps), *extra], AblateOptions(**given), root, lambda line: None)
 
 
 def run_experiment(

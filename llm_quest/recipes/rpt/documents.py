@@ -66,7 +66,7 @@ class RptDataConfig(TextDataConfig):
             )
         if not self.is_task and not self.held_out and self.validation is None:
             raise ValueError("RPT is watched on held-out documents: give data.validation, or data.held_out above 0")
-        for name in ("validation", "columns", "strict", "separator", "held_out") if self.is_task else ():
+        for name in ("validation", "columns", "strict", "separator", "held_out", "eval_part") if self.is_task else ():
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise ValueError(f"data.{name} has no effect on a task, whose content decides its splits; leave it out")
         return self
@@ -155,7 +155,8 @@ def documents_from_text(
     text = load_text_data(config.data, TokenizerConfig(load=config.model.load), parallel, log)
     folder = text.tokens
     start, end = tokenizer.start_token_id, tokenizer.eos_token_id
-    train, held = ([[start, *map(int, ids), end] for ids in side.documents()] for side in (folder.train, folder.val))
+    sides = folder.train, folder.val.eval_part(config.data.eval_part)
+    train, held = ([[start, *map(int, ids), end] for ids in side.documents()] for side in sides)
     if not train or not held:
         raise DataError(
             f"{source_name(config.data)} holds too few documents to keep some of them out of training; add text"
