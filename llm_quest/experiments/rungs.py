@@ -125,7 +125,7 @@ def make_rung(config: Any, parameters: int, whole: Any, ratio: float, course: Co
     sizes = differing_sizes(whole, config)
     base = differing_sizes(config, replace_sizes(whole, course.base)) if course.base else {}
     pairs = [*size_pairs("model.config", sizes), f"max_steps={steps}", f"warmup_steps={round(course.warmup * steps)}"]
-    if course.kind != "standard" and base:
+    if course.kind != "standard":
         pairs += [f"parametrization.name={course.kind}", *size_pairs("parametrization.base", base)]
     tokens = steps * course.tokens_per_step
     flops = float(row_flops) * tokens / course.sequence_length

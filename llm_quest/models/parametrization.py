@@ -18,6 +18,11 @@ sqrt(D)). The table for Adam, where `forward` multiplies what the tensor adds to
     final_norm      1               1       s/m or 1    1/m         of tied heads: the 1/m of the output alone
     vector          1               1       1           1/(m l)     gains, biases, sinks, decays, convolutions
 
+Where norms stand behind the branches alone (OLMo 2), a branch adds numbers of size 1/l whatever its weights are, and
+the layers read the stream as it is. An embedding of 0.02 would vanish beside the first branch of a shallow model and
+not of a deep one, and products of it lie below the norms' epsilon. So 1/s is divided by 0.02 there, at the base too:
+the embedding begins with size 1.
+
 No model computes a multiplier. A forward factor a of a weight is the same function with the weight a W, and Adam makes
 the same steps where W's first values and rate are multiplied by a and its epsilon is divided by it; the decay is
 divided by the rate's factor. So every saved folder is a plain model of its family. (The head is linear, so the factor
@@ -107,6 +112,8 @@ PARAMETRIZATIONS: Mapping[str, tuple[bool, bool]] = {
     "standard": (False, False), "mup": (True, False), "completep": (True, True),
 }  # fmt: skip
 """Name -> whether it scales with the width, and with the depth."""
+INITIAL_STD = 0.02
+"""Of an embedding's first values, in every family."""
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
@@ -143,6 +150,12 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def reads_raw_stream(model: nn.Module) -> bool:
+    """Whether norms stand behind the branches and not before them."""
+    branches = [one for one in model.modules() if isinstance(one, Sublayer)]
+    return bool(branches) and all(has_gain(one.post_norm) and not has_gain(one.norm) for one in branches)
+
+
 def has_gain(norm: nn.Module) -> bool:
     """Whether a branch ends in a norm that sets its size."""
     return any(True for _ in norm.parameters())
@@ -167,6 +180,7 @@ def scale_parameters(model: Any, base: Any, kind: str) -> dict[str, ParameterSca
     rows, base_rows = model.row_splits(), base.row_splits()
     twins = twin_names(model, base)
     scale = getattr(model.embed, "scale", 1.0) / getattr(base.embed, "scale", 1.0)
+    scale *= INITIAL_STD if reads_raw_stream(model) else 1.0
     tied = model.head.weight is model.embed.token.weight
     found = {}
     for name, role in parameter_roles(model).items():

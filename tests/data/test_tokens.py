@@ -28,6 +28,28 @@ PARTS = CorpusSplit(Corpus("test", TRAIN + VAL, DropReport(), "0" * 64), TRAIN, 
 TOKENIZER = train_bpe([d.text for d in TRAIN], 280)
 
 
+def test_dev_and_test_are_halves_of_what_is_held_out():
+    documents = [[number] * (number + 3) for number in range(40)]
+    whole = TokenizedDocuments.from_token_lists(documents, vocab_size=64, start=62, end=63)
+    dev, test = whole.eval_part("dev"), whole.eval_part("test")
+    found = sorted([*map(list, dev.documents()), *map(list, test.documents())])
+    assert found == documents, "each document in one half"
+    assert dev.num_bytes + test.num_bytes == whole.num_bytes
+    assert abs(dev.num_targets - test.num_targets) < 45, "halves by tokens, not by documents"
+    assert whole.eval_part("all") is whole
+    assert len({whole.hash, dev.hash, test.hash}) == 3
+
+
+def test_one_document_is_cut_into_halves():
+    whole = TokenizedDocuments.from_token_lists([list(range(40))], vocab_size=64, start=62, end=63)
+    dev, test = whole.eval_part("dev"), whole.eval_part("test")
+    assert [*dev.ids, *test.ids] == whole.ids.tolist()
+    assert dev.num_bytes + test.num_bytes == whole.num_bytes
+    assert dev.validate("dev").num_documents == test.validate("test").num_documents == 1
+    with pytest.raises(DataError, match=r"can't be halved.*hold out more"):
+        TokenizedDocuments.from_token_lists([[1]], vocab_size=64, start=62, end=63).eval_part("dev")
+
+
 def test_documents_come_back_with_their_bytes(tmp_path: Path):
     folder = prepare_token_folder(PARTS, TOKENIZER, tmp_path)
     assert [TOKENIZER.decode(ids) for ids in folder.train.documents()] == [d.text for d in TRAIN]

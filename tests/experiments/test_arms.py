@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import subprocess
 from pathlib import Path
@@ -14,7 +15,15 @@ from llm_quest.cli.ablate import AblateOptions, AgentProtocol, make_claim, make_
 from llm_quest.errors import UsageError
 from llm_quest.experiments.arms import FIXED, default_pairs, parse_arm, parse_vary, split_values
 from llm_quest.experiments.budgets import budget_pairs, shared_weights
-from llm_quest.experiments.code_tree import CodeTree, differing_files, load_code_tree, open_edit, own_code
+from llm_quest.experiments.code_tree import (
+    CodeTree,
+    differing_files,
+    load_code_tree,
+    open_edit,
+    own_code,
+    source_content,
+)
+from llm_quest.experiments.confirmation import DEV
 from llm_quest.experiments.measurements import metric_value, require_reported_seeds
 from llm_quest.experiments.tuning import RateSearch, first_grid, needs_extension
 from llm_quest.experiments.verdict_lines import interval_bar
@@ -211,6 +220,44 @@ def test_words_and_layout_are_no_edit(worktree: Path):
     for text, changed in [('"""B."""\n# two\nX = f(1,\n  2,)\n', []), ("X = f(1, 3)\n", ["__init__.py"])]:
         (copy / "llm_quest" / "__init__.py").write_text(text)
         assert differing_files(base, load_code_tree(copy)) == changed
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("def f(a, *, b=1):\n    # other words\n    total = a + b\n    return [total for _ in (total,)]\n", True),
+        ("def f(a, *, b=1):\n    c = a - b\n    return [c for _ in (c,)]\n", False),
+        ("def f(x, *, b=1):\n    c = x + b\n    return [c for _ in (c,)]\n", False),  # arguments are given by name
+        ("def f(a, *, b=2):\n    c = a + b\n    return [c for _ in (c,)]\n", False),
+        ("def f(a, *, b=1):\n    c = b + a\n    return [c for _ in (c,)]\n", False),
+    ],
+)
+def test_names_of_local_variables_are_no_edit(text: str, same: bool):
+    before = 'def f(a, *, b=1):\n    """Adds."""\n    c = a + b\n    return [c for _ in (c,)]\n'
+    assert (source_content(text) == source_content(before)) is same
+    local = "def g():\n    {name} = 1\n    return locals()\n"
+    assert source_content(local.format(name="x")) != source_content(local.format(name="y"))
+
+
+def test_an_arm_that_changes_how_it_is_scored_is_refused(tmp_path: Path):
+    for arms, message in (
+        (("x=data.held_out=0.2",), "scored on the same data"),
+        (("x=eval_tokens=100",), "scored on the same data"),
+        (("x=data.eval_part=all",), "scored on the same data"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            make_plan("tiny", [], AblateOptions(arms=arms), tmp_path, print)
+    with pytest.raises(UsageError, match="quest ablate --confirm NAME"):
+        make_plan("tiny", ["data.eval_part=test"], AblateOptions(arms=("x=optim=adamw",)), tmp_path, print)
+    file = "llm_quest/eval/evaluators.py"
+    before = (own_code().root / file).read_text()
+    after = before.replace("loss = nats / batches.num_targets", "loss = 0.5 * nats / batches.num_targets")
+    lines = difflib.unified_diff(before.splitlines(True), after.splitlines(True), f"a/{file}", f"b/{file}")
+    patch = tmp_path / "better.patch"
+    patch.write_text("".join(lines))
+    with pytest.raises(UsageError, match=r"better\.patch edits eval/evaluators\.py, which scores all arms"):
+        make_plan("tiny", [], AblateOptions(code=(str(patch),)), tmp_path, print)
+    assert make_plan("tiny", [], AblateOptions(arms=("x=optim=adamw",)), tmp_path, print).pairs[-1] == DEV
 
 
 def test_a_patch_that_does_not_apply_is_named_with_the_reason(tmp_path: Path):

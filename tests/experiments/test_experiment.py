@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 
+from llm_quest.cli.ledger import list_experiments
 from llm_quest.errors import UsageError
 from llm_quest.experiments import measurements
 from llm_quest.experiments.arms import Arm
 from llm_quest.experiments.bases import Base
 from llm_quest.experiments.code_tree import own_code
+from llm_quest.experiments.confirmation import MAX_CONFIRMATIONS, plan_confirmation
 from llm_quest.experiments.ledger import Ledger, find_faults
 from llm_quest.experiments.measurements import Measurements, OutOfTime
 from llm_quest.experiments.page import write_page
@@ -203,3 +205,61 @@ def test_an_edit_of_the_package_runs_from_a_copy(root: Path, text: Path, tmp_pat
     assert changed
     assert all(name.endswith(("out.weight", "down.weight")) for name in changed)
     assert own["order"] == edited["order"]
+
+
+def test_what_was_found_on_the_dev_half_is_asked_once_more_on_the_test_half(
+    text: Path, pool: WorkerPool, tmp_path: Path
+):
+    options = {
+        **SHORT,
+        "arms": ("fast=learning_rate=8e-3", "slow=learning_rate=1e-4"),
+        "metrics": ("eval/bits_per_byte",),
+    }
+    plan = plan_of(text, tmp_path, **options, delta=0.2)
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    with pytest.raises(UsageError, match="no such experiment"):
+        plan_confirmation(ledger, plan.experiment, (), tmp_path / "code", "")
+    result, _ = run_experiment(plan, tmp_path, pool)
+    assert [verdict["outcome"] for verdict in result["verdicts"]] == ["better", "worse"]
+    asked = plan_confirmation(ledger, plan.experiment, (), tmp_path / "code", "")
+    assert [arm.name for arm in asked.arms] == ["fast"], "only what was found better"
+    assert "data.eval_part=dev" in plan.pairs
+    assert "data.eval_part=test" in asked.pairs
+    assert (asked.first_seed, asked.rates, asked.claim) == (401, 1, plan.claim)
+    assert asked.arms[0].pairs[-1] == "learning_rate=0.008"
+    assert [row["kind"] for row in ledger.of(plan.experiment)][-1] == "confirmation", "before its first run"
+    found, _ = run_experiment(asked, tmp_path, pool)
+    (verdict,) = found["verdicts"]
+    assert (verdict["outcome"], verdict["seeds"][0]) == ("better", 401)
+    again = plan_confirmation(ledger, plan.experiment, (), tmp_path / "code", "")
+    assert again.experiment == asked.experiment, "once: the same seeds, whose runs are there"
+    assert find_faults(ledger.rows()) == []
+    with pytest.raises(UsageError, match="scored on all held-out data"):
+        plan_confirmation(ledger, asked.experiment, (), tmp_path / "code", "")
+    shown = list_experiments(tmp_path / "ledger.jsonl", lambda line: None).lines()
+    assert any(f"asked once more on the test half, seeds from 401: {asked.experiment}" in line for line in shown)
+
+
+def test_the_test_half_is_not_opened_without_end(tmp_path: Path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    arms = {"control": {"settings": [], "code": own_code().hash}, "x": {"settings": [], "code": own_code().hash}}
+    claim = {"question": "", "recipe": "tiny", "settings": ["data.eval_part=dev"], "arms": arms, "claim": {
+        "metric": "eval/loss", "delta": 0.1, "cap": 8, "greater_is_better": False, "normal": True}, "budget": "steps",
+        "secondary": []}  # fmt: skip
+    names = [f"tiny-{number}" for number in range(MAX_CONFIRMATIONS + 1)]
+    for name in names:
+        ledger.append("claim", name, claim)
+        ledger.append("verdict", name, {"arm": "x", "outcome": "better", "learning_rates": {"control": 1.0, "x": 1.0}})
+    seeds = [plan_confirmation(ledger, name, (), tmp_path, "").first_seed for name in names[:-1]]
+    assert seeds == list(range(401, 401 + 100 * MAX_CONFIRMATIONS, 100)), "nobody has seen them"
+    assert plan_confirmation(ledger, names[0], (), tmp_path, "").first_seed == 401
+    with pytest.raises(UsageError, match="was opened 20 times"):
+        plan_confirmation(ledger, names[-1], (), tmp_path, "")
+    ledger.append("claim", "moved", {**claim, "arms": {**arms, "control": {"settings": [], "code": "other"}}})
+    ledger.append("verdict", "moved", {"arm": "x", "outcome": "better"})
+    with pytest.raises(UsageError, match="the package has changed"):
+        plan_confirmation(ledger, "moved", (), tmp_path, "")
+    ledger.append("claim", "none", claim)
+    ledger.append("verdict", "none", {"arm": "x", "outcome": "worse"})
+    with pytest.raises(UsageError, match=r"no arm of it is better than its control \(x: worse\)"):
+        plan_confirmation(ledger, "none", (), tmp_path, "")

@@ -118,6 +118,17 @@ def test_images_to_evaluate_on_are_a_folder_of_their_own(folder: Path, tmp_path:
         load_recipe("vit", [f"data.validation={other}"])
 
 
+@pytest.mark.parametrize("recipe", ["sft", "classify"])
+def test_the_halves_of_what_is_held_out_are_one_whole(recipe: str, folder: Path, tmp_path: Path):
+    for part in ("all", "dev", "test"):
+        run_tiny(recipe, folder, tmp_path / part, f"data.eval_part={part}", "data.held_out=0.3")
+    whole, dev, test = (data_of(tmp_path / part) for part in ("all", "dev", "test"))
+    assert dev["held"] + test["held"] == whole["held"]
+    assert min(dev["held"], test["held"]) > 0
+    assert {whole["train"], dev["train"]} == {test["train"]}, "what is trained on does not change"
+    assert metrics(tmp_path / "dev")[-1] != metrics(tmp_path / "test")[-1]
+
+
 def test_captions_to_evaluate_on_are_rows_of_their_own(folder: Path, tmp_path: Path):
     images = sorted((folder / "images/above").glob("*.png"))[:6]
     rows = [{"image": str(image), "caption": f"sight {image.stem}"} for image in images]
@@ -128,7 +139,10 @@ def test_captions_to_evaluate_on_are_rows_of_their_own(folder: Path, tmp_path: P
     found = CaptionDataset(learned, preprocess, 0.0, "rows", others)
     assert (found.num_train_examples, found.num_eval_examples) == (4, 2)
     assert CaptionDataset(learned, preprocess, 0.0, "rows").num_eval_examples == 0
-    with pytest.raises(UsageError, match="validation have no effect on synthetic_shapes"):
+    halves = [CaptionDataset(learned, preprocess, 0.0, "rows", others, part) for part in ("dev", "test")]
+    assert [one.num_eval_examples for one in halves] == [1, 1]
+    assert not np.array_equal(*(np.asarray(one.eval_example(0).pixels) for one in halves))
+    with pytest.raises(UsageError, match="validation and eval_part have no effect on synthetic_shapes"):
         load_recipe("vlm", [f"data.validation={held}"])
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from llm_quest.errors import UsageError
 from llm_quest.hub.load_save import load, save
+from llm_quest.models import parametrization
 from llm_quest.models.build import build, build_meta_model, preset
 from llm_quest.models.parametrization import ROLES, parameter_roles, scale_first_values_, scale_parameters
 from llm_quest.models.resize import differing_sizes, replace_sizes, resize_config
@@ -27,6 +28,10 @@ NARROW_HEADS = replace(
 )  # fmt: skip
 """Many small heads: what is random in one head's scores is averaged over more of them."""
 LLAMA = replace(TINY["llama3.2-tiny"], tie_word_embeddings=False)
+
+
+RAW_STREAM = ("olmo2-tiny", "olmo3-tiny", "exaone4-tiny")
+"""Norms behind the branches alone."""
 
 
 def scaled(config: Any, wide: int, deep: int, kind: str = "completep", seed: int = 0) -> tuple[Any, dict[str, Any]]:
@@ -54,9 +59,12 @@ def test_every_parameter_of_every_family_has_a_role_and_a_scale(name: str):
         expected = {"hidden": 0.5, "branch_output": 0.25, "readout": 0.5, "head": 0.5, "vector": 1.0}.get(role)
         assert expected is None or scales[found].lr == pytest.approx(expected), found
     same = scale_parameters(build_meta_model(config), build_meta_model(config), "completep")
+    of_raw = {"embed.token.weight": 50, "norm.weight": 1 / 50 if config.tie_word_embeddings else 1}
     for found, scale in same.items():
-        assert (scale.init, scale.lr, scale.weight_decay, scale.eps) == (1, 1, 1, 1), found
-        assert scale.muon == pytest.approx([1.0] * len(scale.muon)), found
+        grown = of_raw.get(found, 1) if name in RAW_STREAM else 1
+        assert (scale.init, scale.lr) == pytest.approx((grown, grown)), found
+        assert (scale.weight_decay, scale.eps) == pytest.approx((1 / grown, 1 / grown)), found
+        assert scale.muon == pytest.approx([grown] * len(scale.muon)), found
 
 
 @pytest.mark.parametrize("kind", ["standard", "mup", "completep"])
@@ -115,6 +123,25 @@ def test_activations_change_alike_at_every_size(optim: str, axis: str):
     case = Case(NARROW_HEADS, "completep", axis, factors, optim, seeds=1, steps=6)
     assert not list(unlike(case)), changes(case)
     assert list(unlike(replace(case, kind="standard"))), "the standard parametrization fails beside it"
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_norms_behind_the_branches_alone_need_an_embedding_of_size_one(optim: str, monkeypatch: pytest.MonkeyPatch):
+    """A branch of size 1/l beside an embedding of 0.02: the deeper, the worse. With one of 1 the loss falls with depth
+    and no activation changes more in larger models. (Streams change less in deep ones, towards a limit: branches of
+    random weights add up to 1/sqrt(l).)"""
+    deep = Case(TINY["olmo2-tiny"], "completep", "depth", (1, 8), optim, seeds=1, steps=6)
+    wide = replace(deep, axis="width", factors=(1, 4))
+    found = {case.axis: changes(case) for case in (wide, deep)}
+    for case in (wide, deep):
+        for name, values in found[case.axis].items():
+            assert spread(values) <= MOST_SPREAD, (case.axis, name)
+            assert slope(values, case.factors) <= MOST_SLOPE, (case.axis, name)
+        assert found[case.axis]["loss"][-1] < found[case.axis]["loss"][0]
+    monkeypatch.setattr(parametrization, "INITIAL_STD", 1.0)
+    first, last = changes(deep)["loss"]
+    assert last > found["depth"]["loss"][-1] + 0.3
+    assert last > first, "beside an embedding of 0.02 deeper models learn more slowly"
 
 
 def unlike(case: Case) -> Iterator[str]:
