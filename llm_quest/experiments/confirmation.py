@@ -43,7 +43,13 @@ def plan_confirmation(ledger: Ledger, name: str, code: Sequence[str], copies: Pa
     claim = next((row for row in rows if row["experiment"] == name and row["kind"] == "claim"), None)
     if claim is None:
         raise UsageError(f"--confirm {name}: {ledger.file} has no such experiment; quest ledger list shows them")
-    plan = plan_of_claim(claim, kept_verdicts(rows, name), [*code], copies, command)
+    try:
+        plan = plan_of_claim(claim, kept_verdicts(rows, name), [*code], copies, command)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"--confirm {name}: its rows in {ledger.file} lack what a confirmation needs ({error!r}); run the "
+            "experiment again"
+        ) from None
     opened = [row for row in rows if row["kind"] == "confirmation"]
     mine = next((row for row in opened if row["experiment"] == name), None)
     if mine is None and len(opened) >= MAX_CONFIRMATIONS:
