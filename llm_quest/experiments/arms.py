@@ -136,17 +136,19 @@ def refuse_own_keys(pairs: Sequence[str], allowed: Sequence[str] = ()) -> None:
 def resolve_arms(recipe: str, base: Sequence[str], arms: Sequence[Arm], log: LogFn) -> list[Arm]:
     """The arms that differ from the control; of the others it is said. UsageError where none is left, and for settings
     that the recipe refuses."""
-    control, own, kept = resolve_settings(recipe, tuple(base)), own_code(), []
+    control, own, kept = resolve_settings(recipe, tuple(base)), own_code(), list[Arm]()
+    dropped = []
     for arm in arms:
         same_settings = resolve_settings(recipe, (*base, *arm.pairs)) == control
         same_code = arm.code.hash == own.hash or not differing_files(own, arm.code)
         if same_settings and same_code and not arm.metric:
             why = "it is the control" if arm.code.hash == own.hash else "only words, layout or local names"
-            log(f"{arm.name} changes nothing: {why}; not run")
+            dropped.append(f"{arm.name} changes nothing: {why}; not run")
+            log(dropped[-1])
         else:
             kept.append(arm)
     if not kept:
-        raise UsageError("no arm differs from the control: there is nothing to compare")
+        raise UsageError(f"no arm differs from the control: {'; '.join(dropped)}")
     return kept
 
 
