@@ -116,7 +116,8 @@ def kept_arm(name: str, arm: Mapping[str, Any], verdict: Row, trees: Mapping[str
     """An arm with its tuned rate. DataError where its edited code is gone."""
     if arm["code"] not in trees:
         raise DataError(f"the edited package of {name} is no longer there; give it again: --code PATCH|WORKTREE")
-    return Arm(name, (*arm["settings"], f"learning_rate={verdict['learning_rates'][name]:g}"), trees[arm["code"]])
+    pairs = (*arm["settings"], f"learning_rate={verdict['learning_rates'][name]:g}")
+    return Arm(name, pairs, trees[arm["code"]], arm.get("metric", ""))
 
 
 def fresh_seed(rows: Sequence[Row], cap: int) -> int:

@@ -91,7 +91,9 @@ class Campaign:
         asked = [{"do": "run", "recipe": "tiny", "pairs": [*pairs, f"seed={seed}"],
                   "folder": str(self.root / "pilot" / str(seed))} for seed in PILOT_SEEDS]  # fmt: skip
         records = [one.result() for one in [self.pool.submit(own_code(), request) for request in asked]]
-        return float(f"{1.5 * UPPER_LIMIT * math.sqrt(2) * statistics.stdev(r['metrics'][METRIC] for r in records):.2g}")
+        return float(
+            f"{1.5 * UPPER_LIMIT * math.sqrt(2) * statistics.stdev(r['metrics'][METRIC] for r in records):.2g}"
+        )
 
     def decide(self, number: int, edit: Edit, delta: float) -> dict[str, Any]:
         """The outcome of an edit."""
