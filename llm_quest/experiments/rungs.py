@@ -124,6 +124,7 @@ def make_rung(config: Any, parameters: int, whole: Any, ratio: float, course: Co
         )
     sizes = differing_sizes(whole, config)
     base = differing_sizes(config, replace_sizes(whole, course.base)) if course.base else {}
+    base = base or {"hidden_size": config.hidden_size}  # the base itself
     pairs = [*size_pairs("model.config", sizes), f"max_steps={steps}", f"warmup_steps={round(course.warmup * steps)}"]
     if course.kind != "standard":
         pairs += [f"parametrization.name={course.kind}", *size_pairs("parametrization.base", base)]

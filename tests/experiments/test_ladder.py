@@ -140,7 +140,9 @@ def test_a_ladder_from_its_claim_to_its_outcome(plan: LadderPlan, tmp_path: Path
 
 def test_rungs_keep_shape_and_tokens_and_carry_the_rate(plan: LadderPlan):
     small, *larger = plan.rungs
-    assert not any(pair.startswith("parametrization.base") for pair in small.pairs)
+    assert [pair for pair in small.pairs if "parametrization" in pair] == [
+        "parametrization.name=completep", f"parametrization.base.hidden_size={small.config.hidden_size}",
+    ]  # fmt: skip
     for rung in (*larger, plan.target):
         assert f"parametrization.base.hidden_size={small.config.hidden_size}" in rung.pairs
         assert rung.tokens / rung.n == pytest.approx(0.5, rel=0.01)
