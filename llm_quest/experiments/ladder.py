@@ -66,7 +66,7 @@ class LadderPlan:
 
     @property
     def tuned_rungs(self) -> list[Rung]:
-        """Of the largest number of tokens per parameter: the smallest rung and the middle one."""
+        """The rungs whose rate is tuned: the smallest and the middle one, of the most tokens per parameter."""
         own = [rung for rung in self.rungs if rung.ratio == self.target.ratio]
         return [own[0], own[len(own) // 2]][: self.tuned]
 
