@@ -46,6 +46,10 @@ KILLED = (
     "another process of the run ended without a message (killed, perhaps for memory); resume the run with the same "
     "command"
 )
+GONE = (
+    "another process of the run was killed, or does not stop; the last checkpoint stands: resume the run with the same "
+    "command"
+)
 LEADER_SECONDS = 20.0
 """How long the main process has to write what it was writing when another one failed."""
 
@@ -115,9 +119,8 @@ class ProcessStore:
         try:
             dist.init_process_group("gloo", store=again, rank=self.rank, world_size=self.world_size, timeout=limit)
         except dist.DistError as error:
-            raise PeerFailure(
-                "a process of the run does not stop; its last checkpoint stands, resume from it", 5
-            ) from error
+            lost = PeerFailure(GONE, ResourceError.exit_code, shown=False)
+            raise self.first_failure() or lost from error
 
     def is_abandoned(self) -> bool:
         """Whether a process has left the group because it was told to stop."""

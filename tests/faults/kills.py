@@ -262,7 +262,17 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1, choices=(1, 2))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--torchrun", action="store_true", help="started by torchrun, whose agent is killed too")
+    parser.add_argument(
+        "--warm", action="store_true", help="torchrun's agent and workers, in processes that have torch"
+    )
     args = parser.parse_args(words)
+    if args.torchrun or args.warm:
+        from tests.faults import torchrun_kills
+
+        recipes = [args.recipe] if args.recipe else ["pretrain", "grpo"]
+        launch = torchrun_kills.start_warm if args.warm else torchrun_kills.start_torchrun
+        return torchrun_kills.main(recipes, args.count, args.seed, launch)
     processes.set_forkserver_preload(
         ["tests.faults.kills", *(f"llm_quest.recipes.{name}" for name in SETTINGS if name != "rpt")]
     )

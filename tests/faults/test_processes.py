@@ -21,7 +21,8 @@ from llm_quest.cli.output import run_with_exit_code
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.sharded_checkpoint import consolidate_checkpoint
-from tests.recipes.two import join, processes
+from tests.faults.torchrun_kills import find_orphans, kill_one, message_of
+from tests.recipes.two import join, processes, start_agent
 from tests.train.small import Rule, digest, go, objective
 
 STEPS, SLOW_STEP = 6, 3
@@ -82,13 +83,18 @@ def train(folder: str, parallel: DistributedContext, place: str, slow_rank: int)
         return go(STEPS, run, made=made, feed=slow.feed(parallel), parallel=parallel, save_every=0).exit_code
 
 
-def child(rank: int, port: int, folder: str, strategy: str, place: str, slow_rank: int) -> None:
-    """One of two processes of a run; where none is slow, of another one from the beginning too."""
+def child(rank: int, port: int, *options: Any) -> None:
     join(rank, port)
-    os.dup2(os.open(f"{folder}.stderr-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    run_child(*options)
+
+
+def run_child(folder: str, strategy: str, place: str, slow_rank: int) -> None:
+    """One of two processes of a run; where none is slow, of another one from the beginning too."""
+    os.dup2(os.open(f"{folder}.stderr-{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     from llm_quest.train import failures, signals
 
     signals.PATIENCE_SECONDS, failures.WATCH_SECONDS = 0.3, 0.1
+    failures.LEADER_SECONDS = failures.STORE_SECONDS = 2.0
 
     def command() -> int:
         parallel = DistributedContext.from_environment("cpu", strategy)
@@ -156,4 +162,22 @@ def test_a_long_step_of_two_processes_is_given_up_together(
     assert time.monotonic() - begin < 15, "on a busy machine; a second on an idle one"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{SLOW_STEP:08d}"]
     assert end(start(folder, strategy)) == [0, 0]
+    assert state_of(folder, STEPS) == state_of(Path(f"{folder}-straight"), STEPS)
+
+
+def test_torchruns_processes_leave_nothing_behind_and_say_why(tmp_path: Path) -> None:
+    """A worker is killed, then torchrun's agent: the other processes end, one message says why, and the resumed run has
+    the straight bits. (`python -m tests.faults kills --torchrun`: the same of recipes, at random moments.)"""
+    folder = tmp_path / "run"
+    for victim in ("rank 1", "agent"):
+        for file in tmp_path.glob("run.s*"):
+            file.unlink()
+        agent = start_agent(run_child, str(folder), "ddp", "batch", 0)
+        wait_for(Path(f"{folder}.slow"))
+        assert find_orphans(kill_one(agent.pid or 0, victim)) == []
+        told = [message_of(Path(f"{folder}.stderr-{rank}")) for rank in range(2)]
+        assert len(told[0]) == 1, told
+        assert "killed" in told[0][0]
+        assert agent.exitcode != 0
+    assert end(start(folder, "ddp")) == [0, 0]
     assert state_of(folder, STEPS) == state_of(Path(f"{folder}-straight"), STEPS)

@@ -7,11 +7,14 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.recipes.two", "llm_quest.recipes.pretrain", "llm_quest.recipes.vlm"])
+processes.set_forkserver_preload(
+    ["tests.recipes.two", "torch.distributed.launcher.api", "llm_quest.recipes.pretrain", "llm_quest.recipes.vlm"]
+)
 
 
 def by_two(base: str, pairs: Sequence[str], out: Path) -> None:
@@ -40,6 +43,32 @@ def both_exit_codes(target: Callable[..., None], *args: Any) -> list[int | None]
     for process in both:
         process.join(timeout=500)
     return [process.exitcode for process in both]
+
+
+def start_agent(target: Callable[..., None], *args: Any) -> BaseProcess:
+    """The agent that `torchrun --nproc-per-node 2` starts, with two workers that call `target(*args)`; all of them
+    forked from a process that has torch."""
+    agent = processes.Process(target=agent_main, args=(target, *args))
+    agent.start()
+    return agent
+
+
+def agent_main(target: Callable[..., None], *args: Any) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    try:
+        elastic_launch(LaunchConfig(1, 1, 2, start_method="fork", max_restarts=0, **where), worker_main)(target, *args)
+    except ChildFailedError:
+        sys.exit(1)
+
+
+def worker_main(target: Callable[..., None], *args: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    target(*args)
 
 
 def join_and_call(rank: int, port: int, target: Callable[..., None], *args: Any) -> None:

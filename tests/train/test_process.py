@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from llm_quest.contracts import Loss
 from llm_quest.errors import BusyError
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.signals import SignalHandler
-from tests.recipes.two import together
+from tests.recipes.two import start_agent, together
 from tests.train.small import Losses, Rule, digest, go, main, objective
 
 ROOT = Path(__file__).parents[2]
@@ -251,10 +250,8 @@ def test_a_checkpoint_is_saved_by_time_too(tmp_path):
 
 
 def torchrun(folder: Path, *options: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tests.train.small", str(folder), *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    agent = start_agent(child, [str(folder), *options])
+    assert end(agent) == 0
 
 
 def forked(folder: Path, *options: str) -> None:
