@@ -184,10 +184,13 @@ def download_snapshot(name: str, patterns: list[str], revision: str | None) -> P
     import huggingface_hub
     from huggingface_hub import errors
 
+    from llm_quest.hub.download_rate import require_rate
+
     began = time.time()
     try:
         download = huggingface_hub.snapshot_download
-        folder = Path(download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        with require_rate():
+            folder = Path(download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
         remove_damaged(folder, began - 1)
         return folder
     except errors.GatedRepoError:

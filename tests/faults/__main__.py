@@ -38,6 +38,10 @@ def fuzz(words: Sequence[str]) -> int:
 
 
 def main() -> int:
+    if sys.argv[1:3] == ["files", "recipes"]:
+        from tests.faults.recipe_files import main as recipe_files
+
+        return recipe_files(sys.argv[3:])
     if sys.argv[1:2] == ["files"]:
         from tests.faults.writers import main as files
 

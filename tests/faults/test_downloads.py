@@ -102,6 +102,16 @@ class Hub(BaseHTTPRequestHandler):
         elif kind == "silence":
             self.reply(status, body[:100], len(body), **tag)
             threading.Event().wait(1.0)
+        elif kind == "headers alone":
+            self.reply(status, b"", len(body), **tag)
+            threading.Event().wait(1.0)
+        elif kind == "a trickle":
+            begin = 0 if first else 1000
+            self.reply(status, body[:begin], len(body), **tag)
+            with contextlib.suppress(OSError):
+                for number in range(begin, len(body)):
+                    threading.Event().wait(0.01)
+                    self.wfile.write(body[number : number + 1])
         elif kind == "a slow line":
             self.reply(status, body[:20_000], len(body), **tag)
             threading.Event().wait(0.3)
@@ -154,6 +164,7 @@ def whole_files(folder: Path) -> list[bytes]:
         "less than it says",
         "too many requests",
         "silence",
+        "headers alone",
     ],
 )
 def test_a_hub_that_fails_is_one_message_that_says_what_to_do(hub, kind: str, tmp_path):
@@ -184,6 +195,23 @@ def test_what_broke_off_is_fetched_when_it_is_asked_for_again(hub, lie: str, tmp
     assert len(message.splitlines()) <= 1
     assert ("damaged on its way" in message) == (lie in DAMAGE)
     assert (hub.ranges[-1] == 4000) == (lie in ("one break", "another place", "another file"))
+    hub.kind = "works"
+    folder = download_snapshot("some/model", list(CONFIG_FILES), None)
+    assert (folder / "config.json").read_bytes() == CONFIG
+
+
+def test_a_download_that_trickles_is_given_up_and_told(hub, tmp_path, monkeypatch):
+    """A byte each hundredth of a second: no read of it takes long."""
+    monkeypatch.setattr("llm_quest.hub.download_rate.WINDOW_SECONDS", 0.1)
+    monkeypatch.setattr("llm_quest.hub.download_rate.MIN_BYTES_PER_SECOND", 1e6)
+    hub.kind = "a trickle"
+    begin = time.monotonic()
+    with pytest.raises(MissingError, match=r"it sends \d+ bytes a second.*hf download some/model") as caught:
+        download_snapshot("some/model", list(CONFIG_FILES), None)
+    assert time.monotonic() - begin < 60, "forty thousand bytes would take 400 seconds"
+    assert len(str(caught.value).splitlines()) == 1
+    assert hub.ranges[-1] >= 1000, "the rest is asked for"
+    assert not whole_files(tmp_path)
     hub.kind = "works"
     folder = download_snapshot("some/model", list(CONFIG_FILES), None)
     assert (folder / "config.json").read_bytes() == CONFIG

@@ -16,8 +16,10 @@ import pytest
 import llm_quest
 from llm_quest.errors import QuestError
 from tests.faults.failing_files import KINDS, failing_files
+from tests.faults.recipe_files import check_recipe, measure
 from tests.faults.training import check_training, count_training_calls
 from tests.faults.writers import WRITERS, Writer, check_writer, count_calls
+from tests.recipes.every_recipe import prepare
 
 PACKAGE = Path(llm_quest.__file__).parent
 PRIMITIVES = {
@@ -83,6 +85,20 @@ def test_arrays_are_written_by_python():
 def test_a_training_whose_disk_fails_is_resumed_with_the_straight_runs_bits(kind: str):
     calls = count_training_calls()
     assert check_training(kind, [round(part * (calls - 1)) for part in (0.02, 0.3, 0.55, 0.9)]) == []
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes")
+    prepare(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("recipe", "kind"), [("sft", "ESTALE"), ("vit", "short"), ("classify", "EIO once")])
+def test_a_recipe_whose_disk_fails_is_resumed_with_the_straight_runs_bits(recipe: str, kind: str, prepared: Path):
+    """All recipes in all ways: `python -m tests.faults files recipes`."""
+    calls, straight = measure(recipe, prepared)
+    assert check_recipe(recipe, prepared, kind, [3 * calls // 5], straight) == ([], 1)
 
 
 def test_the_failing_file_system_fails(tmp_path: Path):

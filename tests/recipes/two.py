@@ -45,28 +45,31 @@ def both_exit_codes(target: Callable[..., None], *args: Any) -> list[int | None]
     return [process.exitcode for process in both]
 
 
-def start_agent(target: Callable[..., None], *args: Any) -> BaseProcess:
-    """The agent that `torchrun --nproc-per-node 2` starts, with two workers that call `target(*args)`; all of them
-    forked from a process that has torch."""
-    agent = processes.Process(target=agent_main, args=(target, *args))
+def start_agent(pids: Path, target: Callable[..., None], *args: Any) -> BaseProcess:
+    """The agent that `torchrun --nproc-per-node 2` starts, with two workers that call `target(*args)`: each is forked
+    from a process that has torch, and nothing of one is open in another. pids: a folder for files of a worker's rank
+    and process id."""
+    pids.mkdir(exist_ok=True)
+    agent = processes.Process(target=agent_main, args=(str(pids), target, *args))
     agent.start()
     return agent
 
 
-def agent_main(target: Callable[..., None], *args: Any) -> None:
+def agent_main(*args: Any) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
     try:
-        elastic_launch(LaunchConfig(1, 1, 2, start_method="fork", max_restarts=0, **where), worker_main)(target, *args)
+        elastic_launch(LaunchConfig(1, 1, 2, start_method="forkserver", max_restarts=0, **where), worker_main)(*args)
     except ChildFailedError:
         sys.exit(1)
 
 
-def worker_main(target: Callable[..., None], *args: Any) -> None:
+def worker_main(pids: str, target: Callable[..., None], *args: Any) -> None:
     import torch
 
+    (Path(pids) / os.environ["RANK"]).write_text(str(os.getpid()))
     torch.set_num_threads(1)
     target(*args)
 

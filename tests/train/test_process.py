@@ -250,7 +250,7 @@ def test_a_checkpoint_is_saved_by_time_too(tmp_path):
 
 
 def torchrun(folder: Path, *options: str) -> None:
-    agent = start_agent(child, [str(folder), *options])
+    agent = start_agent(Path(f"{folder}-pids"), child, [str(folder), *options])
     assert end(agent) == 0
 
 
