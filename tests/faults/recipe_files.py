@@ -43,10 +43,11 @@ def prepare_all(here: Path) -> None:
     train("rpt", here, here / "alone/rpt")
 
 
-def measure(recipe: str, here: Path) -> tuple[int, Results]:
-    """How many calls of the straight run may fail, and what it ends with."""
-    out = here / f"straight-{recipe}"
-    with failing_files(out, "ESTALE", 10**9) as state:
+def measure(recipe: str, here: Path, kind: str) -> tuple[int, Results]:
+    """How many calls of the straight run may fail in this way, and what it ends with."""
+    out = here / "straight"
+    shutil.rmtree(out, ignore_errors=True)
+    with failing_files(out, kind, 10**9) as state:
         train(recipe, here, out)
     return state.calls, results(out)
 
@@ -102,13 +103,14 @@ def main(words: Sequence[str]) -> int:
         prepare_all(here)
         for recipe in [args.recipe] if args.recipe else RECIPES:
             begin = time.process_time()
-            calls, straight = measure(recipe, here)
-            faults, tried = [], 0
+            faults, tried, most = [], 0, 0
             for way, kind in enumerate([args.kind] if args.kind else WAYS):
+                calls, straight = measure(recipe, here, kind)
+                most = max(most, calls)
                 numbers = [(one + way) % calls for one in spread(calls, args.calls)]  # another one in each way
                 found, count = check_recipe(recipe, here, kind, numbers, straight)
                 faults, tried = faults + found, tried + count
             seconds = time.process_time() - begin
-            print(f"{recipe}: {tried} of {calls} calls failing, {len(faults)} faults, {seconds:.0f} s", flush=True)
+            print(f"{recipe}: {tried} of up to {most} calls failing, {len(faults)} faults, {seconds:.0f} s", flush=True)
             total += show_faults(faults)
     return int(total > 0)

@@ -97,7 +97,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("recipe", "kind"), [("sft", "ESTALE"), ("vit", "short"), ("classify", "EIO once")])
 def test_a_recipe_whose_disk_fails_is_resumed_with_the_straight_runs_bits(recipe: str, kind: str, prepared: Path):
     """All recipes in all ways: `python -m tests.faults files recipes`."""
-    calls, straight = measure(recipe, prepared)
+    calls, straight = measure(recipe, prepared, kind)
     assert check_recipe(recipe, prepared, kind, [3 * calls // 5], straight) == ([], 1)
 
 
