@@ -15,7 +15,7 @@ from llm_quest.serve.app import QuestServer
 from llm_quest.serve.server import ServeOptions, bind_socket
 from tests.serve.local_server import tiny_adapter, tiny_model, tiny_tokenizer
 
-MACHINE = {"name": None, "device": "cpu", "dtype": "float32"}
+MACHINE = {"name": None, "draft": None, "device": "cpu", "dtype": "float32"}
 
 
 @pytest.fixture

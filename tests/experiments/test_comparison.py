@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llm_quest.experiments.code_tree import differing_files, open_edit, own_code
+from llm_quest.experiments.code_tree import PACKAGE, differing_files, open_edit, own_code
 from llm_quest.experiments.comparison import Claim, Comparison
 from llm_quest.experiments.verdict_lines import describe_verdict
-from tests.experiments.null_edits import EDITS, simulate, write_patch
+from tests.experiments.edits import DRAWS, KINDS, edits, write_patch
+from tests.experiments.null_edits import simulate
 from tests.experiments.test_sequential import run_experiments, walks
 
 LOSS = Claim("eval/loss", 1.5, 12, greater_is_better=False, normal=True)
@@ -96,8 +98,15 @@ def test_of_two_hundred_null_edits_few_are_called_better_or_worse():
     assert outcomes["no difference larger than delta"] >= 180
 
 
-@pytest.mark.parametrize("name", EDITS)
-def test_the_null_edits_apply_to_the_package(name: str, tmp_path: Path):
-    assert differing_files(own_code(), open_edit(str(write_patch(name, tmp_path)), tmp_path / "code")) == [
-        EDITS[name][0]
-    ]
+@pytest.mark.parametrize("kind", KINDS)
+def test_null_edits_apply_to_the_package_and_only_those_that_can_change_a_run_are_run(kind: str, tmp_path: Path):
+    for number, edit in enumerate(itertools.islice(edits(kind, PACKAGE, 0), 2)):
+        patch = write_patch(edit, PACKAGE, tmp_path / f"{number}.patch")
+        found = differing_files(own_code(), open_edit(str(patch), tmp_path / f"code{number}"))
+        assert found == (sorted(edit.files) if kind in ("order", "draws") else []), edit.name
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_what_an_edit_of_the_draws_replaces_stands_once(name: str):
+    for file, old, _ in DRAWS[name]:
+        assert (PACKAGE / file).read_text(encoding="utf-8").count(old) == 1

@@ -98,31 +98,42 @@ def test_the_loop_in_cpp_is_the_product_and_a_row_does_not_depend_on_the_others(
     assert made[1].isnan().all()
 
 
+@pytest.fixture
+def rows_by_kernel(monkeypatch) -> list[int]:
+    """The numbers of rows that the loop in C++ was asked for."""
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "llm_quest.layers.linear.linear_by_kernel", lambda x, *rest: asked.append(len(x)) or linear_by_kernel(x, *rest)
+    )
+    return asked
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_layer_takes_the_loop_in_cpp_eager_and_compiled_and_no_other_code_does(dtype: torch.dtype, monkeypatch):
-    """Not with a gradient, on the meta device, in an exported program, nor for more rows."""
-    taken: list[int] = []
-    monkeypatch.setattr(
-        "llm_quest.layers.linear.linear_by_kernel", lambda x, *rest: taken.append(len(x)) or linear_by_kernel(x, *rest)
-    )
+def test_the_layer_takes_the_loop_in_cpp_for_its_rows_alone(dtype: torch.dtype, rows_by_kernel: list[int]):
+    """Not with a gradient, on the meta device, nor for more rows."""
     assert set_few_row_products({}, {str(dtype).removeprefix("torch."): (1, 3)}) == ""
     layer, x = Linear(6, 4, dtype=dtype), draw(2, 1, 6, dtype=dtype)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(x), layer(x))
-        assert len(taken) == 3
-        exported = torch.export.export(layer, (x,)).module()
-        torch.testing.assert_close(exported(x), layer(x))
-        assert "float_rows" not in str(exported.graph)
         assert Linear(6, 4, device="meta", dtype=dtype)(x.to("meta")).device.type == "meta"
         layer(draw(3, 1, 6, dtype=dtype))
     layer(x)
-    assert len(taken) == 4
+    assert rows_by_kernel == [2]
+
+
+@needs_compiler
+def test_the_loop_in_cpp_compiles_and_is_not_in_an_exported_program():
+    set_few_row_products({}, {"float32": (1, 3)})
+    layer, x = Linear(6, 4), draw(2, 1, 6)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+        exported = torch.export.export(layer, (x,)).module()
+        torch.testing.assert_close(exported(x), layer(x))
+    assert "float_rows" not in str(exported.graph)
     torch.library.opcheck(
-        torch.ops.llm_quest.float_rows, (x.reshape(2, 6).float(), layer.weight.detach(), 0),
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
+        torch.ops.llm_quest.float_rows, (x.reshape(2, 6), layer.weight.detach(), 0),
+        test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
 
 
