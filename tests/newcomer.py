@@ -105,6 +105,7 @@ def follow(lines: list[str]) -> int:
             raise SystemExit(f"as it was run: {smaller(line)}\n{said[-3000:]}")
         count += 1
         if line.startswith("quest generate runs/first"):
+            shutil.copytree("runs/first", "runs/quickstart")  # what `make quickstart` leaves in the reader's folder
             count += follow(list(PREPARED))
     return count
 
