@@ -120,6 +120,6 @@ def orthogonalize(gradient: Tensor, rows: Sequence[int] | None = None, steps: in
     result, sizes = torch.empty_like(gradient), [size * count for size, count in runs]
     for (size, count), part, target in zip(runs, gradient.split(sizes, -2), result.split(sizes, -2), strict=True):
         factor = 0.2 * math.sqrt(max(size, part.shape[-1]))
-        stack = part if count == 1 else part.unflatten(-2, (count, size)).flatten(0, -3)
+        stack = part if part.ndim == 2 and count == 1 else part.unflatten(-2, (count, size)).flatten(0, -3)
         target.copy_(one_form(stack, steps).reshape(target.shape)).mul_(factor)
     return result

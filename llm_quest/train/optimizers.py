@@ -19,7 +19,7 @@ and a longer run is another function. Steps are optimizer steps counted from 0, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ from llm_quest.train.newton_schulz import orthogonalize
 RowSplits = Mapping[str, Sequence[int]]
 Scales = Mapping[str, ParameterScale]
 NO_SCALES: Scales = {}
+BATCH_NUMBERS = 1 << 22
+"""Of the matrices that Muon orthogonalizes together: 16 MB in float32."""
 
 
 def make_adamw(
@@ -129,24 +131,44 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        for group in self.matrix_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update_(p, p.grad, group)
+        ready = [(p, group) for group in self.matrix_groups for p in group["params"] if p.grad is not None]
+        for batch in batches_of_one_shape(ready):
+            self._update_batch_(batch)
         if self.adamw is not None:
             self.adamw.step()
 
-    def _update_(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[p]
+    def _update_batch_(self, batch: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        """One step of matrices of one shape, orthogonalized together."""
+        rows, steps = batch[0][1]["rows"], batch[0][1]["steps"]
+        ahead = [gather_matrix(self._look_ahead(p, group["momentum"])) for p, group in batch]
+        stacked = torch.stack(ahead) if len(ahead) > 1 else ahead[0]
+        updates = orthogonalize(stacked, rows, steps, self.form)
+        for (p, group), update in zip(batch, updates if len(ahead) > 1 else [updates], strict=True):
+            if "part_scales" in group:
+                update = scale_parts(update, rows, group["part_scales"])
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(shard_like(update, p), alpha=-group["lr"])
+
+    def _look_ahead(self, p: Tensor, momentum: float) -> Tensor:
+        """The gradient moved towards the momentum, which it updates (Nesterov's form)."""
+        state, gradient = self.state[p], p.grad
         if not state:
             state["momentum"] = torch.zeros_like(p)
-        running = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        ahead = gradient.lerp(running, group["momentum"])
-        update = orthogonalize(gather_matrix(ahead), group["rows"], group["steps"], self.form)
-        if "part_scales" in group:
-            update = scale_parts(update, group["rows"], group["part_scales"])
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(shard_like(update, p), alpha=-group["lr"])
+        return gradient.lerp(state["momentum"].lerp_(gradient, 1 - momentum), momentum)
+
+
+def batches_of_one_shape(
+    ready: Iterable[tuple[Tensor, dict[str, Any]]],
+) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
+    """Parameters and their groups: those of one shape and one division into rows together, while they have at most
+    `BATCH_NUMBERS` numbers. The product of a stack of
+    small matrices takes less time than the products of each."""
+    equal: dict[Any, list[tuple[Tensor, dict[str, Any]]]] = {}
+    for p, group in ready:
+        equal.setdefault((p.shape, tuple(group["rows"]), group["steps"]), []).append((p, group))
+    for alike in equal.values():
+        size = max(1, BATCH_NUMBERS // alike[0][0].numel())
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
 def scale_parts(update: Tensor, rows: Sequence[int], factors: Sequence[float]) -> Tensor:

@@ -2,6 +2,8 @@ import pytest
 import torch
 from torch import nn
 
+from llm_quest.contracts import ParameterScale
+from llm_quest.train import optimizers
 from llm_quest.train.newton_schulz import (
     MUON_FORMS,
     newton_schulz,
@@ -119,6 +121,51 @@ def test_a_stack_of_experts_is_as_many_matrices(generator):
     assert set(optimizer.state[model.conv]) == {"step", "exp_avg", "exp_avg_sq"}, (
         "a convolution is no stack of matrices"
     )
+
+
+class EqualShapes(nn.Module):
+    """Matrices of one shape with one and with several divisions, stacks of experts, one of a shape of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"up": (16, 12), "same": (16, 12), "third": (16, 12), "qkv": (16, 12), "down": (12, 16), "odd": (5, 7)}
+        shapes |= {"experts": (3, 8, 6), "more": (3, 8, 6), "gain": (16,)}
+        for name, shape in shapes.items():
+            weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+            self.register_parameter(name, nn.Parameter(weight))
+
+
+@pytest.mark.parametrize(("form", "atol"), [("eigenvalues", 1e-11), ("gram", 1e-11), ("float32", 1e-4)])
+@pytest.mark.parametrize("numbers", [400, 1 << 22])
+def test_matrices_of_one_shape_are_updated_together_as_each_alone(monkeypatch, form, atol, numbers):
+    """Also where some have no gradient, and each has its own rate and factors."""
+    splits = {"qkv": (8, 4, 4), "experts": (4, 4), "more": (8,)}
+    scales = {"same": ParameterScale("", muon=(0.5,)), "qkv": ParameterScale("", muon=(1.0, 2.0, 3.0))}
+    ends = []
+    for limit in (0, numbers):
+        monkeypatch.setattr(optimizers, "BATCH_NUMBERS", limit)
+        model, generator = EqualShapes(), torch.Generator().manual_seed(1)
+        optimizer = make_muon(model, lr=0.1, row_splits=splits, form=form, scales=scales)
+        optimizer.param_groups[2]["lr"] = 0.3
+        for step in range(3):
+            grown(model, generator)
+            if step == 1:
+                model.up.grad = None
+            optimizer.step()
+        ends.append([p.detach() for p in model.parameters()])
+    for alone, together in zip(*ends, strict=True):
+        torch.testing.assert_close(together, alone, atol=atol, rtol=0)
+
+
+def test_the_matrices_of_a_batch_have_one_shape_and_one_division_and_a_bounded_size(monkeypatch):
+    monkeypatch.setattr(optimizers, "BATCH_NUMBERS", 400)
+    model = EqualShapes()
+    optimizer = make_muon(model, lr=0.1, row_splits={"qkv": (8, 4, 4), "experts": (4, 4), "more": (8,)})
+    names = {id(p): name for name, p in model.named_parameters()}
+    ready = [(p, group) for group in optimizer.matrix_groups for p in group["params"]]
+    batches = [[names[id(p)] for p, _ in batch] for batch in optimizers.batches_of_one_shape(ready)]
+    assert batches == [["up", "same"], ["third"], ["qkv"], ["down"], ["odd"], ["experts"], ["more"]]
 
 
 def test_embeddings_heads_and_vectors_go_to_adamw(generator):
