@@ -152,6 +152,7 @@ class Muon(Optimizer):
     def _look_ahead(self, p: Tensor, momentum: float) -> Tensor:
         """The gradient moved towards the momentum, which it updates (Nesterov's form)."""
         state, gradient = self.state[p], p.grad
+        assert gradient is not None, "a batch holds parameters that have a gradient"
         if not state:
             state["momentum"] = torch.zeros_like(p)
         return gradient.lerp(state["momentum"].lerp_(gradient, 1 - momentum), momentum)
