@@ -169,8 +169,8 @@ class Scope:
         return scope
 
     def with_visible_until(self, visible_until: Tensor) -> Scope:
-        """The same pass in which the token at position p sees keys up to visible_until (B,T) >= p instead of up to p:
-        the tokens of one image see each other. A window still counts from the token itself."""
+        """The same pass in which the token at position p attends to keys up to visible_until (B,T) >= p instead of
+        up to p: the tokens of one image attend to each other. A window still counts from the token itself."""
         scope = self.copy()
         scope.visible_until, scope._cached_values = visible_until, {}
         return scope

@@ -24,7 +24,7 @@ from llm_quest.machine.choices import choose_few_row_kernel, choose_few_rows, ch
 from llm_quest.machine.profile import MachineProfile, load_compiler, load_kernel_rates
 from llm_quest.models.build import DTYPES
 from llm_quest.models.decoder import Decoder
-from llm_quest.recipes.auto import resolve_precision
+from llm_quest.recipes.auto import find_idle_threads, resolve_precision
 from llm_quest.train.parallel import resolve_device
 
 
@@ -36,6 +36,7 @@ def load_text_model(
     torch_device = resolve_device(device)
     kind = resolve_dtype(dtype, torch_device)
     if torch_device.type == "cpu":
+        note_busy_cores(log)
         use_fast_products(kind, log)
     model, tokenizer = load_model_and_tokenizer(name_or_path, device=torch_device, dtype=kind, vision=vision)
     if torch_device.type == "cpu" and (kinds := quantized_kinds(model)):
@@ -57,6 +58,14 @@ def load_for_generation(
     """The model and tokenizer of a command that generates, and its options with every choice made."""
     model, tokenizer = load_text_model(name_or_path, device, dtype, log)
     return model, tokenizer, options.with_advice(model.generation_config, defaults, log)
+
+
+def note_busy_cores(log: LogFn) -> None:
+    """Say where fewer threads are faster, because other programs keep cores busy. They are not taken: the last bits of
+    what a seed gives follow from their number."""
+    threads = torch.get_num_threads()
+    if (idle := find_idle_threads(threads)).value < threads:
+        log(f"note: {idle.reason}, so --threads {idle.value} is faster than {threads}, and changes last bits")
 
 
 def use_fast_products(dtype: str, log: LogFn) -> None:

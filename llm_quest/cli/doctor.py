@@ -34,6 +34,7 @@ from llm_quest.machine.compiler import find_cpp_compiler, missing_compiler_hint
 from llm_quest.machine.hardware import bf16_support, describe_threads, processor_name, usable_cores
 from llm_quest.machine.probe import WEIGHT_KINDS
 from llm_quest.machine.profile import MachineProfile, load_compiler, load_kernel_rates, measure_profile
+from llm_quest.recipes.auto import find_idle_threads
 
 # fmt: off
 PACKAGES = (
@@ -174,9 +175,9 @@ def profile_facts(profile: MachineProfile) -> list[tuple[str, str]]:
     attention = [f"{dtype} {rate[f'attention/{dtype}']}" for dtype in dtypes]
     weights = [f"{kind} {rate[f'weights/{kind}/1']}" for kind in WEIGHT_KINDS if f"weights/{kind}/1" in rate]
     precision, muon, few = choose_precision(profile), choose_muon_form(profile), choose_few_rows(profile)
-    kernel = choose_few_row_kernel(profile)
+    kernel, idle = choose_few_row_kernel(profile), find_idle_threads(profile.threads)
     return [
-        ("threads", describe_threads(profile.threads)),
+        ("threads", f"{describe_threads(idle.value)}{f' now: {idle.reason}' if idle.reason else ''}"),
         ("profile", f"{profile.source}{'; other programs were running' if profile.busy else ''}"),
         ("products", f"{', '.join(products)} GFLOP/s; memory {rate['memory/copy']} GB/s"),
         ("attention", f"{', '.join(attention)} GFLOP/s, forward and backward, rows of 128 tokens"),

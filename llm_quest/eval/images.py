@@ -66,7 +66,9 @@ class ImageQuestionEvaluator:
         longest = max(len(self.writer.tokenizer.encode(turn.answer)) for _, turn in questions) + 4
         room = model.config.max_position_embeddings - max(map(len, prompts))
         if room < 1:
-            raise UsageError("a question leaves no room for its answer: set a larger sequence_length")
+            raise UsageError(
+                "a question fills the context, and its answer has no tokens left: set a larger sequence_length"
+            )
         tokenizer = self.writer.tokenizer
         ends = end_token_ids(model, tokenizer)
         answers = generate(

@@ -44,7 +44,7 @@ def plan_confirmation(ledger: Ledger, name: str, code: Sequence[str], copies: Pa
     if claim is None:
         raise UsageError(f"--confirm {name}: {ledger.file} has no such experiment; quest ledger list shows them")
     try:
-        plan = plan_of_claim(claim, kept_verdicts(rows, name), [*code], copies, command)
+        plan = plan_of_claim(claim, find_better_verdicts(rows, name), [*code], copies, command)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"--confirm {name}: its rows in {ledger.file} lack what a confirmation needs ({error!r}); run the "
@@ -68,7 +68,7 @@ def plan_confirmation(ledger: Ledger, name: str, code: Sequence[str], copies: Pa
     return plan
 
 
-def kept_verdicts(rows: Sequence[Row], name: str) -> dict[str, Row]:
+def find_better_verdicts(rows: Sequence[Row], name: str) -> dict[str, Row]:
     """The newest verdicts of an experiment that say better, by arm."""
     verdicts = {row["arm"]: row for row in rows if row["experiment"] == name and row["kind"] == "verdict"}
     kept = {arm: row for arm, row in verdicts.items() if row["outcome"] == "better"}
@@ -97,7 +97,7 @@ def plan_of_claim(
             "without data.eval_part"
         )
     trees = {own.hash: own, **{tree.hash: tree for tree in edited_trees(code, copies)}}
-    arms = [kept_arm(arm, claim["arms"][arm], verdict, trees) for arm, verdict in kept.items()]
+    arms = [rebuild_arm(arm, claim["arms"][arm], verdict, trees) for arm, verdict in kept.items()]
     rate = next(iter(kept.values()))["learning_rates"][CONTROL]
     return Plan(
         claim["recipe"], (*settings, f"learning_rate={rate:g}"), tuple(arms), Arm(CONTROL, (), own),
@@ -112,7 +112,7 @@ def edited_trees(code: Sequence[str], copies: Path) -> list[CodeTree]:
     return [*(load_code_tree(folder) for folder in folders), *(open_edit(given, copies) for given in code)]
 
 
-def kept_arm(name: str, arm: Mapping[str, Any], verdict: Row, trees: Mapping[str, CodeTree]) -> Arm:
+def rebuild_arm(name: str, arm: Mapping[str, Any], verdict: Row, trees: Mapping[str, CodeTree]) -> Arm:
     """An arm with its tuned rate. DataError where its edited code is gone."""
     if arm["code"] not in trees:
         raise DataError(f"the edited package of {name} is no longer there; give it again: --code PATCH|WORKTREE")

@@ -65,7 +65,7 @@ class LadderPlan:
         }  # fmt: skip
 
     @property
-    def tuned_rungs(self) -> list[Rung]:
+    def rungs_to_tune(self) -> list[Rung]:
         """The rungs whose rate is tuned: the smallest and the middle one, of the most tokens per parameter."""
         own = [rung for rung in self.rungs if rung.ratio == self.target.ratio]
         return [own[0], own[len(own) // 2]][: self.tuned]
@@ -140,7 +140,7 @@ class Ladder:
             self.note(f"the learning rate is the recipe's, {self.plan.learning_rate:g}, and was not tuned")
             return
         center, tuned = self.plan.learning_rate, {}
-        for rung in self.plan.tuned_rungs:
+        for rung in self.plan.rungs_to_tune:
             search = self.search_rate(rung, center)
             tuned[float(rung.n)] = center = search.choose()
             self.log(describe_search(rung.name, search))

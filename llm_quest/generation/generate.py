@@ -3,7 +3,7 @@ loop: sample, find the rows that ended, feed the others.
 
 Commonly got wrong: row r continues prompt r // n, not r % prompts; a row's random numbers come from its seed and
 prompt, not from its place in the batch; a model in training mode is refused, since dropout would change the text; a
-prompt that fills the context leaves no room for a token."""
+prompt as long as the context is refused, since no token can follow it."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def validate_prompts(prompts: TokenPrompts, vocab_size: int, max_context: int | 
             )
         if max_context is not None and len(prompt) >= max_context:
             raise UsageError(
-                f"prompt {number} has {len(prompt)} tokens, which leaves no room in the model's context of "
+                f"prompt {number} has {len(prompt)} tokens, and no token can follow in the model's context of "
                 f"{max_context}: shorten it, or let the window slide (on_full_context='slide')"
             )
     return read

@@ -58,7 +58,7 @@ def random_illustrated_ids(model: Any, seed: int) -> Inputs:
 
 
 def random_typed_ids(model: Any, seed: int) -> Inputs:
-    """Rows with image tokens for Gemma 3, which is told which tokens are an image's: its tokens see each other."""
+    """Rows with image tokens for Gemma 3, which gets the types of tokens: those of one image attend to each other."""
     inputs = random_illustrated_ids(model, seed)
     return {**inputs, "token_type_ids": (inputs["input_ids"] == model.config.image_token_id).long()}
 

@@ -5,7 +5,7 @@
 
 Read by offset with plain file reads straight into the memory that will hold them, not by way of a mapping, which counts
 twice while it is copied. What needs no copy at all is mapped (`mapped.py`). The header is believed only
-after every number in it has been checked against the file's size, so nothing is allocated on a stranger's word.
+after every number in it has been checked against the file's size, so nothing is allocated because a file says so.
 """
 
 from __future__ import annotations

@@ -25,6 +25,16 @@ class Resolved(Generic[ValueT]):
     reason: str
 
 
+def choose_threads(most: int, cores: int, busy: float) -> Resolved[int]:
+    """A thread for each core that other programs leave idle, at least one. most: one for each usable core, within a
+    quota; cores: of the machine that this process may use; busy: how many of them other programs keep busy.
+
+    Commonly got wrong: one thread for each core whatever else runs. The threads of a product wait for each other in a
+    loop that keeps the core, so a thread that has none holds up the others (docs/benchmarks.md, two runs at once)."""
+    threads = max(1, min(most, math.floor(cores - busy + 0.5)))
+    return Resolved(threads, f"other programs keep {min(busy, cores):.1f} of {cores} cores busy")
+
+
 ATTENTION_SHARE = 0.06
 """Of the FLOPs of a training step, at rows of 256 tokens in a model of 11M parameters."""
 MIN_GAIN = 1.1

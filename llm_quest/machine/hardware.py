@@ -8,14 +8,19 @@ import contextlib
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
 
 BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
+NOT_BUSY = ("idle", "iowait", "guest", "guest_nice")
+"""Kinds of a core's time in which it could run a thread of ours; a guest's is counted as the user's too."""
+LOAD_SECONDS, STALE_SECONDS = 0.25, 30.0
+"""The shortest time over which the machine's load is measured, and the longest since the command began."""
 
 
 def usable_cores(root: Path = Path("/")) -> int:
@@ -33,6 +38,48 @@ def describe_threads(threads: int, root: Path = Path("/")) -> str:
     if threads > cores:
         return f"{count}: threads that wait for a core make every product slower; give threads={cores}"
     return count
+
+
+class CpuSeconds(NamedTuple):
+    """Seconds of processor time up to now. at: by the clock; usable: that the cores which this process may use have
+    been busy, with whatever program; own: of this process and of its children that have ended."""
+
+    at: float
+    usable: float
+    own: float
+
+
+BEGINNING: list[CpuSeconds] = []
+"""When this command began, where the number of threads is for us to choose (`set_environment`)."""
+
+
+def read_cpu_seconds() -> CpuSeconds | None:
+    """The processor time that was spent so far; None where the system does not say."""
+    import psutil
+
+    try:
+        cores = dict(enumerate(psutil.cpu_times(percpu=True)))
+    except (OSError, RuntimeError, NotImplementedError):
+        return None
+    with contextlib.suppress(AttributeError, OSError):  # macOS and Windows have no such call
+        cores = {number: cores[number] for number in os.sched_getaffinity(0) if number in cores}
+    spent = [second for core in cores.values() for kind, second in core._asdict().items() if kind not in NOT_BUSY]
+    return CpuSeconds(time.monotonic(), sum(spent), sum(os.times()[:4]))
+
+
+def count_busy_cores() -> float:
+    """How many of the usable cores other programs keep busy, as a mean since this command began; where that is long
+    ago, or a library calls, over LOAD_SECONDS, which it then takes. 0 where the system does not say.
+
+    Commonly got wrong: the load average counts a program that has ended for minutes, and one that waits for a disk."""
+    start = BEGINNING[0] if BEGINNING else None
+    if start is None or time.monotonic() - start.at > STALE_SECONDS:
+        start = read_cpu_seconds()
+    if start is None:
+        return 0.0
+    time.sleep(max(0.0, LOAD_SECONDS - (time.monotonic() - start.at)))
+    now = read_cpu_seconds()
+    return 0.0 if now is None else max(0.0, now.usable - start.usable - (now.own - start.own)) / (now.at - start.at)
 
 
 def affinity() -> int:
@@ -125,7 +172,13 @@ def set_environment(threads: int, offline: bool = False) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if "RANK" in os.environ:  # a store that is gone has a message of ours; torch's is a page of C++ frames
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if (
-        threads or "OMP_NUM_THREADS" not in os.environ
-    ):  # torch counts physical cores only, which leaves half of a small machine idle
-        os.environ["OMP_NUM_THREADS"] = str(threads or usable_cores())
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    elif "OMP_NUM_THREADS" not in os.environ:  # torch counts physical cores only, which leaves half of some idle
+        os.environ["OMP_NUM_THREADS"] = str(usable_cores())
+        BEGINNING[:] = [now for now in (read_cpu_seconds(),) if now is not None]
+
+
+def are_threads_automatic() -> bool:
+    """Whether nobody has given a number of threads, by an option or by OMP_NUM_THREADS."""
+    return bool(BEGINNING) or "OMP_NUM_THREADS" not in os.environ

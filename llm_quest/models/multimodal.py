@@ -54,7 +54,7 @@ def causal_images(scope: Scope, is_placeholder: Bool[Tensor, "B T"], shapes: Ima
 
 
 def bidirectional_images(scope: Scope, is_placeholder: Bool[Tensor, "B T"], shapes: ImageShapes) -> Scope:
-    """The tokens of one image, which are a run of placeholders, see each other; everything else is causal (Gemma 3).
+    """The tokens of one image, a run of placeholders, attend to each other; everything else is causal (Gemma 3).
 
     v1 v2 v3 are an image      a  1 . . . .       a window acts as well: it counts
                                v1 1 1 1 1 .       from the token that looks, so that

@@ -18,7 +18,14 @@ from llm_quest.contracts import LogFn
 from llm_quest.layers.linear import set_few_row_products
 from llm_quest.machine import choices
 from llm_quest.machine.choices import Resolved
-from llm_quest.machine.hardware import bf16_support, describe_threads
+from llm_quest.machine.hardware import (
+    affinity,
+    are_threads_automatic,
+    bf16_support,
+    count_busy_cores,
+    describe_threads,
+    usable_cores,
+)
 from llm_quest.machine.profile import MachineProfile, load_compiler, load_profile, record_compile_seconds
 from llm_quest.recipes.config import load_raw_config, parse_recorded_config
 from llm_quest.recipes.config_schema import RunConfig
@@ -106,11 +113,27 @@ def describe_value(value: Any) -> str:
 
 
 def resolve_threads(given: Resolved[int], machine: Machine, config: RunConfig) -> Resolved[int]:
-    """The number of threads: as many as torch uses now (one per usable core, or OMP_NUM_THREADS), unless a number is
-    given."""
-    threads = given.value or torch.get_num_threads()
+    """The number of threads: one for each core that other programs leave idle, unless a number is given. A resumed run
+    keeps its own on a CPU, where last bits follow from it, and it is said where fewer are faster."""
+    if given.reason == KEPT and machine.device.type != "cpu":
+        given = Resolved(0, "")
+    idle = find_idle_threads(given.value or torch.get_num_threads())
+    threads = given.value or idle.value
+    reasons = [given.reason] * bool(given.value) + [describe_threads(threads)]
+    if idle.value < threads:
+        reasons.append(f"but {idle.reason}: threads={idle.value} is faster, and changes last bits")
+    elif idle.reason:
+        reasons.append(idle.reason)
     torch.set_num_threads(threads)  # the profile is one of so many threads
-    return Resolved(threads, (f"{given.reason}; " if given.value else "") + describe_threads(threads))
+    return Resolved(threads, "; ".join(reasons))
+
+
+def find_idle_threads(most: int) -> Resolved[int]:
+    """How many of these threads have a core that other programs leave idle. All, without a reason, where a number was
+    given by OMP_NUM_THREADS, and where there are more threads than cores."""
+    if most == 1 or most > usable_cores() or not are_threads_automatic():
+        return Resolved(most, "")
+    return choices.choose_threads(most, affinity(), count_busy_cores())
 
 
 def resolve_precision(name: str, device: torch.device, log: LogFn = lambda text: None) -> Resolved[str]:

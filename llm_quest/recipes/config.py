@@ -167,7 +167,7 @@ LARGEST = {
     "micro_batch_size": 2**20,
 }
 LARGEST |= {"num_generations": 2**16, "sequence_length": 2**27, "prompts_per_rollout": 2**20, "save_total_limit": 10**6}
-"""Whole numbers above these are slips of the keyboard, which would fill the memory or never end."""
+"""Whole numbers above these are typing mistakes, which would fill the memory or never end."""
 
 
 def find_implausible_numbers(schema: type[StrictModel], settings: RawConfig) -> Iterator[ConfigProblem]:

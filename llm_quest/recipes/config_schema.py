@@ -190,7 +190,7 @@ class RunConfig(StrictModel):
         default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1, mps"
     )
     threads: NonNegativeInt = Field(
-        default=0, description="CPU threads; 0: as many as there are cores, or OMP_NUM_THREADS"
+        default=0, description="CPU threads; 0: one for each core that other programs leave idle, or OMP_NUM_THREADS"
     )
     save_steps: NonNegativeInt = Field(
         default=500,

@@ -223,7 +223,7 @@ class PreferenceDataConfig(ConversationDataConfig):
 
 
 def prepare_preferences(config: PreferenceDataConfig, tokenizer: Tokenizer, length: int, seed: int) -> PreferenceData:
-    """From a source to pairs; what is left out is in the ledger. seed: decides which labels are flipped."""
+    """From a source to pairs; what is left out is in the drop report. seed: decides which labels are flipped."""
     chat = open_chat_template(config, tokenizer)
     drop_report = DropReport()
     train, held = load_split_rows(config, read_preferences, drop_report, builtin=builtin, limit=config.max_samples)

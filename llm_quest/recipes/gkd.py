@@ -73,7 +73,7 @@ class GkdConfig(BatchedConfig):
     def check_room(self) -> GkdConfig:
         if self.max_new_tokens >= self.sequence_length:
             raise ValueError(
-                f"max_new_tokens {self.max_new_tokens} leaves no room for a question in sequence_length "
+                f"max_new_tokens {self.max_new_tokens} leaves no tokens for a question in sequence_length "
                 f"{self.sequence_length}; lower one or raise the other"
             )
         return self

@@ -42,7 +42,7 @@ from llm_quest.recipes.environment_setup import (
     start_environment,
 )
 from llm_quest.recipes.finetuning import StartModelConfig, load_for_finetuning
-from llm_quest.recipes.held_out_reward import HeldOutReport, draw_held_out
+from llm_quest.recipes.held_out_reward import HeldOutLog, draw_held_out
 from llm_quest.recipes.model_config import WARMUP_CONTEXT, init_model
 from llm_quest.recipes.policy_prompts import (
     ProblemSet,
@@ -220,7 +220,7 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
         wrap_sampler=sampler_of(config, environments, tokenizer, encode),
     )  # fmt: skip
     evaluator = held_out_evaluator(config, context, policy, problems, encode, tokenizer)
-    report = HeldOutReport(evaluator, model, log, lambda: [*failures_of(rewards), *environment_failures(environments)])
+    report = HeldOutLog(evaluator, model, log, lambda: [*failures_of(rewards), *environment_failures(environments)])
     return Job(
         config,
         policy.objective,

@@ -42,7 +42,7 @@ def draw_answers(
 
 
 @dataclass(frozen=True)
-class HeldOutReport:
+class HeldOutLog:
     """What is said of the held-out problems before the first step and after the last. failure_lines: of rewards and
     environments."""
 

@@ -48,24 +48,13 @@ DERIVED_DEFAULTS: dict[str, Callable[[ConfigValues], Any]] = {
 
 
 def build_model_config(config: ModelConfig, settings: RawConfig, *, vocab: int, context: int) -> Any:
-    """The page's config of the model to build; UsageError with every mistake. vocab: the tokenizer's; context: the
-    length of a row."""
-    plan = plan_sizes(config, settings, vocab, context)
-    if mistakes := list(mistakes_in(plan, settings)):
+    """The config of the model to build; UsageError with every mistake. vocab: the tokenizer's; context: the length of
+    a row."""
+    plan = resolve_sizes(config, settings, vocab, context)
+    if mistakes := list(find_size_problems(plan, settings)):
         raise config_error(mistakes)
-    turned = {key: build_rotary(key, plan.sizes, plan.base) for key in rotaries(plan.page)}
-    return plan.page.Config(**{**convert_values(plan), **turned})
-
-
-def size_mistakes(settings: RawConfig, *, vocab: int, context: int) -> list[ConfigProblem]:
-    """What is wrong with the numbers under `model`, reported together with the schema's findings."""
-    try:
-        part = ModelConfig.model_validate(settings.tree.get("model"))
-        return [] if part.load is not None else list(mistakes_in(plan_sizes(part, settings, vocab, context), settings))
-    except ValidationError:  # the schema's to tell
-        return []
-    except Mistaken as error:
-        return [error.mistake]
+    rotary = {key: build_rotary(key, plan.sizes, plan.base) for key in rotary_fields(plan.family)}
+    return plan.family.Config(**{**convert_values(plan), **rotary})
 
 
 WARMUP_CONTEXT = 128
@@ -80,64 +69,77 @@ def model_config_problems(schema: type[StrictModel], settings: RawConfig) -> lis
     if part is None or not issubclass(part, ModelConfig) or settings.problems:
         return []
     rows = schema.model_fields.get("sequence_length")
-    context = settings.tree.get("sequence_length", rows.default) if rows is not None else WARMUP_CONTEXT
-    return size_mistakes(settings, vocab=512, context=context if type(context) is int else WARMUP_CONTEXT)
+    given = settings.tree.get("sequence_length", rows.default) if rows is not None else WARMUP_CONTEXT
+    context = given if type(given) is int else WARMUP_CONTEXT
+    try:
+        chosen = ModelConfig.model_validate(settings.tree.get("model"))
+        if chosen.load is not None:
+            return []
+        return list(find_size_problems(resolve_sizes(chosen, settings, 512, context), settings))
+    except ValidationError:  # the schema's to tell
+        return []
+    except ModelConfigError as error:
+        return [error.problem]
 
 
-class Mistaken(UsageError):
+class ModelConfigError(UsageError):
     """One mistake, raised because nothing can be said of what depends on it."""
 
-    def __init__(self, mistake: ConfigProblem):
-        super().__init__(str(mistake))
-        self.mistake = mistake
+    def __init__(self, problem: ConfigProblem):
+        super().__init__(str(problem))
+        self.problem = problem
 
 
 @dataclass(frozen=True)
-class Sized:
-    """A page and the numbers for it. base: the preset's config they change; own: what was given."""
+class ModelSizes:
+    """A family and the sizes of a model of it. base: the preset's config they change; own: what was given."""
 
-    page: Family
+    family: Family
     base: Any
     own: ConfigValues
     sizes: ConfigValues
 
 
-def plan_sizes(part: ModelConfig, settings: RawConfig, vocab: int, context: int) -> Sized:
-    """The page, and its numbers with those that follow from others. A page without sizes takes those of its `-tiny`
+def resolve_sizes(part: ModelConfig, settings: RawConfig, vocab: int, context: int) -> ModelSizes:
+    """The family, and the sizes with those that follow from others. A family without sizes takes those of its `-tiny`
     preset."""
     if part.preset is not None:
         try:
             base = preset(part.preset).config
         except UsageError as error:
-            raise Mistaken(ConfigProblem(settings.location(("model", "preset")), "model.preset", str(error))) from None
-        page = find_family(family_of(base).name, settings, ("model", "preset"))
+            raise ModelConfigError(
+                ConfigProblem(settings.location(("model", "preset")), "model.preset", str(error))
+            ) from None
+        family = find_family(family_of(base).name, settings, ("model", "preset"))
         sizes = {**field_values(base), **recompute_derived(base, part.config), **part.config, "vocab_size": vocab}
-        return Sized(page, base, part.config, sizes)
-    page = find_family(part.family or "", settings)
+        return ModelSizes(family, base, part.config, sizes)
+    family = find_family(part.family or "", settings)
     if not part.config:
-        base = next(one.config for one in page.presets if one.name.endswith("-tiny"))
-        return Sized(page, base, {}, {**field_values(base), "vocab_size": vocab, "max_position_embeddings": context})
+        base = next(one.config for one in family.presets if one.name.endswith("-tiny"))
+        return ModelSizes(
+            family, base, {}, {**field_values(base), "vocab_size": vocab, "max_position_embeddings": context}
+        )
     sizes = {"vocab_size": vocab, "max_position_embeddings": context, **part.config}
     for key, derive in DERIVED_DEFAULTS.items():
-        if key in config_fields(page) and key not in sizes:
+        if key in config_fields(family) and key not in sizes:
             with suppress(KeyError, TypeError, ZeroDivisionError):  # what it follows from is missing or wrong
                 sizes[key] = derive(sizes)
-    return Sized(page, None, part.config, sizes)
+    return ModelSizes(family, None, part.config, sizes)
 
 
-def mistakes_in(plan: Sized, settings: RawConfig) -> Iterator[ConfigProblem]:
+def find_size_problems(plan: ModelSizes, settings: RawConfig) -> Iterator[ConfigProblem]:
     """Every number that is unknown, missing, of the wrong type or at odds with another."""
     wrong = dict(check_config_keys(plan))
-    found = [*wrong.items(), *(pair for pair in relations(plan) if pair[0] not in wrong)]
+    found = [*wrong.items(), *(pair for pair in check_relations(plan) if pair[0] not in wrong)]
     reported = {key for key, _ in found}
-    for key in rotaries(plan.page):
+    for key in rotary_fields(plan.family):
         if isinstance(plan.sizes.get(key), dict) and not reported & {
             key,
             "head_dim",
             "qk_rope_head_dim",
             "max_position_embeddings",
         }:
-            found += [(key, what) for what in rotary_mistakes(key, plan)]
+            found += [(key, what) for what in check_rotary(key, plan)]
     for key, what in found:
         yield ConfigProblem(settings.location(("model", "config", key)), f"model.config.{key}", what)
 
@@ -156,7 +158,7 @@ def recompute_derived(base: Any, changed: ConfigValues) -> dict[str, Any]:
 
 
 def find_family(name: str, settings: RawConfig, key: tuple[str, str] = ("model", "family")) -> Family:
-    """The page of that name. key: the one that names it."""
+    """The family of that name. key: the one that names it."""
     for family in FAMILIES:
         if family.name == name:
             return family
@@ -164,7 +166,7 @@ def find_family(name: str, settings: RawConfig, key: tuple[str, str] = ("model",
     what = f"no family is called {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
     if image_recipe := IMAGE_RECIPES.get(name):
         what = f"{name} reads images: quest train {image_recipe} trains it, and this recipe {', '.join(known)}"
-    raise Mistaken(ConfigProblem(settings.location(key), ".".join(key), what))
+    raise ModelConfigError(ConfigProblem(settings.location(key), ".".join(key), what))
 
 
 IMAGE_RECIPES = {"vit": "vit", "clip": "vlm", "vision_language": "vlm"}
@@ -191,9 +193,9 @@ def init_model(
     return model
 
 
-def check_config_keys(plan: Sized) -> Iterator[tuple[str, str]]:
+def check_config_keys(plan: ModelSizes) -> Iterator[tuple[str, str]]:
     """Every number that is unknown, missing or of the wrong type."""
-    family, fields = plan.page, config_fields(plan.page)
+    family, fields = plan.family, config_fields(plan.family)
     for key, value in plan.own.items():
         if key == "vocab_size":
             yield key, "the tokenizer decides it; set tokenizer.vocab_size"
@@ -214,7 +216,7 @@ def check_config_keys(plan: Sized) -> Iterator[tuple[str, str]]:
 
 LARGEST_SIZE = 2**22
 LARGEST_SIZES = {"num_hidden_layers": 1024, "max_position_embeddings": 2**30}
-"""Sizes above these are slips of the keyboard; the largest published model has 126 layers of width 16,384."""
+"""Sizes above these are typing mistakes; the largest published model has 126 layers of width 16,384."""
 
 
 def largest_number(value: Any) -> int:
@@ -226,13 +228,13 @@ def largest_number(value: Any) -> int:
     return value if type(value) is int else 0
 
 
-def relations(plan: Sized) -> Iterator[tuple[str, str]]:
+def check_relations(plan: ModelSizes) -> Iterator[tuple[str, str]]:
     """The rules that numbers keep among themselves."""
     sizes = {key: value for key, value in plan.sizes.items() if type(value) is int and value > 0}
     for key in ("num_key_value_heads", "swa_num_key_value_heads"):
         if {"num_attention_heads", key} <= sizes.keys() and sizes["num_attention_heads"] % sizes[key]:
             yield key, f"num_attention_heads {sizes['num_attention_heads']} must be a multiple of {key} {sizes[key]}"
-    free = {"head_dim", "qk_nope_head_dim"} & set(config_fields(plan.page))
+    free = {"head_dim", "qk_nope_head_dim"} & set(config_fields(plan.family))
     if (
         not free
         and {"hidden_size", "num_attention_heads"} <= sizes.keys()
@@ -249,14 +251,14 @@ def relations(plan: Sized) -> Iterator[tuple[str, str]]:
 
 
 def config_fields(family: Family) -> dict[str, Any]:
-    """The page's numbers and their types."""
+    """The fields of a family's Config and their types."""
     hints = get_type_hints(family.Config)
     return {field.name: hints[field.name] for field in dataclasses.fields(family.Config)}
 
 
-def convert_values(plan: Sized) -> dict[str, Any]:
+def convert_values(plan: ModelSizes) -> dict[str, Any]:
     """The numbers with lists as tuples, and groups of keys as the parts they stand for."""
-    kinds, fitted = config_fields(plan.page), dict(plan.sizes)
+    kinds, fitted = config_fields(plan.family), dict(plan.sizes)
     for key, value in plan.sizes.items():
         part = nested_config(kinds[key])
         if isinstance(value, list):
@@ -268,12 +270,12 @@ def convert_values(plan: Sized) -> dict[str, Any]:
     return fitted
 
 
-def rotaries(page: Family) -> list[str]:
+def rotary_fields(family: Family) -> list[str]:
     """The fields that hold rotary positions."""
-    return [key for key, kind in config_fields(page).items() if kind is RotaryEmbedding]
+    return [key for key, kind in config_fields(family).items() if kind is RotaryEmbedding]
 
 
-def rotary_mistakes(key: str, plan: Sized) -> list[str]:
+def check_rotary(key: str, plan: ModelSizes) -> list[str]:
     """What is wrong with rotary settings."""
     given = plan.sizes[key]
     unknown = [name for name in given if name not in ROPE_KEYS]

@@ -152,7 +152,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 """Another name -> settings of ours, the first that a recipe has is meant; options of the command begin with --."""
 
 
-PACKED = "whole documents and conversations always share rows, and do not see one another; leave it out"
+PACKED = "whole documents and conversations always share rows, and do not attend to one another; leave it out"
 BATCHED_BY_LENGTH = "rows of like length share a micro-batch, so that little is padded; leave it out"
 ROWS_IN_PROCESS = "the run reads and prepares its rows itself; leave it out"
 FUSED = "PyTorch's fused attention is taken wherever it applies; leave it out"

@@ -207,7 +207,7 @@ def build_pretrain(config: PretrainConfig, context: Context) -> Job:
 
 
 def init_pretrain_model(config: PretrainConfig, settings: RawConfig, text: TextData) -> Decoder:
-    """The model before the first step: loaded, or built with first values from its own stream of chance."""
+    """The model before the first step: loaded, or built, its first values from a seed of their own."""
     if config.model.load is None:
         length = config.sequence_length
         return init_model(

@@ -1,5 +1,5 @@
 """`quest train sft`: conversations -> a model that answers. The loss is of the answers alone, each with its end; whole
-conversations share rows and do not see one another.
+conversations share rows and do not attend to one another.
 
 Commonly got wrong: the token that ends an answer is learned too, or the model never stops; prompt and answer are
 encoded as pieces of one text, so that no token lies across their border; what a user types is never read as a control
@@ -129,7 +129,7 @@ class ConversationData:
 
 
 def prepare_conversations(config: ConversationDataConfig, tokenizer: Tokenizer, length: int) -> ConversationData:
-    """From a source to rows; what is left out is in the ledger."""
+    """From a source to rows; what is left out is in the drop report."""
     chat = open_chat_template(config, tokenizer)
     drop_report = DropReport()
     train, held = load_split_rows(

@@ -218,7 +218,7 @@ def load_images(
 
 
 def init_vit(config: VitConfig, images: ImageDataset) -> ImageEncoder:
-    """The model before the first step: loaded, or built with first values from its own stream of chance."""
+    """The model before the first step: loaded, or built, its first values from a seed of their own."""
     part, seed = config.model, derive_seed(config.seed, "init")
     channels, size = images.pixels.shape[1], images.pixels.shape[2]
     labels = () if config.data.source == "digits" else images.names

@@ -1,6 +1,6 @@
 """`quest train vlm`: images with words -> an image encoder, an adapter and a Llama -> captions and answers.
 
-Held-out sights (of scenes: combinations never trained on) are asked about one question at a time; an answer counts if
+Held-out images (of scenes: combinations never trained on) are asked about one question at a time; an answer counts if
 it is right word for word."""
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def build_vlm(config: VlmConfig, context: Context) -> Job:
     config = resolve_auto(config, context)
     preprocess = load_or_make_preprocess(config, log)
     drop_report = DropReport()
-    sights = load_image_text(config, preprocess, drop_report)
+    dataset = load_image_text(config, preprocess, drop_report)
     log_remarks(drop_report, log)
-    tokenizer = build_vlm_tokenizer(config, sights)
+    tokenizer = build_vlm_tokenizer(config, dataset)
     model = init_vlm(config, tokenizer, preprocess).train_only([PART_MODULES[part] for part in config.trainable])
     model.generation_config = GenerationConfig(
         tokenizer.bos_token_id, tuple(tokenizer.eos_token_ids), tokenizer.pad_token_id
@@ -87,23 +87,23 @@ def build_vlm(config: VlmConfig, context: Context) -> Job:
     )
     writer = ImageTextCollator(tokenizer, tuple(image_ids), config.sequence_length, prefix_of if several else None)
     rows = ImageTextRows(
-        sights,
+        dataset,
         writer,
         preprocess,
         max_turns=config.data.max_questions_per_row,
         caption_first_rows=config.caption_first_steps * config.batch_size,
     )
-    config = count_epochs(config, context.settings, sights.num_train_examples, log)
+    config = count_epochs(config, context.settings, dataset.num_train_examples, log)
     loader = make_sharded_loader(config, rows, parallel)
     samples = context.samples_dir
-    evaluator = ImageQuestionEvaluator(sights, writer, preprocess, config.eval_images, config.eval_steps, samples)
+    evaluator = ImageQuestionEvaluator(dataset, writer, preprocess, config.eval_images, config.eval_steps, samples)
     callbacks = apply_techniques(config.all_techniques, model, log)
     return Job(
         config,
         CaptioningLoss(model),
         loader,
-        [] if sights.num_eval_examples == 0 else [evaluator],
-        {"sights": sights.hash, "tokenizer": tokenizer.hash},
+        [] if dataset.num_eval_examples == 0 else [evaluator],
+        {"sights": dataset.hash, "tokenizer": tokenizer.hash},
         {"corpus": {"name": source_name(config.data)}, **drop_report.row_facts()},
         tokenizer,
         preprocess,
@@ -157,12 +157,12 @@ def load_image_text(config: VlmConfig, preprocess: ImageProcessor, drop_report: 
     return CaptionDataset(rows, preprocess, data.held_out, source_name(data), held, data.eval_part)
 
 
-def build_vlm_tokenizer(config: VlmConfig, sights: ImageTextDataset) -> Tokenizer:
+def build_vlm_tokenizer(config: VlmConfig, dataset: ImageTextDataset) -> Tokenizer:
     """The loaded model's tokenizer, or one trained on the training text, with a placeholder among its control
     tokens."""
     where = config.model.load or config.language_model.load
     if where is None:
-        return train_bpe(sights.tokenizer_texts(), config.language_model.vocab_size, (*SPECIAL_TOKENS, IMAGE_TOKEN))
+        return train_bpe(dataset.tokenizer_texts(), config.language_model.vocab_size, (*SPECIAL_TOKENS, IMAGE_TOKEN))
     tokenizer = load_tokenizer(where)
     if config.model.load is None and IMAGE_TOKEN not in tokenizer.special_tokens:
         tokenizer.backend_tokenizer.add_special_tokens([IMAGE_TOKEN])

@@ -1,7 +1,7 @@
 """Settings as text: a YAML file and `key=value` pairs in, one tree of plain values out, each with the place it came
 from.
 
-YAML from a stranger is read with PyYAML's safe loader, and less of it than the format allows: at most 1 MB, 32 deep,
+YAML that others wrote is read with PyYAML's safe loader, and less of it than the format allows: at most 1 MB, 32 deep,
 10,000 values, 32 aliases (an alias bomb of a few lines otherwise explodes when it is printed), no key twice. Plain
 words are read by YAML 1.2's rules: `1e-3` is a number, `no` and `enabled` are words, `1:30` is not ninety.
 """

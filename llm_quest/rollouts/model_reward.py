@@ -94,4 +94,4 @@ class ReplayLoader:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict != self.state_dict():
-            raise ValueError("the bookmark belongs to other comparisons")
+            raise ValueError("the loader's state belongs to other comparisons")

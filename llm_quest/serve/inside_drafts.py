@@ -5,7 +5,7 @@
 
 A proposal is accepted where the text has the same token, so the accepted text is the answer at any temperature, and
 greedily these are the cycles of `quest generate --draft`. Sampled, that command accepts with probability min(1, p/q)
-and writes another text of the same law; the probability stands beside each proposal."""
+and writes another text of the same distribution; the probability stands beside each proposal."""
 
 from __future__ import annotations
 

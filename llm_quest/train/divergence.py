@@ -19,11 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
-from llm_quest.train.parallel import DistributedContext, local_tensor
-from llm_quest.train.step import sum_dtype
+from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.step import norm_squared
 
 STREAK = 5
 """Steps in a row that must show it."""
@@ -187,15 +186,9 @@ def largest_gradient(model: nn.Module, parallel: DistributedContext) -> str:
     named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     if not named:
         return "no parameter has a gradient"
-    squares = torch.stack([_squared_norm(grad, parallel) for _, grad in named])
+    squares = torch.stack([norm_squared([grad], parallel) for _, grad in named])
     if parallel.strategy == "fsdp":
         squares = parallel.all_reduce_(squares)
     shares = (squares / squares.sum()).tolist()
     share, (name, _) = max(zip(shares, named, strict=True), key=lambda pair: pair[0])
     return f"the largest gradient is in {name.rpartition('.')[0] or name} ({share:.0%} of the squared norm)"
-
-
-def _squared_norm(grad: Tensor, parallel: DistributedContext) -> Tensor:
-    """This process's part of the squared norm; what every process holds whole is counted once."""
-    square = local_tensor(grad).to(sum_dtype(parallel.device)).square().sum()
-    return square if isinstance(grad, DTensor) else square / parallel.world_size

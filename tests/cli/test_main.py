@@ -313,16 +313,20 @@ def test_a_bug_of_ours_leaves_its_traceback_in_a_file(
 
 def test_threads_and_the_network_are_settled_before_a_command_imports_anything() -> None:
     """torch reads OMP_NUM_THREADS once, when it is imported."""
-    commands = [one for one in ast.parse(inspect.getsource(cli)).body if isinstance(one, ast.FunctionDef)]
-    late = []
+    sources = {inspect.getmodule(command) for command in cli.COMMANDS.values()}
+    trees = [ast.parse(inspect.getsource(source)) for source in sources if source is not None]
+    commands = [one for tree in trees for one in tree.body if isinstance(one, ast.FunctionDef)]
+    late, settled = [], 0
     for command in commands:
-        prepared = [node.lineno for node in ast.walk(command) if names(node) == "prepare"]
-        imported = [node.lineno for node in ast.walk(command) if isinstance(node, ast.ImportFrom)]
-        if prepared and imported and min(imported) < min(prepared):
+        calls = [node.lineno for node in ast.walk(command) if called_name(node) == "set_environment"]
+        imports = [node.lineno for node in ast.walk(command) if isinstance(node, ast.ImportFrom)]
+        settled += bool(calls)
+        if calls and imports and min(imports) < min(calls):
             late.append(command.name)
     assert not late
+    assert settled > 20
 
 
-def names(node: ast.AST) -> str:
+def called_name(node: ast.AST) -> str:
     """What is called, if a name is."""
     return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""

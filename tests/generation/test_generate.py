@@ -248,7 +248,7 @@ def test_the_front_door_answers_whether_or_not_the_room_was_entered_before(gpt2)
         ([1, 2], {}, "lists of token ids"),
         (["hello"], {}, "encode text first"),
         ([[1.5]], {}, "lists of token ids"),
-        ([[1] * 64], {}, "64 tokens, which leaves no room in the model's context of 64"),
+        ([[1] * 64], {}, "64 tokens, and no token can follow in the model's context of 64"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([[1]], {"n": 0}, "n is 0"),
         ([[1]], {"on_full_context": "wrap"}, "on_full_context is 'wrap'"),

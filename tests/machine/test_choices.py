@@ -17,6 +17,7 @@ from llm_quest.machine.choices import (
     choose_few_rows,
     choose_muon_form,
     choose_precision,
+    choose_threads,
     choose_weight_kernel,
     rough_duration,
     slow_bf16_warning,
@@ -35,6 +36,20 @@ GCC, NONE = (
 )
 HOUR = 3600 * 0.5 * 190e9
 """FLOPs of an hour at half of the measured rate."""
+
+
+@pytest.mark.parametrize(
+    ("most", "cores", "busy", "threads"),
+    [
+        (2, 2, 0.0, 2), (2, 2, 0.4, 2), (2, 2, 0.6, 1), (2, 2, 2.3, 1), (64, 64, 3.2, 61), (64, 64, 80.0, 1),
+        (2, 64, 30.0, 2),  # a quota of two cores, and idle ones enough
+        (2, 64, 63.0, 1),
+    ],
+)  # fmt: skip
+def test_a_thread_for_each_core_that_is_idle(most: int, cores: int, busy: float, threads: int):
+    found = choose_threads(most, cores, busy)
+    assert found.value == threads
+    assert found.reason == f"other programs keep {min(busy, cores):.1f} of {cores} cores busy"
 
 
 def machine(name: str, **rates: float) -> MachineProfile:

@@ -5,12 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from llm_quest.machine import hardware
-from llm_quest.machine.hardware import set_environment, usable_cores
+from llm_quest.machine.hardware import (
+    LOAD_SECONDS,
+    CpuSeconds,
+    are_threads_automatic,
+    count_busy_cores,
+    read_cpu_seconds,
+    set_environment,
+    usable_cores,
+)
 
 
 def written(root: Path, files: dict[str, str]) -> Path:
@@ -79,8 +89,70 @@ def test_the_command_line_starts_as_many_threads_as_the_quota_allows(tmp_path, m
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(hardware, "affinity", lambda: 64)
     monkeypatch.setattr(hardware, "cpu_quotas", lambda root: [2.0])
+    monkeypatch.setattr(hardware, "BEGINNING", [])
     set_environment(0)
     assert os.environ["OMP_NUM_THREADS"] == "2"
+    assert are_threads_automatic()
+
+
+def test_a_number_that_was_given_is_not_automatic(monkeypatch):
+    monkeypatch.setattr(hardware, "BEGINNING", [])
+    for variable, threads in (("3", 0), (None, 4), ("3", 4)):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if variable is not None:
+            monkeypatch.setenv("OMP_NUM_THREADS", variable)
+        set_environment(threads)
+        assert os.environ["OMP_NUM_THREADS"] == str(threads or variable)
+        assert not are_threads_automatic()
+
+
+def readings(monkeypatch: pytest.MonkeyPatch, *given: CpuSeconds | None) -> list[float]:
+    """What the system says, one after another, and the clock of the first; the seconds that were slept."""
+    slept: list[float] = []
+    following = iter(given)
+    monkeypatch.setattr(hardware, "read_cpu_seconds", lambda: next(following))
+    monkeypatch.setattr(hardware.time, "monotonic", lambda: 100.0)
+    monkeypatch.setattr(hardware.time, "sleep", slept.append)
+    return slept
+
+
+def test_cores_of_other_programs_are_counted_since_the_command_began(monkeypatch):
+    """10 s in which two cores were busy for 18 s, 3 of them with this process."""
+    monkeypatch.setattr(hardware, "BEGINNING", [CpuSeconds(90.0, 500.0, 1.0)])
+    slept = readings(monkeypatch, CpuSeconds(100.0, 518.0, 4.0))
+    assert count_busy_cores() == pytest.approx(1.5)
+    assert slept == [0.0]
+
+
+def test_load_is_measured_anew_where_the_command_began_long_ago_and_is_0_where_nobody_knows(monkeypatch):
+    monkeypatch.setattr(hardware, "BEGINNING", [CpuSeconds(60.0, 0.0, 0.0)])
+    slept = readings(monkeypatch, CpuSeconds(100.0, 500.0, 1.0), CpuSeconds(100.25, 500.5, 1.25))
+    assert count_busy_cores() == pytest.approx(1.0)
+    assert slept == [LOAD_SECONDS]
+    monkeypatch.setattr(hardware, "BEGINNING", [])
+    readings(monkeypatch, None)
+    assert count_busy_cores() == 0.0
+    readings(monkeypatch, CpuSeconds(100.0, 500.0, 1.0), CpuSeconds(100.25, 500.0, 1.25))
+    assert count_busy_cores() == 0.0, "processor time is counted in ticks"
+
+
+def test_what_a_process_spends_is_the_systems_and_only_its_own_is_this_processs():
+    start = read_cpu_seconds()
+    assert start is not None, "psutil reads it wherever the tests run"
+    with subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) as other:
+        time.sleep(0.5)
+        spent = psutil.Process(other.pid).cpu_times()
+        seen = read_cpu_seconds()
+        other.kill()
+    assert seen is not None
+    assert seen.usable - start.usable > 0.9 * (spent.user + spent.system) - 0.03
+    before = time.process_time()
+    while time.process_time() < before + 0.1:
+        pass
+    now = read_cpu_seconds()
+    assert now is not None
+    assert now.own - seen.own > 0.09
+    assert now.own - seen.own > spent.user + 0.05, "and of its children, once they have ended"
 
 
 @pytest.mark.parametrize("taken", [{"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},

@@ -11,7 +11,9 @@ import yaml
 
 from llm_quest.layers import native
 from llm_quest.layers.linear import FEW_ROWS, KERNEL_ROWS
+from llm_quest.machine.choices import Resolved
 from llm_quest.machine.profile import VARIABLE, load_profile
+from llm_quest.recipes import auto
 from llm_quest.recipes.auto import CompileTimer, Machine, choose_all, is_undecided, resolve_precision
 from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.pretrain import PretrainConfig
@@ -172,6 +174,52 @@ def test_more_threads_than_cores_are_said(machine, monkeypatch):
         torch.set_num_threads(before)
     assert said["threads"].startswith("3 (asked for; 3 threads on 1 usable core (a CPU quota of 0.5 of 64 cores)")
     assert "give threads=1" in said["threads"]
+
+
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch):
+    """Two cores and two threads, whose number is ours to choose, on a machine that other programs keep half busy."""
+    for name, value in {
+        "usable_cores": 2,
+        "affinity": 2,
+        "count_busy_cores": 1.0,
+        "are_threads_automatic": True,
+    }.items():
+        monkeypatch.setattr(auto, name, lambda value=value: value)
+    monkeypatch.setattr("llm_quest.machine.hardware.affinity", lambda: 2)
+    monkeypatch.setattr("llm_quest.machine.hardware.cpu_quotas", lambda root: iter(()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def choose_thread_count(given: int, recorded: dict[str, int]) -> tuple[int, str]:
+    said: list[str] = []
+    chosen = choose_all(config(f"threads={given}"), recorded, Machine(CPU, None, said.append))
+    (line,) = [one for one in said if one.startswith("threads: ")]
+    return chosen["threads"], line
+
+
+def test_a_run_takes_no_core_from_another_program_and_says_so(two_threads, monkeypatch):
+    line = "threads: 1 (1 thread on 2 usable cores; other programs keep 1.0 of 2 cores busy)"
+    assert choose_thread_count(0, {}) == (1, line)
+    torch.set_num_threads(2)
+    monkeypatch.setattr(auto, "count_busy_cores", lambda: 0.2)
+    assert choose_thread_count(0, {})[0] == 2
+    monkeypatch.setattr(auto, "are_threads_automatic", lambda: False)  # OMP_NUM_THREADS
+    monkeypatch.setattr(auto, "count_busy_cores", lambda: 2.0)
+    assert choose_thread_count(0, {}) == (2, "threads: 2 (2 threads on 2 usable cores)")
+
+
+def test_a_number_is_kept_where_bits_follow_from_it_and_a_smaller_one_is_advised(two_threads):
+    advice = "other programs keep 1.0 of 2 cores busy: threads=1 is faster, and changes last bits"
+    assert choose_thread_count(2, {}) == (2, f"threads: 2 (asked for; 2 threads on 2 usable cores; but {advice})")
+    kept = choose_thread_count(0, {"threads": 2})
+    assert kept == (2, f"threads: 2 (as when this run began; 2 threads on 2 usable cores; but {advice})")
+    assert choose_thread_count(0, {"threads": 1})[0] == 1
+    on_gpu = Machine(torch.device("cuda"), None, print)
+    assert auto.resolve_threads(Resolved(2, auto.KEPT), on_gpu, config()).value == 1, "its bits do not follow from it"
 
 
 def test_a_compiled_run_keeps_what_compiling_took(machine, monkeypatch):

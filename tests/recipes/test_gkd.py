@@ -71,5 +71,5 @@ def test_the_teacher_and_the_answers_are_planned(options: list[str]):
 
 
 def test_a_budget_without_room_for_a_question_is_refused(options: list[str], tmp_path: Path):
-    with pytest.raises(UsageError, match="leaves no room for a question"):
+    with pytest.raises(UsageError, match="leaves no tokens for a question"):
         started("gkd", TEXT, tmp_path / "run", *options, "max_new_tokens=40")

@@ -116,7 +116,7 @@ def test_another_librarys_name_is_answered_with_ours(recipe: str, pair: str, our
 @pytest.mark.parametrize(
     ("recipe", "pair", "remedy"),
     [
-        ("sft", "packing=true", "always share rows, and do not see one another; leave it out"),
+        ("sft", "packing=true", "always share rows, and do not attend to one another; leave it out"),
         ("dpo", "packing=true", "rows of like length share a micro-batch"),
         ("grpo", "use_vllm=true", "the policy samples in this process itself; leave it out"),
         ("grpo", "reward_model_path=x", "rewards='[{name: model, load: FOLDER}]'"),

@@ -37,7 +37,7 @@ NUM_HELD_OUT = 2000
 
 
 class RptDataConfig(TextDataConfig):
-    """The text whose tokens are to be foretold: what pretraining takes, or a task, whose problems and answers are
+    """The text whose tokens are to be predicted: what pretraining takes, or a task, whose problems and answers are
     written out as documents."""
 
     source: Sources = Field(

@@ -1,4 +1,4 @@
-"""How often is the next token foretold, read straight off and after thinking, by how hard a proxy finds the place (RPT,
+"""How often is the next token predicted, directly and after thinking, by how hard a proxy finds the place (RPT,
 arXiv:2506.08007, table 1). The paper's sets are nested (easy: above 0.5 nat); here the buckets are disjoint as well.
 
 After thinking, right is what the reward calls right: one true token or several, to the byte. So an answer of two tokens
@@ -36,7 +36,7 @@ MAX_SAMPLES = 12
 class PositionResult:
     """One place: was the likeliest next token right, and was the answer after thinking?
 
-    answer: the answer, None where there was none to be read; num_tokens: the completion's; multi_token: it foretold
+    answer: the answer, None where there was none to be read; num_tokens: the completion's; multi_token: it predicted
     more than one true token, or tried to."""
 
     position: Position
@@ -186,8 +186,8 @@ def summarize_bucket(name: str, some: Sequence[PositionResult]) -> BucketAccurac
 
 @dataclass
 class PositionEvaluator:
-    """plain_hard, thought_hard and so on: the share of held-out places where the next token was foretold, read straight
-    off and after thinking. file: where the tables before and after are kept (the leader's); the first answers go to
+    """plain_hard, thought_hard and so on: the share of held-out places where the next token was predicted, directly and
+    after thinking. file: where the tables before and after are kept (the leader's); the first answers go to
     samples/step-00000020.json."""
 
     evaluation: NextTokenReasoningEval

@@ -121,7 +121,7 @@ def require_positions(
 ) -> None:
     if not train:
         why = "".join(f"; {number:,}: {reason}" for reason, number in lost.items())
-        why += f"; {short:,} documents have nothing to foretell" if short else ""
+        why += f"; {short:,} documents have no token to predict" if short else ""
         raise DataError(
             f"no place in {source_name(config.data)} is left to think about: the proxy finds none harder than "
             f"{config.selection.entropy_threshold:g} nats{why}; lower selection.entropy_threshold, or "
@@ -177,7 +177,7 @@ def select_positions(
 
 
 def length_grouped_documents(documents: Sequence[Sequence[int]], context: int) -> Iterator[list[int]]:
-    """Numbers of documents with anything to foretell, longest first, as many together as make a fair-sized pass;
+    """Numbers of documents with a token to predict, longest first, as many together as make a fair-sized pass;
     padding on the right is never looked back at."""
     for number, ids in enumerate(documents):
         if len(ids) - 1 > context:

@@ -42,7 +42,7 @@ class PromptConfig(StrictModel):
 
     prefix: str = Field(default="", description="text before the document's part")
     suffix: str = Field(default=THINK_OPEN, description="text behind the document's part, where thinking begins")
-    max_target_tokens: PositiveInt = Field(default=8, description="true tokens that an answer may foretell")
+    max_target_tokens: PositiveInt = Field(default=8, description="true tokens that an answer may predict")
 
     @property
     def opening_tag(self) -> str:
@@ -51,7 +51,7 @@ class PromptConfig(StrictModel):
 
 @dataclass(frozen=True)
 class Position:
-    """tokens[place] of a document is what is to be foretold, from tokens[:place] alone."""
+    """tokens[place] of a document is what is to be predicted, from tokens[:place] alone."""
 
     document: int
     place: int
@@ -61,7 +61,7 @@ class Position:
 @dataclass(frozen=True)
 class PromptBuilder:
     """Builds the prompts of next-token reasoning. prefix_ids, suffix_ids: ids around the text so far.
-    max_target_tokens: true tokens that an answer may foretell. token_bytes_by_id: the bytes of every id that occurs.
+    max_target_tokens: true tokens that an answer may predict. token_bytes_by_id: the bytes of every id that occurs.
     start_token_id: the token every document begins with."""
 
     prefix_ids: tuple[int, ...]

@@ -1,7 +1,7 @@
 """`quest train rpt`: reinforcement pre-training (arXiv:2506.08007). A model and plain text -> a model that thinks
 before it says the next token.
 
-      documents -> places that a proxy finds hard -> "think, then foretell", n samples each -> right, to the byte and to
+      documents -> places that a proxy finds hard -> "think, then predict", n samples each -> right, to the byte and to
       a token's end: 1, else 0 -> policy gradient, with held-out accuracy by how hard the proxy finds the place
 
 What is spent is counted in FLOPs (`teraflops` in the metrics), so that `quest train rpt_control` can spend as much on
@@ -169,8 +169,8 @@ def build_rollouts(
     meter = FlopsMeter(
         cost, num_scorings=(config.kl_coef > 0) + (config.sampler_correction is not None), flops=found.flops
     )
-    judges = [WeightedReward(config.reward, RPT_REWARD_BUILDERS[config.reward](config))]
-    return build_policy_setup(config, start.model, start.tokenizer, ask, judges, parallel, log), meter
+    rewards = [WeightedReward(config.reward, RPT_REWARD_BUILDERS[config.reward](config))]
+    return build_policy_setup(config, start.model, start.tokenizer, ask, rewards, parallel, log), meter
 
 
 def position_question(text: RptDocuments, found: Sequence[Position], seed: int, index: int) -> PolicyPrompt:

@@ -273,4 +273,4 @@ class ReasoningLoader:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict != self.state_dict():
-            raise ValueError(f"the bookmark belongs to other demonstrations: {state_dict}")
+            raise ValueError(f"the loader's state belongs to other demonstrations: {state_dict}")
