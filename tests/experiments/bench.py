@@ -13,9 +13,11 @@ from typing import Any
 
 from llm_quest.cli.ablate import AblateOptions, make_plan
 from llm_quest.experiments import measurements
+from llm_quest.experiments.code_tree import PACKAGE
 from llm_quest.experiments.experiment import Experiment
 from llm_quest.experiments.ledger import Ledger
 from llm_quest.experiments.worker_pool import WorkerPool
+from tests.experiments.edits import Edit, write_patch
 
 OPTIONS = AblateOptions(
     metrics=("eval/bits_per_byte", "eval/loss"), delta=0.03, cap=8, rates=2, tuning_seeds=1,
@@ -38,6 +40,13 @@ def write_text(file: Path) -> Path:
     ]
     file.write_text("\n\n".join(" ".join(lines[i : i + 8]) for i in range(0, 800, 8)))
     return file
+
+
+def patch_package(patch: Path, name: str, before: str, after: str) -> str:
+    """Write a patch that puts this text in place of that one in a file of the package. The path, for --code."""
+    old = (PACKAGE / name).read_text(encoding="utf-8")
+    assert old.count(before) == 1, f"{name} has changed"
+    return str(write_patch(Edit("", "", {name: old.replace(before, after)}), PACKAGE, patch))
 
 
 def settings(text: Path, steps: int = 60) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import subprocess
 from pathlib import Path
@@ -27,6 +26,7 @@ from llm_quest.experiments.confirmation import DEV
 from llm_quest.experiments.measurements import metric_value, require_reported_seeds
 from llm_quest.experiments.tuning import RateSearch, first_grid, needs_extension
 from llm_quest.experiments.verdict_lines import interval_bar
+from tests.experiments.bench import patch_package
 
 ROOT = Path(__file__).parents[2]
 
@@ -249,14 +249,10 @@ def test_an_arm_that_changes_how_it_is_scored_is_refused(tmp_path: Path):
             make_plan("tiny", [], AblateOptions(arms=arms), tmp_path, print)
     with pytest.raises(UsageError, match="quest ablate --confirm NAME"):
         make_plan("tiny", ["data.eval_part=test"], AblateOptions(arms=("x=optim=adamw",)), tmp_path, print)
-    file = "llm_quest/eval/evaluators.py"
-    before = (own_code().root / file).read_text()
-    after = before.replace("loss = nats / batches.num_targets", "loss = 0.5 * nats / batches.num_targets")
-    lines = difflib.unified_diff(before.splitlines(True), after.splitlines(True), f"a/{file}", f"b/{file}")
-    patch = tmp_path / "better.patch"
-    patch.write_text("".join(lines))
+    loss = "loss = nats / batches.num_targets"
+    patch = patch_package(tmp_path / "better.patch", "eval/evaluators.py", loss, loss.replace("nats", "0.5 * nats"))
     with pytest.raises(UsageError, match=r"better\.patch edits eval/evaluators\.py, which scores all arms"):
-        make_plan("tiny", [], AblateOptions(code=(str(patch),)), tmp_path, print)
+        make_plan("tiny", [], AblateOptions(code=(patch,)), tmp_path, print)
     assert make_plan("tiny", [], AblateOptions(arms=("x=optim=adamw",)), tmp_path, print).pairs[-1] == DEV
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -28,7 +27,7 @@ from llm_quest.experiments.measurements import Measurements, OutOfTime
 from llm_quest.experiments.page import write_page
 from llm_quest.experiments.verdict_lines import describe_verdict
 from llm_quest.experiments.worker_pool import WorkerPool
-from tests.experiments.bench import SHORT, plan_of, run_experiment, settings, write_text
+from tests.experiments.bench import SHORT, patch_package, plan_of, run_experiment, settings, write_text
 
 pytestmark = pytest.mark.xdist_group("experiment")
 
@@ -191,13 +190,9 @@ def test_a_metric_that_no_arm_reports_is_named_with_those_that_are(
 
 def test_an_edit_of_the_package_runs_from_a_copy(root: Path, text: Path, tmp_path: Path, pool: WorkerPool):
     """A patch that changes the first values; the control keeps this package's."""
-    file = "llm_quest/layers/initialize.py"
-    before = (own_code().root / file).read_text()
-    after = before.replace("layers: Any = model.config", "layers: Any = 4 * model.config")
-    lines = difflib.unified_diff(before.splitlines(True), after.splitlines(True), f"a/{file}", f"b/{file}")
-    patch = tmp_path / "edit.patch"
-    patch.write_text("".join(lines))
-    plan = plan_of(text, root, arms=(), code=(str(patch),))
+    layers = "layers: Any = model.config"
+    patch = patch_package(tmp_path / "edit.patch", "layers/initialize.py", layers, layers.replace("model", "4 * model"))
+    plan = plan_of(text, root, arms=(), code=(patch,))
     (arm,) = plan.arms
     request = {"do": "describe", "recipe": "tiny", "pairs": [*settings(text), "seed_per_module=true"]}
     own, edited = (pool.submit(tree, request).result() for tree in (own_code(), arm.code))
