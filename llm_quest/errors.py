@@ -116,6 +116,14 @@ def tolerate_failure(what: str, log: Callable[[str], None]) -> Iterator[None]:
         log(f"{what} could not be written, and is left out: {(str(error) or type(error).__name__).splitlines()[0]}")
 
 
+class StoppedBySignal(KeyboardInterrupt):
+    """A stop signal (SIGINT, SIGTERM, SIGHUP) ends the command. number: of the signal."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
 EXIT_INTERRUPTED = 130
 DISK_REMEDIES: dict[int, str] = {
     errno.ENOSPC: "no space is left on its disk; free some and run the command again",
@@ -132,7 +140,7 @@ OUT_OF_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "DefaultCPUAl
 
 def exit_code_of(error: BaseException) -> int:
     """The exit code of a process that ends with this error: 1 for what is no user's error (docs/cli.md)."""
-    if isinstance(error, QuestError):
+    if isinstance(error, QuestError | StoppedBySignal):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED

@@ -22,6 +22,7 @@ from llm_quest.errors import QuestError, UsageError
 from llm_quest.files import append_lines, cache_dir
 from llm_quest.generation.stopping import StoppingCriteria
 from llm_quest.models.decoder import Decoder
+from llm_quest.train.signals import continue_after_interrupt
 
 HINT = "/help lists the commands, /quit or Ctrl-D leaves; Ctrl-C stops an answer; Alt-Enter begins a line"
 LEAVE = ("/quit", "/exit")
@@ -182,7 +183,8 @@ def stream_answer(
         for piece in stream_text(model, tokens, options, stopping_criteria):
             print_text(piece)
             answer += piece
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        continue_after_interrupt(stop)
         print_text(" ...")
     print_text("\n")
     return answer
@@ -218,7 +220,8 @@ def edit_lines(words: tuple[str, ...]) -> ReadLine:
     def read() -> str | None:
         try:
             return session.prompt("> ").strip()
-        except KeyboardInterrupt:  # the line is dropped
+        except KeyboardInterrupt as stop:  # the line is dropped
+            continue_after_interrupt(stop)
             return ""
         except EOFError:
             return None

@@ -18,7 +18,15 @@ from llm_quest.cli import (
     serve_commands,
     train_commands,
 )
-from llm_quest.cli.output import failure_json, open_streams, print_json, run_with_exit_code
+from llm_quest.cli.output import (
+    describe_failure,
+    failure_json,
+    open_streams,
+    print_json,
+    print_status,
+    run_with_exit_code,
+)
+from llm_quest.train.signals import end_on_signals
 
 ClickUsageError: Any = typer.BadParameter.__base__
 """click's UsageError, of the copy of click that typer brings."""
@@ -35,6 +43,11 @@ class RootCommand(typer.core.TyperGroup):
             if "--json" in sys.argv:
                 print_json(failure_json(type(error).__name__, error.format_message(), error.exit_code))
             raise
+        except KeyboardInterrupt as stop:  # of which click makes its own exit code, without a word
+            code, lines = describe_failure(stop)
+            for line in lines:
+                print_status(line)
+            raise typer.Exit(code) from None
 
 
 app = typer.Typer(
@@ -99,7 +112,9 @@ def main() -> None:
     """The entry point: runs a command and ends the process with its exit code."""
     open_streams()
     arguments = sorted(sys.argv[1:], key=lambda one: one != "--allow-pickle")  # it may stand behind the command too
-    sys.exit(run_with_exit_code(lambda: app(arguments, standalone_mode=True, prog_name="quest")))
+    with end_on_signals():
+        code = run_with_exit_code(lambda: app(arguments, standalone_mode=True, prog_name="quest"))
+    sys.exit(code)
 
 
 def print_version(wanted: bool) -> None:

@@ -6,6 +6,7 @@ data."""
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from llm_quest.cli.train import write_plan_and_report
 from llm_quest.contracts import LogFn
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.conversations import Conversation
+from llm_quest.errors import StoppedBySignal
 from llm_quest.eval.evaluators import PairsEvaluator
 from llm_quest.eval.problems import evaluate_problems
 from llm_quest.eval.statistics import ConfidenceInterval, wilson_confidence_interval
@@ -73,7 +75,7 @@ class QuickstartContext:
         return [f"seed={self.seed}", f"device={self.device}", *overrides, *self.changes.get(recipe, ())]
 
     def train(self, recipe: str, *pairs: str) -> Path:
-        """Train a recipe in its sub-folder and write its report; returns the folder. KeyboardInterrupt if it was
+        """Train a recipe in its sub-folder and write its report; returns the folder. StoppedBySignal if it was
         stopped."""
         found, config, settings = load_recipe(recipe, self.overrides(recipe, pairs))
         folder = self.root / recipe
@@ -92,10 +94,10 @@ class QuickstartContext:
 
 
 def require_finished(outcome: RunOutcome, log: LogFn) -> None:
-    """KeyboardInterrupt if a stage was stopped; its checkpoint is saved."""
+    """StoppedBySignal if a stage was stopped; its checkpoint is saved."""
     if outcome.status != "finished":
         log(f"Interrupted; the checkpoint is saved. quest train {outcome.run} resumes it.")
-        raise KeyboardInterrupt
+        raise StoppedBySignal(outcome.exit_code - 128 if outcome.exit_code else signal.SIGINT)
 
 
 def model_override(folder: Path) -> str:

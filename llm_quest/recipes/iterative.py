@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 from llm_quest.contracts import LogFn
 from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.tokenizer import Tokenizer
-from llm_quest.errors import DataError, UsageError
+from llm_quest.errors import DataError, StoppedBySignal, UsageError
 from llm_quest.files import atomic_write_json, atomic_write_text, damaged_file_errors, load_json
 from llm_quest.hub.load_save import load, require_language_model, write_model_json
 from llm_quest.hub.load_tokenizer import load_tokenizer
@@ -164,7 +164,7 @@ def train_reward_model_stage(
     log: LogFn,
 ) -> Path:
     """Trains this iteration's reward model; its folder. Of several processes each holds the whole model and learns from
-    the whole batch. KeyboardInterrupt where the user stopped it, after a checkpoint."""
+    the whole batch. StoppedBySignal where a signal ended it, after a checkpoint."""
     parallel = parallel.replicate()
     folder, part = out / f"iteration-{number}" / "judge", config.reward_model
     file = out / f"iteration-{number}" / "comparisons.json"
@@ -201,7 +201,7 @@ def train_reward_model_stage(
         )  # fmt: skip
     if result.status == "interrupted":
         log(f"Interrupted; the judge is saved at step {result.step}. quest train {out} goes on with it.")
-        raise KeyboardInterrupt
+        raise StoppedBySignal(result.exit_code - 128)
     parallel.wait_for_main_process()
     right = result.metrics["rewards/accuracy"]
     log(f"judge {number}: {len(new)} new comparisons, {len(history)} earlier ones; {right:.0%} of the last batch right")

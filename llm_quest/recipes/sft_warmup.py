@@ -14,7 +14,7 @@ from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.problems import Task, draw_problem
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.whole_documents import Demonstrations
-from llm_quest.errors import UsageError
+from llm_quest.errors import StoppedBySignal, UsageError
 from llm_quest.eval.problems import evaluate_problems
 from llm_quest.hub.load_save import write_model_json
 from llm_quest.models.decoder import Decoder
@@ -113,7 +113,8 @@ def train_until(
     parallel: DistributedContext, log: LogFn,
 ) -> tuple[int, float]:  # fmt: skip
     """Trains the model in a run folder: steps done, and the accuracy it reached. Of several processes each holds the
-    whole model and learns from the whole batch. KeyboardInterrupt where the user stopped it, after a checkpoint."""
+    whole model and learns from the whole batch. StoppedBySignal where a signal ended it, after a
+    checkpoint."""
     parallel = parallel.replicate()
     objective = parallel.parallelize(NextTokenLoss(model))
     every = CHECK_EVERY if stop_rule.measure_accuracy is not None else stop_rule.max_steps
@@ -144,7 +145,7 @@ def train_until(
         step = result.step
         if result.status == "interrupted":
             log(f"Interrupted; the warm-up is saved at step {step}. quest train {folder.parent} goes on with it.")
-            raise KeyboardInterrupt
+            raise StoppedBySignal(result.exit_code - 128)
         if step % every and step < stop_rule.max_steps:
             continue  # an interrupted warm-up goes on; it is looked at where it would have been
         model.eval()

@@ -27,6 +27,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from llm_quest.atomic_dirs import exchange_names
 from llm_quest.errors import BusyError, DataError, ResourceError
 from llm_quest.files import atomic_write_text, fsync_path, load_json, write_text
 from llm_quest.manifest import MANIFEST_FILE, file_entry, find_fault, read_manifest
@@ -45,11 +46,13 @@ DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 @dataclass(frozen=True)
 class Checkpoint:
     """The `state_dict` of a `TrainState` on the host: "model" and "optimizer" are tensors by name, the rest is JSON.
-    identity: name -> hash of what the run must not change (config, tokenizer, data)."""
+    identity: name -> hash of what the run must not change (config, tokenizer, data). replaces: it takes the place of
+    the checkpoint of the same step."""
 
     step: int
     state_dict: Mapping[str, Any]
     identity: Mapping[str, str] = field(default_factory=dict)
+    replaces: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +69,7 @@ def checkpoint_dir(root: Path, step: int) -> Path:
 def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
     """Commit a checkpoint and return its folder. ResourceError on a full disk: the staged folder is removed, the
     others are as they were."""
-    require_new(root, checkpoint.step)
+    require_new(root, checkpoint)
     require_space(root, checkpoint.nbytes)
     staged = Path(tempfile.mkdtemp(prefix=f".tmp-{checkpoint.step:08d}-{os.getpid()}-", dir=root))
     try:
@@ -88,10 +91,10 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
         ) from error
 
 
-def require_new(root: Path, step: int) -> None:
-    """BusyError where this step's checkpoint is there. root is made if it is not."""
-    final = checkpoint_dir(root, step)
-    if final.exists():
+def require_new(root: Path, checkpoint: Checkpoint) -> None:
+    """BusyError where this step's checkpoint is there and is not to be replaced. root is made if it is not."""
+    final = checkpoint_dir(root, checkpoint.step)
+    if final.exists() and not checkpoint.replaces:
         raise BusyError(f"{final} exists already and is not overwritten; resume from it, or choose another run folder")
     root.mkdir(parents=True, exist_ok=True)
 
@@ -100,7 +103,11 @@ def commit_checkpoint(staged: Path, checkpoint: Checkpoint, entries: Mapping[str
     """Complete a staged folder that has its tensors, and rename it. entries: of the tensor files, for the manifest."""
     final = checkpoint_dir(staged.parent, checkpoint.step)
     write_state(staged, checkpoint, entries)
-    os.rename(staged, final)
+    if checkpoint.replaces and final.exists():
+        exchange_names(staged, final)
+        shutil.rmtree(staged, ignore_errors=True)
+    else:
+        os.rename(staged, final)
     fsync_path(final.parent)
     atomic_write_text(final.parent.parent / LATEST_FILE, final.name + "\n")
     return final

@@ -68,13 +68,14 @@ class CheckpointManager:
         """Whether this is a step at whose multiples checkpoints are saved."""
         return self.args.save_every > 0 and step % self.args.save_every == 0
 
-    def save(self, state: TrainState, *, is_last: bool) -> None:
+    def save(self, state: TrainState, *, is_last: bool, replaces: bool = False) -> None:
         """Start to save a checkpoint. The one before it has been collected. is_last: of a run that is finished, which
-        keeps none for the case that it turns out to have gone wrong, unless something says so."""
+        keeps none for the case that it turns out to have gone wrong, unless something says so. replaces: of
+        Checkpoint."""
         progress = state.progress
         if self.run_dir is None:
             return
-        checkpoint = Checkpoint(progress.step, state.state_dict(), self.run_dir.identity)
+        checkpoint = Checkpoint(progress.step, state.state_dict(), self.run_dir.identity, replaces)
         self.step, self.last_save_time = progress.step, time.monotonic()
         kept = [step for step in (progress.best_step, progress.good_step) if step is not None]
         well_until = state.divergence.well_until(self.step, is_last=is_last)

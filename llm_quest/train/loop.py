@@ -9,6 +9,7 @@ version, thread count and number of processes."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 from torch.optim import Optimizer
@@ -21,8 +22,8 @@ from llm_quest.train.optimizers import LRSchedule
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir, json_safe
 from llm_quest.train.session import TrainSession
-from llm_quest.train.state import load_model_state_dict
-from llm_quest.train.step import StepStats
+from llm_quest.train.signals import SignalHandler
+from llm_quest.train.state import PendingRow, load_model_state_dict
 
 SIGNAL_ECHO_SECONDS = 2.0
 
@@ -57,31 +58,47 @@ def train(
         session,
         phase(args.name, args.steps, done=session.progress.step, is_run=True) as now,
     ):
+        if (pending := session.progress.pending) is not None:
+            finish_step(session, pending, evaluators, signals, watchers)
         while not session.is_finished:
             numbers = session.forward_backward(signals)
             if numbers is None:
                 break
             session.optimizer_step(numbers, callbacks)
-            session.evaluate(evaluators, signals)
-            if args.metric_for_best_model:
-                track_best(session, numbers, evaluators)
-            session.log(numbers, watchers)
-            session.save()
+            row = PendingRow(session.make_row(numbers), is_last=session.status == "finished")
+            finish_step(session, row, evaluators, signals, watchers)
             now.done = session.progress.step
         if args.load_best_model_at_end:
-            load_best(session, evaluators)
-        return session.result()
+            load_best(session, evaluators, signals)
+        return session.result(signals)
 
 
-def track_best(session: TrainSession, stats: StepStats, evaluators: Sequence[Evaluator]) -> None:
-    """Note whether the metric by which models are chosen has become better; end the run where it has not for too long,
-    after the evaluations that a run ends with."""
-    best, progress = session.best, session.progress
+def finish_step(
+    session: TrainSession,
+    pending: PendingRow,
+    evaluators: Sequence[Evaluator],
+    signals: SignalHandler,
+    watchers: Sequence[MetricsCallback],
+) -> None:
+    """After an update: the evaluations that are due, the row of metrics, a checkpoint. Where a signal ends the
+    evaluations the row waits in the checkpoint, and the resumed run makes them up."""
     session.improved = False
-    if session.status == "interrupted":
-        return
-    own = {"loss": stats.loss, "grad_norm": stats.grad_norm}
-    measured = {**session.eval_metrics, **own, **stats.metrics, **session.callback_metrics}
+    is_measured = session.evaluate(evaluators, signals, is_last=pending.is_last)
+    if is_measured and session.args.metric_for_best_model and not pending.is_tracked:
+        track_best(session, pending, evaluators)
+        if pending.is_tracked:  # the run ends here
+            is_measured = session.evaluate(evaluators, signals, is_last=True)
+    session.progress.pending = None if is_measured else replace(pending, row=json_safe(pending.row))
+    if is_measured:
+        session.log(pending.row, watchers)
+    session.save()
+
+
+def track_best(session: TrainSession, pending: PendingRow, evaluators: Sequence[Evaluator]) -> None:
+    """Note whether the metric by which models are chosen has become better; end the run where it has not for too long:
+    the evaluations of its end are then to be made."""
+    best, progress = session.best, session.progress
+    measured = {name: pending.row[name] for name in pending.row.keys() - session.COUNTERS} | session.eval_metrics
     best.known.update(measured)
     if session.is_finished or len(session.evaluators_run) == len(evaluators):
         best.require_measured()
@@ -90,12 +107,12 @@ def track_best(session: TrainSession, stats: StepStats, evaluators: Sequence[Eva
     if not session.is_finished and best.is_exhausted(progress):
         session.status = "finished"
         session.log_event("early_stopping", step=progress.step, message=best.describe(progress))
-        session.eval_metrics = session.measure(evaluators)
+        pending.is_last = pending.is_tracked = True
 
 
-def load_best(session: TrainSession, evaluators: Sequence[Evaluator]) -> None:
+def load_best(session: TrainSession, evaluators: Sequence[Evaluator], signals: SignalHandler) -> None:
     """At the end of a run that asks for it: the model gets the weights of the best checkpoint, is evaluated with them,
-    and is from then on what the run's name stands for."""
+    and is from then on what the run's name stands for. A run that a signal ends here does it again when resumed."""
     progress, run_dir = session.progress, session.run_dir
     if session.status != "finished" or progress.best_step is None or run_dir is None:
         return
@@ -103,6 +120,8 @@ def load_best(session: TrainSession, evaluators: Sequence[Evaluator]) -> None:
     session.parallel.all_gather(None)  # the main process has written it by now
     if progress.best_step != progress.step:
         load_model_state_dict(session.model, load_checkpoint(folder).state_dict["model"])
-        progress.latest_metrics = progress.latest_metrics | json_safe(session.measure(evaluators))
+        if not session.evaluate(evaluators, signals, is_last=True):
+            return
+        progress.latest_metrics = progress.latest_metrics | json_safe(session.eval_metrics)
     run_dir.mark_best(folder)
     session.log_event("loaded_best", checkpoint=str(folder), step=progress.best_step)

@@ -135,7 +135,7 @@ class RunDir:
                 self.log_event(
                     "checkpoint_renamed", checkpoint=later.name, renamed=files.rename_aside(later, "aside").name
                 )
-        self._truncate_metrics(step)
+        self.truncate_metrics(step)
         return chosen
 
     def _check_checkpoint(self, folder: Path) -> Path:
@@ -158,7 +158,7 @@ class RunDir:
         if changes:
             self.log_event("accepted", message=f"changed since the checkpoint: {', '.join(changes.values())}")
 
-    def _truncate_metrics(self, step: int) -> None:
+    def truncate_metrics(self, step: int) -> None:
         """Remove rows after `step`, and a last line that is incomplete, from metrics.jsonl. A run that starts again at
         its first step, because it was stopped before any checkpoint, puts the old rows aside."""
         path = self.folder / "metrics.jsonl"

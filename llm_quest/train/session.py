@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -42,6 +42,12 @@ PHASE_NAMES = {"eval": "evaluating", "samples": "writing samples", "ratio": "gat
 
 class TrainSession:
     """`with session:` resumes or starts the run, and at the end waits for the checkpoint that is being written."""
+
+    COUNTERS = frozenset(
+        ("step", "tokens", "learning_rate", "num_targets", "tokens_per_second", "train_seconds", "skipped_steps")
+        + ("empty_steps",)
+    )
+    """What is no metric in a row of metrics: no model is chosen by it."""
 
     def __init__(
         self,
@@ -91,6 +97,9 @@ class TrainSession:
     def __enter__(self) -> TrainSession:
         self.model.train()
         self._resume_or_start()
+        if self.progress.pending is not None and self.run_dir is not None and self.parallel.is_main_process:
+            self.run_dir.truncate_metrics(self.progress.step - 1)
+        self.was_pending = self.progress.pending is not None
         if self.progress.step >= self.args.steps or (self.best.metric and self.best.is_exhausted(self.progress)):
             self.status = "finished"
         self.engine = self.parallel.wrap_model(
@@ -166,6 +175,7 @@ class TrainSession:
     def _abandon(self, signal_handler: SignalHandler) -> None:
         """Stop, in the state that all processes have in common."""
         self.parallel.abandon()
+        put_parameters_back(self.parameters_in_place)
         announced = self.parallel.store.announced_stop() if self.parallel.store is not None else 0
         self.status, self.signal_number = "interrupted", signal_handler.stop_signal or announced
 
@@ -174,7 +184,6 @@ class TrainSession:
         self._abandon(signal_handler)
         if isinstance(self.dataloader, RewindableLoader):
             self.dataloader.rewind()
-        put_parameters_back(self.parameters_in_place)
         self.optimizer.zero_grad(set_to_none=True)
         before.restore()
         self.log_event("abandoned", step=self.progress.step + 1, message="given up; the resumed run does it again")
@@ -224,29 +233,29 @@ class TrainSession:
         if self.progress.step == 1 and expected is not None and (text := initial_loss_warning(stats.loss, expected)):
             self.log_event("warning", message=text)
 
-    def evaluate(self, evaluators: Sequence[Evaluator], signal_handler: SignalHandler) -> None:
-        """Run the evaluators that are due, without a trace on the model or the generators. An interrupted run skips
-        them, but for those at its end."""
-        final = self.status == "finished"
+    def evaluate(self, evaluators: Sequence[Evaluator], signal_handler: SignalHandler, *, is_last: bool) -> bool:
+        """Run the evaluators that are due (is_last: all), without a trace on the model or the generators. False where
+        a signal ends them, or has ended the run before."""
         due = [
             evaluator
             for evaluator in evaluators
-            if final or (evaluator.interval and self.progress.step % evaluator.interval == 0)
+            if is_last or (evaluator.interval and self.progress.step % evaluator.interval == 0)
         ]
         self.eval_metrics = {}
         if not due or self.status == "interrupted":
-            return
+            return not due
         try:
-            with signal_handler.interruptible(allowed=self.parallel.can_abandon and not final):
+            with signal_handler.interruptible(allowed=self.parallel.can_abandon):
                 self.eval_metrics = self.measure(due)
                 self.evaluators_run |= set(map(id, due))
-                return
+                return True
         except StepInterrupted:
             pass
         except RuntimeError:
             if not self.parallel.is_abandoned():
                 raise
         self._abandon(signal_handler)
+        return False
 
     def measure(self, evaluators: Sequence[Evaluator]) -> dict[str, Any]:
         """The numbers of these evaluators, name/metric -> value."""
@@ -266,41 +275,49 @@ class TrainSession:
     def is_log_step(self) -> bool:
         return self.is_finished or self.progress.step == 1 or self.progress.step % self.args.log_every == 0
 
-    def log(self, stats: step.StepStats, watchers: Sequence[MetricsCallback] = ()) -> None:
-        """Log a row of metrics if one is due, and pass it to the watchers."""
+    def make_row(self, stats: step.StepStats) -> dict[str, Any]:
+        """The row of metrics of the step that is done, without its evaluations."""
         progress, before = self.progress, self.last_logged
-        if not self.eval_metrics and not self.is_log_step():
-            return
         seconds = progress.train_seconds - before.train_seconds
-        callback_metrics = {name: float(value) for name, value in self.callback_metrics.items()}
-        row = {
+        return {
             "step": progress.step, "tokens": progress.tokens, "loss": stats.loss, **stats.metrics,
             "grad_norm": stats.grad_norm, "learning_rate": self.optimizer.param_groups[0]["lr"],
             "num_targets": stats.count,
             "tokens_per_second": (progress.tokens - before.tokens) / seconds if seconds else 0.0,
             "train_seconds": progress.train_seconds,
             "skipped_steps": self.guard.skipped, "empty_steps": self.guard.empty,
-            **callback_metrics, **self.eval_metrics,
+            **{name: float(value) for name, value in self.callback_metrics.items()},
         }  # fmt: skip
-        progress.latest_metrics = progress.latest_metrics | json_safe(row)
-        self.last_logged = replace(progress)
+
+    def log(self, row: Mapping[str, Any], watchers: Sequence[MetricsCallback] = ()) -> None:
+        """Log the row, with what was measured, if one is due, and pass it to the watchers."""
+        if not self.eval_metrics and not self.is_log_step():
+            return
+        row = {**row, **self.eval_metrics}
+        self.progress.latest_metrics = self.progress.latest_metrics | json_safe(row)
+        self.last_logged = replace(self.progress)
         self.run_log.metrics(row)
         self.health.consult(watchers, row)
 
     def save(self) -> None:
-        """Save a checkpoint if one is due or requested, and log the one that has been written meanwhile."""
-        number = self.progress.step
+        """Save a checkpoint if one is due or requested, and log the one that has been written meanwhile. A last one
+        whose evaluations have been made up is written anew."""
+        number, is_made_up = self.progress.step, self.was_pending and self.progress.pending is None
+        replaces = is_made_up and self.status == "finished" and number == self.checkpoints.step
         due = self.is_finished or self.save_requested or self.improved or self.checkpoints.is_due(number)
         self.checkpoints.collect(wait=due)
-        if due and self.run_dir is not None and number != self.checkpoints.step:
+        if due and self.run_dir is not None and (number != self.checkpoints.step or replaces):
             bad = find_bad_parameter(self.model) or find_bad_optimizer_state(self.model, self.optimizer)
             if bad := self.parallel.first_found(bad):
                 self.health.stop_run(f"{bad} after the update of step {number}")
-            self.checkpoints.save(self.state, is_last=self.status == "finished")
+            self.checkpoints.save(self.state, is_last=self.status == "finished", replaces=replaces)
         self.checkpoints.collect(wait=self.is_finished)
 
-    def result(self) -> TrainResult:
-        """The result of the run."""
+    def result(self, signal_handler: SignalHandler) -> TrainResult:
+        """The result of the run. One that was told to stop while it saved its last step is interrupted: what comes
+        after the loop is left to the resumed run."""
+        if self.status == "finished" and (told := max(self.parallel.all_gather(signal_handler.stop_signal))):
+            self.status, self.signal_number = "interrupted", told
         self.log_event(self.status, step=self.progress.step)
         tokens, busy = (
             self.progress.tokens - self.initial_progress.tokens,

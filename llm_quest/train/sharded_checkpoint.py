@@ -39,7 +39,7 @@ def save_sharded_checkpoint(root: Path, checkpoint: Checkpoint, parallel: Distri
     """Commit a checkpoint whose tensors are sharded, and return its folder. Every process takes part. ResourceError on
     a full disk: the staged folder is removed, the others are as they were."""
     final = files.checkpoint_dir(root, checkpoint.step)
-    staged = Path(parallel.broadcast(stage_checkpoint(root, checkpoint.step) if parallel.is_main_process else ""))
+    staged = Path(parallel.broadcast(stage_checkpoint(root, checkpoint) if parallel.is_main_process else ""))
     try:
         dcp.save(
             {key: tensor for name in TENSOR_FILES for key, tensor in prefix_keys(checkpoint, name).items()},
@@ -61,10 +61,10 @@ def save_sharded_checkpoint(root: Path, checkpoint: Checkpoint, parallel: Distri
     return final
 
 
-def stage_checkpoint(root: Path, step: int) -> str:
+def stage_checkpoint(root: Path, checkpoint: Checkpoint) -> str:
     """A hidden folder for the files of a checkpoint."""
-    files.require_new(root, step)
-    staged = Path(tempfile.mkdtemp(prefix=f".tmp-{step:08d}-", dir=root))
+    files.require_new(root, checkpoint)
+    staged = Path(tempfile.mkdtemp(prefix=f".tmp-{checkpoint.step:08d}-", dir=root))
     (staged / SHARDS_DIR).mkdir()
     return str(staged)
 

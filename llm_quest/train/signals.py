@@ -6,6 +6,9 @@ PATIENCE_SECONDS more (a long rollout) is given up, and the state before it is s
 the same bits. Of several processes all give it up together (`train/failures.py`). A second signal ends the process at
 once: the checkpoints are safe, because one that is incomplete does not have its name yet.
 
+Outside of the loop (reading data, a tokenizer, an evaluation, an export) `end_on_signals` ends the command where it is:
+what was being written is not there, and all before it is.
+
 Commonly got wrong: Python runs a handler only when the main thread is back in Python. One that waits in a collective
 or in a long product hears nothing; so signals are also read from a wakeup socket, by a thread."""
 
@@ -22,6 +25,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
+from llm_quest.errors import StoppedBySignal
+
 
 def known_signals(*names: str) -> tuple[signal.Signals, ...]:
     """The signals among these that this system has."""
@@ -33,9 +38,9 @@ SAVE_SIGNALS = known_signals("SIGUSR1")
 PATIENCE_SECONDS = 3.0
 
 
-class StepInterrupted(BaseException):
-    """A step, or an evaluation, that was given up after a signal. Like KeyboardInterrupt it is no Exception, so that
-    nothing on the way takes it for an error of its own."""
+class StepInterrupted(KeyboardInterrupt):
+    """A step, or an evaluation, that was given up after a signal. It is no Exception, so that nothing on the way takes
+    it for an error of its own."""
 
 
 class SignalHandler:
@@ -136,6 +141,83 @@ class SignalHandler:
         for one in heeded:
             self._num_simulated += 1
             _thread.interrupt_main(signal.Signals(one))
+
+
+@contextlib.contextmanager
+def end_on_signals() -> Iterator[None]:
+    """For a command. Inside, the first stop signal raises StoppedBySignal in the main thread. The process ends with
+    the signal's exit code at a second one, and where it is still there PATIENCE_SECONDS later: in a long call of C, or
+    waiting for its threads. A handler that replaces this one meanwhile (the loop's, a server's) has the signal."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = CommandSignals()
+    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, handler.raise_in_main_thread) for number in heeded}
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    previous_wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=handler.read_signals, args=(reader,), daemon=True, name="command signals").start()
+    CURRENT.append(handler)
+    try:
+        yield
+    finally:
+        CURRENT.remove(handler)
+        signal.set_wakeup_fd(previous_wakeup)
+        writer.close()
+        for number, action in previous.items():
+            signal.signal(number, action)
+
+
+class CommandSignals:
+    """The handler of `end_on_signals`. deadline: the timer of the first signal, which goes on to the process's end.
+    num_raised, num_heard: signals so far, in the main thread and in the one that hears them."""
+
+    def __init__(self) -> None:
+        self.deadline: threading.Timer | None = None
+        self.num_raised = self.num_heard = 0
+
+    def raise_in_main_thread(self, number: int, frame: FrameType | None) -> None:
+        self.num_raised += 1
+        raise StoppedBySignal(number)
+
+    def read_signals(self, reader: socket.socket) -> None:
+        """The thread that hears signals at once, whatever the main thread does."""
+        with reader:
+            while received := reader.recv(64):
+                for number in received:
+                    if number in STOP_SIGNALS and signal.getsignal(number) == self.raise_in_main_thread:
+                        self.note(number)
+
+    def note(self, number: int) -> None:
+        if self.deadline is not None:
+            os._exit(128 + number)
+        self.deadline = threading.Timer(PATIENCE_SECONDS, os._exit, (128 + number,))
+        self.deadline.daemon = True
+        self.deadline.start()
+        self.num_heard += 1
+
+    def forget(self) -> None:
+        """The command goes on. The other thread may be later than the main one."""
+        limit = time.monotonic() + 0.1
+        while self.num_heard < self.num_raised and time.monotonic() < limit:
+            time.sleep(0.001)
+        self.num_heard = self.num_raised
+        if self.deadline is not None:
+            self.deadline.cancel()
+            self.deadline = None
+
+
+CURRENT: list[CommandSignals] = []
+"""Of the command that runs."""
+
+
+def continue_after_interrupt(error: KeyboardInterrupt) -> None:
+    """For a conversation, in which Ctrl-C ends an answer and not the command. Any other signal is raised again."""
+    if isinstance(error, StoppedBySignal) and error.exit_code != 128 + signal.SIGINT:
+        raise error
+    for handler in CURRENT:
+        handler.forget()
 
 
 def write_stderr(text: str) -> None:

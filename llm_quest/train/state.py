@@ -120,11 +120,29 @@ def _copy_to_cpu(t: Tensor) -> Tensor:
 
 
 @dataclass
+class PendingRow:
+    """The row of metrics of a step whose evaluations a signal ended: the resumed run makes them up before it logs the
+    row. is_last: they are those at the end of the run. is_tracked: the best model is known, and patience counted."""
+
+    row: dict[str, Any]
+    is_last: bool
+    is_tracked: bool = False
+
+    def __post_init__(self) -> None:
+        """TypeError or ValueError for what is no row of metrics."""
+        self.row = dict(self.row)
+        self.row["step"], self.row["loss"] = operator.index(self.row["step"]), self.row["loss"]
+        bad = next((v for k, v in self.row.items() if k != "nonfinite" and not isinstance(v, int | float | None)), None)
+        if bad is not None:
+            raise TypeError(f"a metric is {str(bad)[:40]!r}")
+
+
+@dataclass
 class Progress:
     """How far a run is. step: how many steps are done. train_seconds: time spent in steps alone. best_metric,
     best_step, best_name: of the metric by which the best checkpoint is kept. good_step: of the checkpoint from before
     the run began to go wrong, which is kept too; None while it is well. latest_metrics: the newest value of every
-    metric."""
+    metric. pending: the last step's row, while its evaluations are to be made up."""
 
     step: int = 0
     tokens: int = 0
@@ -135,6 +153,7 @@ class Progress:
     measurements_since_best: int = 0
     good_step: int | None = None
     latest_metrics: dict[str, Any] = field(default_factory=dict)
+    pending: PendingRow | None = None
 
     def __post_init__(self) -> None:
         """TypeError for a value of another type, ValueError for a step below 0: what a file says is taken at once."""
@@ -145,6 +164,8 @@ class Progress:
         self.train_seconds, self.best_name = float(self.train_seconds), str(self.best_name)
         self.best_metric = None if self.best_metric is None else float(self.best_metric)
         self.latest_metrics = dict(self.latest_metrics)
+        if isinstance(self.pending, Mapping):
+            self.pending = PendingRow(**self.pending)
         if self.step < 0:
             raise ValueError(f"step is {self.step}")
 

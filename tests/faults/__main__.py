@@ -1,5 +1,5 @@
-"""`python -m tests.faults` fuzzes everything that reads input; `files` lets every call fail that writes a file; `kills`
-kills and resumes training runs. Each has `--help`."""
+"""`python -m tests.faults` fuzzes everything that reads input; `files` lets every call fail that writes a file; `signals`
+sends signals in every phase of training runs; `kills` kills and resumes them. Each has `--help`."""
 
 from __future__ import annotations
 
@@ -46,6 +46,10 @@ def main() -> int:
         from tests.faults.writers import main as files
 
         return files(sys.argv[2:])
+    if sys.argv[1:2] == ["signals"]:
+        from tests.faults.signals import main as stop
+
+        return stop(sys.argv[2:])
     if sys.argv[1:2] == ["kills"]:
         from tests.faults.kills import main as kills
 
