@@ -44,8 +44,8 @@ class TrainSession:
     """`with session:` resumes or starts the run, and at the end waits for the checkpoint that is being written."""
 
     COUNTERS = frozenset(
-        ("step", "tokens", "learning_rate", "num_targets", "tokens_per_second", "train_seconds", "skipped_steps")
-        + ("empty_steps",)
+        {"step", "tokens", "learning_rate", "num_targets", "tokens_per_second", "train_seconds", "skipped_steps"}
+        | {"empty_steps"}
     )
     """What is no metric in a row of metrics: no model is chosen by it."""
 

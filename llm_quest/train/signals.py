@@ -167,6 +167,8 @@ def end_on_signals() -> Iterator[None]:
         writer.close()
         for number, action in previous.items():
             signal.signal(number, action)
+        if handler.num_raised and handler.deadline is None:  # the other thread was late, and hears no more
+            handler.note(handler.last_number)
 
 
 class CommandSignals:
@@ -175,10 +177,10 @@ class CommandSignals:
 
     def __init__(self) -> None:
         self.deadline: threading.Timer | None = None
-        self.num_raised = self.num_heard = 0
+        self.num_raised = self.num_heard = self.last_number = 0
 
     def raise_in_main_thread(self, number: int, frame: FrameType | None) -> None:
-        self.num_raised += 1
+        self.num_raised, self.last_number = self.num_raised + 1, number
         raise StoppedBySignal(number)
 
     def read_signals(self, reader: socket.socket) -> None:
@@ -202,7 +204,7 @@ class CommandSignals:
         limit = time.monotonic() + 0.1
         while self.num_heard < self.num_raised and time.monotonic() < limit:
             time.sleep(0.001)
-        self.num_heard = self.num_raised
+        self.num_raised = self.num_heard = 0
         if self.deadline is not None:
             self.deadline.cancel()
             self.deadline = None

@@ -1,5 +1,5 @@
-"""`python -m tests.faults` fuzzes everything that reads input; `files` lets every call fail that writes a file; `signals`
-sends signals in every phase of training runs; `kills` kills and resumes them. Each has `--help`."""
+"""`python -m tests.faults` fuzzes everything that reads input; `files` lets every call fail that writes a file; `kills`
+kills and resumes training runs; `signals` stops them in every phase. Each has `--help`."""
 
 from __future__ import annotations
 
