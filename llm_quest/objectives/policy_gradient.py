@@ -114,7 +114,8 @@ class PolicyGradientLoss(nn.Module):
             correction,
             off_policy_delta,
         )
-        self.ratio_range = torch.ones(2)
+        self.ratio_range: Tensor
+        self.register_buffer("ratio_range", torch.ones(2))  # which a checkpoint holds
 
     def forward(self, batch: PolicyBatch) -> Loss:
         if self.model.training:

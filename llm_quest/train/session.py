@@ -71,6 +71,7 @@ class TrainSession:
             self.model, optimizer, dataloader, lr_schedule, self.guard, RNGState(args.seed, parallel.rank),
             divergence=DivergenceMonitor(watch_loss=args.watch_loss),
             parallel=parallel, settings={"precision": args.precision, "compile": args.compile},
+            objective=objective,
         )  # fmt: skip
         self.run_log = RunLog(run_dir, logger, parallel.is_main_process)
         self.log_event = self.run_log.event
@@ -133,7 +134,7 @@ class TrainSession:
     def forward_backward(self, signal_handler: SignalHandler) -> step.StepStats | None:
         """Forward and backward over the micro-batches of a step; afterwards every gradient is a sum, and nothing is
         updated. None where a signal came and the step went on for too long: it is given up, and the run stops."""
-        before = capture_generators()
+        before, buffers = capture_generators(), self.state.objective_buffers()
         try:
             return self._forward_backward(signal_handler)
         except StepInterrupted:
@@ -143,6 +144,8 @@ class TrainSession:
                 self.health.stop_if_weights_are_bad(error)
                 raise
         self._abandon_step(signal_handler, before)
+        self.state.restore_objective(buffers)
+        self.save()
         return None
 
     def _forward_backward(self, signal_handler: SignalHandler) -> step.StepStats:
@@ -180,14 +183,13 @@ class TrainSession:
         self.status, self.signal_number = "interrupted", signal_handler.stop_signal or announced
 
     def _abandon_step(self, signal_handler: SignalHandler, before: GeneratorStates) -> None:
-        """Stop in the state before the step that is under way, and save it."""
+        """Stop, in the state before the step that is under way."""
         self._abandon(signal_handler)
         if isinstance(self.dataloader, RewindableLoader):
             self.dataloader.rewind()
         self.optimizer.zero_grad(set_to_none=True)
         before.restore()
         self.log_event("abandoned", step=self.progress.step + 1, message="given up; the resumed run does it again")
-        self.save()
 
     def optimizer_step(self, stats: step.StepStats, callbacks: Sequence[Callback]) -> None:
         """Divide, clip and update; or skip the update and log why."""
@@ -244,6 +246,7 @@ class TrainSession:
         self.eval_metrics = {}
         if not due or self.status == "interrupted":
             return not due
+        buffers = self.state.objective_buffers()
         try:
             with signal_handler.interruptible(allowed=self.parallel.can_abandon):
                 self.eval_metrics = self.measure(due)
@@ -255,6 +258,7 @@ class TrainSession:
             if not self.parallel.is_abandoned():
                 raise
         self._abandon(signal_handler)
+        self.state.restore_objective(buffers)  # an evaluator may have begun to count anew
         return False
 
     def measure(self, evaluators: Sequence[Evaluator]) -> dict[str, Any]:

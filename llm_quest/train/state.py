@@ -174,7 +174,8 @@ class TrainState:
     """Model, optimizer, loader, learning-rate schedule, guard and random-number generators of a run, and its progress.
 
     `state_dict` and `load_state_dict` are all that a checkpoint needs. The schedule is a function of the step and has
-    no state of its own. settings: what else the bits of a run depend on (precision, compilation), by name."""
+    no state of its own. settings: what else the bits of a run depend on (precision, compilation), by name. objective:
+    its own persistent buffers (what it measures over several steps) are kept too, for each process."""
 
     def __init__(
         self,
@@ -188,7 +189,9 @@ class TrainState:
         divergence: DivergenceMonitor | None = None,
         parallel: DistributedContext | None = None,
         settings: Mapping[str, Any] | None = None,
+        objective: nn.Module | None = None,
     ):
+        self.objective = objective
         self.model, self.optimizer, self.loader, self.schedule = model, optimizer, loader, schedule
         self.guard, self.rng, self.parallel = guard, rng, parallel or DistributedContext()
         self.divergence = divergence or DivergenceMonitor()
@@ -201,6 +204,19 @@ class TrainState:
         """Give every parameter group the learning rate of the current step."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.schedule(self.progress.step)
+
+    def objective_buffers(self) -> dict[str, Tensor]:
+        """Copies of the objective's own buffers, by name."""
+        if self.objective is None:
+            return {}
+        hidden = self.objective._non_persistent_buffers_set
+        return {name: t.clone() for name, t in self.objective.named_buffers(recurse=False) if name not in hidden}
+
+    def restore_objective(self, buffers: Mapping[str, Any]) -> None:
+        """Give the objective's own buffers these values: tensors, or lists of numbers."""
+        for name, own in self.objective_buffers().items():
+            if name in buffers:
+                setattr(self.objective, name, torch.as_tensor(buffers[name]).to(own).reshape(own.shape))
 
     def state_dict(self) -> dict[str, Any]:
         """ "model" and "optimizer" are tensors on the CPU by name, the rest is JSON. Every process takes part in
@@ -221,6 +237,7 @@ class TrainState:
             "optimizer_numbers": numbers,
             "loaders": self.parallel.all_gather(self.loader.state_dict()),
             "rng": self.parallel.all_gather(self.rng.state_dict()),
+            "objectives": self.parallel.all_gather({k: t.tolist() for k, t in self.objective_buffers().items()}),
             "environment": self.environment(),
         }
         return {
@@ -250,6 +267,8 @@ class TrainState:
         self.loader.load_state_dict(state_dict["loaders"][rank])
         if same_world_size:
             self.rng.load_state_dict(state_dict["rng"][rank])
+            if "objectives" in state_dict:  # older checkpoints have none
+                self.restore_objective(state_dict["objectives"][rank])
         else:
             self.rng.seed(self.progress.step)
 

@@ -70,9 +70,13 @@ def train(folder: Path, told: Sequence[int] = (), in_steps: Sequence[int] = (), 
         return go(STEPS, run, feed=ToldInStep(in_steps), probes=probes, **settings)
 
 
+def rows_of(folder: Path) -> list[Any]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def results(folder: Path) -> Any:
     """What the run ends with; its rows of metrics, one for each step, have all evaluations."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(folder)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert all("eval/loss" in row for row in rows[1::2])
     return run_result(folder), (folder / "checkpoints/BEST").exists()
@@ -95,6 +99,24 @@ def test_an_evaluation_that_a_signal_ends_is_made_up(name: str, tmp_path: Path, 
     assert results(tmp_path / "run") == results(tmp_path / "straight")
 
 
+class PowerCut(ToldInStep):
+    def batches(self, step: int) -> Any:
+        if step == 2:
+            raise RuntimeError("no power")
+        return super().batches(step)
+
+
+def test_a_row_that_was_made_up_stands_once_although_the_run_is_killed_behind_it(tmp_path: Path, monkeypatch: Any):
+    monkeypatch.setattr("llm_quest.train.signals.PATIENCE_SECONDS", 0.05)
+    train(tmp_path / "straight")
+    train(tmp_path / "run", told=[1])
+    with RunDir(tmp_path / "run") as run, pytest.raises(RuntimeError, match="no power"):
+        go(STEPS, run, feed=PowerCut(), probes=[Evaluation(), LAST])
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2]
+    train(tmp_path / "run")
+    assert results(tmp_path / "run") == results(tmp_path / "straight")
+
+
 @pytest.mark.parametrize("step", [4, STEPS])
 def test_an_evaluation_that_is_due_after_a_signal_is_made_up(step: int, tmp_path: Path):
     """At the last step it is made at once, if it is short, and what comes after the loop is left."""
@@ -111,6 +133,6 @@ def test_a_run_that_was_stopped_in_its_last_evaluation_is_trained_on(tmp_path: P
     train(tmp_path / "run", told=[3])
     with RunDir(tmp_path / "run") as run:
         assert go(STEPS + 2, run, feed=ToldInStep(), probes=[Evaluation(), LAST]).status == "finished"
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(tmp_path / "run")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 3))
     assert [row["step"] for row in rows if "at the end/loss" in row] == [STEPS, STEPS + 2]
