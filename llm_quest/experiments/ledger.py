@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from filelock import FileLock
 
 from llm_quest.contracts import LogFn
 from llm_quest.errors import DataError, UsageError
-from llm_quest.files import atomic_write_text, iter_lines
+from llm_quest.files import append_lines, atomic_write_text, fsync_path, iter_lines
 from llm_quest.progress import utc_now
 
 Row = dict[str, Any]
@@ -101,20 +100,9 @@ class Ledger:
             parent = mine[-1]["id"] if mine else ""
             row = {"kind": kind, "experiment": experiment, "parent": parent, "time": utc_now(), **content}
             row["id"] = row_id(row)
-            append_line(self.file, json.dumps(row, ensure_ascii=False, allow_nan=False))
+            append_lines(self.file, [json.dumps(row, ensure_ascii=False, allow_nan=False)])
+            fsync_path(self.file)
         return row
-
-
-def append_line(file: Path, line: str) -> None:
-    """A line of its own, also behind one that was cut."""
-    with file.open("ab+") as handle:
-        end = handle.seek(0, os.SEEK_END)
-        if end:
-            handle.seek(end - 1)
-            line = line if handle.read(1) == b"\n" else "\n" + line
-        handle.write(line.encode() + b"\n")
-        handle.flush()
-        os.fsync(handle.fileno())
 
 
 def merge_ledgers(files: Sequence[Path], into: Path, log: LogFn) -> int:

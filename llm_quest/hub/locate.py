@@ -7,9 +7,11 @@ import logging
 import os
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm_quest.atomic_dirs import SWEEP_SECONDS
 from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.files import file_sha256, load_json
 from llm_quest.manifest import MANIFEST_FILE, find_fault
@@ -192,6 +194,7 @@ def download_snapshot(name: str, patterns: list[str], revision: str | None) -> P
         with require_rate():
             folder = Path(download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
         remove_damaged(folder, began - 1)
+        sweep_partial_downloads(folder.parents[1] / "blobs")
         return folder
     except errors.GatedRepoError:
         raise MissingError(
@@ -220,6 +223,15 @@ def remove_damaged(snapshot: Path, since: float) -> None:
             file.unlink()
             blob.unlink(missing_ok=True)
             raise OSError(f"{file.name} was damaged on its way, and is removed")
+
+
+def sweep_partial_downloads(blobs: Path) -> None:
+    """Remove what downloads that were killed a day ago or longer have left: `huggingface_hub` gives each download a
+    name of its own, so none goes on with it."""
+    for stray in blobs.glob("*.incomplete"):
+        with suppress(OSError):
+            if time.time() - stray.stat().st_mtime > SWEEP_SECONDS:
+                stray.unlink()
 
 
 def git_blob_sha1(file: Path) -> str:

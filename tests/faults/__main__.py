@@ -1,5 +1,5 @@
 """`python -m tests.faults` fuzzes everything that reads input; `files` lets every call fail that writes a file; `kills`
-kills and resumes training runs; `signals` stops them in every phase. Each has `--help`."""
+kills and resumes training runs; `signals` stops them in every phase; `ci` does a little of each. Each has `--help`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def fuzz(words: Sequence[str]) -> int:
                 f"{target.name}: {arguments.count:,} inputs, {len(faults)} faults, {took:.1f} CPU seconds", flush=True
             )
             for fault in faults:
-                print(f"  {fault}", flush=True)
+                repeat = f"python -m tests.faults '{target.name}' --count 1 --start {fault.seed}"
+                print(f"  {fault}\n  repeat: {repeat}", flush=True)
         print(f"round {number + 1}: {inputs:,} inputs so far, {total} faults", flush=True)
     return int(total > 0)
 
@@ -46,6 +47,10 @@ def main() -> int:
         from tests.faults.writers import main as files
 
         return files(sys.argv[2:])
+    if sys.argv[1:2] == ["ci"]:
+        from tests.faults.ci import main as ci
+
+        return ci(sys.argv[2:])
     if sys.argv[1:2] == ["signals"]:
         from tests.faults.signals import main as stop
 

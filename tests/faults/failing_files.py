@@ -141,7 +141,7 @@ def make_open(state: FailingFiles, real: Callable[..., Any]) -> Callable[..., An
 
 def make_os_calls(state: FailingFiles) -> dict[str, Callable[..., Any]]:
     """The calls of `os` that are replaced, by name."""
-    real = {name: getattr(os, name) for name in ("open", "write", "fsync", "close")}
+    real = {name: getattr(os, name) for name in ("open", "write", "fsync", "close", "posix_fallocate")}
 
     def failing_os_open(path: Any, flags: int, *rest: Any, **more: Any) -> int:
         if not state.is_under(path):
@@ -166,7 +166,13 @@ def make_os_calls(state: FailingFiles) -> dict[str, Callable[..., Any]]:
         state.descriptors.pop(descriptor, None)
         real["close"](descriptor)
 
+    def reserve(descriptor: int, *place: int) -> None:
+        if state.is_under(descriptor):
+            state.call("write", descriptor)
+        real["posix_fallocate"](descriptor, *place)
+
     calls: dict[str, Callable[..., Any]] = {
+        "posix_fallocate": reserve,
         "open": failing_os_open, "write": failing_write, "fsync": failing_fsync, "close": closing,
     }  # fmt: skip
     names = {"mkdir": "mkdir", "rename": "rename", "replace": "rename", "link": "link", "symlink": "link"}

@@ -233,6 +233,28 @@ def test_a_download_that_was_killed_leaves_nothing_that_is_taken_for_whole(hub, 
     assert not whole_files(tmp_path)
     hub.kind = "works"
     assert (download_snapshot("some/model", list(CONFIG_FILES), None) / "config.json").read_bytes() == CONFIG
+    (stray,) = tmp_path.rglob("*.incomplete")
+    assert hub.ranges[-1] == 0, "huggingface_hub goes on with it: say so in docs/reliability.md"
+    day_before = time.time() - 2 * 24 * 3600
+    os.utime(stray, (day_before, day_before))
+    download_snapshot("some/model", list(CONFIG_FILES), None)
+    assert not stray.exists()
+
+
+def test_a_part_of_a_file_is_fetched_again_by_the_next_command_and_a_whole_one_is_not(hub, tmp_path):
+    """What docs/reliability.md says of `huggingface_hub`: it goes on within a command, and deletes the part at its
+    end."""
+    hub.kind = "breaks off"
+    with pytest.raises(MissingError):
+        download_snapshot("some/model", list(CONFIG_FILES), None)
+    assert hub.ranges[-1] == 4000, "the rest is asked for within the command"
+    assert not list(tmp_path.rglob("*.incomplete"))
+    hub.kind = "works"
+    download_snapshot("some/model", list(CONFIG_FILES), None)
+    assert hub.ranges[-1] == 0
+    asked = len(hub.ranges)
+    download_snapshot("some/model", list(CONFIG_FILES), None)
+    assert len(hub.ranges) == asked, "a whole file is fetched again"
 
 
 def test_two_downloads_at_once_leave_one_whole_file(hub, tmp_path):

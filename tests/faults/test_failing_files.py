@@ -24,7 +24,8 @@ from tests.recipes.every_recipe import prepare
 PACKAGE = Path(llm_quest.__file__).parent
 PRIMITIVES = {
     "write_tensors", "atomic_dir", "atomic_file", "append_lines", "mkdtemp", "mkstemp", "os.rename", "replace_file",
-    "update_text", "savefig", "tofile", "write_text", "write_bytes", "write_json", "SummaryWriter",
+    "update_text", "savefig", "tofile", "write_text", "write_bytes", "write_json", "SummaryWriter", "atomic_model_file",
+    "open to write",
 }  # fmt: skip
 """What writes otherwise than by the functions of files.py that replace one whole file."""
 WITHOUT_A_WRITER = {
@@ -32,6 +33,7 @@ WITHOUT_A_WRITER = {
     "files.py": "the functions that all others use",
     "layers/native.py": "compiled into a temporary folder and then renamed",
     "machine/compiler.py": "a temporary folder of its own",
+    "progress.py": "the null device",
     "hub/mmap.py": "a temporary folder of its own; what fails there means that nothing is mapped",
     "report/plots.py": "drawn in memory",
     "cli/export_web.py": "a stage that atomic_dir renames (tests/cli/test_export_web.py)",
@@ -62,9 +64,17 @@ def name_of(call: ast.Call) -> str:
     match call.func:
         case ast.Attribute(value=ast.Name(id=owner), attr="rename"):
             return f"{owner}.rename"
+        case ast.Attribute(attr="open") | ast.Name(id="open") if any(map(is_writing_mode, call.args)):
+            return "open to write"
         case ast.Attribute(attr=name) | ast.Name(id=name):
             return name
     return ""
+
+
+def is_writing_mode(argument: ast.expr) -> bool:
+    """Whether this is the mode of a file that is written."""
+    text = argument.value if isinstance(argument, ast.Constant) else ""
+    return isinstance(text, str) and 0 < len(text) < 4 and set(text) <= set("wxarb+t") and bool(set(text) & set("wxa"))
 
 
 def test_every_module_that_writes_is_in_a_writer():

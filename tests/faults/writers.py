@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import tempfile
 import time
@@ -29,7 +30,11 @@ from llm_quest.data.corpus import load_corpus
 from llm_quest.data.split import split_corpus
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import open_token_folder, prepare_token_folder
+from llm_quest.experiments.ledger import Ledger
+from llm_quest.experiments.ledger import read_rows as read_rows_of_ledger
 from llm_quest.files import append_lines, atomic_write_text
+from llm_quest.hub.gguf import read_gguf
+from llm_quest.hub.gguf_export import save_gguf
 from llm_quest.hub.load_save import save
 from llm_quest.hub.save_adapter import save_adapter
 from llm_quest.machine.profile import MachineProfile, save_profile
@@ -260,7 +265,41 @@ def write_reference(folder: Path, version: int) -> None:
     save_tensors(folder / "r.safetensors", {"w": torch.full((9,), float(version))}, {})
 
 
+def write_gguf_file(folder: Path, version: int) -> None:
+    save_gguf(tiny_model(version), tokenizer_version(1), folder / "m.gguf", overwrite=True)
+
+
+def read_bytes(folder: Path) -> object:
+    file = folder / "m.gguf"
+    return read_gguf(file).metadata and file.read_bytes() if file.exists() else None
+
+
+def replace_checkpoint(folder: Path, version: int) -> None:
+    """As a run does whose last evaluations are made up: the checkpoint of the same step is written anew."""
+    root = folder / "checkpoints"
+    checkpoints.remove_partial_checkpoints(root)
+    tensors = {"model": {"w": torch.full((64,), float(version))}, "optimizer": {}}
+    checkpoints.save_checkpoint(root, Checkpoint(7, {**tensors, "progress": {}}, replaces=True))
+
+
+def append_ledger(folder: Path, version: int) -> None:
+    for number in range(version):
+        Ledger(folder / "ledger.jsonl", lambda text: None).append("run", "e", {"number": number, "text": "é" * 9})
+
+
+def read_ledger(folder: Path) -> object:
+    """The rows that are whole; nothing else stands there."""
+    file = folder / "ledger.jsonl"
+    said: list[str] = []
+    rows = read_rows_of_ledger(file, said.append) if file.exists() else []
+    assert said == []
+    return [row["number"] for row in rows] or None
+
+
 WRITERS: tuple[Writer, ...] = (
+    Writer("replaced checkpoint", ("train/checkpoint.py",), replace_checkpoint, newest_checkpoint),
+    Writer("gguf", ("hub/gguf.py", "hub/gguf_export.py", "hub/gguf_adapter.py"), write_gguf_file, read_bytes),
+    Writer("ledger", ("experiments/ledger.py",), append_ledger, read_ledger),
     Writer("checkpoint", ("train/checkpoint.py", "tensor_files.py"), write_checkpoint, newest_checkpoint),
     Writer("shards", ("train/sharded_checkpoint.py",), write_shards, newest_checkpoint),
     Writer("consolidated checkpoint", ("train/sharded_checkpoint.py",), consolidate, newest_checkpoint),
@@ -281,6 +320,9 @@ WRITERS: tuple[Writer, ...] = (
     Writer("traceback", ("cli/output.py",), write_crash, read_texts),
     Writer("paper", ("papers/card.py", "papers/reproduce.py"), write_paper, read_texts, True, is_slow=True),
 )  # fmt: skip
+
+
+WAYS = (*ERRORS, "short", "slow")
 
 
 @dataclass(frozen=True)
@@ -307,11 +349,12 @@ def contents(writer: Writer, scratch: Path) -> tuple[Any, Any, Any]:
     return found[0], found[1], found[2]
 
 
-def count_calls(writer: Writer) -> int:
-    """How many calls there are that a full disk lets fail."""
+@cache
+def count_calls(writer: Writer, kind: str = "ENOSPC") -> int:
+    """How many calls there are that fail in this way."""
     with tempfile.TemporaryDirectory() as name:
         writer.write(Path(name), 1)
-        with failing_files(Path(name), "ENOSPC", 10**9) as state:
+        with failing_files(Path(name), kind, 10**9) as state:
             writer.write(Path(name), 2)
     return state.calls
 
@@ -379,6 +422,15 @@ def is_whole(writer: Writer, found: Any, allowed: Sequence[Any]) -> bool:
     return all(any(content == (one or {}).get(name) for one in allowed) for name, content in (found or {}).items())
 
 
+def draw_calls(writer: Writer, kind: str, count: int, seed: int) -> Iterable[int]:
+    """Which calls fail: all for a count of 0."""
+    if not count:
+        # every write of a "slow" disk waits, and every one of a "short" one is short: once is enough
+        return range(1 if kind in ("slow", "short") else 10**6)
+    chance = random.Random(f"{writer.name} {kind} {seed}")
+    return sorted(chance.randrange(count_calls(writer, kind)) for _ in range(count))
+
+
 def show_faults(faults: Sequence[FileFault]) -> int:
     for fault in faults[:12]:
         print(f"  {fault}")
@@ -388,7 +440,9 @@ def show_faults(faults: Sequence[FileFault]) -> int:
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults files", description=__doc__.splitlines()[0])
     parser.add_argument("writers", nargs="*", help=", ".join(writer.name for writer in WRITERS))
-    parser.add_argument("--kind", default="", help=", ".join(ERRORS))
+    parser.add_argument("--kind", default="", help=", ".join(WAYS))
+    parser.add_argument("--calls", type=int, default=0, help="how many of a writer's calls fail in each way; 0: all")
+    parser.add_argument("--seed", type=int, default=0, help="which calls, with --calls")
     args = parser.parse_args(words)
     from tests.faults.training import check_training
 
@@ -398,17 +452,16 @@ def main(words: Sequence[str]) -> int:
         if args.writers and writer.name not in args.writers:
             continue
         begin, faults, tried = time.monotonic(), [], 0
-        for kind in [args.kind] if args.kind else [*ERRORS, "short", "slow"]:
+        for kind in [args.kind] if args.kind else WAYS:
             for fresh in (True, False):
-                # every write of a "slow" disk waits: one of them is enough
-                found, count = check_writer(writer, kind, range(1 if kind in ("slow", "short") else 10**6), fresh)
+                found, count = check_writer(writer, kind, draw_calls(writer, kind, args.calls, args.seed), fresh)
                 faults, tried = faults + found, tried + count
         print(
             f"{writer.name}: {tried} failing calls, {len(faults)} faults, {time.monotonic() - begin:.0f} s", flush=True
         )
         total += show_faults(faults)
-    with_training = not args.writers or "training" in args.writers
-    for kind in ([args.kind] if args.kind else [*ERRORS, "kill"]) if with_training else ():
+    with_training = (not args.writers or "training" in args.writers) and not args.calls
+    for kind in ([args.kind] if args.kind else [*ERRORS, "short", "kill"]) if with_training else ():
         begin, faults = time.monotonic(), check_training(kind, range(10**6))
         print(f"training, {kind} at every call: {len(faults)} faults, {time.monotonic() - begin:.0f} s", flush=True)
         total += show_faults(faults)
