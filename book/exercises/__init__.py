@@ -3,11 +3,11 @@ the reader wrote and names the typical mistake that computes the same."""
 
 from __future__ import annotations
 
-from book.exercises import inference, layers, training
+from book.exercises import inference, layers, reading, training
 from book.exercises.exercise import Exercise
 
 EXERCISES: dict[str, Exercise] = {
-    one.name: one for one in (*layers.EXERCISES, *training.EXERCISES, *inference.EXERCISES)
+    one.name: one for one in (*layers.EXERCISES, *training.EXERCISES, *inference.EXERCISES, *reading.EXERCISES)
 }
 
 PRACTISED = {
@@ -32,5 +32,8 @@ PRACTISED = {
     "gae": ("objective/value_loss", "technique/value_head", "paper/ppo"),
     "top_p": ("generation/sampling",), "residual": ("generation/rejection_sampler", "generation/decoder"),
     "accepted": ("generation/rejection_sampler", "generation/target_model"),
+    "capped_weights": ("family/gemma", "technique/softcap", "layer/scaled_dot_product"),
+    "patches": ("layer/vision", "family/vit"), "clip_loss": ("family/clip_model", "family/clip"),
+    "prefix_match": ("recipe/rpt", "paper/rpt"),
 }  # fmt: skip
 """Exercise -> the pages that it is about, beside its chapter."""
