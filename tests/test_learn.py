@@ -51,7 +51,7 @@ def test_other_wrong_answers_are_described(answer, said):
 
 def test_there_are_thirty_exercises_and_every_chapter_has_one():
     assert len(EXERCISES) >= 30
-    assert CHAPTERS == {one.chapter for one in EXERCISES.values()}
+    assert {one.chapter for one in EXERCISES.values()} == CHAPTERS
 
 
 def test_the_exercise_about_yarn_has_the_frequencies_of_the_package():

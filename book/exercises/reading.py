@@ -19,7 +19,7 @@ Pairs = Sequence[tuple[int, int]]
 Merge = Callable[[list[int], tuple[int, int], int], list[int]]
 
 ENDINGS = tuple(
-    (said, [" caf".encode(), b"\xc3", b"\xa9", " is".encode()])
+    (said, [b" caf", b"\xc3", b"\xa9", b" is"])
     for said in (" café".encode(), b" caf", " café is".encode(), b" ca", " café i".encode(), b"", b"caf", b" cat",
                  "é".encode(), " café is it".encode())
 )  # fmt: skip
@@ -116,8 +116,8 @@ def ends_of(tokens: Sequence[bytes]) -> set[int]:
 EXERCISES = (
     Exercise(
         "bpe_encode", "text-and-tokens", "ids, merges",
-        "Byte-pair encoding: ids, a list of bytes, and merges, a list of pairs in the order in which they were learned.\n"
-        "Merge number n, counted from 0, replaces its pair by the token 256 + n everywhere, from left to right; a later\n"
+        "Byte-pair encoding: ids, a list of bytes, and merges, a list of pairs in the order of learning. Merge\n"
+        "number n, counted from 0, replaces its pair by the token 256 + n everywhere, from left to right; a later\n"
         "merge may join tokens that an earlier one made. Returns a list.",
         lambda g: [(list(b"aaaabaaa"), [(97, 97), (256, 98)]), (list(b"abcab"), [(98, 99), (97, 98)]),
                    (list(b"low lower"), [(108, 111), (256, 119), (101, 114)])],
@@ -142,8 +142,8 @@ EXERCISES = (
     ),
     Exercise(
         "capped_weights", "gemma", "q, k, scalar, cap, window",
-        "The attention weights (T, T) of a local layer of Gemma 2, one head: q and k (T, d). Scores are divided by the\n"
-        "root of `scalar`, bounded to `cap` by tanh, and a token reads the last `window` tokens, itself included.",
+        "The attention weights (T, T) of a local layer of Gemma 2, one head: q and k (T, d). Scores are divided by\n"
+        "the root of `scalar`, bounded to `cap` by tanh; a token reads the last `window` tokens, itself included.",
         lambda g: [(4 * randn(g, 6, 4), 4 * randn(g, 6, 4), 9.0, 3.0, 3),
                    (9 * randn(g, 4, 8), 9 * randn(g, 4, 8), 2.0, 5.0, 2)],
         gemma_weights,
@@ -188,8 +188,8 @@ EXERCISES = (
     ),
     Exercise(
         "clip_loss", "images", "images, texts, scale",
-        "CLIP's loss of a batch: vectors of images and of texts (N, d), of which the pairs have the same row. They are\n"
-        "brought to length 1, their products times `scale` are logits, and each side has to find its partner.",
+        "CLIP's loss of a batch: vectors of images and of texts (N, d), of which the pairs have the same row. They\n"
+        "are brought to length 1, their products times `scale` are logits, and each side has to find its partner.",
         lambda g: [(2 * randn(g, 5, 4), 3 * randn(g, 5, 4), 3.0), (randn(g, 3, 6), randn(g, 3, 6), 10.0)],
         lambda images, texts, scale: two_ways(scale * products(images, texts)),
         (
@@ -210,8 +210,8 @@ EXERCISES = (
     ),
     Exercise(
         "prefix_match", "reasoning", "predicted, tokens",
-        "The reward of reinforcement pre-training, 1.0 or 0.0: predicted (bytes) is right if it is how the text goes on,\n"
-        "to the byte, and ends where one of the true tokens (a list of bytes) ends. An empty prediction is wrong.",
+        "The reward of reinforcement pre-training, 1.0 or 0.0: predicted (bytes) is right if it is how the text goes\n"
+        "on, to the byte, and ends where one of the true tokens (a list of bytes) ends. An empty one is wrong.",
         lambda g: ENDINGS,
         prefix_match,
         (
