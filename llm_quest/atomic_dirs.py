@@ -50,7 +50,9 @@ def check_target(target: Path, overwrite: bool, replaceable: Callable[[str], boo
         raise UsageError(f"{target} exists and is no folder")
     held = sorted(p.name for p in target.iterdir()) if target.exists() else []
     if held and not overwrite:
-        raise UsageError(f"{target} is not empty; choose another folder, or overwrite=True to replace the model in it")
+        raise UsageError(
+            f"{target} is not empty; choose another folder, or replace the model in it (--overwrite, overwrite=True)"
+        )
     regular_files = {name for name in held if (target / name).is_file() and not (target / name).is_symlink()}
     if foreign_files := [name for name in held if not replaceable(name) or name not in regular_files]:
         raise UsageError(

@@ -1,6 +1,6 @@
 """Follows README.md as a newcomer: every command of its blocks, in order, in an empty folder, run at a tiny size.
 
-python -m tests.newcomer [--keep FOLDER]
+python -m tests.newcomer [--keep FOLDER] [--resume WORDS]
 
 What a command needs and the reader would bring (texts, rows, a folder with a model) is made first, by the commands that
 the README names. A command is cut to two steps of training; those in LEFT_OUT are not run, each for its reason. The
@@ -113,14 +113,19 @@ def follow(lines: list[str]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.newcomer", description=__doc__)
     parser.add_argument("--keep", type=Path, help="work in this new folder and leave it there")
+    parser.add_argument("--resume", help="go on in the folder of --keep, at the command that begins with these words")
     options = parser.parse_args()
+    lines = readme_commands()
+    if options.resume:
+        lines = lines[next(at for at, line in enumerate(lines) if line.startswith(options.resume)) :]
     with contextlib.ExitStack() as stack:
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="newcomer-")))
-        folder.mkdir(parents=True, exist_ok=options.keep is None)
+        folder.mkdir(parents=True, exist_ok=options.keep is None or options.resume is not None)
         os.environ |= {"LLM_QUEST_CACHE": str(folder.resolve() / "cache"), "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
         stack.enter_context(contextlib.chdir(folder))
-        write_readers_files()
-        print(f"{follow(readme_commands())} commands ran")
+        if not options.resume:
+            write_readers_files()
+        print(f"{follow(lines)} commands ran")
     return 0
 
 

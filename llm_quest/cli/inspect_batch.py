@@ -107,6 +107,8 @@ def load_batch_view(recipe: str, overrides: Sequence[str], *, step: int, rows: i
     found, config, settings = load_recipe(recipe, overrides)
     with tempfile.TemporaryDirectory() as scratch, open_job(found, config, settings, log, Path(scratch)) as job:
         batch: Any = job.loader.batches(step)[0]
+        if job.tokenizer is None and isinstance(batch, SHOWN):
+            raise UsageError(f"{config.recipe} has no tokenizer to show its tokens with; give its Job one")
         if job.tokenizer is None or not isinstance(batch, SHOWN):
             raise UsageError(
                 "inspect-batch shows rows of tokens: of pretrain, sft, reward, dpo, kto, gkd, classify, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -138,7 +138,7 @@ def job_workload(job: Job, context: Context) -> Workload:
     words = f"{rows:,} rows, about {units:,.0f} tokens" if job.preprocessor is None else f"{rows:,} images"
     inner: Any = job.loader.feed if isinstance(job.loader, SyncedReference | KTOLoader) else job.loader
     source = inner.source if isinstance(inner, ShardedLoader) and job.preprocessor is None else None
-    epochs = None if source is None else config.max_steps * rows / len(source)
+    epochs = config.max_steps * rows / len(source) if isinstance(source, Sized) else None  # drawn rows have no end
     return Workload(
         family=family_of(job.model.config).name,
         make_objective=lambda filled: job.objective,
