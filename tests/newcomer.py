@@ -50,9 +50,10 @@ PREPARED = (
 def smaller(line: str) -> str:
     """A command as it is typed -> as it is run: training of two steps, answers of a few tokens."""
     if line.startswith("quest train ") and "--help" not in line:
-        line = re.sub(r" (max_steps|num_train_epochs|early_stopping_patience)=\S+", "", line)
+        fresh = "model.config." in line
+        line = re.sub(r" (max_steps|num_train_epochs|early_stopping_patience|model\.config\.\w+)=\S+", "", line)
         steps = "max_steps=4" if "runs/mine" in line.split()[2] else TRAINED.replace("eval_steps=0", "eval_steps=1")
-        size = " model.config.num_hidden_layers=1 eval_baselines=false" if "config.hidden_size" in line else ""
+        size = " model.config.num_hidden_layers=1 eval_baselines=false" if fresh else ""
         return f"{line} {steps}{size} --quiet" if "model.load=FOLDER" not in line else f"{line} {TRAINED} --quiet"
     line = re.sub(r"--samples 16 --vote 16", "--samples 2 --vote 2 --problems 2", line)
     return f"{line} --tokens 8" if line.startswith("quest generate") else line

@@ -97,8 +97,7 @@ def compare_with_transformers(name_or_path: str | Path, *, seed: int = 0) -> Ver
     ours = load(location.folder, dtype="float32", vision=True)
     refuse_unpublished_techniques(ours, str(name_or_path))
     kind = counterpart_of(ours)
-    read = getattr(transformers, kind.auto_class).from_pretrained
-    theirs, info = read(location.folder, dtype=torch.float32, output_loading_info=True)
+    theirs, info = load_in_transformers(getattr(transformers, kind.auto_class), location.folder)
     several, theirs = [kind.inputs(ours, seed + number) for number in range(NUM_INPUTS)], theirs.eval()
     with torch.no_grad():
         references = [kind.theirs(theirs, inputs) for inputs in several]
@@ -114,6 +113,16 @@ def compare_with_transformers(name_or_path: str | Path, *, seed: int = 0) -> Ver
     return Verification(
         location.name, difference, padded, largest, error, allowed, missing, unexpected, tokenizer_result, passed
     )
+
+
+def load_in_transformers(auto_class: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """transformers' model, and what it says of the keys. UsageError with its reason where it refuses the folder."""
+    try:
+        theirs, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # its checks have errors of many kinds
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise UsageError(f"transformers cannot read {folder}, which loads here: {reason[0].strip()}") from error
+    return theirs, info
 
 
 def refuse_unpublished_techniques(model: Any, name: str) -> None:

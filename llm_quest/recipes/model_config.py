@@ -228,6 +228,11 @@ def largest_number(value: Any) -> int:
     return value if type(value) is int else 0
 
 
+DIVIDED_IN_TRANSFORMERS = ("llama", "gemma", "deepseek_v2")
+"""Families whose config in transformers refuses a hidden_size that is no multiple of num_attention_heads, although
+head_dim is a number of its own."""
+
+
 def check_relations(plan: ModelSizes) -> Iterator[tuple[str, str]]:
     """The rules that numbers keep among themselves."""
     sizes = {key: value for key, value in plan.sizes.items() if type(value) is int and value > 0}
@@ -235,15 +240,16 @@ def check_relations(plan: ModelSizes) -> Iterator[tuple[str, str]]:
         if {"num_attention_heads", key} <= sizes.keys() and sizes["num_attention_heads"] % sizes[key]:
             yield key, f"num_attention_heads {sizes['num_attention_heads']} must be a multiple of {key} {sizes[key]}"
     free = {"head_dim", "qk_nope_head_dim"} & set(config_fields(plan.family))
+    divided = plan.family.name in DIVIDED_IN_TRANSFORMERS
     if (
-        not free
+        (divided or not free)
         and {"hidden_size", "num_attention_heads"} <= sizes.keys()
         and sizes["hidden_size"] % sizes["num_attention_heads"]
     ):
         yield (
             "hidden_size",
             f"hidden_size {sizes['hidden_size']} must be a multiple of num_attention_heads "
-            f"{sizes['num_attention_heads']}",
+            f"{sizes['num_attention_heads']}{', or transformers refuses the export' if divided else ''}",
         )
     for key in ("head_dim", "qk_rope_head_dim"):
         if sizes.get(key, 2) % 2:

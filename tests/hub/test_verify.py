@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 from typer.testing import CliRunner
 
 from llm_quest.cli.main import app
+from llm_quest.errors import UsageError
+from llm_quest.hub.load_save import save
 from llm_quest.hub.verify import MARGIN, ROUNDING, compare_with_transformers
 from llm_quest.models import clip, clip_text, llama, siglip, vit
+from llm_quest.models.build import build, preset
 from tests.family_oracles import ORACLES
 from tests.models.vision import CLIP_TEXT, SIZES, their_clip, their_gemma3, their_llava, their_qwen3_5, their_vit
 from tests.oracles import randomize_, save_published, tiny_gpt2, tiny_llama, transformers
@@ -110,3 +114,13 @@ def test_the_command_says_both_figures(tmp_path: Path):
     assert result.exit_code == 0
     assert "equal" in result.stdout
     assert "transformers' own error" in result.stdout
+
+
+def test_a_folder_that_transformers_refuses_is_a_message_with_its_reason(tmp_path: Path):
+    config = dataclasses.replace(preset("llama3.2-tiny").config, hidden_size=50)
+    save(build(config, seed=0), folder := tmp_path / "m")
+    with pytest.raises(
+        UsageError, match=r"transformers cannot read .*, which loads here: .*hidden size \(50\)"
+    ) as error:
+        compare_with_transformers(folder)
+    assert "\n" not in str(error.value)

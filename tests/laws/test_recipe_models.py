@@ -162,6 +162,14 @@ def test_the_size_of_a_presets_head_follows_from_its_width():
     assert head_dim("model.preset=qwen3-0.6b", "model.config.hidden_size=512") == 128
 
 
+def test_a_width_whose_export_transformers_refuses_is_refused_before_the_training():
+    pairs = ["model.config.hidden_size=256", "model.config.num_attention_heads=6"]
+    with pytest.raises(UsageError, match="multiple of num_attention_heads 6, or transformers refuses the export"):
+        load_recipe("pretrain", pairs)
+    assert load_recipe("pretrain", [*pairs[:1], "model.config.num_attention_heads=8"])
+    assert load_recipe("pretrain", ["model.preset=qwen3-tiny", *pairs, "model.config.num_key_value_heads=2"])
+
+
 def test_rotary_positions_of_a_fresh_model_may_have_every_scaling_that_is_read():
     """What `read_scaling` reads is a key of the config; a table of its own once lacked LongRoPE's factors."""
     from llm_quest.recipes.pretrain import resolve_model_config

@@ -15,6 +15,7 @@ from llm_quest.contracts import Preset
 from llm_quest.errors import DataError
 from llm_quest.models import PART_FAMILIES
 from llm_quest.models.family import Family
+from llm_quest.recipes.model_config import DIVIDED_IN_TRANSFORMERS
 from tests.oracles import transformers
 
 SUBJECTS = {one.name: (family, one) for family in PART_FAMILIES for one in family.presets if one.name.endswith("-tiny")}
@@ -111,3 +112,23 @@ def differing_fields(ours: Any, expected: Any, size: Preset) -> Any:
         return ours
     names = [name for name in vars(size.config) if getattr(ours, name) != getattr(expected, name)]
     return {name: (getattr(ours, name), getattr(expected, name)) for name in names}
+
+
+def refuses_width(name: str) -> bool:
+    """Whether transformers' class refuses a width that is no multiple of the number of heads."""
+    hf_config = published(name)
+    uneven = hf_config | {"hidden_size": 7 * hf_config["num_attention_heads"] + 1}
+    try:
+        reference_class(hf_config["model_type"])(**{key: x for key, x in uneven.items() if key != "model_type"})
+    except Exception as error:
+        return "is not a multiple of the number of attention" in str(error)
+    return False
+
+
+def test_families_whose_width_transformers_divides_by_their_heads_are_those_that_a_recipe_divides():
+    """A folder that was trained for hours, and that transformers then refuses, is refused before the training."""
+    of_text = [name for name in SUBJECTS if {"hidden_size", "num_attention_heads"} <= published(name).keys()]
+    separate = [name for name in of_text if "head_dim" in published(name) or "qk_nope_head_dim" in published(name)]
+    found = {SUBJECTS[name][0].name for name in separate if refuses_width(name)}
+    assert found == set(DIVIDED_IN_TRANSFORMERS)
+    assert len(separate) > 15
