@@ -98,7 +98,7 @@ def figure_block(words: str, body: str = "") -> str:
 def exercises_block(words: str, file: str = "") -> str:
     """The exercises about a page or a chapter, and the games in which a line of its file is wrong."""
     about = [one for one in EXERCISES.values() if words in (one.chapter, *PRACTISED.get(one.name, ()))]
-    asked = [(f"quest learn {one.name}", one.task.strip().splitlines()[0]) for one in about]
+    asked = [(f"quest learn {one.name}", one.summary) for one in about]
     games = [number for number, one in enumerate(GAMES, start=1) if file == one.file]
     asked += [
         (f"quest learn break {number}", "One line of this file is wrong: find it by the law.") for number in games

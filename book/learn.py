@@ -23,6 +23,7 @@ from book.source import ROOT
 from llm_quest.errors import ResourceError, UsageError
 from tests.mutations import Mutation
 
+CHAPTERS = ROOT / "book/chapters"
 SECONDS, WAIT_SECONDS = 10, 300
 """What an answer may take of a processor, and how long it is waited for: on a busy machine 10 s of a processor are
 minutes."""
@@ -31,10 +32,13 @@ Log = Callable[[str], None]
 
 
 def overview(folder: Path) -> list[str]:
-    """Every exercise and how many games there are, with what is done."""
-    lines = ["exercises:"]
-    for one in EXERCISES.values():
-        lines.append(f"  {one.name:<20}{first_line(one.task)}{progress_mark(folder / f'{one.name}.py')}")
+    """The exercises of each chapter and how many games there are, with what is done."""
+    lines = []
+    for file in sorted(CHAPTERS.glob("*.md")):
+        number, _, chapter = file.stem.partition("-")
+        lines.append(f"{int(number)} {chapter}")
+        own = [one for one in EXERCISES.values() if one.chapter == chapter]
+        lines += [f"  {one.name:<18}{progress_mark(folder, one.name):<9}{one.summary}" for one in own]
     done = sum((folder / f"game-{number}" / "REPAIRED").is_file() for number in range(1, len(GAMES) + 1))
     return [
         *lines,
@@ -47,12 +51,10 @@ def overview(folder: Path) -> list[str]:
     ]
 
 
-def first_line(text: str) -> str:
-    return text.strip().splitlines()[0]
-
-
-def progress_mark(file: Path) -> str:
-    return "  (begun)" if file.is_file() else ""
+def progress_mark(folder: Path, name: str) -> str:
+    if (folder / f"{name}.solved").is_file():
+        return "solved"
+    return "begun" if (folder / f"{name}.py").is_file() else ""
 
 
 def begin(folder: Path, name: str) -> list[str]:
@@ -84,6 +86,8 @@ def check(folder: Path, name: str) -> tuple[bool, list[str]]:
         raise ResourceError(f"{file} did not end within {WAIT_SECONDS} s: does it wait for something?") from None
     if ended.returncode < 0:  # ended by a signal, that of the limit among others
         raise ResourceError(f"{file} was ended after {SECONDS} s of the processor or for its memory: an endless loop?")
+    if ended.returncode == 0:
+        (folder / f"{name}.solved").touch()
     return ended.returncode == 0, (ended.stdout or ended.stderr).strip().splitlines()
 
 

@@ -3,6 +3,8 @@ game's wrong line is found by the law that it shows."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -78,7 +80,10 @@ def test_an_exercise_is_begun_judged_and_never_written_over(tmp_path):
     assert lines[0].startswith("it is turned over")
     assert "is there already" in run_lesson("causal_mask", None, tmp_path, print)[1][0]
     file.write_text("import torch\ndef causal_mask(T):\n    return torch.arange(T)[:, None] >= torch.arange(T)\n")
-    assert learn.judge_file("causal_mask", str(file)) == 0
+    overview = "\n".join(run_lesson(None, None, tmp_path, print)[1])
+    assert re.search(r"^  causal_mask +begun +A mask \(T, T\)", overview, re.M)
+    assert run_lesson("check", "causal_mask", tmp_path, print)[0]
+    assert re.search(r"^  causal_mask +solved", "\n".join(run_lesson(None, None, tmp_path, print)[1]), re.M)
 
 
 def test_an_answer_without_an_end_is_ended_by_its_own_processor_time(tmp_path, monkeypatch):
@@ -110,8 +115,14 @@ def test_unknown_names_are_messages(tmp_path, action, name):
 
 
 def test_the_overview_names_every_exercise(tmp_path):
-    lines = "\n".join(run_lesson(None, None, tmp_path, print)[1])
-    assert all(name in lines for name in EXERCISES)
+    """In the order of the chapters, each asked in a few whole words."""
+    lines = run_lesson(None, None, tmp_path, print)[1]
+    asked = [line for line in lines if line.startswith("  ")]
+    named = [line.split()[0] for line in asked]
+    assert sorted(named) == sorted(EXERCISES)
+    assert named.index("bpe_encode") < named.index("softmax") < named.index("patches") < named.index("pass_at_k")
+    assert all(len(line) < 120 for line in asked)
+    assert all(one.summary and one.summary[-1] not in ",(" for one in EXERCISES.values())
 
 
 def test_there_are_forty_games_at_most_two_of_a_file_whose_mistake_can_be_made():

@@ -5,6 +5,7 @@ the exercise runs too; the one that computes what the reader's function does is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,11 @@ class Exercise:
             "import math\n\nimport torch\nfrom torch.nn import functional as F\n\n\n"
             f'def {self.name}({self.arguments}):\n    """{lines}"""\n    raise NotImplementedError\n'
         )
+
+    @property
+    def summary(self) -> str:
+        """What is asked in a few words: the beginning of the task."""
+        return re.split(r"[.:;](?:\s|$)", " ".join(self.task.split()), maxsplit=1)[0]
 
     def examples(self) -> Sequence[tuple[Any, ...]]:
         """The inputs on which an answer is judged, the same every time."""

@@ -211,7 +211,7 @@ EXERCISES = (
     ),
     Exercise(
         "rows_of_step", "training", "step, batch, rows, order",
-        "The rows of a step, from its number alone, so that a resumed run reads what the straight one would have:\n"
+        "The rows of a step, from its number alone: so a resumed run reads what the straight one would have read.\n"
         "order(epoch) is a list of all `rows` in the order of that epoch, counted from 0. Epochs follow each other\n"
         "without a gap: a batch may end one and begin the next.",
         lambda g: [(step, 3, 7, order_of(7)) for step in (0, 1, 2, 3, 6, 9)],
