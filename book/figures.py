@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import math
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from llm_quest.report.plots import INK, SERIES, figure_to_svg, new_figure
 Line = tuple[str, list[float], list[float]]
 
 
+@functools.cache
 def draw(name: str) -> str:
     """A figure as HTML, with its caption."""
     if name not in FIGURES:
