@@ -97,6 +97,17 @@ def test_a_recipe_of_ones_own_costs_one_file_and_one_line(tmp_path: Path) -> Non
     assert "repeats" in "\n".join(make_page("copy").lines())
 
 
+def test_rows_of_a_recipe_without_a_tokenizer_cannot_be_shown_and_the_message_says_what_to_add(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = OWN_RECIPE.replace('{"source": "copies"}, tokenizer)', '{"source": "copies"})')
+    (tmp_path / "untold_recipe_of_a_test.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(RECIPES, "copy", "untold_recipe_of_a_test")
+    with pytest.raises(UsageError, match="copy has no tokenizer to show its tokens with; give its Job one"):
+        load_batch_view("copy", ["device=cpu"], step=0, rows=1, log=print)
+
+
 @pytest.mark.usefixtures("own")
 def test_a_dry_run_tells_all_mistakes_of_ones_own_recipe_and_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
     for dry_run in (True, False):
