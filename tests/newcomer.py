@@ -32,6 +32,7 @@ LEFT_OUT = {
     r"quest generate FOLDER --image": "needs a model that sees: tests/cli/test_llava_folder.py",
     r"quest serve ": "runs until it is stopped: tests/serve",
     r"quest (reproduce|ablate|train rpt|train grpo) ?": "minutes: chapter 15, tests/papers, tests/recipes/rpt",
+    r"quest ledger list": "shows what quest ablate wrote: tests/experiments/test_ledger.py",
     r"quest (book|learn)$": "tests/test_book.py, tests/test_learn.py",
     r"quest \S+ (RUN|FOLDER|NAME)$": "a command's form, named in a sentence; it stands in a block with its own words",
 }
