@@ -6,11 +6,13 @@ thread that hangs is never reclaimed; a time-out is not a wrong answer."""
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +22,8 @@ from llm_quest.child_process import end_with_parent
 from llm_quest.errors import UsageError
 
 START_TIMEOUT_SECONDS = 60.0
+SAFE_PATH = "llm-quest"
+"""A value of PYTHONSAFEPATH by which it is known as ours."""
 
 Handler = Callable[[Any], Any]
 Setup = Callable[..., Handler]
@@ -71,7 +75,8 @@ class WorkerProcess:
             self._process = self._context.Process(
                 target=serve_requests, args=(theirs, self.setup, self.arguments, is_main_thread), daemon=True
             )
-            self._process.start()
+            with without_working_folder():
+                self._process.start()
             theirs.close()
             self._require_ready()
         assert self._pipe is not None
@@ -106,11 +111,26 @@ class WorkerProcess:
         self.close()
 
 
+@contextmanager
+def without_working_folder() -> Iterator[None]:
+    """Inside, a Python that is started looks for no module in the working folder, which may be a stranger's: a file
+    multiprocessing.py there would be run."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ.setdefault("PYTHONSAFEPATH", SAFE_PATH)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+
+
 def serve_requests(pipe: Connection, setup: Setup, arguments: tuple[Any, ...], by_signal: bool = True) -> None:
     """The process's life: set up, then answer until the pipe closes or the parent is gone. Ctrl-C is the trainer's to
     handle. by_signal: whether the main thread started it (`end_with_parent`)."""
     if (parent := multiprocessing.parent_process()) is not None and parent.pid is not None:
         end_with_parent(parent.pid, by_signal)
+    if os.environ.get("PYTHONSAFEPATH") == SAFE_PATH:  # what the user's code starts is its own affair
+        del os.environ["PYTHONSAFEPATH"]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdout = sys.stderr
     try:

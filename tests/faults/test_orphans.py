@@ -18,6 +18,7 @@ import pytest
 import llm_quest
 from llm_quest import child_process
 from llm_quest.child_process import end_with_parent
+from llm_quest.data.template_sandbox import render_prompt
 from llm_quest.rollouts.worker_process import WorkerProcess
 
 PACKAGE = Path(llm_quest.__file__).parent
@@ -106,6 +107,31 @@ def test_a_child_ends_when_its_parent_is_killed(name: str, tmp_path: Path) -> No
     if alive:
         os.kill(child, 9)
     assert not alive, "it outlived its parent"
+
+
+def make_environment_reader() -> Callable[[Any], Any]:
+    return os.environ.get
+
+
+def test_a_child_runs_no_file_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger's folder, in which a command is given, has modules of the names that a child begins with."""
+    for name in ("multiprocessing", "pickle", "random", "socket", "json", "llm_quest"):
+        (tmp_path / f"{name}.py").write_text("open('it ran', 'w').close()\nraise SystemExit(1)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    with WorkerProcess(make_environment_reader) as worker:
+        assert worker.call("PYTHONSAFEPATH", 30.0) is None, "what a reward starts would be another Python"
+    assert "PYTHONSAFEPATH" not in os.environ
+    assert render_prompt("{{ messages[0].content }}", [{"role": "user", "content": "hi"}]) == "hi"
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_every_python_that_is_started_looks_for_no_module_in_the_working_folder() -> None:
+    """`-P`, a folder of its own, or PYTHONSAFEPATH."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        text = file.read_text(encoding="utf-8")
+        if "sys.executable" in text or "get_context(" in text:
+            assert re.search(r'"-P"|without_working_folder\(\)|cwd=Path\(__file__\)', text), file
 
 
 def test_where_there_is_no_death_signal_a_thread_looks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,8 +53,6 @@ LAST = Evaluation("at the end", interval=0)
 BEST = {"metric_for_best_model": "eval/loss", "save_every": 1, "keep_last": 0}
 STOP = BEST | {"early_stopping_patience": 1}
 RUNS: dict[str, tuple[Sequence[dict[str, Any]], dict[str, Any]]] = {
-    "in the middle": ([{"told": [1]}], {}),
-    "at the end": ([{"told": [3]}], {}),
     "in the middle and again": ([{"told": [1]}, {"told": [1]}, {"told": [3]}], {}),
     "at the end and again": ([{"told": [3]}, {"told": [1]}], {}),
     "at the end of early stopping": ([{"told": [3]}], STOP),
