@@ -129,6 +129,7 @@ DISK_REMEDIES: dict[int, str] = {
     errno.ENOSPC: "no space is left on its disk; free some and run the command again",
     errno.EDQUOT: "the disk quota is used up; free some space and run the command again",
     errno.EFBIG: "the file grew larger than is allowed here (ulimit -f); raise the limit and run the command again",
+    errno.EMFILE: "too many files are open in this process (ulimit -n); raise the limit and run the command again",
     errno.EROFS: "its file system can only be read; name another folder, or mount it for writing",
     errno.EIO: "its disk cannot be read or written (input/output error); look at the disk and run the command again",
     getattr(errno, "ESTALE", -1): "its network file system has lost it (stale file handle); mount it again and run the "

@@ -90,6 +90,22 @@ def replace_file(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
+def parse_digits(text: str) -> int | None:
+    """The number that up to 15 of the digits 0 to 9 write; None for any other text. (`str.isdigit` takes "²" too, which
+    `int` refuses, and digits of other scripts, which are other file names.)"""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None
+
+
+def read_pointer(file: Path) -> str:
+    """What a small text file names (LATEST, RESULT); empty where it is not there, no regular file, or holds what is no
+    name."""
+    try:
+        text = file.read_bytes()[:1000].decode().strip() if file.is_file() and file.stat().st_size <= 1000 else ""
+    except (OSError, ValueError):
+        return ""
+    return text if text.isprintable() else ""
+
+
 def file_sha256(path: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import os
+import re
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import llm_quest
 from llm_quest.atomic_dirs import SWEEP_SECONDS, atomic_dir
 from llm_quest.errors import UsageError, tolerate_failure
-from llm_quest.files import atomic_write_text, update_text
+from llm_quest.files import atomic_write_text, parse_digits, read_pointer, update_text
 
 PACKAGE = Path(llm_quest.__file__).parent
 
@@ -117,3 +118,26 @@ def test_nobody_writes_a_file_in_place():
             if opens or (name in ("write_text", "write_bytes") and isinstance(node.func, ast.Attribute)):
                 found.add(str(file.relative_to(PACKAGE)))
     assert found <= set(WRITES_IN_A_STAGE), found - set(WRITES_IN_A_STAGE)
+
+
+def test_digits_are_read_in_one_place():
+    """`str.isdigit` takes what `int` refuses ("²"), and digits of other scripts."""
+    assert [parse_digits(text) for text in ("12", "007", "", "²", "١", "-1", "1" * 16, " 1")] == [12, 7, *[None] * 6]
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            loose = re.search(r"\.(isdigit|isdecimal|isnumeric)\(\)", line) and "isascii" not in line
+            assert not loose or "int(" not in line, f"{file}:{number}: parse_digits reads it"
+            assert not loose or file.name in ("config.py", "verifiers.py", "sentencepiece_model.py"), f"{file}:{number}"
+
+
+@pytest.mark.parametrize(
+    "content", [b"\0x", b"\xff\xfe", b"x" * 9000, b"a\nb", b"", b"\x1b[31m", None], ids=lambda one: repr(one)[:9]
+)
+def test_a_file_that_names_no_name_is_read_as_none(content: bytes | None, tmp_path: Path):
+    """LATEST, BEST and RESULT of a stranger's run; None: a pipe, at which a reader would wait."""
+    file = tmp_path / "LATEST"
+    os.mkfifo(file) if content is None else file.write_bytes(content)
+    assert read_pointer(file) == ""
+    file.unlink()
+    file.write_text("step-00000003\n")
+    assert read_pointer(file) == "step-00000003"

@@ -35,6 +35,7 @@ from llm_quest.errors import (
     QuestError,
     exit_code_of,
     is_out_of_memory,
+    shorten_line,
     wrap_line,
 )
 from llm_quest.files import atomic_write_text
@@ -189,7 +190,8 @@ def run_with_exit_code(command: Callable[[], int | None]) -> int:
             print_status(line)
         if "--json" in sys.argv and lines and not isinstance(error, KeyboardInterrupt):
             problems = {"problems": error.problems} if isinstance(error, QuestError) else {}
-            print_json(failure_json(type(error).__name__, "\n".join(lines), code, **problems))
+            with suppress(OSError):  # the words are on stderr: stdout may be what has failed
+                print_json(failure_json(type(error).__name__, "\n".join(lines), code, **problems))
         return code
 
 
@@ -212,9 +214,9 @@ def failure_lines(error: BaseException) -> list[str]:
     if is_out_of_memory(error):
         return [f"quest: out of memory: {first_line(error)}", *OUT_OF_MEMORY_REMEDIES]
     if isinstance(error, OSError) and error.errno in DISK_REMEDIES:
-        return [f"quest: {error.filename or 'the output'}: {DISK_REMEDIES[error.errno]}"]
+        return [shorten_line(f"quest: {one_line(error.filename or 'the output')}: {DISK_REMEDIES[error.errno]}", 300)]
     if isinstance(error, OSError) and error.filename is not None:
-        return [f"quest: {error.filename}: {error.strerror}"]
+        return [shorten_line(f"quest: {one_line(error.filename)}: {error.strerror}", 300)]
     return [
         f"quest: a bug in LLM Quest: {type(error).__name__}: {first_line(error)}",
         f"the details are in {write_crash_file(error)}",
@@ -228,6 +230,11 @@ def is_shown_elsewhere(error: BaseException) -> bool:
         return error.shown
     alone = os.environ.get("LOCAL_RANK", "0") == "0"
     return isinstance(error, QuestError) and not error.came_first and not alone
+
+
+def one_line(name: object) -> str:
+    """A file's name, which may hold line ends."""
+    return " ".join(str(name).split("\n"))
 
 
 def first_line(error: BaseException) -> str:

@@ -26,6 +26,8 @@ from llm_quest.errors import DataError
 MAX_TEMPLATE_CHARACTERS = 200_000
 CPU_SECONDS, MEMORY_BYTES = 2, 512 * 2**20
 CPU_SECONDS_PER_RENDERING = 0.01
+WAIT_SECONDS = 60
+"""By the clock, which on a busy machine goes on while the process gets no processor."""
 BATCH_CHARACTERS, BATCH_RENDERINGS = 4_000_000, 4_000
 WORKER_COMMAND = "from llm_quest.data.template_sandbox import run_worker; run_worker()"
 ADVICE = "talk without it (quest chat --no-template)"
@@ -111,17 +113,18 @@ def max_renderings(job: RenderJob) -> int:
 def run_batch(settings: TemplateSettings, jobs: Sequence[RenderJob]) -> list[Rendering]:
     """Render a batch by one process."""
     seconds = CPU_SECONDS + int(CPU_SECONDS_PER_RENDERING * sum(map(max_renderings, jobs)))
+    limit = max(WAIT_SECONDS, 5 * seconds)
     head = {"settings": vars(settings), "seconds": seconds, "parent": os.getpid()}
     request = "".join(f"{json.dumps(one)}\n" for one in (head, *jobs))
     try:
         done = subprocess.run(
             [sys.executable, "-c", WORKER_COMMAND],
-            input=request, capture_output=True, text=True, timeout=seconds * 5, check=False,
+            input=request, capture_output=True, text=True, timeout=limit, check=False,
             cwd=Path(__file__).parents[2],
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise DataError(
-            f"the chat template did not end within {seconds * 5} s{describe_place(jobs, error.stdout)}; {ADVICE}"
+            f"the chat template did not end within {limit} s{describe_place(jobs, error.stdout)}; {ADVICE}"
         ) from None
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["it used more than its share of time or memory"])[-1]

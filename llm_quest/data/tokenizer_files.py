@@ -22,7 +22,7 @@ from llm_quest.data.documents import decode_utf8, read_file_bytes, require_regul
 from llm_quest.data.sentencepiece_model import FILES as SENTENCEPIECE_FILES
 from llm_quest.data.sentencepiece_model import begin_and_end_template, convert_sentencepiece, tiktoken_hint
 from llm_quest.errors import DataError
-from llm_quest.files import load_json, package_errors
+from llm_quest.files import load_json, package_errors, parse_digits
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_TOKENIZER_BYTES, MAX_TOKEN_ID = 200_000_000, 2**24
@@ -214,7 +214,7 @@ def are_tokens(value: Any) -> bool:
 def are_numbered_tokens(value: Any) -> bool:
     """Ids, as text, with their tokens."""
     return isinstance(value, dict) and all(
-        isinstance(one, dict) and is_token(one) and number.isdecimal() and len(number) < 10
+        isinstance(one, dict) and is_token(one) and parse_digits(number) is not None and len(number) < 10
         for number, one in value.items()
     )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llm_quest.atomic_dirs import SWEEP_SECONDS
 from llm_quest.errors import DataError, MissingError, UsageError
-from llm_quest.files import file_sha256, load_json
+from llm_quest.files import file_sha256, load_json, parse_digits, read_pointer
 from llm_quest.manifest import MANIFEST_FILE, find_fault
 from llm_quest.models.build import presets
 
@@ -76,14 +76,15 @@ def resolve_checkpoint(name_or_path: str | Path) -> Path:
     steps = result_run(Path(run)) / "checkpoints"
     if not steps.is_dir():
         return folder
-    there = {int(path.name[5:]): path for path in steps.glob("step-*") if path.name[5:].isdigit()}
+    named = {parse_digits(path.name[5:]): path for path in steps.glob("step-*")}
+    there = {step: path for step, path in named.items() if step is not None}
     last = max(there, default=None)
     newest = there.get(last or 0)
     if chosen in ("best", "good"):
         step = read_step(newest, chosen)
         step = last if step is None and chosen == "good" else step
     else:
-        step = last if chosen == "last" else int(chosen) if chosen.isdigit() else None
+        step = last if chosen == "last" else parse_digits(chosen)
     if step in there:
         return there[step]
     if chosen == "best":
@@ -103,8 +104,8 @@ def result_run(run: Path) -> Path:
     file = run / RESULT_FILE
     if not file.is_file():
         return run
-    named = (run / file.read_text(encoding="utf-8", errors="replace").strip()).resolve()
-    if not named.is_dir() or not named.is_relative_to(run.resolve()):
+    named = (run / read_pointer(file)).resolve()
+    if named == run.resolve() or not named.is_dir() or not named.is_relative_to(run.resolve()):
         raise DataError(f"{file} names no folder of this run; go on with it: quest train {run}")
     return named
 
@@ -174,10 +175,11 @@ def checkpoints_newest_first(run: Path) -> list[Path]:
     """The one that BEST names (load_best_model_at_end) or LATEST, then the others from the highest step down."""
     checkpoints = run / "checkpoints"
     files = (checkpoints / "BEST", run / "LATEST", checkpoints / "LATEST")
-    named = next((p.read_text(encoding="utf-8").strip() for p in files if p.is_file()), "")
-    latest = checkpoints / Path(named).name if re.fullmatch(r"(checkpoints/)?step-\d+", named) else None
-    steps = sorted((int(p.name[5:]), p) for p in checkpoints.glob("step-*") if re.fullmatch(r"step-\d+", p.name))
-    found = [folder for _, folder in reversed(steps) if folder.is_dir()]
+    named = next(filter(None, map(read_pointer, files)), "")
+    latest = checkpoints / named.removeprefix("checkpoints/")
+    numbers = {p: parse_digits(p.name[5:]) for p in checkpoints.glob("step-*") if p.is_dir()}
+    steps = sorted((step, p) for p, step in numbers.items() if step is not None)
+    found = [folder for _, folder in reversed(steps)]
     return sorted(found, key=lambda folder: folder != latest)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from llm_quest.errors import DataError
-from llm_quest.files import atomic_write_json, cache_dir
+from llm_quest.files import atomic_write_json, cache_dir, parse_digits
 from llm_quest.layers import native
 from llm_quest.machine.compiler import CompilerTrial, find_cpp_compiler, try_cpp_compiler
 from llm_quest.machine.hardware import processor_name
@@ -232,7 +232,7 @@ def parse_profile(content: Any, name: str) -> MachineProfile:
     machine, seconds = content["machine"], content.get("compile_seconds")
     require(all(isinstance(value, str) for value in machine.values()), f"{name}: machine holds what is no text")
     require(set(machine) == set(identify_machine()), f"{name}: machine must name {', '.join(identify_machine())}")
-    require(machine["threads"].isdigit() and 0 < int(machine["threads"]) < 10_000, f"{name}: threads is no number")
+    require(0 < (parse_digits(machine["threads"]) or 0) < 10_000, f"{name}: threads is no number")
     for rate, value in content["rates"].items():
         require(rate in RATES, f"{name}: {rate!r:.40} is no rate")
         require(is_rate(value), f"{name}: {rate} is {value!r:.20}; a rate is above 0 and finite")

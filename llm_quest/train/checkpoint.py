@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 
 from llm_quest.atomic_dirs import exchange_names
 from llm_quest.errors import BusyError, DataError, ResourceError
-from llm_quest.files import atomic_write_text, fsync_path, load_json, write_text
+from llm_quest.files import atomic_write_text, fsync_path, load_json, parse_digits, write_text
 from llm_quest.manifest import MANIFEST_FILE, file_entry, find_fault, read_manifest
 from llm_quest.tensor_files import write_tensors
 
@@ -172,7 +172,7 @@ def latest_checkpoint(root: Path, report: Callable[[str], None], verify: str = "
 
 def list_checkpoints(root: Path) -> list[Path]:
     """The committed checkpoints, oldest first."""
-    return sorted(path for path in root.glob("step-*") if path.is_dir() and path.name[5:].isdigit())
+    return sorted(path for path in root.glob("step-*") if path.is_dir() and parse_digits(path.name[5:]) is not None)
 
 
 def checkpoint_step(folder: Path) -> int:

@@ -9,7 +9,6 @@ version, thread count and number of processes."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import nn
 from torch.optim import Optimizer
@@ -88,7 +87,7 @@ def finish_step(
         track_best(session, pending, evaluators)
         if pending.is_tracked:  # the run ends here
             is_measured = session.evaluate(evaluators, signals, is_last=True)
-    session.progress.pending = None if is_measured else replace(pending, row=json_safe(pending.row))
+    session.progress.pending = None if is_measured else pending
     if is_measured:
         session.log(pending.row, watchers)
     session.save()
@@ -98,7 +97,7 @@ def track_best(session: TrainSession, pending: PendingRow, evaluators: Sequence[
     """Note whether the metric by which models are chosen has become better; end the run where it has not for too long:
     the evaluations of its end are then to be made."""
     best, progress = session.best, session.progress
-    measured = {name: pending.row[name] for name in pending.row.keys() - session.COUNTERS} | session.eval_metrics
+    measured = {name: pending.row[name] for name in pending.row.keys() - pending.COUNTERS} | session.eval_metrics
     best.known.update(measured)
     if session.is_finished or len(session.evaluators_run) == len(evaluators):
         best.require_measured()

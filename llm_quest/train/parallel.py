@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llm_quest.contracts import DataShard
 from llm_quest.errors import MissingError, UsageError
+from llm_quest.files import parse_digits
 from llm_quest.tensor_files import align
 from llm_quest.train.data_parallel import DataParallel
 from llm_quest.train.failures import ProcessStore, open_sockets, share_failures
@@ -298,7 +299,8 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if kind not in there:
         raise UsageError(f"no device is called {name!r}; known: auto, {', '.join(there)} (and cuda:0, cuda:1, ...)")
-    index = int(number) if number.isdigit() else local_rank
+    found = parse_digits(number)
+    index = local_rank if found is None else found
     if (kind == "cuda" and index >= there[kind]) or not there[kind]:
         raise MissingError(
             f"device {name} is not there (found: {there[kind]} of its kind); use device=auto or device=cpu"

@@ -27,6 +27,7 @@ from llm_quest.files import (
     iter_lines,
     load_json,
     name_file_errors,
+    parse_digits,
     remove_partial_line,
 )
 from llm_quest.manifest import describe_changes, find_fault, read_manifest
@@ -139,7 +140,7 @@ class RunDir:
         return chosen
 
     def _check_checkpoint(self, folder: Path) -> Path:
-        if not folder.is_dir() or not folder.name.startswith("step-") or not folder.name[5:].isdigit():
+        if not folder.is_dir() or not folder.name.startswith("step-") or parse_digits(folder.name[5:]) is None:
             raise UsageError(
                 f"resume={folder} is no checkpoint folder; expected auto, never, or a path ending in step-00001000"
             )

@@ -43,12 +43,6 @@ PHASE_NAMES = {"eval": "evaluating", "samples": "writing samples", "ratio": "gat
 class TrainSession:
     """`with session:` resumes or starts the run, and at the end waits for the checkpoint that is being written."""
 
-    COUNTERS = frozenset(
-        {"step", "tokens", "learning_rate", "num_targets", "tokens_per_second", "train_seconds", "skipped_steps"}
-        | {"empty_steps"}
-    )
-    """What is no metric in a row of metrics: no model is chosen by it."""
-
     def __init__(
         self,
         objective: nn.Module,

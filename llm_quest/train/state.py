@@ -9,7 +9,7 @@ import operator
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -124,17 +124,20 @@ class PendingRow:
     """The row of metrics of a step whose evaluations a signal ended: the resumed run makes them up before it logs the
     row. is_last: they are those at the end of the run. is_tracked: the best model is known, and patience counted."""
 
+    COUNTERS: ClassVar = frozenset(
+        {"step", "tokens", "learning_rate", "num_targets", "tokens_per_second", "train_seconds", "skipped_steps"}
+        | {"empty_steps"}
+    )
+    """What is no metric in a row: no model is chosen by it."""
     row: dict[str, Any]
     is_last: bool
     is_tracked: bool = False
 
     def __post_init__(self) -> None:
-        """TypeError or ValueError for what is no row of metrics."""
-        self.row = dict(self.row)
-        self.row["step"], self.row["loss"] = operator.index(self.row["step"]), self.row["loss"]
-        bad = next((v for k, v in self.row.items() if k != "nonfinite" and not isinstance(v, int | float | None)), None)
-        if bad is not None:
-            raise TypeError(f"a metric is {str(bad)[:40]!r}")
+        """TypeError for what is no row of metrics."""
+        bad = [name for name, value in self.row.items() if not isinstance(value, int | float)]
+        if bad or self.COUNTERS - self.row.keys():
+            raise TypeError(f"a row of metrics lacks a number: {str(bad or self.COUNTERS)[:60]}")
 
 
 @dataclass
@@ -164,7 +167,7 @@ class Progress:
         self.train_seconds, self.best_name = float(self.train_seconds), str(self.best_name)
         self.best_metric = None if self.best_metric is None else float(self.best_metric)
         self.latest_metrics = dict(self.latest_metrics)
-        if isinstance(self.pending, Mapping):
+        if self.pending is not None and not isinstance(self.pending, PendingRow):
             self.pending = PendingRow(**self.pending)
         if self.step < 0:
             raise ValueError(f"step is {self.step}")

@@ -25,6 +25,7 @@ from llm_quest.data.problems.problem import (
 from llm_quest.data.problems.registers import Registers
 from llm_quest.data.problems.strings import Reverse, Sort
 from llm_quest.errors import UsageError
+from llm_quest.files import parse_digits
 
 __all__ = [
     "SPLIT_NAMES",
@@ -77,6 +78,6 @@ def parse_option(pair: str) -> tuple[str, int | float]:
     if not equals:
         raise UsageError(f"{pair!r} is no option; write name=value, like countdown:count=4")
     try:
-        return name, int(value) if value.isdigit() else float(value)
+        return name, float(value) if (number := parse_digits(value)) is None else number
     except ValueError:
         raise UsageError(f"{pair!r}: a task's options are numbers") from None
