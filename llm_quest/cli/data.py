@@ -81,7 +81,13 @@ class RowSummary:
 
     def lines(self) -> list[str]:
         counted = [f"{count:>9,} rows: {form}" for form, count in self.forms.items()]
-        return [f"{self.source}, as quest train {self.recipe} reads it", *counted, *self.drop_report.remarks()]
+        dropped = [f"left out: {count:,} {reason}" for reason, (count, _) in sorted(self.drop_report.dropped.items())]
+        return [
+            f"{self.source}, as quest train {self.recipe} reads it",
+            *counted,
+            *dropped,
+            *self.drop_report.remarks(),
+        ]
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from typing import Any
 from llm_quest.data.document import Document, DropReport
 from llm_quest.data.documents import TEXT_SUFFIXES, read_documents, row_documents
 from llm_quest.data.records import map_columns
-from llm_quest.data.sources import HUB_PREFIX, DataSource, iter_source, split_function
+from llm_quest.data.sources import HUB_PREFIX, DataSource, check_parts, is_saved_dataset, iter_source, split_function
 from llm_quest.errors import DataError, MissingError, UsageError
 
 EXCLUDED_FOLDERS = frozenset(
@@ -103,12 +103,15 @@ def _read_source_documents(
     separator: str | None,
     suffixes: Collection[str],
 ) -> Iterator[Document]:
+    check_parts(source)
     if is_builtin(source.path):
         found = _read_builtin(source.path, drop_report)
-    elif source.path.startswith(HUB_PREFIX) or split_function(source.path) is not None:
+    elif source.path.startswith(HUB_PREFIX) or split_function(source.path) is not None or is_saved_dataset(source.path):
         found = row_documents(map_columns(iter_source(source, drop_report), columns, drop_report), drop_report)
     else:
-        found = read_documents(source.path, drop_report, columns=columns, separator=separator, suffixes=suffixes)
+        found = read_documents(
+            source.path, drop_report, columns=columns, separator=separator, suffixes=suffixes, split=source.split
+        )
     return (replace(document, weight=source.weight) for document in found)
 
 

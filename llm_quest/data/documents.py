@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from llm_quest.data.document import Document, DropReport
-from llm_quest.data.folders import iter_files
-from llm_quest.data.records import Record, TrackedRow, iter_records, map_columns, read_records
+from llm_quest.data.folders import iter_files, select_split
+from llm_quest.data.records import (
+    Record,
+    TrackedRow,
+    describe_unread_file,
+    holds_rows,
+    iter_records,
+    map_columns,
+    read_records,
+)
 from llm_quest.data.row_files import READERS, row_suffix
 from llm_quest.data.row_forms import TEXT_FORMS, select_form
 from llm_quest.errors import DataError, RowError
@@ -43,11 +51,13 @@ def read_documents(
     columns: Mapping[str, str] | None = None,
     separator: str | None = None,
     suffixes: Collection[str] = TEXT_SUFFIXES,
+    split: str | None = None,
 ) -> Iterator[Document]:
-    """Read the documents of a folder, a file of rows or a text file. columns: see `map_columns`."""
+    """Read the documents of a folder, a file of rows or a text file. columns: see `map_columns`. split: see
+    `read_folder`."""
     path = Path(path)
     if path.is_dir():
-        return read_folder(path, drop_report, columns=columns, separator=separator, suffixes=suffixes)
+        return read_folder(path, drop_report, columns=columns, separator=separator, suffixes=suffixes, split=split)
     if row_suffix(path) in READERS:
         return row_documents(map_columns(iter_records(path, drop_report), columns or {}, drop_report), drop_report)
     return read_text(path, drop_report, separator=separator)
@@ -96,19 +106,25 @@ def read_folder(
     columns: Mapping[str, str] | None = None,
     separator: str | None = None,
     suffixes: Collection[str] = TEXT_SUFFIXES,
+    split: str | None = None,
 ) -> Iterator[Document]:
     """Every text file and file of rows (but .json) below a folder, by path. Hidden, binary, non-UTF-8 and other files
-    are skipped and counted, as are links that lead out of the folder."""
+    are skipped and counted, as are links that lead out of the folder. split: of the files of rows (`select_split`);
+    with one, texts are not read."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     wanted = {suffix.lower() for suffix in suffixes}
-    for file in iter_files(folder, drop_report):
-        holds_rows = row_suffix(file) in READERS and row_suffix(file) != ".json"
-        if not holds_rows and file.suffix.lower() not in wanted:
-            drop_report.drop(f"suffix {file.suffix or 'none'}", file.stat().st_size)
-        elif holds_rows:
+    files = list(iter_files(folder, drop_report))
+    of_rows = [file for file in files if holds_rows(file) and row_suffix(file) != ".json"]
+    chosen = set(select_split(of_rows, folder, split, drop_report))
+    for file in files:
+        if file in chosen:
             yield from read_documents(file, drop_report, columns=columns)
+        elif file in of_rows:
+            continue
+        elif file.suffix.lower() not in wanted or split is not None:
+            drop_report.drop(describe_unread_file(file), file.stat().st_size)
         elif reason := _unreadable_reason(file):
             drop_report.drop(reason, file.stat().st_size)
         else:

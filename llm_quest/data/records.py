@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from llm_quest.data.document import DropReport
-from llm_quest.data.folders import iter_files
+from llm_quest.data.folders import DATASET_METADATA, iter_files, select_split
 from llm_quest.data.row_files import CONVERT_REMEDY, READERS, find_reader, open_binary, row_suffix
 from llm_quest.errors import DataError, RowError
 
@@ -114,11 +114,11 @@ def read_records(file: str | Path) -> list[Record]:
     return found
 
 
-def iter_records(path: str | Path, drop_report: DropReport) -> Iterator[Record]:
-    """The rows of a file, or of all such files in a folder; the report counts what is skipped."""
+def iter_records(path: str | Path, drop_report: DropReport, split: str | None = None) -> Iterator[Record]:
+    """The rows of a file, or of the files of a folder (`select_split`); the report counts what is skipped."""
     path = Path(path)
     if path.is_dir():
-        yield from iter_folder(path, drop_report)
+        yield from iter_folder(path, drop_report, split)
         return
     with open_binary(path) as file:
         try:
@@ -134,13 +134,26 @@ def iter_records(path: str | Path, drop_report: DropReport) -> Iterator[Record]:
             raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def iter_folder(folder: Path, drop_report: DropReport) -> Iterator[Record]:
-    """The rows of every file that holds rows; hidden and other files are counted."""
+def iter_folder(folder: Path, drop_report: DropReport, split: str | None = None) -> Iterator[Record]:
+    """The rows of every file of a split that holds rows; hidden and other files are counted."""
+    files = []
     for file in iter_files(folder, drop_report):
-        if row_suffix(file) in READERS:
-            yield from iter_records(file, drop_report)
+        if holds_rows(file):
+            files.append(file)
         else:
-            drop_report.drop(f"suffix {file.suffix or 'none'}", file.stat().st_size)
+            drop_report.drop(describe_unread_file(file), file.stat().st_size)
+    for file in select_split(files, folder, split, drop_report):
+        yield from iter_records(file, drop_report)
+
+
+def holds_rows(file: Path) -> bool:
+    """Whether a file of a folder holds rows, by its name."""
+    return row_suffix(file) in READERS and file.name not in DATASET_METADATA
+
+
+def describe_unread_file(file: Path) -> str:
+    """Why a file of a folder is not read."""
+    return "metadata of a data set" if file.name in DATASET_METADATA else f"suffix {file.suffix or 'none'}"
 
 
 def find_text_error(value: Any, where: str) -> RowError | None:

@@ -1,6 +1,7 @@
 """Sources of rows: what `data.source` names.
 
-    rows.jsonl, folder/     a file of rows (`data/row_files.py`), or a folder of such files
+    rows.jsonl, folder/     a file of rows (`data/row_files.py`), or a folder of such files; of those that are named
+                            after splits, `train` (`data/folders.py`)
     hf:org/name             a data set of the Hugging Face hub; hf:FOLDER: one that `datasets` loads or saved
     my_data.py:rows         a function in a Python file that returns rows, each a dictionary
     builtin                 what comes with Python
@@ -29,7 +30,7 @@ HUB_PREFIX = "hf:"
 @dataclass(frozen=True)
 class DataSource:
     """A source of rows. path: see above. weight: how often each row is seen in an epoch. name, split: of a data set of
-    the hub, as `datasets.load_dataset` has them."""
+    the hub, as `datasets.load_dataset` has them; split: of a folder too, whose file names say it."""
 
     path: str
     weight: float = 1.0
@@ -41,18 +42,29 @@ Builtin = Callable[[], Iterable[Record]]
 
 
 def iter_source(source: DataSource, drop_report: DropReport, builtin: Builtin | None = None) -> Iterator[Record]:
-    """The rows of one source; the report counts what is skipped."""
+    """The rows of one source; the report counts what is skipped. UsageError for a name or a split that it cannot
+    have."""
+    check_parts(source)
     if source.path == "builtin" and builtin is not None:
         rows = iter(builtin())
     elif source.path.partition(":")[0] == "builtin":
         raise UsageError(f"data.source {source.path}: for this recipe it is builtin alone, or a file")
-    elif source.path.startswith(HUB_PREFIX):
+    elif source.path.startswith(HUB_PREFIX) or is_saved_dataset(source.path):
         rows = checked(iter_hub_rows(source), drop_report)
     elif split_function(source.path) is not None:
         rows = checked(iter_function_rows(source.path), drop_report)
     else:
-        rows = iter_records(source.path, drop_report)
+        rows = iter_records(source.path, drop_report, source.split)
     return (record._replace(weight=source.weight) for record in rows)
+
+
+def check_parts(source: DataSource) -> None:
+    """UsageError for a name or a split of a source that has no such parts."""
+    is_hub, is_folder = source.path.startswith(HUB_PREFIX), Path(source.path).is_dir()
+    for key, value, has in (("name", source.name, is_hub), ("split", source.split, is_hub or is_folder)):
+        if value is not None and not has:
+            of = "a data set of the hub (hf:NAME)" + (" or a folder" if key == "split" else "")
+            raise UsageError(f"data.source {source.path}: {key} {value!r} belongs to {of}; leave it out")
 
 
 def iter_sources(
@@ -103,6 +115,11 @@ def checked(rows: Iterable[tuple[Any, str]], drop_report: DropReport) -> Iterato
             yield Record(row, where)
 
 
+def is_saved_dataset(path: str) -> bool:
+    """Whether a folder is what `save_to_disk` of the package `datasets` wrote."""
+    return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
 def iter_hub_rows(source: DataSource) -> Iterator[tuple[Any, str]]:
     """The rows of a data set that the package `datasets` loads."""
     try:
@@ -111,8 +128,7 @@ def iter_hub_rows(source: DataSource) -> Iterator[tuple[Any, str]]:
         raise MissingError(f"{source.path} needs the package datasets: pip install 'llm-quest[datasets]'") from None
     path = source.path.removeprefix(HUB_PREFIX)
     try:
-        saved = any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
-        loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, source.name)
+        loaded = datasets.load_from_disk(path) if is_saved_dataset(path) else datasets.load_dataset(path, source.name)
     except Exception as error:  # each of its builders has errors of its own
         cause = error.__cause__ or error  # of a table that it cannot build, the cause names the columns
         reason = " ".join(str(cause).split())[:300]

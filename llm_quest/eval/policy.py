@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llm_quest.data.problems import Problem
@@ -21,6 +20,7 @@ from llm_quest.eval.problems import ProblemAccuracy, Selection, measure_accuracy
 from llm_quest.eval.selection import best_of_at_k
 from llm_quest.generation.sampling import SamplingParams
 from llm_quest.models.decoder import Decoder
+from llm_quest.rollouts.advantages import total_rewards
 from llm_quest.rollouts.rewards import score_correctness
 from llm_quest.rollouts.sampler import Sample
 
@@ -36,7 +36,7 @@ MAX_SAVED_ANSWERS = 5
 class PolicyScores:
     """Held-out rewards of a policy. rewards: the mean of each, by name, over the answers that it applies to. total:
     their weighted sum. interval: its half width at 95 %. accuracy: None where no problem has an answer. best_rewarded:
-    best@n, the accuracy of the sample with the largest reward."""
+    best@n, the accuracy of the sample with the largest reward. totals: of each of the answers."""
 
     rewards: Mapping[str, float]
     total: float
@@ -46,6 +46,7 @@ class PolicyScores:
     accuracy: ProblemAccuracy | None
     best_rewarded: float | None
     answers: Sequence[Sample] = field(repr=False)
+    totals: Sequence[float] = field(repr=False)
 
     def line(self) -> str:
         """The scores in one line."""
@@ -72,7 +73,7 @@ class PolicyEvaluator:
     check by, mean@n, pass@k and maj@n too, and best@n, the best rewarded sample, where correctness is not the whole
     reward. rewards: (name, weight) of each. The first answers go to
     samples/step-00000020.json. whole_model: inside it a sharded model is whole. newest: what the last evaluation of
-    this process found."""
+    this process found. first: what was found before the first step, until its answers are kept."""
 
     problems: Sequence[Problem]
     draw: DrawAnswers
@@ -86,12 +87,27 @@ class PolicyEvaluator:
     whole_model: Callable[[], AbstractContextManager[Any]] = nullcontext
     name: str = "eval"
     newest: PolicyScores | None = None
+    first: PolicyScores | None = None
 
     def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
+        if self.first is not None:
+            self.save_answers(self.first, 0)
+            self.first = None
         self.newest = found = self.scores(model)
-        if self.samples_dir is not None:
-            save_samples(self.samples_dir, step, [answer_record(one) for one in found.answers[:MAX_SAVED_ANSWERS]])
+        self.save_answers(found, step)
         return found.metrics()
+
+    def evaluate_first(self, model: Decoder) -> PolicyScores:
+        """The scores before the first step, when there is no run folder yet: the answers are kept with the next."""
+        self.first = self.scores(model)
+        return self.first
+
+    def save_answers(self, found: PolicyScores, step: int) -> None:
+        """Keep the first answers, each with what it earned, for the report."""
+        if self.samples_dir is not None:
+            earned = zip(found.answers, found.totals, strict=True)
+            rows = [answer_record(one, reward) for one, reward in earned]
+            save_samples(self.samples_dir, step, rows[:MAX_SAVED_ANSWERS])
 
     def scores(self, model: Decoder) -> PolicyScores:
         """Every reward, and the accuracy where there are answers."""
@@ -101,7 +117,7 @@ class PolicyEvaluator:
             drawn = self.draw_samples(model, checked)
         answers = [group[0] for group in greedy]
         rewards = self.score(greedy)[:, :, 0]
-        totals = total_rewards(rewards, [weight for _, weight in self.rewards])
+        totals = total_rewards(rewards, [weight for _, weight in self.rewards]).tolist()
         means = rewards.nanmean(dim=1).tolist()
         return PolicyScores(
             {name: mean for (name, _), mean in zip(self.rewards, means, strict=True)},
@@ -118,6 +134,7 @@ class PolicyEvaluator:
             else None,
             self.best_rewarded(drawn),
             answers,
+            totals,
         )
 
     def best_rewarded(self, drawn: SampleGroups) -> float | None:
@@ -128,7 +145,7 @@ class PolicyEvaluator:
             return None
         rewards = self.score(drawn)
         groups = [
-            list(zip(total_rewards(rewards[:, place], weights), map(score_correctness, group), strict=True))
+            list(zip(total_rewards(rewards[:, place], weights).tolist(), map(score_correctness, group), strict=True))
             for place, group in enumerate(drawn)
         ]
         known = [[pair for pair in pairs if not any(map(math.isnan, pair))] for pairs in groups]
@@ -142,15 +159,6 @@ class PolicyEvaluator:
         return self.draw(model, [self.problems[place] for place in checked], sampling, self.num_samples, self.seed)
 
 
-def total_rewards(rewards: Tensor, weights: Sequence[float]) -> list[float]:
-    """The weighted sum of each answer's rewards (R,P), those that apply; NaN where none does whose weight is not 0."""
-    counted = [weight != 0 or not any(weights) for weight in weights]
-    known = ~rewards.isnan() & torch.tensor(counted)[:, None]
-    summed = (rewards.nan_to_num(0.0) * rewards.new_tensor(weights)[:, None]).sum(dim=0)
-    found: list[float] = summed.masked_fill(~known.any(dim=0), math.nan).tolist()
-    return found
-
-
 def mean_with_interval(values: Sequence[float]) -> tuple[float, float]:
     """The mean of the known values and the half width of its 95 % interval; NaN for none."""
     known = [value for value in values if not math.isnan(value)]
@@ -161,7 +169,8 @@ def mean_with_interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, 1.96 * math.sqrt(variance / len(known))
 
 
-def answer_record(sample: Sample) -> dict[str, str]:
-    """A sample for the report; the wanted answer where it is known."""
+def answer_record(sample: Sample, reward: float) -> dict[str, Any]:
+    """A sample for the report, with its reward (null where none applied) and the wanted answer where it is known."""
     wanted = {"wanted": sample.problem.answer} if sample.problem.answer else {}
-    return {"prompt": sample.problem.prompt, "text": sample.text, **wanted}
+    earned = None if math.isnan(reward) else round(reward, 4)
+    return {"prompt": sample.problem.prompt, "text": sample.text, "reward": earned, **wanted}

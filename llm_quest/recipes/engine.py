@@ -101,7 +101,9 @@ def run_job(job: Job, context: Context, callbacks: Sequence[Callback] = ()) -> R
             logger=logger,
         )
         with phase("evaluating after the last step"):
-            job.finish(result)
+            for line in job.finish(result):
+                context.log(line)
+                run.log_event("result", message=line)
         finished = parallel.is_main_process and result.status == "finished"
         baselines = job.baselines() if finished and job.with_baselines else {}
     if finished:

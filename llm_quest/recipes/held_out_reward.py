@@ -52,14 +52,14 @@ class HeldOutLog:
     failure_lines: Callable[[], Sequence[str]]
 
     def before(self) -> Mapping[str, float]:
-        found = self.evaluator.scores(self.model)
+        found = self.evaluator.evaluate_first(self.model)
         self.log(f"held out, before: {found.line()}")
         return {f"eval/{name}": value for name, value in found.metrics().items()}
 
-    def after(self, result: TrainResult) -> None:
+    def after(self, result: TrainResult) -> list[str]:
+        lines = []
         if result.status == "finished":
             kl = f", KL {result.metrics['kl']:.3g} nats a token" if "kl" in result.metrics else ""
             found = self.evaluator.newest or self.evaluator.scores(self.model.eval())
-            self.log(f"held out, after:  {found.line()}{kl}")
-        for line in self.failure_lines():
-            self.log(line)
+            lines.append(f"held out, after:  {found.line()}{kl}")
+        return [*lines, *self.failure_lines()]

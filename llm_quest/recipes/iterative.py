@@ -5,8 +5,8 @@
       reward model i   trained on with comparisons of policy i's samples, a tenth of each batch from earlier iterations
 
 Every stage is a run of its own in the folder, so the whole goes on where it was interrupted. In the metrics of a policy
-`rewards/model` is what it is trained for and `reward` is what it is worth: where they part, the policy exploits the
-reward model.
+`rewards/model` is what it is trained for and `rewards/correct` (or `rewards/environment`) is what it is worth: where
+they part, the policy exploits the reward model.
 Not said in the paper: the policy's optimiser begins anew in every iteration.
 
 Commonly got wrong: the reference of an iteration is the policy that it began with, not the first one, so its divergence

@@ -111,8 +111,9 @@ class Job:
     what Muon leaves to AdamW. identity: name -> hash of what a resumed run may not change. facts: about the data, for
     the report. expected_loss: of random weights. prepare: what the loss and the evaluators need of the model before
     the first step (a reference), while it is whole, before it is sharded; what it returns is called with the run
-    folder once that is open. before: measures the model that a new run begins with, by name. finish: after the loop.
-    baselines: what other methods reach on the held-out data; with_baselines: whether a run that has finished asks.
+    folder once that is open. before: measures the model that a new run begins with, by name. finish: after the
+    loop; the lines that it returns are told, and kept in the run's events. baselines: what other methods reach on the
+    held-out data; with_baselines: whether a run that has finished asks.
     intervals: name -> 95 % confidence interval of a held-out number. parameter_scales: of a parametrization, for the
     optimizer."""
 
@@ -133,7 +134,7 @@ class Job:
     watch_loss: bool = True
     prepare: Callable[[], Callable[[Path], None]] = lambda: save_nothing
     before: Callable[[], Mapping[str, float]] = dict
-    finish: Callable[[TrainResult], None] = lambda result: None
+    finish: Callable[[TrainResult], Sequence[str]] = lambda result: ()
     baselines: Callable[[], Mapping[str, float]] = dict
     with_baselines: bool = True
     intervals: Callable[[Any], Mapping[str, tuple[float, float]]] = lambda model: {}

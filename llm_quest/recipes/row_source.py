@@ -23,7 +23,9 @@ class SourceEntry(StrictModel):
     path: RowPath = Field(description="a file, a folder, hf:DATASET or FILE.py:FUNCTION")
     weight: float = Field(default=1.0, gt=0, description="how often each row is seen in an epoch")
     name: str | None = Field(default=None, description="of a data set of the hub: its configuration")
-    split: str | None = Field(default=None, description="of a data set of the hub; null: train, or the only one")
+    split: str | None = Field(
+        default=None, description="of a data set of the hub or of a folder; null: train, or the only one"
+    )
 
 
 Sources = Annotated[str | tuple[SourceEntry, ...], BeforeValidator(partial(parse_sources, SourceEntry))]

@@ -59,9 +59,13 @@ FAMILIES = (
     Family("Log-probability of answers", (("logps/chosen", "chosen"), ("logps/rejected", "rejected")), "nats"),
     Family(
         "Length of completions",
-        (("completions/mean_length", "training"), ("eval/length", "held out")),
+        (
+            ("completions/mean_length", "training"), ("completions/mean_terminated_length", "those that ended"),
+            ("eval/length", "held out"),
+        ),
         "tokens",
     ),
+    Family("Spread of rewards within a group", (("reward_std", "standard deviation"),)),
     Family("Entropy", (("entropy", "of what was drawn"), ("entropy_exact", "exact")), "nats per token"),
     Family("KL to the reference", (("kl", "KL"),), "nats per token"),
     Family(

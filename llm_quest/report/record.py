@@ -50,17 +50,20 @@ OLD_METRICS = {
 }
 OLD_EVENTS = {"set aside": "checkpoint_renamed", "not saved": "save_failed", "guard stop": "stopped_by_guard"}
 """Names of the first version -> current names."""
+UNBOUNDED_SCORES = ("reward", "margin")
+"""What held-out scores begin with that may be any number."""
 EXCLUDED_SCORES = ("eval/loss", "eval/bits_per_byte", "eval/interval")
 
 
 @dataclass(frozen=True)
 class SampleRow:
-    """What the model wrote after `step` steps. wanted: the right answer, where there is one."""
+    """What the model wrote after `step` steps. wanted: the right answer, where there is one. reward: what it earned."""
 
     step: int
     prompt: str
     text: str
     wanted: str = ""
+    reward: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,15 @@ class RunRecord:
 
     @property
     def scores(self) -> dict[str, tuple[list[float], list[float]]]:
-        """Name -> (steps, values) of what was measured on held-out data and lies between 0 and 1 (accuracies), without
-        losses."""
+        """Name -> (steps, values) of what was measured on held-out data: rewards, margins, and what lies between 0 and
+        1 (accuracies); without losses."""
         names = [name for name in self.names if name.startswith("eval/")]
         found = {name.removeprefix("eval/"): self.series(name) for name in names if name not in EXCLUDED_SCORES}
-        return {name: (at, values) for name, (at, values) in found.items() if all(0 <= value <= 1 for value in values)}
+        return {
+            name: (at, values)
+            for name, (at, values) in found.items()
+            if name.startswith(UNBOUNDED_SCORES) or all(0 <= value <= 1 for value in values)
+        }
 
     @property
     def step(self) -> int:
@@ -198,10 +205,12 @@ def read_samples(folder: Path) -> Iterator[SampleRow]:
     for file in sorted(folder.glob("step-*.json")) if folder.is_dir() else ():
         held = read_json_object(file)
         entries = [entry for entry in held.get("samples", []) if isinstance(entry, dict)]
-        yield from (
-            SampleRow(int(held.get("step", 0)), *(str(entry.get(key) or "") for key in ("prompt", "text", "wanted")))
-            for entry in entries
-        )
+        for entry in entries:
+            texts = (str(entry.get(key) or "") for key in ("prompt", "text", "wanted"))
+            reward = entry.get("reward")
+            yield SampleRow(
+                int(held.get("step", 0)), *texts, f"{reward:.3g}" if isinstance(reward, int | float) else ""
+            )
 
 
 def checkpoint_sizes(folder: Path) -> dict[str, int]:

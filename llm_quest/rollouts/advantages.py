@@ -14,6 +14,7 @@ wrong in NeMo-RL #2431).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -269,10 +270,12 @@ def fill_missing_rewards(rewards: Float[Tensor, "R P G"], weights: Sequence[floa
     return torch.where(known, rewards, means).masked_fill(~scored, torch.nan)
 
 
-def total_reward(weighted_rewards: Sequence[WeightedReward], rewards: Float[Tensor, "R P G"]) -> float:
-    """The weighted sum of the rewards' means, each over the samples that it applies to."""
-    means = rewards.flatten(1).nanmean(dim=1).nan_to_num(0.0).tolist()
-    return sum(one.weight * mean for one, mean in zip(weighted_rewards, means, strict=True))
+def total_rewards(rewards: Tensor, weights: Sequence[float]) -> Tensor:
+    """The weighted sum of each sample's rewards (R,P,G) or (R,P), those that apply; NaN where none does whose weight is
+    not 0."""
+    counted = torch.tensor([weight != 0 or not any(weights) for weight in weights])
+    summed = torch.einsum("r...,r->...", rewards.nan_to_num(0.0), rewards.new_tensor(weights))
+    return summed.masked_fill(rewards[counted].isnan().all(dim=0), math.nan)
 
 
 def score_groups(weighted_reward: WeightedReward, groups: Sequence[SampleGroup]) -> list[list[float]]:
@@ -305,24 +308,29 @@ def overlong_penalty(length: int, max_new_tokens: int, window: int) -> float:
 def sampling_metrics(
     groups: SampleGroups, rewards: Tensor, reward_pipeline: RewardPipeline
 ) -> dict[str, tuple[float, float]]:
-    """What is reported of the samples, as (sum, count) pairs. `reward` is the first of the rewards; of several, each
-    has a name of its own too, and `rewards/total` is their weighted sum."""
+    """What is reported of the samples, as (sum, count) pairs. `reward` is the weighted sum of the rewards, as it is of
+    held-out answers; of several, each has a name of its own too. `reward_std` is within groups, as TRL has it."""
     samples = [sample for group in groups for sample in group]
-    known = ~rewards.isnan()
-    tokens = sum(sample.num_policy_tokens for sample in samples)
+    lengths = [sample.num_policy_tokens for sample in samples]
+    ended = [length for sample, length in zip(samples, lengths, strict=True) if not sample.truncated]
+    known, total = ~rewards.isnan(), total_rewards(rewards, [one.weight for one in reward_pipeline.rewards])
     mixed = reward_pipeline.is_mixed(rewards) if rewards.shape[2] > 1 else []
-    sums: dict[str, tuple[Any, Any]] = {"reward": (rewards[0].nansum(), known[0].sum())}
+    scored = [group[~group.isnan()] for group in total]
+    deviations = [float(group.std()) for group in scored if len(group) > 1]
+    sums: dict[str, tuple[Any, Any]] = {"reward": (total.nansum(), (~total.isnan()).sum())}
     if len(reward_pipeline.rewards) > 1:
         each = {one.name: (rewards[r].nansum(), known[r].sum()) for r, one in enumerate(reward_pipeline.rewards)}
         sums |= {f"rewards/{name}": pair for name, pair in each.items()}
-        sums["rewards/total"] = (total_reward(reward_pipeline.rewards, rewards), 1)
     sums |= {
         "frac_reward_zero_std": (sum(not one for one in mixed), len(mixed)),
         "completions/clipped_ratio": (sum(sample.truncated for sample in samples), len(samples)),
         "rewards/unscorable": ((~known).all(dim=0).sum(), len(samples)),
-        "completions/mean_length": (tokens, len(samples)),
-        "entropy": (-sum(sum(sample.logprobs) for sample in samples), tokens),
+        "completions/mean_length": (sum(lengths), len(samples)),
+        "entropy": (-sum(sum(sample.logprobs) for sample in samples), sum(lengths)),
+        "completions/mean_terminated_length": (sum(ended), len(ended)),
     }
+    if rewards.shape[2] > 1:
+        sums["reward_std"] = (sum(deviations), len(deviations))
     if any(sample.is_policy_token is not None for sample in samples):
         sums["completions/mean_turns"] = (sum(sample.num_turns for sample in samples), len(samples))
     return {name: (float(total), float(count)) for name, (total, count) in sums.items()}

@@ -82,12 +82,18 @@ def metric_value(row: MetricsRow, name: str, default: float = math.nan) -> float
     return default if value is None else float(value)
 
 
+def share_correct(row: MetricsRow) -> float:
+    """How much of a step is right: of several rewards the one that compares with the answer."""
+    named = (metric_value(row, f"rewards/{name}") for name in ("correct", "math_verify"))
+    return next((value for value in named if not math.isnan(value)), metric_value(row, "reward"))
+
+
 def never_correct(rows: Sequence[MetricsRow]) -> bool:
-    return metric_value(rows[-1], "frac_reward_zero_std") >= 0.999 and metric_value(rows[-1], "reward") < 0.5
+    return metric_value(rows[-1], "frac_reward_zero_std") >= 0.999 and share_correct(rows[-1]) < 0.5
 
 
 def always_correct(rows: Sequence[MetricsRow]) -> bool:
-    return metric_value(rows[-1], "frac_reward_zero_std") >= 0.999 and metric_value(rows[-1], "reward") >= 0.5
+    return metric_value(rows[-1], "frac_reward_zero_std") >= 0.999 and share_correct(rows[-1]) >= 0.5
 
 
 def mostly_uniform_groups(rows: Sequence[MetricsRow]) -> bool:

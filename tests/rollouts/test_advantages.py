@@ -15,7 +15,7 @@ from llm_quest.rollouts.advantages import (
     process_supervision_advantages,
     reward_spread,
     score_groups,
-    total_reward,
+    total_rewards,
 )
 
 NAN = float("nan")
@@ -212,4 +212,5 @@ def test_a_reward_of_a_whole_batch_is_called_once():
     assert score_groups(WeightedReward("n", count, per_batch=True), groups) == [[0, 1], [2, 3], [4, 5]]
     assert score_groups(WeightedReward("n", count), groups) == [[0, 1]] * 3
     assert calls == [6, 2, 2, 2]
-    assert total_reward([WeightedReward("a", list, 2.0)], torch.stack([rewards([1, NAN], [2, 3])])) == 4.0
+    several = torch.stack([rewards([1, NAN], [2, NAN]), rewards([NAN, NAN], [4, NAN])])
+    torch.testing.assert_close(total_rewards(several, [2.0, 0.5]), rewards([2, NAN], [6, NAN]), equal_nan=True)

@@ -146,9 +146,10 @@ def report_before(evaluator: PositionEvaluator, log: LogFn) -> Mapping[str, floa
     return {f"{evaluator.name}/{name}": value for name, value in found.items()}
 
 
-def report_after(evaluator: PositionEvaluator, log: LogFn, result: TrainResult) -> None:
+def report_after(evaluator: PositionEvaluator, log: LogFn, result: TrainResult) -> tuple[str, ...]:
     if result.status == "finished":
         evaluator.report_table("after", log)
+    return ()
 
 
 def dropped_summary(found: SelectedPositions) -> str:
