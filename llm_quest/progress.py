@@ -157,6 +157,7 @@ PROGRESS_METRICS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "completions/clipped_ratio": ("cut off", "{:.0%}".format),
     "loss": ("loss", "{:.4f}".format),
     "next_token": ("next token", "{:.4f}".format),
+    "preference_loss": ("of pairs", "{:.4f}".format),
     "accuracy": ("accuracy", "{:.1%}".format),
     "rewards/margin": ("margin", "{:.4f}".format),
     "rewards/accuracy": ("accuracy", "{:.1%}".format),

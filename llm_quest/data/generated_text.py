@@ -7,7 +7,8 @@ FILE.py:FUNCTION`. Letters stand apart, so that a byte-pair tokenizer of 300 has
     reversals()               `reverse(abc)=` and the answer, as the task `reverse` has them
     few_reversals()           the first 600 of them
     reversal_pairs()          the same prompt, the reversed word, and its letters in another order
-    rated_reversals()         one answer of a pair, and whether it is right: one in five is"""
+    rated_reversals()         one answer of a pair, and whether it is right: one in five is
+    criticised_reversals()    an answer, what is wrong with it, and another one: half of the answers copy the word"""
 
 from __future__ import annotations
 
@@ -16,6 +17,9 @@ import random
 import string
 from collections.abc import Iterator
 from typing import Any
+
+from llm_quest.data.problems import draw_problem
+from llm_quest.data.problems.strings import Reverse
 
 Row = dict[str, Any]
 ROWS = 6000
@@ -82,3 +86,17 @@ def rated_reversals() -> Iterator[Row]:
     for pair in reversal_pairs():
         right = rng.random() < 0.2
         yield {"prompt": pair["prompt"], "completion": pair["chosen" if right else "rejected"], "label": right}
+
+
+def criticised_reversals() -> Iterator[Row]:
+    """Conversations about the words that the task `reverse` trains on. First and second answers are as often wrong;
+    what is said about them is always right, and ends the conversation where they are. All words are spelled with the
+    characters that the policy of `words` knows."""
+    task = Reverse(3, 4, 8, noise=0.5)
+    for index in range(ROWS // 2):
+        problem = draw_problem(task, "train", index)
+        rng = random.Random(f"criticism {index}")
+        first, second = (task.demonstrate(problem, rng) for _ in range(2))
+        turns = [problem.prompt, first, "assess", "safe" if first == problem.answer else "bad"]
+        turns += [] if first == problem.answer else ["rehash", second]
+        yield {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]}

@@ -20,6 +20,7 @@ from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import TokenizedDocuments
 from llm_quest.eval.perplexity import evaluate_perplexity
+from llm_quest.eval.statistics import wilson_confidence_interval
 from llm_quest.files import atomic_write_json
 from llm_quest.generation.generate import generate
 from llm_quest.generation.stopping import end_token_ids
@@ -144,7 +145,8 @@ def preference_metrics(scored: np.ndarray) -> dict[str, float]:
     lengths, rewards = np.concatenate([long, short]), np.concatenate([better, worse])
     if lengths.std() > 0 and rewards.std() > 0:
         found["reward_length_correlation"] = float(np.corrcoef(lengths, rewards)[0, 1])
-    found["interval"] = 1.96 * math.sqrt(found["accuracy"] * (1 - found["accuracy"]) / len(scored))
+    around = wilson_confidence_interval(int((better > worse).sum()), len(scored))
+    found["interval"] = (around.high - around.low) / 2
     return found
 
 

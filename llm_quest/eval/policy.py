@@ -18,6 +18,7 @@ from llm_quest.data.problems import Problem
 from llm_quest.eval.evaluators import save_samples
 from llm_quest.eval.problems import ProblemAccuracy, Selection, measure_accuracy
 from llm_quest.eval.selection import best_of_at_k
+from llm_quest.eval.self_refinement import Complete, RefineRound, SelfRefinement
 from llm_quest.generation.sampling import SamplingParams
 from llm_quest.models.decoder import Decoder
 from llm_quest.rollouts.advantages import total_rewards
@@ -36,7 +37,8 @@ MAX_SAVED_ANSWERS = 5
 class PolicyScores:
     """Held-out rewards of a policy. rewards: the mean of each, by name, over the answers that it applies to. total:
     their weighted sum. interval: its half width at 95 %. accuracy: None where no problem has an answer. best_rewarded:
-    best@n, the accuracy of the sample with the largest reward. totals: of each of the answers."""
+    best@n, the accuracy of the sample with the largest reward. totals: of each of the
+    answers. refined: the accuracy after each round of self-refinement."""
 
     rewards: Mapping[str, float]
     total: float
@@ -47,12 +49,15 @@ class PolicyScores:
     best_rewarded: float | None
     answers: Sequence[Sample] = field(repr=False)
     totals: Sequence[float] = field(repr=False)
+    refined: Sequence[RefineRound] = ()
 
     def line(self) -> str:
         """The scores in one line."""
         share = "" if self.accuracy is None else f"accuracy {self.accuracy.greedy_accuracy}, "
         each = ", ".join(f"{name} {mean:.3f}" for name, mean in self.rewards.items())
-        return f"{share}reward {self.total:.3f} ± {self.interval:.3f}" + (f" ({each})" if len(self.rewards) > 1 else "")
+        refined = "".join(f", {one.line(number)}" for number, one in enumerate(self.refined, start=1))
+        several = f" ({each})" if len(self.rewards) > 1 else ""
+        return f"{share}reward {self.total:.3f} ± {self.interval:.3f}{several}{refined}"
 
     def metrics(self) -> dict[str, float]:
         found = {"reward": self.total, "length": self.mean_tokens, "clipped_ratio": self.truncated}
@@ -64,7 +69,16 @@ class PolicyScores:
             found |= {f"mean@{n}": self.accuracy.mean_at_k} if n else {}
             found |= {f"maj@{k}": share for k, share in self.accuracy.majority_at_k.items() if k == n}
             found |= {} if self.best_rewarded is None else {f"best@{n}": self.best_rewarded}
+        found |= {f"refine@{number}": one.accuracy.share for number, one in enumerate(self.refined, start=1)}
         return found
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """Self-refinement of the greedy answers that can be checked. complete: a model -> what completes prompts."""
+
+    loop: SelfRefinement
+    complete: Callable[[Decoder], Complete]
 
 
 @dataclass
@@ -73,7 +87,8 @@ class PolicyEvaluator:
     check by, mean@n, pass@k and maj@n too, and best@n, the best rewarded sample, where correctness is not the whole
     reward. rewards: (name, weight) of each. The first answers go to
     samples/step-00000020.json. whole_model: inside it a sharded model is whole. newest: what the last evaluation of
-    this process found. first: what was found before the first step, until its answers are kept."""
+    this process found. first: what was found before the first step, until its answers are kept. refinement: None for
+    none."""
 
     problems: Sequence[Problem]
     draw: DrawAnswers
@@ -88,6 +103,7 @@ class PolicyEvaluator:
     name: str = "eval"
     newest: PolicyScores | None = None
     first: PolicyScores | None = None
+    refinement: Refinement | None = None
 
     def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
         if self.first is not None:
@@ -115,6 +131,7 @@ class PolicyEvaluator:
             greedy = self.draw(model, self.problems, SamplingParams(temperature=0.0), 1, self.seed)
             checked = [place for place, problem in enumerate(self.problems) if problem.answer]
             drawn = self.draw_samples(model, checked)
+            refined = self.refine(model, [greedy[place][0] for place in checked])
         answers = [group[0] for group in greedy]
         rewards = self.score(greedy)[:, :, 0]
         totals = total_rewards(rewards, [weight for _, weight in self.rewards]).tolist()
@@ -135,7 +152,13 @@ class PolicyEvaluator:
             self.best_rewarded(drawn),
             answers,
             totals,
+            refined,
         )
+
+    def refine(self, model: Decoder, drafts: Sequence[Sample]) -> list[RefineRound]:
+        if self.refinement is None or not drafts:
+            return []
+        return self.refinement.loop.refine(drafts, self.refinement.complete(model))
 
     def best_rewarded(self, drawn: SampleGroups) -> float | None:
         """best@n: how often the sample with the largest reward, of those that have one, is right. None where

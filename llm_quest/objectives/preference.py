@@ -60,7 +60,8 @@ class PreferenceLoss(nn.Module):
         metrics = self.preference_metrics(policy_log_probs.detach(), log_ratios.detach(), batch)
         if self.sft_weight:
             nll = -relative_log_probs(policy_log_probs, None, batch.targets, average=True)[batch.chosen]
-            per_pair, metrics["nll_loss"] = per_pair + self.sft_weight * nll, nll.detach()
+            metrics |= {"preference_loss": per_pair.detach(), "nll_loss": nll.detach()}
+            per_pair = per_pair + self.sft_weight * nll
         w = batch.weights.to(per_pair.dtype)
         return Loss(
             (w * per_pair).sum(), w.sum().float(), {name: ((w * x).sum(), w.sum()) for name, x in metrics.items()}

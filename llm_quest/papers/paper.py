@@ -82,7 +82,7 @@ class Paper:
 
     def fill_in(self, pairs: Sequence[Any], size: str) -> tuple[str, ...]:
         """Settings with the numbers of a size in place of $names."""
-        values = {**self.on.sizes[size], "generated": generated_text.__file__}
+        values = {**self.on.sizes[size], "generated": generated_text.__file__, "claims": str(FOLDER)}
         return tuple(Template(pair).substitute(values) for pair in flatten(pairs))
 
     @property

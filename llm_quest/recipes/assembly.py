@@ -336,6 +336,7 @@ def apply_techniques(
     """Edit the model in place by each in turn, and say what became trainable; returns those that act after every
     step. scores: whether the recipe trains a score head; the others need the head over the vocabulary."""
     callbacks: list[Callback] = []
+    told = trainable_summary(model)
     for entry in entries:
         options = {key: value for key, value in entry.items() if key != "name"}
         one: Any = TypeAdapter(known_techniques()[entry["name"]]).validate_python(options)
@@ -347,7 +348,8 @@ def apply_techniques(
             assert edited is model, "a recipe's techniques edit in place"
         if isinstance(one, Callback):
             callbacks.append(one)
-        log(f"technique: {entry['name']}{trainable_summary(model)}")
+        before, told = told, trainable_summary(model)
+        log(f"technique: {entry['name']}{told if told != before else ''}")
     if not scores and find_score_head(model) is not None:
         raise UsageError(
             "the model has a score head in place of the head over the vocabulary, which this recipe trains: leave the "

@@ -20,11 +20,16 @@ def freeze_parameters(model: Any, patterns: Sequence[str], log: LogFn) -> None:
     """Exclude every parameter that one of the patterns names from training. UsageError for a pattern that matches
     nothing, or only some of the published tensors that are one matrix here."""
     published = published_names(model)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
     frozen: set[str] = set()
     for pattern in patterns:
         matched = match_parameters(pattern, published)
         if not matched:
             raise UsageError(f"freeze: {pattern!r} matches no parameter of this model{near_names(pattern, published)}")
+        if not matched & set(trained) and trained:
+            log(
+                f"freeze: {pattern!r} changes nothing: all that it names is frozen already; trained is {trained[0]} ..."
+            )
         frozen |= matched
     named = dict(model.named_parameters())
     for name in frozen:

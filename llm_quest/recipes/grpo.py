@@ -42,7 +42,7 @@ from llm_quest.recipes.environment_setup import (
     start_environment,
 )
 from llm_quest.recipes.finetuning import StartModelConfig, load_for_finetuning
-from llm_quest.recipes.held_out_reward import HeldOutLog, draw_held_out
+from llm_quest.recipes.held_out_reward import HeldOutLog, RefinementConfig, draw_held_out, make_refinement
 from llm_quest.recipes.model_config import WARMUP_CONTEXT, init_model
 from llm_quest.recipes.policy_prompts import (
     ProblemSet,
@@ -120,6 +120,9 @@ class GrpoConfig(EpisodeConfig):
     eval_num_samples: NonNegativeInt = Field(
         default=0, description="samples of each, for mean@k, pass@k, maj@k and best@k"
     )
+    eval_refinement: RefinementConfig | None = Field(
+        default=None, description="the policy revises its held-out answers by its own feedback, for refine@k; null: no"
+    )
 
     @property
     def by_steps(self) -> bool:
@@ -155,6 +158,8 @@ class GrpoConfig(EpisodeConfig):
             raise ValueError("prompts of your own need a model that can read them: give model.load=FOLDER")
         if self.environment is not None and fresh:
             raise ValueError("an environment needs a model that can talk to it: give model.load=FOLDER")
+        if self.environment is not None and self.eval_refinement is not None:
+            raise ValueError("eval_refinement is for single answers; leave it out, or environment")
         if self.environment is None and any(spec.name == "environment" for spec in self.rewards):
             raise ValueError("the reward environment is paid by an environment: name one, or leave it out")
         if self.environment in NEED_ROWS and self.task is None and self.data is None:
@@ -264,6 +269,10 @@ def held_out_evaluator(
         pipeline.compute_rewards, [(one.name, one.weight) for one in pipeline.rewards], config.eval_steps,
         config.eval_num_samples, config.temperature, derive_seed(config.seed, "evaluation"), context.samples_dir,
         policy.whole_policy,
+        refinement=make_refinement(
+            config.eval_refinement, tokenizer, encode, policy.rollouts.policy.config.max_position_embeddings,
+            config.max_new_tokens,
+        ),
     )  # fmt: skip
 
 

@@ -114,8 +114,11 @@ def loss_unit(record: RunRecord) -> str:
 
 
 def main_loss_metric(record: RunRecord) -> str:
-    """The loss that the run is about: the next token's, where other terms are added to it."""
-    return "next_token" if "next_token" in record.names else "loss"
+    """The loss that the run is about, and that its held-out loss is compared with: the next token's or the pair's,
+    where other terms are added to it; of on-policy distillation the divergence, which is the sum."""
+    if recipe_of(record) == "gkd":
+        return "loss"
+    return next((name for name in ("next_token", "preference_loss") if name in record.names), "loss")
 
 
 def is_plotted(metric: str) -> bool:

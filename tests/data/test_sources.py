@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from llm_quest.data.conversations import Conversation, read_conversations
 from llm_quest.data.corpus import load_corpus
@@ -176,3 +177,65 @@ def test_a_source_keeps_its_place_when_the_working_directory_changes(
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(QuestError, match=r"nowhere\.jsonl does not exist"):
         load(DataSource(str(tmp_path / "nowhere.jsonl")))
+
+
+HUB_FOLDER = {
+    "data/train-00000-of-00002.jsonl": ROWS[:1], "data/train-00001-of-00002.jsonl": ROWS[1:2],
+    "data/test-00000-of-00001.jsonl": ROWS[2:3], "validation/part.jsonl": ROWS[3:], "README.md": [],
+    "dataset_info.json": [],
+}  # fmt: skip
+
+
+def write_folder(folder: Path, files: dict[str, list[dict[str, Any]]]) -> Path:
+    for name, rows in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_rows(folder / name, rows)
+    return folder
+
+
+def prompts(found: Sequence[Conversation]) -> list[str]:
+    return sorted(one.messages[0].content for one in found)
+
+
+def test_of_a_folder_with_splits_train_is_read_and_the_others_are_told(tmp_path: Path) -> None:
+    folder, report = write_folder(tmp_path / "set", HUB_FOLDER), DropReport()
+    assert prompts(load(DataSource(str(folder)), report=report)) == ["q0", "q1"]
+    assert {reason: count for reason, (count, _) in report.dropped.items()} == {
+        "split test": 1, "split validation": 1, "suffix .md": 1, "metadata of a data set": 1,
+    }  # fmt: skip
+    [note] = report.remarks()
+    assert "the split train is read, validation and test is not" in note
+    told = note.partition("data.validation=")[2].strip("'")
+    assert prompts(load(DataSource(**yaml.safe_load(told)[0]))) == ["q3"], "the remedy that is told is one"
+    assert prompts(load(DataSource(str(folder), split="test"))) == ["q2"]
+    with pytest.raises(UsageError, match="has no split 'dev': it has train, validation, test"):
+        load(DataSource(str(folder), split="dev"))
+
+
+@pytest.mark.parametrize(
+    ("files", "read"),
+    [(["test.jsonl", "notes.jsonl"], 2), (["a.jsonl", "latest.jsonl", "contest/b.jsonl"], 3),
+     (["train.jsonl", "extra.jsonl", "eval.jsonl"], 2), (["training/a.jsonl", "dev/a.jsonl"], 1),
+     (["my train.jsonl", "my-val-2.jsonl"], 1), (["retrain.jsonl", "test.jsonl"], 2)],
+)  # fmt: skip
+def test_a_folder_is_read_whole_where_no_file_is_named_train(tmp_path: Path, files: list[str], read: int) -> None:
+    rows = [{"text": f"text {number}", "prompt": f"q{number}", "completion": "a"} for number in range(len(files))]
+    folder = write_folder(tmp_path / "set", {name: [row] for name, row in zip(files, rows, strict=True)})
+    assert len(load(DataSource(str(folder)))) == read
+    assert len(load_corpus(folder).documents) == read, "pretraining reads the same files"
+
+
+def test_a_part_that_a_source_does_not_have_is_refused(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "a.jsonl", [{"text": "one", **ROWS[0]}])
+    for source in (DataSource(str(file), split="test"), DataSource(str(tmp_path), name="en")):
+        for read in (lambda one: load(one), lambda one: load_corpus([one])):
+            with pytest.raises(UsageError, match=r"belongs to a data set of the hub .*; leave it out"):
+                read(source)
+
+
+def test_a_folder_that_datasets_saved_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"train": table.select([0, 1]), "test": table.select([2])}).save_to_disk(str(tmp_path / "set"))
+    assert prompts(load(DataSource(str(tmp_path / "set")))) == ["q0", "q1"]
+    assert prompts(load(DataSource(str(tmp_path / "set"), split="test"))) == ["q2"]

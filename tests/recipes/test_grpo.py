@@ -15,26 +15,34 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 from llm_quest.cli.main import app
+from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.problems import Problem, parse_task
 from llm_quest.data.problems.strings import Reverse
 from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.data.whole_documents import Demonstrations
 from llm_quest.errors import DataError, GuardStop, UsageError
-from llm_quest.hub.load_save import load
+from llm_quest.eval.problems import evaluate_problems
+from llm_quest.eval.self_refinement import RefinePrompts, SelfRefinement
+from llm_quest.hub.load_save import load, save
+from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.objectives.surrogates import POLICY_VARIANTS
+from llm_quest.papers.paper import FOLDER
 from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.grpo import GrpoConfig
 from llm_quest.recipes.model_config import WARMUP_CONTEXT, init_model
+from llm_quest.recipes.policy_prompts import PromptEncoder, problems_of_task
 from llm_quest.recipes.recipe import get_recipe, load_recipe
 from llm_quest.recipes.sft_warmup import WarmupConfig, require_demonstrations_fit, run_sft_warmup
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.rollouts.rewards import compute_step_rewards
 from llm_quest.rollouts.sampler import Sample
 from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.rng_state import derive_seed
 from tests.recipes.tuned import metrics, weights
 
 pytestmark = pytest.mark.xdist_group("grpo")
@@ -101,6 +109,34 @@ def test_the_reward_rises_and_not_by_chance(warm: Path, tmp_path: Path):
     started(tmp_path / "random", *from_(warm, "max_steps=60", "rewards=[{name: random}]"), say=said.append)
     told = [float(line.split("accuracy ")[1].split()[0]) for line in said if line.startswith("held out")]
     assert told[3] - told[2] < 0.1
+
+
+def test_held_out_answers_are_refined_as_the_command_does(warm: Path, tmp_path: Path):
+    """The same answers, feedback and rounds as `quest eval --refine`, and a policy without conversations is refused."""
+    tokenizer = load_tokenizer(warm)
+    tokenizer.chat_template = (FOLDER / "bare_chat.jinja").read_text()
+    talking = save(load(warm), tmp_path / "talking", tokenizer=tokenizer)
+    words, said = {"feedback": "a", "refine": "b", "stop": "c"}, list[str]()
+    pairs = [
+        *from_(talking, "max_steps=1", "learning_rate=1e-9", "apply_chat_template=true", 'system_prompt=""'),
+        f"eval_refinement={json.dumps({'rounds': 2, **words})}",
+    ]
+    started(tmp_path / "run", *pairs, say=said.append)
+    found = metrics(tmp_path / "run")[-1]
+    chat = ChatTemplate(tokenizer)
+    encode = PromptEncoder(tokenizer, chat, "")
+    problems = problems_of_task(yaml.safe_load(RECIPE)["task"], "", "strict", 40, derive_seed(0, "order")).held_out
+    loop = SelfRefinement(2, encode.messages, chat.encode_prompts, 128, RefinePrompts(**words))
+    told = evaluate_problems(
+        load(talking), tokenizer, problems, max_new_tokens=5, encode_prompt=encode, refinement=loop
+    )
+    assert told.refined[0].broken > 0, "what was asked for is nothing that this policy has seen"
+    lines = [one.line(number) for number, one in enumerate(told.refined, start=1)]
+    assert all(line in said[-1] for line in lines)
+    assert [found["eval/refine@1"], found["eval/refine@2"]] == [one.accuracy.share for one in told.refined]
+    assert found["eval/accuracy"] == told.greedy_accuracy.share
+    with pytest.raises(UsageError, match="set apply_chat_template=true"):
+        started(tmp_path / "other", *pairs, "apply_chat_template=false", "system_prompt=null")
 
 
 @pytest.mark.parametrize("variant", POLICY_VARIANTS)

@@ -18,6 +18,7 @@ from llm_quest.hub.locate import resolve_checkpoint
 from llm_quest.models.build import build
 from llm_quest.recipes.freezing import freeze_parameters
 from llm_quest.recipes.recipe import load_recipe
+from llm_quest.techniques.lora import LoRA
 from tests.recipes.tuned import WORDS, base, metrics, started, written
 
 SFT = "recipe: sft\nbatch_size: 4\nsequence_length: 40\nsamples: {every_steps: 0}\neval_steps: 2\n"
@@ -136,6 +137,16 @@ def test_a_pattern_that_matches_nothing_or_a_part_of_a_matrix_is_refused():
     ):
         freeze_parameters(model, ["*.q_proj.*"], lambda text: None)
     freeze_parameters(model, ["*.self_attn.?_proj.*"], lambda text: None)
+
+
+def test_a_pattern_that_names_nothing_that_is_trained_is_told():
+    model, said = LoRA(rank=2)(build("llama3.2-tiny")), list[str]()
+    freeze_parameters(model, ["model.layers.0.*"], said.append)
+    assert "'model.layers.0.*' changes nothing" in said[0]
+    other = said[0].rpartition("trained is ")[2].removesuffix(" ...")
+    assert dict(model.named_parameters())[other].requires_grad
+    freeze_parameters(model, ["blocks.0.*"], said.append)
+    assert not any("changes nothing" in line for line in said[1:])
 
 
 def test_what_is_frozen_does_not_move(tmp_path, rows):
