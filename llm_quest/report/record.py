@@ -206,7 +206,7 @@ def read_samples(folder: Path) -> Iterator[SampleRow]:
         held = read_json_object(file)
         entries = [entry for entry in held.get("samples", []) if isinstance(entry, dict)]
         for entry in entries:
-            texts = (str(entry.get(key) or "") for key in ("prompt", "text", "wanted"))
+            prompt, text, wanted = (str(entry.get(key) or "") for key in ("prompt", "text", "wanted"))
             reward = entry.get("reward")
             yield SampleRow(
                 int(held.get("step", 0)), *texts, f"{reward:.3g}" if isinstance(reward, int | float) else ""
