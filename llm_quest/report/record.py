@@ -208,9 +208,8 @@ def read_samples(folder: Path) -> Iterator[SampleRow]:
         for entry in entries:
             prompt, text, wanted = (str(entry.get(key) or "") for key in ("prompt", "text", "wanted"))
             reward = entry.get("reward")
-            yield SampleRow(
-                int(held.get("step", 0)), *texts, f"{reward:.3g}" if isinstance(reward, int | float) else ""
-            )
+            earned = f"{reward:.3g}" if isinstance(reward, int | float) else ""
+            yield SampleRow(int(held.get("step", 0)), prompt, text, wanted, earned)
 
 
 def checkpoint_sizes(folder: Path) -> dict[str, int]:
