@@ -32,7 +32,7 @@ quickstart: install
 	$(BIN)/quest quickstart
 
 test: install-test
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(CORES) --dist loadgroup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(CORES) --dist worksteal
 
 book: install-test
 	$(BIN)/python -m book

@@ -31,6 +31,7 @@ gc.disable()  # until the tests are collected: what they import stays
 CHECKED = ("layers", "models", "generation", "objectives", "techniques", "hub")
 check_imports([f"llm_quest.{package}" for package in CHECKED])
 
+from llm_quest.data import template_sandbox  # noqa: E402
 from llm_quest.layers import linear  # noqa: E402
 from llm_quest.machine.hardware import bf16_support  # noqa: E402
 
@@ -42,6 +43,26 @@ os.environ["LLM_QUEST_MACHINE_PROFILE"] = str(MACHINES / ("avx512_bf16.json" if 
 """What `auto` means does not depend on how busy the machine of the tests is."""
 settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
+
+RENDERED: dict[str, Any] = {}
+"""What templates made of conversations in this process."""
+
+
+def render_once() -> None:
+    """A chat template is rendered in a process of its own, a fifth of a second each time: here the same conversations
+    are rendered once by the same template under the same limits. (An error is never kept.)"""
+    render = template_sandbox.run_batch
+
+    def run_once(settings: Any, jobs: Any) -> Any:
+        key = f"{template_sandbox.WORKER_COMMAND} {template_sandbox.CPU_SECONDS} {settings} {jobs}"
+        if key not in RENDERED:
+            RENDERED[key] = render(settings, jobs)
+        return RENDERED[key]
+
+    template_sandbox.run_batch = run_once
+
+
+render_once()
 
 
 def pytest_collection_finish() -> None:
@@ -57,26 +78,6 @@ def few_row_products() -> None:
     linear.KERNEL_ROWS.clear()
     linear.FEW_ROWS.clear()
     linear.FEW_ROWS.update(FEW_ROWS)
-
-
-RENDERED: dict[str, Any] = {}
-
-
-@pytest.fixture
-def render_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A chat template is rendered in a process of its own, a tenth of a second each time: here the same conversations
-    by the same template are rendered once. (For tests that are about what is done with the text.)"""
-    from llm_quest.data import template_sandbox
-
-    render = template_sandbox.run_batch
-
-    def run_once(settings: Any, jobs: Any) -> Any:
-        key = f"{settings} {jobs}"
-        if key not in RENDERED:
-            RENDERED[key] = render(settings, jobs)
-        return RENDERED[key]
-
-    monkeypatch.setattr(template_sandbox, "run_batch", run_once)
 
 
 @pytest.fixture

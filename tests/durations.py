@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 
 FOLDER = "LLM_QUEST_DURATIONS"
-WHOLE_SUITE = ("-n", "2", "--dist", "loadgroup")
+WHOLE_SUITE = ("-n", "2", "--dist", "worksteal")
 SHOWN = 30
 
 

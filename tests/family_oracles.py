@@ -88,8 +88,8 @@ PARTIAL = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0
 
 
 def made(model: str, config: str, **numbers: Any) -> Callable[[], Any]:
-    """A builder; experts run as a plain loop, which is the definition. Its `architecture` is the class that it
-    builds."""
+    """A builder; experts run as a plain loop, which is the definition. Its `architecture` is the class that it builds,
+    its `family` the class of that one's config."""
 
     def build() -> Any:
         torch.manual_seed(0)
@@ -101,6 +101,7 @@ def made(model: str, config: str, **numbers: Any) -> Callable[[], Any]:
         return oracle
 
     build.architecture = model  # type: ignore[attr-defined]
+    build.family = config  # type: ignore[attr-defined]
     return build
 
 

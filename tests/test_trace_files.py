@@ -29,7 +29,6 @@ def counted() -> dict[str, tuple[int, str]]:
     return {name: (int(number), text) for name, number, text in zip(*[iter(parts)] * 3, strict=True)}
 
 
-@pytest.mark.xdist_group("trace_files")
 @pytest.mark.parametrize("stretch", STRETCHES)
 def test_a_reader_who_follows_a_command_opens_no_more_files_than_before(stretch: str):
     number, files = counted()[stretch]

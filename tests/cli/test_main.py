@@ -21,9 +21,6 @@ from llm_quest.cli.main import app
 from llm_quest.cli.output import describe_failure, run_with_exit_code
 from llm_quest.errors import BusyError, DataError, GuardStop, MissingError, ResourceError, UsageError
 
-pytestmark = pytest.mark.xdist_group("main")
-"""One worker makes what these tests share, once."""
-
 RunQuest = Callable[..., subprocess.CompletedProcess[str]]
 QUEST = [sys.executable, "-c", "from llm_quest.cli.main import main; main()"]
 TINY = [

@@ -29,7 +29,6 @@ from llm_quest.objectives.classification import last_token_outputs, pad_rows
 from llm_quest.techniques.score_head import ScoreHead
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.usefixtures("render_once")
 TEXT = ["one good answer and so on", "What is it? It is 4.", "question number seven", "a bad one, and longer than that"]
 ANSWERS = ("one good answer and so on", "bad")
 TALKS = [Conversation((("user", "question"), ("assistant", answer)), "here") for answer in ANSWERS]

@@ -22,8 +22,6 @@ from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError
 from tests.later import Later
 
-pytestmark = pytest.mark.usefixtures("render_once")
-
 transformers = Later("transformers")
 
 UNTAGGED = CHATML_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")

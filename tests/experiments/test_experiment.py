@@ -29,8 +29,6 @@ from llm_quest.experiments.verdict_lines import describe_verdict
 from llm_quest.experiments.worker_pool import WorkerPool
 from tests.experiments.bench import SHORT, patch_package, plan_of, run_experiment, settings, write_text
 
-pytestmark = pytest.mark.xdist_group("experiment")
-
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[WorkerPool]:

@@ -35,9 +35,6 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 quick = settings(max_examples=25, deadline=None)
 
 
-pytestmark = pytest.mark.usefixtures("render_once")
-
-
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 

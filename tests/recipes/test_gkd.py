@@ -11,8 +11,6 @@ from llm_quest.cli.train import estimate_cost
 from llm_quest.errors import UsageError
 from tests.recipes.tuned import WORDS, base, metrics, started, weights, written
 
-pytestmark = pytest.mark.xdist_group("gkd")
-
 TEXT = """
 recipe: gkd
 batch_size: 8

@@ -45,9 +45,6 @@ from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.rng_state import derive_seed
 from tests.recipes.tuned import metrics, weights
 
-pytestmark = pytest.mark.xdist_group("grpo")
-"""One worker makes what these tests share, once."""
-
 RECIPE = """
 recipe: grpo
 task: reverse:shortest=3,longest=3,letters=8,noise=0.5

@@ -12,8 +12,6 @@ from llm_quest.recipes.config import load_raw_config
 from tests.recipes.test_grpo import from_, started, warm  # noqa: F401 (a fixture)
 from tests.recipes.tuned import metrics, weights
 
-pytestmark = pytest.mark.xdist_group("grpo")
-
 ENVIRONMENT = '''
 WORDS = ("abc", "fed", "bad", "cab", "hag", "gab", "fad", "ace")
 

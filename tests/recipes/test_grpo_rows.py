@@ -19,8 +19,6 @@ from tests.recipes.test_grpo import from_, started, warm  # noqa: F401 (a fixtur
 from tests.recipes.tuned import metrics
 from tests.rollouts.test_judge_reward import TEMPLATE, Server, server  # noqa: F401 (a fixture)
 
-pytestmark = pytest.mark.xdist_group("grpo")
-
 REWARDS = '''
 def score(completions, word, **kwargs):
     """The share of letters that stand where the reversed word has them."""

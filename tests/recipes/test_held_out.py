@@ -14,8 +14,6 @@ from llm_quest.errors import DataError, UsageError
 from llm_quest.recipes.held_out import evaluate_run
 from tests.recipes.every_recipe import NAMES, prepare, run_tiny
 
-pytestmark = pytest.mark.xdist_group("held-out measures of recipes")
-
 
 def quiet(line: str) -> None:
     """No progress."""

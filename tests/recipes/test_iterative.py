@@ -24,9 +24,6 @@ from tests.recipes.test_grpo import RECIPE, from_, started, warm  # noqa: F401
 from tests.recipes.test_grpo_environments import ENVIRONMENT
 from tests.recipes.tuned import metrics, weights
 
-pytestmark = pytest.mark.xdist_group("iterative")
-"""One worker makes what these tests share, once."""
-
 ITERATIVE = (
     RECIPE.replace("recipe: grpo", "recipe: iterative")
     + """

@@ -14,8 +14,6 @@ from llm_quest.errors import DataError
 from llm_quest.recipes.kto import area_under_curve
 from tests.recipes.tuned import WORDS, base, metrics, started, weights, written
 
-pytestmark = [pytest.mark.xdist_group("preferring"), pytest.mark.usefixtures("render_once")]
-
 TEXT = """
 recipe: kto
 batch_size: 8

@@ -10,9 +10,6 @@ import pytest
 from tests.recipes.every_recipe import NAMES, copy_up_to_step_1, metric_rows, prepare, run_all_by_two, run_tiny
 from tests.recipes.two import together
 
-pytestmark = pytest.mark.xdist_group("one law of recipes")
-"""One worker makes what these tests share, once."""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

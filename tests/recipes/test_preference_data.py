@@ -23,9 +23,6 @@ from llm_quest.recipes.finetuning import flip_labels
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from tests.recipes.tuned import COMMON, WORDS, base, metrics, planning_context, started, weights, written
 
-pytestmark = [pytest.mark.xdist_group("preferring"), pytest.mark.usefixtures("render_once")]
-"""One worker makes what these tests share, once."""
-
 REWARD = """
 recipe: reward
 batch_size: 4

@@ -21,8 +21,6 @@ from llm_quest.train.parallel import DistributedContext
 from tests.recipes.test_grpo import started as grpo_started
 from tests.recipes.tuned import base, metrics, started, written
 
-pytestmark = pytest.mark.xdist_group("prm")
-
 TASK = Chained(shortest=1, longest=2, modulus=3)
 TEXT = """
 recipe: prm

@@ -27,8 +27,6 @@ from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from tests.recipes.every_recipe import COMMON, TEXTS, prepare
 from tests.recipes.tuned import WORDS, written
 
-pytestmark = pytest.mark.usefixtures("render_once")
-
 ROWS: dict[str, Callable[[str, str], dict[str, Any]]] = {
     "pretrain": lambda one, two: {"text": f"say {one} user {two}\n" * 9},
     "rpt": lambda one, two: {"text": f"say {one} {two} user dog"},

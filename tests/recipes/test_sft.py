@@ -22,9 +22,6 @@ from tests.recipes.tuned import WORDS, base, metrics, started, weights, written
 
 transformers = Later("transformers")
 
-pytestmark = pytest.mark.xdist_group("sft")
-"""One worker makes what these tests share, once."""
-
 RECIPE = """
 recipe: sft
 data: {held_out: 0.1}

@@ -18,8 +18,6 @@ from llm_quest.recipes.recipe import load_recipe
 from tests.recipes.every_recipe import prepare, run_tiny
 from tests.recipes.tuned import WORDS, metrics, written
 
-pytestmark = pytest.mark.usefixtures("render_once")
-
 RECIPES = ("pretrain", "sft", "dpo", "reward", "kto", "gkd", "prm", "classify")
 
 

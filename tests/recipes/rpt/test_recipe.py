@@ -26,9 +26,6 @@ from llm_quest.recipes.rpt.start_model import reasoning_tokenizer
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from tests.recipes.tuned import metrics, weights
 
-pytestmark = pytest.mark.xdist_group("rpt")
-"""One worker makes what these tests share, once."""
-
 RECIPE = """
 recipe: rpt
 data: {source: "registers:longest=2", num_documents: 400}
