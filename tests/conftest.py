@@ -6,6 +6,7 @@ any of them is; ordinary runs do not pay. Laws about `torch.compile` run in a pr
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import signal
@@ -18,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import typer.main
 from hypothesis import HealthCheck, settings
 
 from tests.shapes import check_imports
@@ -26,6 +28,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell ignores it for 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if getattr(signal, "SIGHUP", None) and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.fsync = lambda descriptor: None  # of thousands of checkpoints: no test takes the power away
 gc.disable()  # until the tests are collected: what they import stays
 
 CHECKED = ("layers", "models", "generation", "objectives", "techniques", "hub")
@@ -63,6 +66,8 @@ def render_once() -> None:
 
 
 render_once()
+typer.main.get_command = functools.cache(typer.main.get_command)
+"""Four fifths of a command's time in this process would go into building the tree of all commands again."""
 
 
 def pytest_collection_finish() -> None:

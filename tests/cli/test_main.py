@@ -220,7 +220,7 @@ def test_json_tells_a_failure_as_json_too(run_quest: RunQuest) -> None:
 
 
 def test_ctrl_c_saves_and_the_same_command_ends_with_the_same_bits(place: Path, run_quest: RunQuest) -> None:
-    command = ["train", "tiny", "data.source=text.txt", "max_steps=150", *TINY, "save_steps=0", "logging_steps=1"]
+    command = ["train", "tiny", "data.source=text.txt", "max_steps=60", *TINY, "save_steps=0", "logging_steps=1"]
     straight = run_quest(*command, "--out", "straight")
     assert straight.returncode == 0, straight.stderr
     process = subprocess.Popen(
@@ -233,7 +233,7 @@ def test_ctrl_c_saves_and_the_same_command_ends_with_the_same_bits(place: Path, 
     )
     assert process.stderr is not None
     for line in process.stderr:
-        if "step 2/150" in line:
+        if "step 2/60" in line:
             process.send_signal(signal.SIGINT)
             break
     said = process.stderr.read()
@@ -241,8 +241,8 @@ def test_ctrl_c_saves_and_the_same_command_ends_with_the_same_bits(place: Path, 
     assert "Traceback" not in said
     done = run_quest("train", "stopped", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["step"] == 150
-    last = "checkpoints/step-00000150/model.safetensors"
+    assert json.loads(done.stdout)["step"] == 60
+    last = "checkpoints/step-00000060/model.safetensors"
     assert (place / "stopped" / last).read_bytes() == (place / "straight" / last).read_bytes()
 
 

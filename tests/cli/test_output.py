@@ -52,7 +52,7 @@ PLAIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 @pytest.mark.parametrize(
     ("stream", "words", "code"),
-    [(PLAIN, ["show", "gpt2-tiny"], 0), ({"PYTHONIOENCODING": "cp1252"}, ["papers"], 0), (PLAIN, ["show", "nö"], 2)],
+    [(PLAIN, ["show", "gpt2-tiny"], 0), ({"PYTHONIOENCODING": "cp1252"}, ["papers"], 0), (PLAIN, ["nö"], 2)],
 )
 def test_a_stream_of_few_characters_ends_no_command(stream: dict[str, str], words: list[str], code: int):
     done = subprocess.run([*QUEST, *words], env={**os.environ, **stream}, capture_output=True, timeout=120)

@@ -24,9 +24,9 @@ from llm_quest.models.build import build, preset
 MANNER = GenerationOptions(12, 0.0, None, None, None, 1.0, (), False, 0)
 
 
-def saved(folder: Path, name: str, alphabet: str, seed: int) -> str:
+def saved(folder: Path, name: str, alphabet: str, seed: int, **sizes: int) -> str:
     tokenizer = character_tokenizer(alphabet)
-    config = replace(preset("llama3.2-tiny").config, vocab_size=tokenizer.vocab_size)
+    config = replace(preset("llama3.2-tiny").config, vocab_size=tokenizer.vocab_size, **sizes)
     quest.save(build(config, seed=seed), folder / name, tokenizer=tokenizer)
     return str(folder / name)
 
@@ -69,7 +69,7 @@ def test_without_a_compiler_compile_is_refused_before_the_text(monkeypatch: pyte
 
 
 def test_compiled_passes_write_the_plain_text(tmp_path: Path) -> None:
-    target = saved(tmp_path, "target", "abcdefgh ", 0)
+    target = saved(tmp_path, "target", "abcdefgh ", 0, num_hidden_layers=1)  # each layer is seconds of the compiler
     model, tokenizer = load_text_model(target, "cpu", "float32", lambda text: None)
     ids = tokenizer.encode("abc abc") or [tokenizer.start_token_id]
     (plain,) = generate(model, [ids], max_new_tokens=12, temperature=0.0, eos_token_id=tokenizer.eos_token_ids)

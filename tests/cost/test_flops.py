@@ -35,9 +35,10 @@ def count_real(model: Decoder, length: int, start: int = 0) -> int:
 def test_every_pass_costs_what_is_counted_on_the_model_itself(name: str):
     model = build(name)
     cost, longest = ModelCost(model), model.config.max_position_embeddings
-    for length in {1, 33, longest}:  # the first and the last are counted, the second lies on a polynomial
+    shortest = {1} if TINY.index(name) % 3 == 0 else set()  # counted, as the longest is; 33 and 40 on a polynomial
+    for length in shortest | {33, longest}:
         assert cost.forward(length) == count_real(model, length), f"a row of {length} tokens"
-    for place in {1, 40}:
+    for place in shortest | {40}:
         assert cost.decoding(place, 2) == count_real(model, 1, start=place), f"a cached token at {place}"
 
 

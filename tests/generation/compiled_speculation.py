@@ -22,6 +22,7 @@ from llm_quest.generation.stopping import StoppingCriteria
 from llm_quest.models.build import build
 from llm_quest.models.decoder import Decoder
 from llm_quest.techniques.multi_token_prediction import MultiTokenPrediction
+from tests.laws.subjects import keep_block_kinds_
 
 RAGGED = [[5, 9, 2, 7, 7, 1], [3], [8, 8, 4]]
 GREEDY = SamplingParams(temperature=0.0)
@@ -36,7 +37,7 @@ def target(name: str, dtype: torch.dtype = torch.float32) -> Decoder:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5 * 1.5, generator=generator)
-    return model.to(dtype).eval()
+    return keep_block_kinds_(model).to(dtype).eval()
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 
 from llm_quest.generation.generate import generate
 from llm_quest.models.build import build
+from tests.laws.subjects import keep_block_kinds_
 
 RAGGED = [[5, 9, 2, 7, 7, 1], [3], [8, 8, 4]]
 
@@ -60,7 +61,7 @@ def report(name: str) -> dict[str, object]:
 if __name__ == "__main__":
     if sys.argv[1] != "inductor":
         torch.compile = functools.partial(torch.compile, backend=sys.argv[1])
-    MODELS = {name: build(name, seed=1) for name in sys.argv[2:]}
+    MODELS = {name: keep_block_kinds_(build(name, seed=1)) for name in sys.argv[2:]}
     reports = {name: report(name) for name in MODELS}
     gone = [weakref.ref(model) for model in MODELS.values()]
     MODELS.clear()

@@ -4,6 +4,7 @@ that stress what no tiny preset has (biases, one key/value head, YaRN, windows o
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -174,7 +175,7 @@ def keep_block_kinds_(model: Decoder) -> Decoder:
 def block_kind(block: nn.Module) -> str:
     """What tells blocks apart: equal blocks are the same code, and one of them is traced."""
     details = [(getattr(part, "sliding_window", None), getattr(part, "rotary", None)) for part in block.modules()]
-    return f"{block} {details}"
+    return re.sub(r" at 0x\w+", "", f"{block} {details}")  # of an object without a text of its own
 
 
 def random_tokens(model: Decoder, batch: int, length: int, seed: int = 0) -> torch.Tensor:
