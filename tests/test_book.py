@@ -139,6 +139,16 @@ def test_no_sentence_of_the_book_stands_in_the_source_too():
     }
 
 
+def test_a_chapter_shows_the_lines_that_it_is_about_and_no_whole_files():
+    found = {
+        words: source.code_of(words).text.count("\n") + 1
+        for file in site.chapter_files()
+        for words in re.findall(r"^```code (.*)$", file.read_text(encoding="utf-8"), re.M)
+    }
+    assert {words: lines for words, lines in found.items() if lines > 60} == {}
+    assert len(found) > 20
+
+
 def test_a_benchmark_that_is_shown_is_a_section_of_its_page():
     for heading in pages.BENCHMARKS.values():
         assert "| --- |" in pages.benchmark(heading), heading
