@@ -24,7 +24,7 @@ def code_block(words: str, body: str = "") -> str:
 
 def mistakes_block(words: str, body: str = "") -> str:
     """What is commonly got wrong, of a file."""
-    items = "".join(f"<li>{html.escape(one)}</li>" for one in mistakes_of(words))
+    items = "".join(f"<li>{with_marks(one)}</li>" for one in mistakes_of(words))
     return f'<ul class="mistakes">{items}</ul>' if items else ""
 
 
@@ -84,6 +84,11 @@ def recorded_block(words: str, body: str = "") -> str:
     items = (f"<li>{html.escape(title)}: {tests_as_code(tests)}</li>" for title, tests in recorded_mutations(words))
     text = "".join(items)
     return f"<ul>{text}</ul>" if text else ""
+
+
+def with_marks(text: str) -> str:
+    """A text of a docstring with its *words* and `names` as HTML."""
+    return re.sub(r"(?<![\w*])\*(\w[^*<>`]*)\*(?![\w*])", r"<em>\1</em>", tests_as_code(text))
 
 
 def tests_as_code(text: str) -> str:

@@ -41,12 +41,14 @@ def symbols_in(text: str) -> list[str]:
 
 
 def meaning_of(symbol: str, page: dict[str, str], everywhere: dict[str, str]) -> str:
-    """The meaning of a symbol: its own, or that of the name before its index."""
-    for known in (page, everywhere):
-        for name in (symbol, symbol.rstrip("'"), symbol.partition("_")[0]):
-            if name in known:
-                return known[name]
-    return ""
+    """The meaning of a symbol: its own, or that of the longest name before its indices."""
+    return next((known[name] for known in (page, everywhere) for name in names_of(symbol) if name in known), "")
+
+
+def names_of(symbol: str) -> list[str]:
+    """A symbol, without its prime, and without its indices: q_nope_h, q_nope, q."""
+    parts = symbol.split("_")
+    return [symbol, symbol.rstrip("'"), *("_".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))]
 
 
 def symbol_rows(subject: Subject, text: str) -> list[tuple[str, str]]:

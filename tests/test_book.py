@@ -184,6 +184,22 @@ def test_every_symbol_of_every_equation_is_explained():
     assert set(equations.read_symbols()[1]) <= known, "symbols of a page that is not there"
 
 
+def test_every_symbol_that_a_page_explains_stands_in_its_equations_and_the_longest_name_is_the_one_that_is_meant():
+    for subject in all_subjects():
+        own = equations.read_symbols()[1].get(subject.key, {})
+        names = [equations.names_of(one) for one in equations.symbols_in(pages.docstring_text(subject))]
+        shown = {next((name for name in several if name in own), "") for several in names}
+        assert set(own) - shown == set(), subject.key
+    assert equations.meaning_of("q_nope_h", {"q_nope": "a part"}, {"q": "queries"}) == "a part"
+    assert equations.meaning_of("q_rope_h", {"q": "own", "q_rope": "a part"}, {}) == "a part"
+
+
+def test_words_and_names_of_a_mistake_are_marked():
+    assert blocks.with_marks("masked *before* the `exp`, a * b * c < 2") == (
+        "masked <em>before</em> the <code>exp</code>, a * b * c &lt; 2"
+    )
+
+
 def test_every_package_has_a_readme_whose_links_lead_somewhere(tmp_path):
     for package in readmes.packages():
         file = readmes.readme_file(package)
