@@ -481,7 +481,7 @@ MUTATIONS = (
     Mutation("RPT: one true token counts as several", "recipes/rpt/evaluation.py", "len(said.encode()) > len(truth[0])", "len(said.encode()) >= len(truth[0])", "tests/recipes/rpt/test_evaluation.py"),
     Mutation("RPT: finding the places is free", "recipes/rpt/recipe.py", "flops=found.flops", "flops=0.0", RPT),
     Mutation("RPT: the reference's pass is free", "recipes/rpt/recipe.py", "num_scorings=(config.kl_coef > 0) +", "num_scorings=", RPT),
-    Mutation("RPT: the same places in the same order every epoch", "recipes/rpt/recipe.py", "epoch_order(len(found), seed, epoch)", "epoch_order(len(found), seed, 0)", RPT),
+    Mutation("RPT: the same places in the same order every epoch", "recipes/rpt/recipe.py", "position_order(len(found), seed, epoch)", "position_order(len(found), seed, 0)", RPT),
     Mutation("RPT: only hard places are held out", "recipes/rpt/positions.py", "hard_positions(proxy, text.held_out, part, NO_THRESHOLD)", "hard_positions(proxy, text.held_out, part, part.above)", RPT),
     Mutation("RPT's control begins before the thoughts", "recipes/rpt/start_model.py", 'str(out / "warmup")', 'str(out / "base")', RPT),
     Mutation("marked: the first of two answers counts", "rollouts/verifiers.py", "compare_values(parse_number(after) if before", "compare_values(parse_number(after.partition(ANSWER_PREFIX)[0]) if before", "tests/rollouts/test_verifiers.py -k right_and_wrong"),

@@ -22,7 +22,6 @@ from llm_quest.hub.safetensors_io import StoredTensor
 from llm_quest.hub.weight_map import WeightView
 from llm_quest.models.decoder import Decoder, GenerationConfig
 
-SUFFIX = ".gguf"
 Source = StoredTensor | EncodedTensor
 Matched = tuple[dict[str, Source], dict[str, WeightView]]
 """Stored tensors, and of each its place in the model, under the same names."""

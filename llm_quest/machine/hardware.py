@@ -67,14 +67,13 @@ def read_cpu_seconds() -> CpuSeconds | None:
     return CpuSeconds(time.monotonic(), sum(spent), sum(os.times()[:4]))
 
 
-def count_busy_cores() -> float:
-    """How many of the usable cores other programs keep busy, as a mean since this command began; where that is long
-    ago, or a library calls, over LOAD_SECONDS, which it then takes. 0 where the system does not say.
+def count_busy_cores(start: CpuSeconds | None = None) -> float:
+    """How many of the usable cores other programs keep busy: a mean since `start`, else since this command began; where
+    that is long ago, or a library calls, over LOAD_SECONDS, which it then takes. 0 where the system does not say.
 
     Commonly got wrong: the load average counts a program that has ended for minutes, and one that waits for a disk."""
-    start = BEGINNING[0] if BEGINNING else None
-    if start is None or time.monotonic() - start.at > STALE_SECONDS:
-        start = read_cpu_seconds()
+    began = [one for one in BEGINNING if time.monotonic() - one.at <= STALE_SECONDS]
+    start = start or (began[0] if began else read_cpu_seconds())
     if start is None:
         return 0.0
     time.sleep(max(0.0, LOAD_SECONDS - (time.monotonic() - start.at)))

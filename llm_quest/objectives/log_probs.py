@@ -14,7 +14,6 @@ bfloat16. Only the product with the head is in the model's dtype, as when sampli
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from llm_quest.layers.linear import softcap_logits
 from llm_quest.objectives.cross_entropy import CHUNK_ROWS, add_product_
 from llm_quest.objectives.next_token import batch_hidden_states
 
-LogProbsForm = Callable[[Tensor, Tensor, Tensor, float | None, float], Tensor]
 MAX_FULL_LOGITS_BYTES = 4 * 2**20
 """Up to this size in bytes all logits are kept. Larger ones are computed again in parts, which is faster than reading
 them: 4,096 rows at V 4096 took 0.31 s in parts against 0.43 (float32), 0.13 against 0.32 (bfloat16, docs/LOG.md)."""

@@ -6,6 +6,7 @@ keeps them, on another machine too; what cannot be kept there is said."""
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from llm_quest.machine.hardware import (
     bf16_support,
     count_busy_cores,
     describe_threads,
+    read_cpu_seconds,
     usable_cores,
 )
 from llm_quest.machine.profile import MachineProfile, load_compiler, load_profile, record_compile_seconds
@@ -222,6 +224,40 @@ class CompileTimer:
         if len(self.moments) == 4:
             first, second, third = (after - before for before, after in itertools.pairwise(self.moments))
             record_compile_seconds(max(first - min(second, third), 0.1))
+
+    def on_step_skipped(self, model: Any) -> None:
+        """A skipped step takes as long as another."""
+
+
+FIRST_STEPS, SLOW_FACTOR, SLOW_STREAK = 8, 5.0, 3
+"""Steps whose median is the usual time; how much longer others take that are slow; so many of them in a row."""
+
+
+class SlowStepNotice:
+    """Says once that other programs have taken cores which this run's threads need: steps then take many times as long,
+    and fewer threads are faster. Their number is not changed: last bits follow from it.
+
+    Commonly got wrong: a slow step taken for a busy machine; an evaluation or a checkpoint is one too."""
+
+    def __init__(self, log: LogFn) -> None:
+        self.log, self.usual, self.streak = log, list[float](), 0
+        self.last, self.start = time.monotonic(), read_cpu_seconds()
+
+    def on_step_end(self, model: Any, step: int) -> None:
+        now, threads = time.monotonic(), torch.get_num_threads()
+        seconds, self.last = now - self.last, now
+        if len(self.usual) < FIRST_STEPS:
+            self.usual.append(seconds)
+        elif self.streak < SLOW_STREAK:
+            self.streak = self.streak + 1 if seconds > SLOW_FACTOR * statistics.median(self.usual) else 0
+            if self.streak == 1:
+                self.start = read_cpu_seconds()
+            if self.streak == SLOW_STREAK:
+                idle = choices.choose_threads(threads, affinity(), count_busy_cores(self.start))
+                self.streak = SLOW_STREAK if idle.value < threads else 0
+                if self.streak:
+                    usual = f"a step takes {seconds:.2g} s and took {statistics.median(self.usual):.2g} s at first"
+                    self.log(f"note: {usual}; {idle.reason}: stop the run and resume it with threads={idle.value}")
 
     def on_step_skipped(self, model: Any) -> None:
         """A skipped step takes as long as another."""

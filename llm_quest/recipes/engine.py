@@ -18,7 +18,7 @@ from llm_quest.files import atomic_write_json
 from llm_quest.machine.hardware import peak_memory_bytes
 from llm_quest.models.build import count_parameters, family_of
 from llm_quest.progress import LineLogger, Logger, NullLogger, is_terminal, phase
-from llm_quest.recipes.auto import CompileTimer
+from llm_quest.recipes.auto import CompileTimer, SlowStepNotice
 from llm_quest.recipes.config import load_raw_config, parse_recorded_config
 from llm_quest.recipes.config_schema import RunConfig
 from llm_quest.recipes.freezing import freeze_parameters
@@ -95,7 +95,7 @@ def run_job(job: Job, context: Context, callbacks: Sequence[Callback] = ()) -> R
             train_settings(config, expected_loss=job.expected_loss, watch_loss=job.watch_loss),
             run,
             parallel=parallel,
-            callbacks=[*job.callbacks, *callbacks, *compile_timers(config, parallel)],
+            callbacks=[*job.callbacks, *callbacks, *compile_timers(config, parallel), *slow_step_notices(context)],
             evaluators=job.evaluators,
             watchers=job.watchers,
             logger=logger,
@@ -128,6 +128,12 @@ def starts_anew(context: Context) -> bool:
 def compile_timers(config: RunConfig, parallel: DistributedContext) -> list[Callback]:
     """What measures the time of compiling, where the run is compiled on the CPU."""
     return [CompileTimer()] if config.compile and parallel.is_main_process and parallel.device.type == "cpu" else []
+
+
+def slow_step_notices(context: Context) -> list[Callback]:
+    """What sees other programs take the cores, where several threads of one process share them."""
+    alone = context.parallel.world_size == 1 and context.parallel.device.type == "cpu"
+    return [SlowStepNotice(context.log)] if alone and torch.get_num_threads() > 1 else []
 
 
 def consolidate_last_checkpoint(result: TrainResult, log: LogFn) -> None:

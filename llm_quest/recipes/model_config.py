@@ -185,12 +185,13 @@ def init_model(
     """A model of the recipe's config with random weights. context: the length of a row."""
     numbers: Any = build_model_config(config, settings, vocab=tokenizer.vocab_size, context=context)
     model = build(numbers, seed=derive_seed(seed, "init"), seed_per_module=seed_per_module)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_ids=tuple(tokenizer.eos_token_ids),
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    model.generation_config = make_generation_config(tokenizer)
     return model
+
+
+def make_generation_config(tokenizer: Tokenizer) -> GenerationConfig:
+    """The tokens that begin, end and pad a text, as the tokenizer has them."""
+    return GenerationConfig(tokenizer.bos_token_id, tuple(tokenizer.eos_token_ids), tokenizer.pad_token_id)
 
 
 def check_config_keys(plan: ModelSizes) -> Iterator[tuple[str, str]]:

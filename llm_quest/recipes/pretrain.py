@@ -25,7 +25,7 @@ from llm_quest.eval.baselines import compute_baselines
 from llm_quest.eval.evaluators import LossEvaluator, TextSampler
 from llm_quest.hub.load_save import load, require_language_model
 from llm_quest.models.build import build_meta_model, count_parameters
-from llm_quest.models.decoder import Decoder, GenerationConfig
+from llm_quest.models.decoder import Decoder
 from llm_quest.models.parametrization import PARAMETRIZATIONS, scale_first_values_, scale_parameters
 from llm_quest.models.resize import replace_sizes
 from llm_quest.objectives.next_token import AuxiliaryLoss
@@ -60,7 +60,7 @@ from llm_quest.recipes.config_schema import (
     TokenizerConfig,
 )
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
-from llm_quest.recipes.model_config import build_model_config, init_model
+from llm_quest.recipes.model_config import build_model_config, init_model, make_generation_config
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.schema import Choice, StrictModel
 from llm_quest.recipes.yaml_io import RawConfig
@@ -221,11 +221,7 @@ def init_pretrain_model(config: PretrainConfig, settings: RawConfig, text: TextD
             f"{config.model.load} knows {model.config.vocab_size} tokens, its tokenizer "
             f"{text.tokenizer.vocab_size}; set tokenizer.load={config.model.load}"
         )
-    model.generation_config = GenerationConfig(
-        bos_token_id=text.tokenizer.bos_token_id,
-        eos_token_ids=tuple(text.tokenizer.eos_token_ids),
-        pad_token_id=text.tokenizer.pad_token_id,
-    )
+    model.generation_config = make_generation_config(text.tokenizer)
     return model
 
 

@@ -33,7 +33,6 @@ from llm_quest.hub.load_tokenizer import find_preprocess, load_tokenizer
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import clip, llama
 from llm_quest.models.build import build, preset
-from llm_quest.models.decoder import GenerationConfig
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.llava import Config
 from llm_quest.models.multimodal import VisionLanguageModel
@@ -49,6 +48,7 @@ from llm_quest.recipes.assembly import (
 from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
 from llm_quest.recipes.engine import build_lr_schedule
+from llm_quest.recipes.model_config import make_generation_config
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.vit import fsdp_blocks
 from llm_quest.recipes.vlm_config import PART_MODULES, VlmConfig
@@ -70,9 +70,7 @@ def build_vlm(config: VlmConfig, context: Context) -> Job:
     log_remarks(drop_report, log)
     tokenizer = build_vlm_tokenizer(config, dataset)
     model = init_vlm(config, tokenizer, preprocess).train_only([PART_MODULES[part] for part in config.trainable])
-    model.generation_config = GenerationConfig(
-        tokenizer.bos_token_id, tuple(tokenizer.eos_token_ids), tokenizer.pad_token_id
-    )
+    model.generation_config = make_generation_config(tokenizer)
     numbers = model.config
     chat = ImageChat(tokenizer, numbers)
 

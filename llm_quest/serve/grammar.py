@@ -15,8 +15,6 @@ from torch import Tensor
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 
-ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
-"""The schema of response_format json_object."""
 MAX_SCHEMA_CHARACTERS = 100_000
 
 

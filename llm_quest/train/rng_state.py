@@ -82,7 +82,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, last = state["numpy"]
-    np.random.set_state((kind, np.frombuffer(_decode_base64(keys), dtype=np.uint32), position, has_gauss, last))
+    np.random.set_state((kind, np.frombuffer(base64.b64decode(keys), dtype=np.uint32), position, has_gauss, last))
     torch.set_rng_state(_decode_tensor(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(_decode_tensor(state["cuda"]))
@@ -111,13 +111,13 @@ class RNGState:
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Inside: no gradients, evaluation mode. Afterwards the mode of every module and every generator is as before."""
     modes = [(module, module.training) for module in model.modules()]
-    before = get_rng_state()
+    before = capture_generators()
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        set_rng_state(before)
+        before.restore()
         for module, training in modes:
             module.training = training
 
@@ -126,9 +126,5 @@ def _encode_base64(raw: bytes) -> str:
     return base64.b64encode(raw).decode()
 
 
-def _decode_base64(text: str) -> bytes:
-    return base64.b64decode(text)
-
-
 def _decode_tensor(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(_decode_base64(text)), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

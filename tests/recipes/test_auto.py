@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,16 @@ import yaml
 from llm_quest.layers import native
 from llm_quest.layers.linear import FEW_ROWS, KERNEL_ROWS
 from llm_quest.machine.choices import Resolved
+from llm_quest.machine.hardware import CpuSeconds
 from llm_quest.machine.profile import VARIABLE, load_profile
 from llm_quest.recipes import auto
-from llm_quest.recipes.auto import CompileTimer, Machine, choose_all, is_undecided, resolve_precision
+from llm_quest.recipes.auto import CompileTimer, Machine, SlowStepNotice, choose_all, is_undecided, resolve_precision
 from llm_quest.recipes.config import parse_config
+from llm_quest.recipes.engine import slow_step_notices
 from llm_quest.recipes.pretrain import PretrainConfig
+from llm_quest.recipes.recipe import Context
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
+from llm_quest.train.parallel import DistributedContext
 from tests.recipes.test_config import GOOD
 from tests.recipes.test_pretrain import CtrlC, run, weights
 
@@ -230,3 +235,35 @@ def test_a_compiled_run_keeps_what_compiling_took(machine, monkeypatch):
     for step in range(1, 5):
         timer.on_step_end(None, step)
     assert load_profile().compile_seconds == 30.0
+
+
+def steps_of(seconds: list[float], busy: float, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is said in a run whose steps take so long, while other programs keep so many cores busy."""
+    clock, said = [0.0], list[str]()
+    monkeypatch.setattr(auto.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(auto, "read_cpu_seconds", lambda: CpuSeconds(clock[0], 0.0, 0.0))
+    monkeypatch.setattr(auto, "count_busy_cores", lambda start: busy if start.at > 0 else 0.0)
+    notice = SlowStepNotice(said.append)
+    for step, one in enumerate(seconds, 1):
+        clock[0] += one
+        notice.on_step_end(None, step)
+    return said
+
+
+def test_a_run_whose_cores_are_taken_later_says_so_once(two_threads, monkeypatch):
+    usual = [0.3] * 12
+    advice = (
+        "note: a step takes 15 s and took 0.3 s at first; other programs keep 1.9 of 2 cores busy: stop the run and "
+    )
+    assert steps_of([9.0, *usual, *[15.0] * 9], 1.9, monkeypatch) == [advice + "resume it with threads=1"]
+    assert steps_of([*usual, 15.0, 15.0, 0.3, 15.0, 15.0, 0.3], 1.9, monkeypatch) == [], "evaluations"
+    assert steps_of([*usual, *[15.0] * 9], 0.1, monkeypatch) == [], "slow for reasons of its own"
+    assert steps_of([*usual, *[1.0] * 9], 1.9, monkeypatch) == [], "not many times as long"
+
+
+def test_one_process_with_several_threads_is_watched(two_threads, tmp_path):
+    context = Context(tmp_path, DistributedContext(), print, read_yaml(GOOD, "my.yaml"))
+    assert [type(one) for one in slow_step_notices(context)] == [SlowStepNotice]
+    assert not slow_step_notices(replace(context, parallel=DistributedContext(world_size=2)))
+    torch.set_num_threads(1)
+    assert not slow_step_notices(context)

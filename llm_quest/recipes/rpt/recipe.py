@@ -177,12 +177,12 @@ def build_rollouts(
 def position_question(text: RptDocuments, found: Sequence[Position], seed: int, index: int) -> PolicyPrompt:
     """Prompt number `index` of an endless list."""
     epoch, at = divmod(index, len(found))
-    one = found[epoch_order(len(found), seed, epoch)[at]]
+    one = found[position_order(len(found), seed, epoch)[at]]
     return text.prompt_builder.build_prompt(text.train[one.document], one.place)
 
 
 @lru_cache(maxsize=2)
-def epoch_order(number: int, seed: int, epoch: int) -> list[int]:
+def position_order(number: int, seed: int, epoch: int) -> list[int]:
     return list(shuffle_indices(number, seed, epoch))
 
 
