@@ -94,7 +94,11 @@ def ours(
         feed.rollout = None
         optimizer = make_adamw(policy, lr=LR)
         result = train(
-            objective, feed, optimizer, lambda step: 1.0, TrainingArguments(steps=steps, precision=kind, log_every=1)
+            objective,
+            feed,
+            optimizer,
+            lambda step: 1.0,
+            TrainingArguments(max_steps=steps, precision=kind, logging_steps=1),
         )
         split["sampling"] = result.metrics["sampling_seconds"]
         split["scoring"] = result.metrics["scoring_seconds"]

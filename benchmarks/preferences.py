@@ -63,7 +63,7 @@ def ours(model: Decoder, rows: list[TokenizedPreference], kind: str, steps: int)
 
     def run() -> None:
         feed = ShardedLoader(source, batch_size=ROWS, micro_batch_size=ROWS, seed=0)
-        settings = TrainingArguments(steps=steps, precision=kind, log_every=1)
+        settings = TrainingArguments(max_steps=steps, precision=kind, logging_steps=1)
         train(objective, feed, make_adamw(policy, lr=LR), lambda step: 1.0, settings)
 
     return run

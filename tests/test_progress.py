@@ -58,7 +58,7 @@ print("result")
 
 
 def test_without_a_terminal_there_is_one_line_per_event(capsys):
-    go(4, show=make_logger(), log_every=2)
+    go(4, show=make_logger(), logging_steps=2)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" rank 0 ")[1].split("  ")[0] for line in lines] == [
         "started: steps 4",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -213,30 +214,19 @@ def build_lr_schedule(config: RunConfig) -> LRSchedule:
 def train_settings(
     config: RunConfig, *, expected_loss: float | None = None, watch_loss: bool = True
 ) -> TrainingArguments:
-    """The engine's view of the config, whose `auto`s are decided."""
-    return TrainingArguments(
-        steps=config.max_steps,
-        max_grad_norm=config.max_grad_norm,
-        log_every=config.logging_steps,
-        save_every=config.save_steps,
-        save_seconds=60 * config.save_minutes,
-        keep_last=config.save_total_limit,
-        keep_every=config.keep_every,
-        metric_for_best_model=config.metric_for_best_model or "",
-        greater_is_better=config.greater_is_better,
-        early_stopping_patience=config.early_stopping_patience,
-        load_best_model_at_end=config.load_best_model_at_end,
-        on_disk_full=config.on_disk_full,
-        async_save=config.async_save,
-        max_nonfinite_steps=config.max_nonfinite_steps,
-        max_empty_steps=config.max_empty_steps,
-        precision=config.precision,
-        compile=bool(config.compile),
-        max_seconds=config.max_seconds,
-        seed=derive_seed(config.seed, "dropout"),
-        expected_loss=expected_loss,
-        watch_loss=watch_loss,
-    )
+    """The engine's view of the config, whose `auto`s are decided: what both have a name for, and what is another thing
+    there."""
+    shared = {field.name for field in fields(TrainingArguments)} & type(config).model_fields.keys()
+    differing: dict[str, Any] = {
+        "save_seconds": 60 * config.save_minutes,
+        "metric_for_best_model": config.metric_for_best_model or "",
+        "compile": bool(config.compile),
+        "max_seconds": config.max_seconds,
+        "seed": derive_seed(config.seed, "dropout"),
+        "expected_loss": expected_loss,
+        "watch_loss": watch_loss,
+    }
+    return TrainingArguments(**{name: getattr(config, name) for name in shared} | differing)
 
 
 def make_logger(rank: int = 0, *, quiet: bool = False, unit: str = "tokens") -> Logger:

@@ -196,7 +196,7 @@ def train_reward_model_stage(
             tokenizer.save(folder / "tokenizer", model_max_length=model.config.max_position_embeddings)
         result = train(
             objective, loader, make_adamw(model, lr=part.learning_rate), lambda step: 1.0,
-            TrainingArguments(steps=part.max_steps, log_every=10, keep_last=1, name="reward model, step"), run,
+            TrainingArguments(part.max_steps, logging_steps=10, save_total_limit=1, name="reward model, step"), run,
             parallel=parallel,
         )  # fmt: skip
     if result.status == "interrupted":

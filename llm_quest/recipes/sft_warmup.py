@@ -133,9 +133,9 @@ def train_until(
                     stop_rule.max_steps, shape="constant", warmup_steps=min(CHECK_EVERY, stop_rule.max_steps)
                 ),
                 TrainingArguments(
-                    steps=step,
-                    log_every=CHECK_EVERY,
-                    keep_last=1,
+                    max_steps=step,
+                    logging_steps=CHECK_EVERY,
+                    save_total_limit=1,
                     seed=derive_seed(config.seed, "dropout"),
                     name=f"{folder.name}, step",
                 ),

@@ -16,11 +16,11 @@ ON_DISK_FULL = ("stop", "continue")
 class TrainingArguments:
     """How to train.
 
-    steps: optimizer steps of the whole run. max_grad_norm: None does not clip. log_every: steps per row of metrics.
-    save_every: steps per checkpoint; 0 saves at the end only. save_seconds: the next step saves one too, so long
-    after the last; 0: none. keep_last: how many of the newest checkpoints are kept (0: all); keep_every: those at its
-    multiples are kept too; metric_for_best_model: a metric, such as "eval/loss", by which the best checkpoint is
-    saved and kept too (greater_is_better: the largest value is best; None: as its name says).
+    max_steps: optimizer steps of the whole run. max_grad_norm: None does not clip. logging_steps: steps per row of
+    metrics. save_steps: steps per checkpoint; 0 saves at the end only. save_seconds: the next step saves one too, so
+    long after the last; 0: none. save_total_limit: how many of the newest checkpoints are kept (0: all); keep_every:
+    those at its multiples are kept too; metric_for_best_model: a metric, such as "eval/loss", by which the best
+    checkpoint is saved and kept too (greater_is_better: the largest value is best; None: as its name says).
     early_stopping_patience: measurements of it without a better value that end the run. load_best_model_at_end: the
     model is then the best one. precision: fp32, or bf16 (autocast; the weights stay float32). max_nonfinite_steps,
     max_empty_steps: more of them in a row stop the run. watch_loss: whether a loss that rises far means that the run
@@ -29,12 +29,12 @@ class TrainingArguments:
     on_disk_full: stop, or continue without that checkpoint. async_save: write checkpoints in the background, from a
     copy in memory."""
 
-    steps: int
+    max_steps: int
     max_grad_norm: float | None = 1.0
-    log_every: int = 10
-    save_every: int = 0
+    logging_steps: int = 10
+    save_steps: int = 0
     save_seconds: float = 0.0
-    keep_last: int = 2
+    save_total_limit: int = 2
     keep_every: int = 0
     metric_for_best_model: str = ""
     greater_is_better: bool | None = None
@@ -60,13 +60,13 @@ class TrainingArguments:
             raise UsageError(
                 f"max_grad_norm is {self.max_grad_norm}; expected a positive norm, or None for no clipping"
             )
-        if self.log_every < 1:
-            raise UsageError(f"log_every is {self.log_every}; expected 1 or more steps")
+        if self.logging_steps < 1:
+            raise UsageError(f"logging_steps is {self.logging_steps}; expected 1 or more steps")
         for name in (
-            "steps",
-            "save_every",
+            "max_steps",
+            "save_steps",
             "save_seconds",
-            "keep_last",
+            "save_total_limit",
             "keep_every",
             "max_nonfinite_steps",
             "max_empty_steps",

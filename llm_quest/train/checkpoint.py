@@ -191,22 +191,22 @@ def rename_aside(folder: Path, suffix: str) -> Path:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints are kept: the `keep_last` newest ones (0: all), those at multiples of `keep_every`, those of
-    keep_steps (the best, the last good one), and the newest that is known to be well.
+    """Which checkpoints are kept: the `save_total_limit` newest ones (0: all), those at multiples of `keep_every`,
+    those of keep_steps (the best, the last good one), and the newest that is known to be well.
 
     That is the newest of a step up to `well_until`. The oldest one after it is kept too: it is the next that will be
     known to be well, where checkpoints are saved more often than it takes to know that."""
 
-    keep_last: int
+    save_total_limit: int
     keep_every: int = 0
     keep_steps: Collection[int] = ()
     well_until: int | None = None
 
     def select(self, steps: Sequence[int]) -> set[int]:
         """Select the steps, given oldest first, whose checkpoints are kept."""
-        if not self.keep_last:
+        if not self.save_total_limit:
             return set(steps)
-        kept = set(steps[-self.keep_last :]) | set(self.keep_steps)
+        kept = set(steps[-self.save_total_limit :]) | set(self.keep_steps)
         kept |= {step for step in steps if self.keep_every and step % self.keep_every == 0}
         if self.well_until is not None:
             kept |= set([step for step in steps if step <= self.well_until][-1:])

@@ -66,7 +66,7 @@ class CheckpointManager:
 
     def is_due(self, step: int) -> bool:
         """Whether this is a step at whose multiples checkpoints are saved."""
-        return self.args.save_every > 0 and step % self.args.save_every == 0
+        return self.args.save_steps > 0 and step % self.args.save_steps == 0
 
     def save(self, state: TrainState, *, is_last: bool, replaces: bool = False) -> None:
         """Start to save a checkpoint. The one before it has been collected. is_last: of a run that is finished, which
@@ -79,7 +79,7 @@ class CheckpointManager:
         self.step, self.last_save_time = progress.step, time.monotonic()
         kept = [step for step in (progress.best_step, progress.good_step) if step is not None]
         well_until = state.divergence.well_until(self.step, is_last=is_last)
-        retention = Retention(self.args.keep_last, self.args.keep_every, kept, well_until)
+        retention = Retention(self.args.save_total_limit, self.args.keep_every, kept, well_until)
         write = partial(self.run_dir.save_checkpoint, checkpoint, retention)
         if self.parallel.strategy == "fsdp":
             self.saver.start(partial(write, self.parallel))

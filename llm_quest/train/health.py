@@ -3,7 +3,7 @@ certain, with the module, the last good checkpoint and the remedy.
 
 A loss that diverges, gradients that explode (`divergence.py`), experts that get no tokens (`expert_load.py`), and what
 the watchers of a recipe take for a collapse (`rollouts/diagnostics.py`). From then on the newest checkpoint from before
-it began is kept, whatever `keep_last` says, and is RUN@good, until the run is well again.
+it began is kept, whatever `save_total_limit` says, and is RUN@good, until the run is well again.
 
 Numbers that are not finite stop it: `guards.py` finds them, `stop_run` tells where they began and what to do."""
 

@@ -41,7 +41,7 @@ def train(
     watchers: Sequence[MetricsCallback] = (),
     logger: Logger | None = None,
 ) -> TrainResult:
-    """Train `objective.model` until `args.steps` steps are done, from the run's checkpoint if it has one.
+    """Train `objective.model` until `args.max_steps` steps are done, from the run's checkpoint if it has one.
 
     The objective has been through `parallel.parallelize` (one process on the CPU needs no `parallel`). run_dir:
     entered; None writes nothing. callbacks: called after every update, with the number of steps done. evaluators:
@@ -55,7 +55,7 @@ def train(
     with (
         parallel.handle_signals(SIGNAL_ECHO_SECONDS) as signals,
         session,
-        phase(args.name, args.steps, done=session.progress.step, is_run=True) as now,
+        phase(args.name, args.max_steps, done=session.progress.step, is_run=True) as now,
     ):
         if (pending := session.progress.pending) is not None:
             finish_step(session, pending, evaluators, signals, watchers)

@@ -72,7 +72,7 @@ class TrainSession:
         self.checkpoints = CheckpointManager(args, run_dir, parallel, self.run_log)
         self.health = HealthMonitor(self.state, args, self.checkpoints, self.run_log, parallel)
         self.micro_batches: Sequence[Any] = ()
-        self.status = "" if args.steps else "finished"
+        self.status = "" if args.max_steps else "finished"
         self.signal_number = 0
         self.save_requested = False
         self.eval_metrics: dict[str, Any] = {}
@@ -95,7 +95,7 @@ class TrainSession:
         if self.progress.pending is not None and self.run_dir is not None and self.parallel.is_main_process:
             self.run_dir.truncate_metrics(self.progress.step - 1)
         self.was_pending = self.progress.pending is not None
-        if self.progress.step >= self.args.steps or (self.best.metric and self.best.is_exhausted(self.progress)):
+        if self.progress.step >= self.args.max_steps or (self.best.metric and self.best.is_exhausted(self.progress)):
             self.status = "finished"
         self.engine = self.parallel.wrap_model(
             step.compile_objective(self.objective) if self.args.compile else self.objective
@@ -106,7 +106,7 @@ class TrainSession:
         self.checkpoints.last_save_time = self.start_time
         self.health.experts.start()
         self.last_logged = self.initial_progress
-        self.logger.start(self.progress.step, self.args.steps)
+        self.logger.start(self.progress.step, self.args.max_steps)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -123,7 +123,7 @@ class TrainSession:
         self.state.rng.seed()
         if bad := self.parallel.first_found(find_bad_parameter(self.model)):
             raise GuardStop(f"{bad} before the first step: look at the initialisation or at the loaded weights")
-        self.log_event("started", steps=self.args.steps)
+        self.log_event("started", steps=self.args.max_steps)
 
     def forward_backward(self, signal_handler: SignalHandler) -> step.StepStats | None:
         """Forward and backward over the micro-batches of a step; afterwards every gradient is a sum, and nothing is
@@ -219,7 +219,7 @@ class TrainSession:
         """Set the status. It is the same on every process, because requests to stop are reduced with the numbers of
         the step."""
         *stops, self.save_requested, late = stats.requests
-        if self.progress.step >= self.args.steps:
+        if self.progress.step >= self.args.max_steps:
             self.status = "finished"
         elif any(stops):
             self.status, self.signal_number = "interrupted", STOP_SIGNALS[stops.index(True)]
@@ -271,7 +271,7 @@ class TrainSession:
         return metrics
 
     def is_log_step(self) -> bool:
-        return self.is_finished or self.progress.step == 1 or self.progress.step % self.args.log_every == 0
+        return self.is_finished or self.progress.step == 1 or self.progress.step % self.args.logging_steps == 0
 
     def make_row(self, stats: step.StepStats) -> dict[str, Any]:
         """The row of metrics of the step that is done, without its evaluations."""

@@ -80,7 +80,7 @@ def train(folder: str, parallel: DistributedContext, place: str, slow_rank: int)
         parallel.parallelize(made, list(made.model.blocks))
         slow = Slow(place, slow_rank, Path(f"{folder}.slow"))
         slow.watch_passes(made.model.blocks[1])
-        return go(STEPS, run, made=made, feed=slow.feed(parallel), parallel=parallel, save_every=0).exit_code
+        return go(STEPS, run, made=made, feed=slow.feed(parallel), parallel=parallel, save_steps=0).exit_code
 
 
 def child(rank: int, port: int, *options: Any) -> None:

@@ -23,7 +23,7 @@ STEPS = 7
 def train_small(folder: Path) -> None:
     """The small training, saved every second step in the training's own thread, so that calls have an order."""
     with RunDir(folder / "run", config="seed: 0\n") as run:
-        go(STEPS, run, save_every=2, keep_last=2, async_save=False)
+        go(STEPS, run, save_steps=2, save_total_limit=2, async_save=False)
 
 
 def run_bits(folder: Path) -> tuple[str, list[Any]]:

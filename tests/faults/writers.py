@@ -90,7 +90,7 @@ def write_checkpoint(folder: Path, version: int) -> None:
     checkpoints.remove_partial_checkpoints(root)
     if not checkpoints.checkpoint_dir(root, version).exists():
         checkpoints.save_checkpoint(root, made_checkpoint(version))
-    checkpoints.prune_checkpoints(root, checkpoints.Retention(keep_last=1))
+    checkpoints.prune_checkpoints(root, checkpoints.Retention(save_total_limit=1))
 
 
 def newest_checkpoint(folder: Path) -> object:

@@ -47,7 +47,7 @@ def test_a_refused_step_leaves_nothing_for_the_next(callback: Callback):
         model = build("deepseek-v3-tiny")
         if isinstance(callback, QKClip):
             callback(model)
-        feed, steps = Script(*seeds), TrainingArguments(steps=len(seeds))
+        feed, steps = Script(*seeds), TrainingArguments(max_steps=len(seeds))
         result = train(
             NextTokenLoss(model), feed, make_adamw(model, lr=1e-3), lambda step: 1.0, steps, callbacks=[callback]
         )

@@ -129,7 +129,7 @@ def test_the_loop_writes_advice_down_and_ends_with_it(tmp_path):
     with RunDir(tmp_path / "run") as run, pytest.raises(GuardStop, match="cannot learn"):
         train(
             objective, Ones(), torch.optim.SGD(objective.parameters(), lr=0.1), make_lr_schedule(50),
-            TrainingArguments(steps=50, log_every=1), run, watchers=[Diagnostics(patience_steps=4)],
+            TrainingArguments(max_steps=50, logging_steps=1), run, watchers=[Diagnostics(patience_steps=4)],
         )  # fmt: skip
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "advice"] == [1]

@@ -136,7 +136,7 @@ def run_cell(cell: Cell, parallel: DistributedContext, optimizer: str = "adamw")
     shown = Losses()
     train(
         objective, make_loader(parallel.data_shard), make(model) if optimizer == "adamw" else make(model, lr=1e-2),
-        lambda step: 1.0, TrainingArguments(steps=STEPS, log_every=1), parallel=parallel,
+        lambda step: 1.0, TrainingArguments(max_steps=STEPS, logging_steps=1), parallel=parallel,
         callbacks=[*callbacks, ExpertBiasBalancer()], logger=shown,
     )  # fmt: skip
     losses = parallel.broadcast([(row["loss"], row["grad_norm"]) for row in shown.rows])

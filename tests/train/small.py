@@ -159,7 +159,7 @@ def go(
     """Train the small model; what is not said is as usual."""
     made = made or objective()
     built = make_adamw(made.model, lr=3e-2) if optimizer == "adamw" else make_muon(made.model, lr=3e-2)
-    options = TrainingArguments(steps=steps, **({"log_every": 1} | settings))
+    options = TrainingArguments(max_steps=steps, **({"logging_steps": 1} | settings))
     plan = make_lr_schedule(40, warmup_steps=3)
     seen = {"parallel": parallel, "logger": show, "evaluators": probes, "callbacks": callbacks}
     return train(made, feed or Rule(), built, plan, options, run, **seen)
@@ -191,7 +191,7 @@ def main(words: Sequence[str] | None = None) -> int:
             parallel.parallelize(made, list(made.model.blocks))
             feed = Rule(micro=2, share=parallel.data_shard, pause=args.pause)
             more = {"optimizer": args.optimizer, "parallel": parallel, "show": LineLogger(parallel.rank)}
-            return go(args.steps, run, made=made, feed=feed, save_every=args.save_every, **more).exit_code
+            return go(args.steps, run, made=made, feed=feed, save_steps=args.save_steps, **more).exit_code
     except QuestError as error:
         print(error)
         return error.exit_code

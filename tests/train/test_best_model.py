@@ -40,7 +40,7 @@ def steps_of(folder: Path) -> list[int]:
 
 def test_the_best_model_is_saved_though_no_checkpoint_is_due(tmp_path):
     with RunDir(tmp_path / "run") as run:
-        go(10, run, save_every=0, keep_last=1, probes=[Curve(VALLEY)], **BEST)
+        go(10, run, save_steps=0, save_total_limit=1, probes=[Curve(VALLEY)], **BEST)
     assert steps_of(tmp_path / "run") == [4, 10]
 
 
@@ -114,7 +114,7 @@ def test_another_metric_begins_anew_and_nan_is_never_the_best():
 def test_every_checkpoint_of_a_run_has_a_name(tmp_path):
     run_dir = tmp_path / "run"
     with RunDir(run_dir) as run:
-        go(10, run, probes=[Curve(VALLEY)], keep_last=0, **BEST)
+        go(10, run, probes=[Curve(VALLEY)], save_total_limit=0, **BEST)
     name = str(run_dir)
     assert resolve_checkpoint(f"{name}@best").name == "step-00000004"
     assert resolve_checkpoint(f"{name}@last").name == "step-00000010"

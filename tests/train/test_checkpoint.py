@@ -149,13 +149,13 @@ def test_retention_keeps_the_last_the_multiples_and_the_best(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("every", "keep_last", "most"), [(1, 1, 3), (1, 2, 4), (3, 1, 3), (7, 1, 2), (50, 1, 2), (50, 2, 2)]
+    ("every", "save_total_limit", "most"), [(1, 1, 3), (1, 2, 4), (3, 1, 3), (7, 1, 2), (50, 1, 2), (50, 2, 2)]
 )
-def test_a_checkpoint_that_is_known_to_be_well_is_always_there(every: int, keep_last: int, most: int):
+def test_a_checkpoint_that_is_known_to_be_well_is_always_there(every: int, save_total_limit: int, most: int):
     """It becomes known seven steps later; however often checkpoints are saved, few are kept for that."""
     there: list[int] = []
     for step in range(every, 300, every):
-        there = sorted(files.Retention(keep_last, well_until=step - 7).select([*there, step]))
+        there = sorted(files.Retention(save_total_limit, well_until=step - 7).select([*there, step]))
         assert len(there) <= most
         for now in range(step, step + every):
             assert min(there) <= max(every, now - 7), (there, now)
@@ -213,11 +213,11 @@ def test_a_full_disk_stops_the_run_or_not_as_the_settings_say(tmp_path, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with RunDir(tmp_path / "run") as run:
-        go(4, run, save_every=2)
+        go(4, run, save_steps=2)
         monkeypatch.setattr(files, "write_tensors", lambda path, tensors: full(path))
         with pytest.raises(ResourceError, match="No space left on device"):
-            go(8, run, save_every=2)
-        assert go(8, run, save_every=2, on_disk_full="continue").step == 8
+            go(8, run, save_steps=2)
+        assert go(8, run, save_steps=2, on_disk_full="continue").step == 8
         monkeypatch.undo()
         assert names(run.checkpoints) == ["step-00000002", "step-00000004"]
         assert go(10, run).checkpoint_path.endswith("step-00000010")
@@ -229,7 +229,7 @@ def test_background_and_foreground_saves_write_the_same_bytes(tmp_path):
     ends = []
     for background in (True, False):
         with RunDir(tmp_path / str(background)) as run:
-            ends.append(digest(go(6, run, save_every=2, async_save=background).checkpoint_path))
+            ends.append(digest(go(6, run, save_steps=2, async_save=background).checkpoint_path))
     assert ends[0] == ends[1]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
@@ -299,7 +299,7 @@ def test_a_run_folder_that_was_deleted_while_it_trained_ends_the_run(tmp_path):
                 shutil.rmtree(tmp_path / "run")
             return super().batches(step)
 
-    for log_every in (1, 50):
+    for logging_steps in (1, 50):
         with RunDir(tmp_path / "run") as run, pytest.raises(DataError, match="was deleted or emptied while"):
-            go(4, run, feed=Deleted(), save_every=3, log_every=log_every)
+            go(4, run, feed=Deleted(), save_steps=3, logging_steps=logging_steps)
     assert not (tmp_path / "run" / "checkpoints").exists()

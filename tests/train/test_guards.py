@@ -57,7 +57,7 @@ def test_a_weight_that_goes_wrong_is_never_saved_and_the_checkpoint_before_it_st
         RunDir(tmp_path / "run") as run,
         pytest.raises(GuardStop, match=r"parameter embed\.weight .* after the update of step 6"),
     ):
-        go(6, run, save_every=2, callbacks=[Spoil(6, value)])
+        go(6, run, save_steps=2, callbacks=[Spoil(6, value)])
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*")) == [
         "step-00000002",
         "step-00000004",
@@ -66,7 +66,7 @@ def test_a_weight_that_goes_wrong_is_never_saved_and_the_checkpoint_before_it_st
 
 def test_a_rate_without_bounds_is_found_in_the_next_step():
     made = objective()
-    given = (made, Rule(), make_adamw(made.model, lr=1e30), make_lr_schedule(9), TrainingArguments(steps=9))
+    given = (made, Rule(), make_adamw(made.model, lr=1e30), make_lr_schedule(9), TrainingArguments(max_steps=9))
     with pytest.raises(GuardStop, match=r"stopped at step 2: parameter \S+ holds .*\n.*\nLower learning_rate"):
         train(*given)
 

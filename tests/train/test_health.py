@@ -93,7 +93,7 @@ def test_the_checkpoint_from_before_is_kept_and_the_run_goes_on_from_it(tmp_path
     with monkeypatch.context() as patch:
         SpoilRate(patch, 20)
         with RunDir(folder, config="seed: 0\n") as run:
-            go(40, run, show=show, save_every=4, keep_last=2)
+            go(40, run, show=show, save_steps=4, save_total_limit=2)
     (told,) = [text for text in show.events if text.startswith("diverging")]
     assert f"step {20 + STREAK}  the loss has been above" in told or f"step {21 + STREAK}  the loss" in told
     assert "the largest gradient is in " in told
@@ -106,7 +106,7 @@ def test_the_checkpoint_from_before_is_kept_and_the_run_goes_on_from_it(tmp_path
     good = resolve_checkpoint(f"{folder}@good")
     assert good.name == "step-00000012"
     with RunDir(folder, config="seed: 0\n", resume=good) as run:
-        resumed = go(40, run, show=Losses(), save_every=4, keep_last=2)
+        resumed = go(40, run, show=Losses(), save_steps=4, save_total_limit=2)
     assert resumed.metrics["loss"] < 1.5
     assert resolve_checkpoint(f"{folder}@good").name == "step-00000040"
 
@@ -116,7 +116,7 @@ def test_the_good_checkpoint_stays_over_a_resumption(tmp_path: Path, monkeypatch
     SpoilRate(monkeypatch, 20)
     for steps in (28, 40):
         with RunDir(folder, config="seed: 0\n") as run:
-            go(steps, run, save_every=4, keep_last=1)
+            go(steps, run, save_steps=4, save_total_limit=1)
     assert resolve_checkpoint(f"{folder}@good").name == "step-00000012"
 
 

@@ -105,7 +105,7 @@ class Dropped:
 def test_a_probe_leaves_no_trace_and_is_asked_when_due_and_at_the_end():
     made, other, probe = objective(), objective(), Dropped()
     show = Losses()
-    go(12, made=made, probes=[probe], show=show, log_every=100)
+    go(12, made=made, probes=[probe], show=show, logging_steps=100)
     go(12, made=other)
     assert probe.at == [5, 10, 12]
     assert [row["step"] for row in show.rows] == [1, 5, 10, 12]
@@ -272,7 +272,7 @@ def test_out_of_memory_names_remedies():
 
     made = Huge()
     with pytest.raises(ResourceError, match="out of memory in step 1: lower the micro-batch"):
-        train(made, Rule(), make_adamw(made.model, lr=1e-3), lambda step: 1.0, TrainingArguments(steps=1))
+        train(made, Rule(), make_adamw(made.model, lr=1e-3), lambda step: 1.0, TrainingArguments(max_steps=1))
 
 
 @pytest.mark.parametrize(
@@ -280,10 +280,10 @@ def test_out_of_memory_names_remedies():
     [
         ({"precision": "fp16"}, "known: fp32, bf16"),
         ({"max_grad_norm": 0.0}, "positive"),
-        ({"log_every": 0}, "1 or more"),
-        ({"save_every": -1}, "0 or more"),
+        ({"logging_steps": 0}, "1 or more"),
+        ({"save_steps": -1}, "0 or more"),
     ],
 )
 def test_wrong_settings_say_what_is_allowed(wrong, words):
     with pytest.raises(UsageError, match=words):
-        TrainingArguments(steps=1, **wrong)
+        TrainingArguments(max_steps=1, **wrong)

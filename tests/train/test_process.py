@@ -132,7 +132,7 @@ def test_sigusr1_saves_and_goes_on(tmp_path):
 
     before = signal.getsignal(signal.SIGUSR1)
     with RunDir(tmp_path / "run") as run:
-        assert go(6, run, feed=Asking(), keep_last=0).step == 6
+        assert go(6, run, feed=Asking(), save_total_limit=0).step == 6
         assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
     assert signal.getsignal(signal.SIGUSR1) == before
 
@@ -240,12 +240,12 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 def test_a_checkpoint_is_saved_by_time_too(tmp_path):
     with RunDir(tmp_path / "run") as run:
-        go(12, run, feed=Rule(pause=0.05), save_seconds=0.2, keep_last=0)
+        go(12, run, feed=Rule(pause=0.05), save_seconds=0.2, save_total_limit=0)
         steps = sorted(int(path.name[5:]) for path in run.checkpoints.iterdir())
     assert steps[-1] == 12
     assert 2 <= len(steps) < 7
     with RunDir(tmp_path / "never") as run:
-        go(12, run, feed=Rule(pause=0.05), keep_last=0)
+        go(12, run, feed=Rule(pause=0.05), save_total_limit=0)
         assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000012"]
 
 

@@ -46,9 +46,9 @@ def test_no_step_appears_twice_in_the_metrics_even_after_a_torn_line(tmp_path):
 
 def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path):
     with RunDir(tmp_path / "run") as run:
-        end = digest(go(6, run, save_every=2, keep_last=0).checkpoint_path)
+        end = digest(go(6, run, save_steps=2, save_total_limit=0).checkpoint_path)
     with RunDir(tmp_path / "run", resume=tmp_path / "run/checkpoints/step-00000002") as run:
-        assert digest(go(6, run, save_every=2, keep_last=0).checkpoint_path) == end
+        assert digest(go(6, run, save_steps=2, save_total_limit=0).checkpoint_path) == end
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 7))
     assert (tmp_path / "run/checkpoints/step-00000006.aside").is_dir()
 
@@ -125,7 +125,7 @@ def test_the_best_checkpoint_stays(tmp_path):
             return {"loss": abs(step - 3.0)}
 
     with RunDir(tmp_path / "run") as run:
-        go(8, run, save_every=1, keep_last=2, metric_for_best_model="eval/loss", probes=[Valley()])
+        go(8, run, save_steps=1, save_total_limit=2, metric_for_best_model="eval/loss", probes=[Valley()])
     kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert kept == ["step-00000003", "step-00000007", "step-00000008"]
 
@@ -140,7 +140,7 @@ def test_the_best_is_the_lowest_or_the_greatest(tmp_path, greater, kept):
 
     best = {"metric_for_best_model": "eval/loss", "greater_is_better": greater}
     with RunDir(tmp_path / "run") as run:
-        go(4, run, save_every=1, keep_last=1, probes=[Valley()], **best)
+        go(4, run, save_steps=1, save_total_limit=1, probes=[Valley()], **best)
     names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert names == [f"step-{kept:08d}", "step-00000004"]
 

@@ -31,7 +31,7 @@ def train_by_two(folder: Path, steps: int, optimizer: str) -> None:
     with RunDir(folder, is_main_process=parallel.is_main_process) as run:
         made = objective(dropout=0.1)
         parallel.parallelize(made, list(made.model.blocks))
-        more = {"optimizer": optimizer, "parallel": parallel, "save_every": 2, "keep_last": 0}
+        more = {"optimizer": optimizer, "parallel": parallel, "save_steps": 2, "save_total_limit": 0}
         go(steps, run, made=made, feed=Rule(micro=2, share=parallel.data_shard), **more)
 
 

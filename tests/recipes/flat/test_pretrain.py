@@ -126,7 +126,7 @@ def test_every_step_loses_what_the_assembled_recipe_loses() -> None:
         Given(given),
         make_adamw(model, lr=TRAINING.learning_rate, weight_decay=TRAINING.weight_decay),
         make_lr_schedule(STEPS, warmup_steps=TRAINING.warmup_steps, min_lr_ratio=TRAINING.min_lr_ratio),
-        TrainingArguments(steps=STEPS, max_grad_norm=TRAINING.max_grad_norm, log_every=1),
+        TrainingArguments(max_steps=STEPS, max_grad_norm=TRAINING.max_grad_norm, logging_steps=1),
         logger=losses,
     )
     optimizer = flat.build_adamw(plain, TRAINING)
