@@ -178,7 +178,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--save-every", type=int, default=3)
+    parser.add_argument("--save-steps", type=int, default=3)
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--engine", default="")

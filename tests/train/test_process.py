@@ -82,7 +82,7 @@ def test_killed_at_random_moments_and_resumed_the_run_ends_with_the_same_bits(tm
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(tmp_path, number, code):
-    process = start(tmp_path / "run", "--pause", "0.02", "--save-every", "0")
+    process = start(tmp_path / "run", "--pause", "0.02", "--save-steps", "0")
     until(tmp_path / "run", 2)
     os.kill(process.pid, number)
     assert end(process) == code
@@ -92,7 +92,7 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(tmp_path, numbe
 
 
 def test_a_second_signal_ends_at_once_and_the_checkpoint_before_it_stands(tmp_path):
-    process = start(tmp_path / "run", "--pause", "1", "--save-every", "1")
+    process = start(tmp_path / "run", "--pause", "1", "--save-steps", "1")
     until(tmp_path / "run", 1, "events.jsonl")
     os.kill(process.pid, signal.SIGTERM)
     time.sleep(0.1)
