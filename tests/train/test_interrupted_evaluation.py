@@ -50,7 +50,7 @@ class ToldInStep(Rule):
 
 
 LAST = Evaluation("at the end", interval=0)
-BEST = {"metric_for_best_model": "eval/loss", "save_every": 1, "keep_last": 0}
+BEST = {"metric_for_best_model": "eval/loss", "save_steps": 1, "save_total_limit": 0}
 STOP = BEST | {"early_stopping_patience": 1}
 RUNS: dict[str, tuple[Sequence[dict[str, Any]], dict[str, Any]]] = {
     "in the middle and again": ([{"told": [1]}, {"told": [1]}, {"told": [3]}], {}),
