@@ -62,15 +62,8 @@ class TrainingArguments:
             )
         if self.logging_steps < 1:
             raise UsageError(f"logging_steps is {self.logging_steps}; expected 1 or more steps")
-        for name in (
-            "max_steps",
-            "save_steps",
-            "save_seconds",
-            "save_total_limit",
-            "keep_every",
-            "max_nonfinite_steps",
-            "max_empty_steps",
-        ):
+        counts = "max_steps save_steps save_seconds save_total_limit keep_every max_nonfinite_steps max_empty_steps"
+        for name in counts.split():
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; expected 0 or more")
 
