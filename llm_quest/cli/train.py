@@ -55,7 +55,9 @@ def start_training(
     folder, resume = choose_run_dir(recipe, config, out, resume)
     env = inspect_machine(folder).as_json()
     outcome = run_recipe(found, config, settings, folder, resume=resume, accept=accept, env=env, quiet=quiet, log=log)
-    if os.environ.get("RANK", "0") == "0":
+    if outcome.exit_code:  # who asked to stop does not wait for a picture
+        log(f"no report is drawn of a run that was stopped; quest report {folder} draws it")
+    elif os.environ.get("RANK", "0") == "0":
         write_plan_and_report(folder, predict_cost(found, config, settings, folder), log)
     return outcome
 

@@ -239,9 +239,11 @@ def test_ctrl_c_saves_and_the_same_command_ends_with_the_same_bits(place: Path, 
     said = process.stderr.read()
     assert process.wait(timeout=60) == 130, said
     assert "Traceback" not in said
+    assert not (place / "stopped" / "report.html").exists()
     done = run_quest("train", "stopped", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["step"] == 60
+    assert (place / "stopped" / "report.html").is_file()
     last = "checkpoints/step-00000060/model.safetensors"
     assert (place / "stopped" / last).read_bytes() == (place / "straight" / last).read_bytes()
 
