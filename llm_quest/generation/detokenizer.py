@@ -35,12 +35,13 @@ class IncrementalDetokenizer:
     def __init__(self, tokenizer: StreamingTokenizer, stop_strings: Sequence[str], prompt_ids: Sequence[int] = ()):
         self.decoder = tokenizer.decode_stream(prompt_ids)
         self.stop_strings = stop_strings
-        self.released_text = ""
         self.pending_text = ""
         self.stopped = False
 
     def feed(self, token: int) -> str:
-        """Add a token and return the text that has become certain."""
+        """Add a token and return the text that has become certain: without stop strings, nothing is held back."""
+        if not self.stop_strings:
+            return self.decoder.feed(token)
         self.pending_text += self.decoder.feed(token)
         found = [at for at in (self.pending_text.find(stop) for stop in self.stop_strings) if at >= 0]
         self.stopped = bool(found)
@@ -56,9 +57,8 @@ class IncrementalDetokenizer:
         return self.release(len(self.pending_text))
 
     def release(self, length: int, *, forget: bool = False) -> str:
-        """Move so many characters of the pending text to the released one; forget: drop the others."""
+        """Take so many characters off the pending text; forget: drop the others."""
         piece, self.pending_text = self.pending_text[:length], "" if forget else self.pending_text[length:]
-        self.released_text += piece
         return piece
 
     def possible_stop_length(self) -> int:

@@ -216,7 +216,7 @@ class Work:
 
     def __init__(self, server: QuestServer, answer: AnswerWriter, began: float, *, is_stream: bool):
         self.server, self.answer, self.began = server, answer, began
-        self.mailbox = Mailbox(every_step=is_stream)
+        self.mailbox = Mailbox(is_stream=is_stream)
 
     def submit(self) -> None:
         """Queue the requests. ApiError 429 where too many wait, 503 where the engine has stopped."""
@@ -260,12 +260,13 @@ class Work:
     async def stream(self, *, include_usage: bool) -> AsyncIterator[str]:
         """The answer as server-sent events."""
         status = LEFT
+        before, after = open_event(self.answer.chunk([], with_usage=include_usage))
         try:
             async for parts in self.parts():
                 if parts is None:
                     yield ": ping\n\n"
                 elif parts:
-                    yield "".join(to_event(self.answer.chunk([part], with_usage=include_usage)) for part in parts)
+                    yield "".join(f"{before}{ENCODER.encode(part)}{after}" for part in parts)
             if include_usage:
                 yield to_event(self.answer.usage_chunk())
             status = 200
@@ -306,6 +307,13 @@ async def wait_until_left(request: Request) -> None:
 
 def to_event(value: Mapping[str, Any]) -> str:
     return f"data: {ENCODER.encode(value)}\n\n"
+
+
+def open_event(chunk: Mapping[str, Any]) -> tuple[str, str]:
+    """What stands before and behind the choice in each event of a stream. chunk: one without choices. (No text in it
+    can look like an empty list of choices: JSON escapes its quotes.)"""
+    before, _, after = to_event(chunk).partition('"choices":[]')
+    return f'{before}"choices":[', f"]{after}"
 
 
 def model_samples(served: ServedModel) -> Samples:

@@ -154,7 +154,7 @@ class RunningBatch:
 
     def read_prompts(self) -> None:
         """Read prompts, the oldest first: fresh ones of a step together, long or known ones alone and in parts."""
-        budget = self.limits.prefill_tokens if self.rows else self.limits.idle_prefill_tokens
+        budget = self.prefill_budget
         budget -= self.read_part(budget)
         fresh: list[GenerationRequest] = []
         while self.reader is None and budget > 0 and self.waiting and self.has_room(fresh):
@@ -168,6 +168,16 @@ class RunningBatch:
                 self.reader = PromptReader(request, cache, start, start, [])
                 budget -= self.read_part(budget)
         self.read_fresh(fresh)
+
+    @property
+    def prefill_budget(self) -> int:
+        """How many prompt tokens this step reads. A long pass is more efficient, but the running texts wait for it: it
+        grows with the number of requests that can start for each running text."""
+        if not self.rows:
+            return self.limits.idle_prefill_tokens
+        starting = min(len(self.waiting), self.limits.slots - len(self.rows))
+        share = max(1, starting // len(self.rows))
+        return min(self.limits.prefill_tokens * share, self.limits.idle_prefill_tokens)
 
     def has_room(self, fresh: Sequence[GenerationRequest]) -> bool:
         """Whether there are slots for the next request."""
@@ -248,10 +258,7 @@ class RunningBatch:
     def sample_tokens(self) -> None:
         """Draw a token for every row and tell it; rows that end with it leave."""
         self.draw()
-        wanted = [number for number, row in enumerate(self.rows) if row.request.top_logprobs is not None]
-        counts = [self.rows[number].request.top_logprobs or 0 for number in wanted]
-        found = token_logprobs(self.logits[wanted], [self.rows[number].token for number in wanted], counts)
-        logprobs = dict(zip(wanted, found, strict=True))
+        logprobs = self.wanted_logprobs()
         broken = {row.request for row in self.rows if row.token < 0}
         for number in reversed(range(len(self.rows))):
             row = self.rows[number]
@@ -260,6 +267,15 @@ class RunningBatch:
                 self.remove_row(number)
         for request in broken:
             self.end_request(request, RequestFailed(500, NOT_FINITE))
+
+    def wanted_logprobs(self) -> dict[int, TokenLogprob]:
+        """The log-probabilities of the drawn tokens, by the number of the row, where they were asked for."""
+        wanted = [number for number, row in enumerate(self.rows) if row.request.top_logprobs is not None]
+        if not wanted:
+            return {}
+        counts = [self.rows[number].request.top_logprobs or 0 for number in wanted]
+        found = token_logprobs(self.logits[wanted], [self.rows[number].token for number in wanted], counts)
+        return dict(zip(wanted, found, strict=True))
 
     def append(self, row: RunningRow, logprob: TokenLogprob | None) -> bool:
         """Append its token to a row and tell it; whether the row ends with it."""
