@@ -53,7 +53,7 @@ class BatchLimits:
 
     slots: int = 16
     max_model_len: int = 2048
-    prefill_tokens: int = 256
+    prefill_tokens: int = 512
     idle_prefill_tokens: int = 2048
     prefix_bytes: int = 256 * 2**20
 
@@ -157,7 +157,7 @@ class RunningBatch:
         budget = self.prefill_budget
         budget -= self.read_part(budget)
         fresh: list[GenerationRequest] = []
-        while self.reader is None and budget > 0 and self.waiting and self.has_room(fresh):
+        while self.reader is None and budget > 0 and self.waiting and self.has_slots(fresh):
             request = self.waiting.popleft()
             cache, start = (None, 0) if request.prompt_logprobs else self.find_prefix(request)
             if cache is None and not request.prompt_logprobs and len(request.prompt) <= budget:
@@ -179,7 +179,7 @@ class RunningBatch:
         share = max(1, starting // len(self.rows))
         return min(self.limits.prefill_tokens * share, self.limits.idle_prefill_tokens)
 
-    def has_room(self, fresh: Sequence[GenerationRequest]) -> bool:
+    def has_slots(self, fresh: Sequence[GenerationRequest]) -> bool:
         """Whether there are slots for the next request."""
         return len(self.rows) + sum(one.n for one in fresh) + self.waiting[0].n <= self.limits.slots
 

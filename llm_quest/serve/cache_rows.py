@@ -23,8 +23,8 @@ from llm_quest.layers.slot_index import SlotIndex
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
 
-MIN_ROOM = 128
-"""For so many positions of each text there is memory at first."""
+MIN_RESERVED = 128
+"""num_reserved at first."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,12 @@ def widen(part: Tensor, num_slots: int) -> Tensor:
 
 
 class SlotCache:
-    """A cache of at most `max_rows` texts, each of at most `capacity` positions. lengths: of each row."""
+    """A cache of at most `max_rows` texts, each of at most `capacity` positions. lengths: of each row. num_reserved:
+    for so many positions of each row there is memory."""
 
     def __init__(self, model: Decoder, max_rows: int, capacity: int):
         self.model, self.max_rows, self.capacity = model, max_rows, capacity
-        self.room = min(MIN_ROOM, capacity)
+        self.num_reserved = min(MIN_RESERVED, capacity)
         self.buffers: dict[tuple[int, str], Tensor] = {}
         self.clear()
 
@@ -116,7 +117,7 @@ class SlotCache:
 
     def join(self, row: CacheRow) -> None:
         """Append a text, as the last row."""
-        self.make_room(row.length)
+        self.reserve(row.length)
         first, order = not self.lengths, range(len(self.lengths) + 1)
         self.lengths.append(row.length)
         self.cache.batch_size = len(self.lengths)
@@ -139,18 +140,18 @@ class SlotCache:
         for name, part in layer.tensors.items():
             if (number, name) not in self.buffers:
                 like = part[:1].expand(self.max_rows, *part.shape[1:])
-                room = layer.num_slots if layer.is_ring else self.room
-                self.buffers[number, name] = allocate_slots(like, room + 1)
+                num_slots = layer.num_slots if layer.is_ring else self.num_reserved
+                self.buffers[number, name] = allocate_slots(like, num_slots + 1)
             self.buffers[number, name][row, : part.shape[1]] = part[0]
 
-    def make_room(self, length: int) -> None:
+    def reserve(self, length: int) -> None:
         """Memory for texts of this length: at least twice as much as there was, so that few copies are made."""
-        if length <= self.room:
+        if length <= self.num_reserved:
             return
-        self.room = min(max(length, 2 * self.room), self.capacity)
+        self.num_reserved = min(max(length, 2 * self.num_reserved), self.capacity)
         for (number, name), buffer in self.buffers.items():
             if not self.kv_layer(number).is_ring:
-                wide = allocate_slots(buffer, self.room + 1)
+                wide = allocate_slots(buffer, self.num_reserved + 1)
                 wide[: len(self.lengths), : buffer.shape[1]] = buffer[: len(self.lengths)]
                 self.buffers[number, name] = wide
         self.set_views()
@@ -191,7 +192,7 @@ class SlotCache:
     def decode(self, tokens: Sequence[int], device: torch.device) -> Float[Tensor, "B V"]:
         """Feed every row its next token; the logits after it."""
         reach, same = max(self.lengths) + 1, len(set(self.lengths)) == 1
-        self.make_room(reach)
+        self.reserve(reach)
         for index in self.cache.slot_indices.values():  # no row has a gap: the mask is left out where lengths are equal
             index.is_contiguous, index.run_length = same, min(self.lengths)
         positions = torch.tensor(self.lengths, device=device)[:, None]

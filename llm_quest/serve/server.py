@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,9 @@ DEFAULT_CONTEXT = 4096
 BACKLOG = 2048
 HEADER_BYTES = 64 * 1024
 SHUTDOWN_SECONDS = 5
+SWITCH_SECONDS = 0.0005
+"""Python's switch interval: how long the engine's thread waits at most for the lock that the event loop holds. With
+Python's own 5 ms it waited a third longer."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,8 @@ def http_server(server: QuestServer) -> uvicorn.Server:
 
 def run_server(server: QuestServer, listener: socket.socket, http: uvicorn.Server) -> None:
     """Serve until SIGINT or SIGTERM; running requests have a few seconds to end."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
     server.engine.start()
     try:
         http.run(sockets=[listener])
@@ -162,3 +168,4 @@ def run_server(server: QuestServer, listener: socket.socket, http: uvicorn.Serve
         for one in server.served.values():
             one.close()
         listener.close()
+        sys.setswitchinterval(interval)

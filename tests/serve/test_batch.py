@@ -81,9 +81,9 @@ def requests_of(recorder: Recorder) -> list[GenerationRequest]:
 
 
 @pytest.fixture(autouse=True)
-def little_room(monkeypatch) -> None:
+def little_memory(monkeypatch) -> None:
     """Memory grows several times in these short texts."""
-    monkeypatch.setattr(cache_rows, "MIN_ROOM", 4)
+    monkeypatch.setattr(cache_rows, "MIN_RESERVED", 4)
 
 
 @pytest.fixture(params=TINY)

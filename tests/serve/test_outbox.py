@@ -4,6 +4,7 @@ woken no more often than it can use."""
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ from llm_quest.serve.cache_rows import read_row
 from llm_quest.serve.outbox import Mailbox, Outbox
 from llm_quest.serve.prefix_cache import MIN_SHARED_TOKENS, PrefixCache
 from llm_quest.serve.requests import Event, GenerationRequest, PromptRead, RequestFailed, TokenMade
+from llm_quest.serve.server import SWITCH_SECONDS
 from tests.generation.test_generate import TINY
 from tests.serve.local_server import local_server
 
@@ -129,6 +131,7 @@ def test_a_reader_that_waits_in_vain_gets_nothing_after_its_time():
 def test_a_stream_has_no_pings_for_tokens_that_end_within_a_character():
     body = {"prompt": "Once", "max_tokens": 60, "temperature": 0, "ignore_eos": True, "stream": True}
     with local_server(slots=2) as local:
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_SECONDS)
         _, text, _ = local.ask("POST", "/v1/completions", body)
     assert "ping" not in text
     assert text.count("data: ") < 60  # some tokens have no text of their own
