@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from llm_quest.cli.chat import load_text_model
+from llm_quest.cli.export import export_run
 from llm_quest.cli.generation_options import read_advice
 from llm_quest.cli.speculative_generate import load_draft
 from llm_quest.contracts import LogFn
@@ -89,7 +92,23 @@ def find_pooling(name_or_path: str, log: LogFn) -> Pooling | None:
 def load_adapted(name_or_path: str, folder: str, parent: str, device: str, dtype: str, log: LogFn) -> LoadedModel:
     """The base with an adapter. Weights that are mapped from the base's files are in memory once."""
     model, tokenizer = load_text_model(name_or_path, device, dtype, lambda line: None)
-    load_adapter(model, folder)
+    with adapter_folder(folder) as adapter:
+        load_adapter(model, adapter)
     model.eval()
     log(f"{folder}: adapter of {name_or_path}")
     return LoadedModel(model, tokenizer, read_advice(model.generation_config), parent, find_pooling(name_or_path, log))
+
+
+@contextmanager
+def adapter_folder(path: str) -> Iterator[Path]:
+    """The folder of an adapter. The adapter of a run, or of one of its checkpoints, is exported while it is read."""
+    run = resolve_checkpoint(path)
+    if not (run / "model.json").is_file() and run.parent.name != "checkpoints":
+        yield run
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            export_run(run, Path(folder) / "adapter", adapter=True)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+        yield Path(folder) / "adapter"

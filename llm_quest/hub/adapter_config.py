@@ -41,8 +41,11 @@ RESIDUAL_STARTS = ("pissa", "olora")
 
 def read_adapter_config(file: Path) -> dict[str, Any]:
     """adapter_config.json, if it asks for nothing that is not computed here."""
+    if not file.parent.is_dir():
+        raise DataError(f"{file.parent}: there is no such folder; give one with an adapter")
     if not file.exists():
-        raise DataError(f"{file.parent} holds no adapter: it has no {file.name}{named_adapters_hint(file.parent)}")
+        hint = named_adapters_hint(file.parent) or "; quest export RUN FOLDER --adapter writes one"
+        raise DataError(f"{file.parent} holds no adapter: it has no {file.name}{hint}")
     config = read_json(file)
     kind = config.get("peft_type")
     if kind not in ("LORA", TINY_LORA_TYPE):

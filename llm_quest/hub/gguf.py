@@ -213,7 +213,7 @@ class Cursor:
         return len(self.memory) - self.at
 
     def fail(self, reason: str) -> DataError:
-        return DataError(f"{self.file.name}: no GGUF file, or damaged: {reason}")
+        return DataError(f"{self.file.name}: no GGUF file, or damaged: {reason}; copy or download it again")
 
     def require(self, nbytes: int, what: str) -> int:
         """Where the next `nbytes` begin; the cursor moves behind them. Nothing is allocated on a file's word."""
@@ -265,7 +265,7 @@ def read_gguf(file: Path) -> GGUFFile:
     size = regular_file_size(file)
     refuse_lfs_pointer(file)
     if size < 24:
-        raise DataError(f"{file.name}: no GGUF file: it has {size} bytes")
+        raise DataError(f"{file.name}: no GGUF file: it has {size} bytes; copy or download it again")
     with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as memory:
         cursor = Cursor(file, memory)
         metadata, infos = read_header_values(cursor)

@@ -158,7 +158,7 @@ def read_source(source: TensorSource, out: Tensor) -> int:
 def raise_problems(problems: Sequence[str], name: str, listed_by: str = "quest inspect") -> None:
     """One error for all of them. listed_by: the command that lists them."""
     if problems:
-        head, *others = (" ".join(problem.split()) for problem in problems)
+        head, *others = dict.fromkeys(" ".join(problem.split()) for problem in problems)
         text = "\n".join([f"{name} cannot be loaded: {head}", *(f"- {other}" for other in others)])
         raise DataError(text, list_all=f"{listed_by} {shlex.quote(name)} lists all")
 

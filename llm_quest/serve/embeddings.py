@@ -53,7 +53,7 @@ def read_inputs(served: ServedModel, body: EmbeddingsBody) -> list[list[int]]:
     texts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
     ids = [served.tokenizer.encode(one) if isinstance(one, str) else list(one) for one in texts]
     for one in ids:
-        check_length(served, one, 0, True)
+        check_length(served, one, 0, True, "input")
     return ids
 
 

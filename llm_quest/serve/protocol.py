@@ -4,17 +4,22 @@ field of another type or out of its range is an error that names it."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from llm_quest.serve.errors import ApiError
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 MAX_MESSAGES, MAX_CHOICES, MAX_PROMPTS, MAX_STOPS, MAX_STOP_CHARACTERS = 10_000, 16, 64, 16, 200
 MAX_TOP_LOGPROBS = 20
 MAX_DEPTH = 100
 MAX_SEED = 2**63
+KINDS = ("constrained", "list[", "dict[", "function-")
+"""What the name of a kind begins with in an error's place."""
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Stop = Annotated[StrictStr, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
@@ -158,10 +163,21 @@ def parse_body(kind: type[Body], raw: bytes) -> Body:
     try:
         return kind.model_validate({key: one for key, one in value.items() if one is not None})
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        path = [str(part) for part in first["loc"] if not str(part).startswith(("constrained", "list[", "function-"))]
-        where = ".".join(path)
-        raise ApiError(400, f"{where or 'the body'}: {first['msg']}"[:500], param=where[:200] or None) from None
+        found = most_specific(error.errors(include_url=False, include_context=False, include_input=False))
+        where, said = ".".join(field_path(found)), found["msg"].removeprefix("Value error, ")
+        raise ApiError(400, f"{where or 'the body'}: {said}"[:500], param=where[:200] or None) from None
+
+
+def most_specific(errors: Sequence[ErrorDetails]) -> ErrorDetails:
+    """Of a value that may be of several kinds there is an error for each kind: the one of the kind that was meant. It
+    is no complaint about the kind itself, and lies deepest."""
+    same_field = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
+    return max(same_field, key=lambda one: (not one["type"].endswith("_type"), len(field_path(one))))
+
+
+def field_path(error: ErrorDetails) -> list[str]:
+    """The names of an error's field, without those of the kinds that it may be of."""
+    return [str(part) for part in error["loc"] if not (part == "str" or str(part).startswith(KINDS))]
 
 
 def parse_json(raw: bytes) -> Any:

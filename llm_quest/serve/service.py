@@ -96,23 +96,31 @@ def sampling_params(body: GenerationFields, defaults: Mapping[str, Any], vocab_s
     )
 
 
-def check_length(served: ServedModel, prompt: Sequence[int], wanted: int | None, read_only: bool) -> int:
-    """How many tokens may be generated. ApiError 400 where prompt and text do not fit in the context."""
+def check_length(served: ServedModel, prompt: Sequence[int], wanted: int | None, read_only: bool, param: str) -> int:
+    """How many tokens may be generated. ApiError 400 where prompt and text do not fit in the context. param: the field
+    that the prompt came from."""
     if not prompt:
-        raise ApiError(400, "the prompt is empty", param="prompt")
+        raise ApiError(400, "the prompt is empty", param=param)
     if wrong := next((token for token in prompt if not 0 <= token < served.batch.vocab_size), None):
-        raise ApiError(400, f"token {wrong} does not exist: ids end at {served.batch.vocab_size - 1}", param="prompt")
+        raise ApiError(400, f"token {wrong} does not exist: ids end at {served.batch.vocab_size - 1}", param=param)
     context, more = served.max_model_len, 0 if read_only else 1 if wanted is None else wanted
     if len(prompt) + more > context:
-        said = f" and {more} of the answer" if wanted else ""
-        message = f"this model's maximum context length is {context} tokens; this is {len(prompt)} of the prompt{said}"
-        raise ApiError(400, message, param="messages", code="context_length_exceeded")
+        rest = context - len(prompt)
+        remedy = f", and {more} more are asked for: ask for at most {rest}" if rest > 0 else ": shorten it"
+        message = f"this model's maximum context length is {context} tokens; the prompt has {len(prompt)}{remedy}"
+        raise ApiError(400, message, param=param, code="context_length_exceeded")
     return context - len(prompt) if wanted is None else wanted
 
 
 def start_grammar(served: ServedModel, body: GenerationFields) -> Callable[[], Grammar] | None:
-    """What begins a text that follows the schema of response_format; None without one."""
-    return None if body.schema is None else partial(served.grammars.start, served.grammars.compile(body.schema))
+    """What begins a text that follows the schema of response_format; None without one. ApiError 400 for one that cannot
+    be enforced."""
+    if body.schema is None:
+        return None
+    try:
+        return partial(served.grammars.start, served.grammars.compile(body.schema))
+    except UsageError as error:
+        raise ApiError(400, str(error), param="response_format") from None
 
 
 def chat_request(served: ServedModel, body: ChatBody, options: RequestOptions) -> GenerationRequest:
@@ -123,8 +131,9 @@ def chat_request(served: ServedModel, body: ChatBody, options: RequestOptions) -
     wanted = body.max_completion_tokens or body.max_tokens
     top = body.top_logprobs if body.logprobs else None
     if body.top_logprobs and not body.logprobs:
-        raise ApiError(400, "top_logprobs needs logprobs", param="top_logprobs")
-    return make_request(served, body, options, prompt, check_length(served, prompt, wanted, False), top)
+        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    length = check_length(served, prompt, wanted, False, "messages")
+    return make_request(served, body, options, prompt, length, top)
 
 
 def completion_requests(served: ServedModel, body: CompletionBody, options: RequestOptions) -> list[GenerationRequest]:
@@ -138,7 +147,7 @@ def completion_requests(served: ServedModel, body: CompletionBody, options: Requ
         raise ApiError(400, "max_tokens is 0: give at least 1, or echo", param="max_tokens")
     made = []
     for prompt in encode_prompts(served.tokenizer, body):
-        length = check_length(served, prompt, wanted, wanted == 0)
+        length = check_length(served, prompt, wanted, wanted == 0, "prompt")
         one = make_request(served, body, options, prompt, max(length, 1), body.logprobs)
         one.read_prompt_only, one.prompt_logprobs = wanted == 0, body.echo and body.logprobs is not None
         made.append(one)

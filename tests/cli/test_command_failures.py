@@ -39,7 +39,7 @@ FAILURES: dict[str, list[tuple[str, int]]] = {
     "train": [*each(RECIPE), ("sft model.load=NOWHERE data.source=FILE --out OUT", DATA),
               ("sft --resume NOWHERE", USAGE), ("sft model.load=EMPTY data.source=NOWHERE --out OUT", DATA),
               ("RUN", USAGE)],
-    "generate": [*each(MODEL, after="--prompt x"), ("EMPTY --tokens -1 --prompt x", USAGE)],
+    "generate": [*each(MODEL, after="--prompt x"), ("GGUF --prompt x", DATA), ("EMPTY --tokens -1 --prompt x", USAGE)],
     "chat": each(MODEL), "serve": [*each(MODEL), ("EMPTY --port 99999999", USAGE)],
     "classify": each(MODEL, after="text"), "score": each(MODEL, after="--prompt a --answer b"),
     "eval": [*each(MODEL, after="--data FILE"), ("EMPTY --task nonsense", USAGE)],
@@ -80,18 +80,21 @@ def test_every_command_is_in_the_table():
 
 @pytest.fixture
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """A folder that is not there, an empty one, a damaged model, a file, a run without checkpoints."""
+    """A folder that is not there, an empty one, a damaged model, a file, a run without checkpoints, a GGUF file that is
+    cut off."""
     for name in ("EMPTY", "DAMAGED", "RUN"):
         (tmp_path / name).mkdir()
     (tmp_path / "DAMAGED/config.json").write_text("{")
     (tmp_path / "FILE").write_text("neither: [yaml\n")
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\3\0\0\0")
     (tmp_path / "RUN/checkpoints").mkdir()
     (tmp_path / "RUN/model.json").write_text("[]")
     (tmp_path / "RUN/config.yaml").write_text("recipe: sft\n")
     monkeypatch.setenv("LLM_QUEST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    return {name: str(tmp_path / name) for name in ("NOWHERE", "EMPTY", "DAMAGED", "FILE", "RUN", "OUT")}
+    made = {name: str(tmp_path / name) for name in ("NOWHERE", "EMPTY", "DAMAGED", "FILE", "RUN", "OUT")}
+    return made | {"GGUF": str(tmp_path / "cut.gguf")}
 
 
 def run_command(
@@ -117,6 +120,8 @@ def test_a_failure_has_the_code_of_its_class_and_one_to_four_lines(
     assert code == expected, err
     assert 1 <= len(lines) <= MAX_MESSAGE_LINES, err
     assert "Traceback" not in err
+    said = [line.removeprefix("quest: ").removeprefix("- ") for line in lines if line.startswith("quest: ")]
+    assert not any(other.endswith(one) for at, one in enumerate(said) for other in said[:at]), "a problem is told twice"
     assert max(map(len, lines)) <= LONGEST_LINE + len("quest: ")
     if "--json" in [option for one in COMMANDS[name].params for option in one.opts]:
         again, out, _ = run_command([*words, "--json"], monkeypatch, capsys)

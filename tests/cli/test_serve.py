@@ -57,6 +57,12 @@ def test_mistakes_show_before_a_model_is_loaded(tmp_path, monkeypatch):
             serve.serve_models("model", [], ServeOptions(port=port), log=print, **MACHINE)
 
 
+def test_a_folder_without_an_adapter_is_named_with_what_to_give(folder, tmp_path):
+    for place, words in (("nowhere", "there is no such folder"), ("base", "quest export RUN FOLDER --adapter")):
+        with pytest.raises(DataError, match=f"{place}.*{words}"):
+            serve.serve_models(str(folder), [f"x={tmp_path / place}"], ServeOptions(port=0), log=print, **MACHINE)
+
+
 def test_an_adapter_does_not_take_the_models_name(folder, monkeypatch):
     monkeypatch.setattr(serve, "run_server", lambda *given: pytest.fail("it is served"))
     with pytest.raises(UsageError, match="the name of the model"):

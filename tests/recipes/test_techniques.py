@@ -11,6 +11,7 @@ import torch
 
 import llm_quest as quest
 from llm_quest.cli.export import export_run
+from llm_quest.cli.serve import adapter_folder
 from llm_quest.errors import UsageError
 from llm_quest.recipes import RECIPES
 from llm_quest.recipes.config import config_to_yaml, parse_config
@@ -153,6 +154,12 @@ def test_a_run_with_an_adapter_is_exported_whole_or_alone(text: Path, tmp_path: 
     export_run(tmp_path / "run", tmp_path / "adapter", adapter=True)
     started = quest.load_adapter(bare(model), tmp_path / "adapter")
     torch.testing.assert_close(started(tokens), model(tokens))
+    for served in ("run", "run@last", "adapter"):  # quest serve FOLDER --adapter NAME=...
+        with adapter_folder(str(tmp_path / served)) as folder:
+            torch.testing.assert_close(quest.load_adapter(bare(model), folder)(tokens), model(tokens))
+    run(text, tmp_path / "plain", "max_steps=2")
+    with pytest.raises(UsageError, match=r"plain: this model has no adapter"), adapter_folder(str(tmp_path / "plain")):
+        pass
     with pytest.raises(UsageError, match="give one of them"):
         export_run(tmp_path / "run", tmp_path / "both", merged=True, adapter=True)
 

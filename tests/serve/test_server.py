@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from llm_quest.errors import DataError, UsageError
 from llm_quest.generation.generate import generate
 from llm_quest.serve.app import HttpLimits
+from llm_quest.serve.embeddings import EmbeddingsBody
+from llm_quest.serve.errors import ApiError
+from llm_quest.serve.protocol import ChatBody, CompletionBody, parse_body
 from llm_quest.serve.security import AccessRules, host_name, make_access_rules
 from llm_quest.serve.server import bind_socket
 from tests.serve.local_server import LocalServer, local_server, tiny_adapter
@@ -174,8 +178,32 @@ def test_a_schema_is_followed(client, kind):
 
 def test_a_schema_with_an_unknown_type_is_refused(client):
     form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "person"}}}
-    with pytest.raises(openai.BadRequestError, match="cannot be enforced"):
+    with pytest.raises(openai.BadRequestError, match="cannot be enforced") as caught:
         client.chat.completions.create(model="tiny", messages=ASK, response_format=form)
+    assert caught.value.param == "response_format"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "param", "words"),
+    [
+        ("prompt", [], "prompt", "at least 1 item"),
+        ("prompt", [[]], "prompt.0", "at least 1 item"),
+        ("prompt", [1, "a"], "prompt.1", "valid integer"),
+        ("prompt", [-1], "prompt.0", "greater than or equal to 0"),
+        ("prompt", {"a": 1}, "prompt", "valid string"),
+        ("stop", ["a"] * 17, "stop", "at most 16 items"),
+        ("stop", [3], "stop.0", "valid string"),
+        ("logit_bias", {"x": 1}, "logit_bias", "logit_bias: 'x' is no token id"),
+        ("input", [], "input", "at least 1 item"),
+        ("messages", [{"role": "user", "content": 3}], "messages.0.content", "valid string"),
+    ],
+)
+def test_a_wrong_field_is_named_with_what_is_wrong_whatever_kinds_it_may_be_of(field, value, param, words):
+    kind: Any = {"input": EmbeddingsBody, "messages": ChatBody}.get(field, CompletionBody)
+    with pytest.raises(ApiError, match=re.escape(words)) as caught:
+        parse_body(kind, json.dumps({"prompt": "a", field: value}).encode())
+    assert caught.value.param == param
+    assert caught.value.message.startswith(f"{param}: ")
 
 
 def test_sixty_four_streams_at_once_are_all_answered_and_equal_those_alone(local):
@@ -226,9 +254,14 @@ def test_the_same_beginning_is_computed_once(client):
 
 
 def test_a_prompt_beyond_the_context_names_both_numbers(client):
-    with pytest.raises(openai.BadRequestError, match=r"256 tokens; this is \d+") as caught:
+    with pytest.raises(openai.BadRequestError, match=r"256 tokens; the prompt has \d+: shorten") as caught:
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "fox " * 400}])
-    assert caught.value.code == "context_length_exceeded"
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+    with pytest.raises(
+        openai.BadRequestError, match=r"has 2, and 300 more are asked for: ask for at most 254"
+    ) as caught:
+        client.completions.create(model="tiny", prompt=[1, 2], max_tokens=300)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
 
 
 def test_metrics_count_what_happened(local):
