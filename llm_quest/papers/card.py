@@ -73,7 +73,10 @@ def claim_verdict(paper: Paper, result: SizeResult) -> Mapping[str, Any]:
 
 
 def size_verdict(paper: Paper, result: SizeResult) -> str:
+    """Undecided where every pair is identical: what the claim is about did nothing in these runs."""
     found = claim_verdict(paper, result)
+    if found["differences"] and not any(found["differences"]):
+        return "undecided"
     return judge(paper.expect, found["outcome"], found["size"])
 
 

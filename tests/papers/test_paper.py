@@ -123,6 +123,18 @@ def test_a_second_size_joins_the_card_and_shows_the_trend(tmp_path: Path):
     assert card.trend.startswith("fades with size: +0.2")
 
 
+@pytest.mark.parametrize("name", ["muon", "qk_clip_magnitude"])
+def test_a_claim_whose_arms_compute_the_same_is_undecided(tmp_path: Path, name: str):
+    paper = load_paper(name)
+    result = made_result(paper, "no difference larger than delta", [0.0] * 4)
+    result["verdicts"][0]["reason"] = "every pair is identical"
+    card = write_card(paper, {"0.3M": result}, tmp_path)
+    assert card.verdict == "undecided"
+    assert "every pair is identical" in card.file.read_text()
+    few = made_result(paper, "no difference larger than delta", [0.0, 0.0, 0.0, 1e-6])
+    assert write_card(paper, {"0.3M": few}, tmp_path).verdict != "undecided"
+
+
 @pytest.mark.parametrize(
     ("large", "word"), [([-0.9, -0.91, -0.89, -0.9], "grows"), ([-0.5, -0.52, -0.48, -0.5], "holds")]
 )
