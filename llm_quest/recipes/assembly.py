@@ -336,7 +336,7 @@ def apply_techniques(
     """Edit the model in place by each in turn, and say what became trainable; returns those that act after every
     step. scores: whether the recipe trains a score head; the others need the head over the vocabulary."""
     callbacks: list[Callback] = []
-    told = trainable_summary(model)
+    told = trainable_summary(model) if entries else ""
     for entry in entries:
         options = {key: value for key, value in entry.items() if key != "name"}
         one: Any = TypeAdapter(known_techniques()[entry["name"]]).validate_python(options)

@@ -90,7 +90,7 @@ def reduce_step_stats(
     parallel: DistributedContext,
 ) -> StepStats:
     """One all-reduce and one read. A gradient that every process holds in full is counted once, a sharded one by
-    parts."""
+    parts. A metric that no batch counted anything for is left out."""
     nothing = torch.zeros(2, dtype=sum_dtype(parallel.device), device=parallel.device)
     names = sorted(name for name in sums if name)
     own = nothing.new_tensor([tokens, *requests])
@@ -99,7 +99,8 @@ def reduce_step_stats(
     packed = torch.cat([sums.get("", nothing), squares, own, *(sums[name] for name in names)])
     total, count, square, weights_square, all_tokens, *rest = parallel.all_reduce_(packed).tolist()
     requested, pairs = rest[: len(requests)], rest[len(requests) :]
-    metrics = {name: pairs[2 * i] / pairs[2 * i + 1] if pairs[2 * i + 1] else math.nan for i, name in enumerate(names)}
+    means = zip(names, pairs[::2], pairs[1::2], strict=True)
+    metrics = {name: total_of / count_of for name, total_of, count_of in means if count_of}
     loss, norm = (total / count, math.sqrt(square) / abs(count)) if count else (math.nan, math.nan)
     asked = tuple(one > 0 for one in requested)
     return StepStats(loss, count, round(all_tokens), norm, math.sqrt(weights_square), asked, metrics)

@@ -97,7 +97,7 @@ def test_mistakes_in_sizes_are_told_with_all_the_others():
         )  # fmt: skip
     keys = keys_of(error.value)
     assert sorted(keys) == [
-        "learning_rate", "model.config.hiden_size", "model.config.num_hidden_layers",
+        "learning_rate", "model.config.hidden_size", "model.config.hiden_size", "model.config.num_hidden_layers",
         "model.config.num_key_value_heads", "model.config.rotary",
     ]  # fmt: skip
 

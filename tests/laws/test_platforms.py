@@ -198,6 +198,7 @@ resource.setrlimit = refuse
 def test_a_template_is_rendered_and_an_attack_ends_where_the_address_space_cannot_be_limited(monkeypatch):
     """As on macOS."""
     monkeypatch.setattr(template_sandbox, "WORKER_COMMAND", REFUSING + template_sandbox.WORKER_COMMAND)
+    monkeypatch.setattr(template_sandbox, "CPU_SECONDS", 20)  # on a slow machine they end before the memory
     assert render_prompt(CHATML, HELLO).startswith("<|im_start|>user\nhello")
     with pytest.raises(DataError, match="MemoryError: more than its share of memory"):
         render_prompt(DOUBLING, HELLO)
@@ -207,10 +208,12 @@ def test_a_template_is_rendered_and_an_endless_one_ends_where_there_are_no_limit
     """As on Windows."""
     missing = "import sys, psutil\nsys.modules['resource'] = None\n"
     monkeypatch.setattr(template_sandbox, "WORKER_COMMAND", missing + template_sandbox.WORKER_COMMAND)
+    monkeypatch.setattr(template_sandbox, "CPU_SECONDS", 20)
     assert render_prompt(CHATML, HELLO).startswith("<|im_start|>user\nhello")
     with pytest.raises(DataError, match="MemoryError: more than its share of memory"):
         render_prompt(DOUBLING, HELLO)
     monkeypatch.setattr(template_sandbox, "CPU_SECONDS", 1)
+    monkeypatch.setattr(template_sandbox, "WAIT_SECONDS", 5)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(DataError, match="did not end within 5 s"):
         render_prompt(endless, HELLO)

@@ -14,7 +14,9 @@ from llm_quest.errors import GuardStop, ResourceError, UsageError
 from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train
 from llm_quest.train.optimizers import make_adamw
+from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
+from llm_quest.train.step import reduce_step_stats
 from tests.train.small import Losses, Rule, go, objective
 
 
@@ -52,6 +54,17 @@ def test_a_step_is_the_textbook_step_on_the_mean_loss_with_clipping():
         optimizer.zero_grad()
     for (name, ours), theirs in zip(made.model.named_parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0, msg=name)
+
+
+def test_a_metric_that_nothing_was_counted_for_is_left_out_and_one_that_is_not_a_number_is_shown():
+    def pair(total: float, count: float) -> torch.Tensor:
+        return torch.tensor([total, count], dtype=torch.float64)
+
+    sums = {"": pair(6.0, 2.0), "ended": pair(0.0, 0.0), "length": pair(9.0, 3.0), "broken": pair(math.nan, 2.0)}
+    stats = reduce_step_stats(sums, 2, (), [], DistributedContext())
+    assert (stats.loss, stats.metrics["length"]) == (3.0, 3.0)
+    assert stats.metrics.keys() == {"length", "broken"}
+    assert math.isnan(stats.metrics["broken"])
 
 
 def test_the_loss_falls_and_metrics_are_ratios_over_the_whole_step():
