@@ -16,7 +16,7 @@ from llm_quest.experiments.arms import CONTROL
 from llm_quest.experiments.verdict_lines import describe_verdict
 from llm_quest.files import atomic_write_json, atomic_write_text, damaged_file_errors, load_json
 from llm_quest.papers.paper import Paper, judge
-from llm_quest.papers.reproduce import SizeResult
+from llm_quest.papers.reproduce import SizeResult, reproduce_command
 
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2")
 VERDICTS = Path(__file__).with_name("verdicts.json")
@@ -214,8 +214,9 @@ def details(card: PaperCard) -> Iterator[str]:
         pairing = f", pairing gain {gain:.2g}" if gain is not None else ""
         run_sd = result["noise"].get("run_sd")
         yield f"{size}: {noise}{pairing}" + (f"; equal runs of different seeds by {run_sd:.3g}" if run_sd else "")
+        seeds = claim_verdict(card.paper, result)["seeds"]
         yield (
-            f"{size}: measured on {result['date']} by `quest reproduce {card.paper.name} --size {size}`: "
+            f"{size}: measured on {result['date']} by `{reproduce_command(card.paper, size, *seeds[:1])}`: "
             f"{result['runs']} runs, {result['cpu_seconds']:,} s of CPU, {result['machine']}, torch {result['torch']}, "
             f"code {result['code']}"
         )

@@ -47,9 +47,15 @@ def make_paper_plan(paper: Paper, size: str, log: LogFn, *, first_seed: int = 1)
         recipe, base, tuple(resolve_arms(recipe, base, arms, log)), Arm(CONTROL, (), own_code()),
         Claim(paper.metric, paper.delta, paper.cap, greater, not greater),
         paper.budget or ("flops" if recipe == "pretrain" else "steps"), paper.rates, paper.tuning_seeds, AA_PAIRS,
-        first_seed, tuple(paper.secondary), paper.claim, f"quest reproduce {paper.name} --size {size}",
+        first_seed, tuple(paper.secondary), paper.claim, reproduce_command(paper, size, first_seed),
         tuple(make_base(paper, name, size) for name in paper.all_bases),
     )  # fmt: skip
+
+
+def reproduce_command(paper: Paper, size: str, first_seed: int = 1) -> str:
+    """The command that measures a claim at a size, from this seed on."""
+    seeds = f" --first-seed {first_seed}" if first_seed > 1 else ""
+    return f"quest reproduce {paper.name} --size {size}{seeds}"
 
 
 def make_base(paper: Paper, name: str, size: str) -> Base:

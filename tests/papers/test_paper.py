@@ -123,6 +123,17 @@ def test_a_second_size_joins_the_card_and_shows_the_trend(tmp_path: Path):
     assert card.trend.startswith("fades with size: +0.2")
 
 
+def test_a_cards_command_says_which_seeds(tmp_path: Path):
+    paper = load_paper("muon")
+    result = made_result(paper, "better", [-0.5, -0.51, -0.49, -0.5])
+    assert "`quest reproduce muon --size 0.3M`" in write_card(paper, {"0.3M": result}, tmp_path).file.read_text()
+    result["verdicts"][0]["seeds"] = [401, 402, 403, 404]
+    page = write_card(paper, {"0.3M": result}, tmp_path).file.read_text()
+    assert "`quest reproduce muon --size 0.3M --first-seed 401`" in page
+    command = make_paper_plan(paper, "0.3M", lambda text: None, first_seed=401).command
+    assert command == "quest reproduce muon --size 0.3M --first-seed 401"
+
+
 @pytest.mark.parametrize("name", ["muon", "qk_clip_magnitude"])
 def test_a_claim_whose_arms_compute_the_same_is_undecided(tmp_path: Path, name: str):
     paper = load_paper(name)
