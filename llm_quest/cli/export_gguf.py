@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llm_quest.data.chat import find_template_fault
 from llm_quest.errors import UsageError
 from llm_quest.hub.gguf_adapter import save_gguf_adapter
 from llm_quest.hub.gguf_export import GGUFReport, save_gguf
@@ -69,9 +70,12 @@ def export_gguf(
         )
     if merged:
         merge_adapter(model)
+    tokenizer = load_tokenizer(run)
     report = save_gguf(
-        model, load_tokenizer(run), file, quantize=quantize, dtype=dtype, name=model_name(run), overwrite=overwrite
+        model, tokenizer, file, quantize=quantize, dtype=dtype, name=model_name(run), overwrite=overwrite
     )
+    if fault := find_template_fault(tokenizer):
+        report = replace(report, notes=(*report.notes, f"{fault}; programs that chat with this file fail too"))
     return make_report(run, file, report, f"run it: llama-server -m {file}; or here: quest generate {file}")
 
 

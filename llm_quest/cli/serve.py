@@ -13,6 +13,7 @@ from llm_quest.cli.export import export_run
 from llm_quest.cli.generation_options import read_advice
 from llm_quest.cli.speculative_generate import load_draft
 from llm_quest.contracts import LogFn
+from llm_quest.data.chat import find_template_fault
 from llm_quest.errors import QuestError, UsageError
 from llm_quest.hub.load_adapter import load_adapter
 from llm_quest.hub.locate import resolve_checkpoint
@@ -74,6 +75,8 @@ def parse_adapters(given: Sequence[str]) -> dict[str, str]:
 
 def load_model(name_or_path: str, device: str, dtype: str, log: LogFn) -> LoadedModel:
     model, tokenizer = load_text_model(name_or_path, device, dtype, log)
+    if fault := find_template_fault(tokenizer):
+        log(f"note: chats are refused: {fault}")
     advice = read_advice(model.generation_config)
     if advice:
         log(f"generation_config.json advises {', '.join(f'{key} {value:g}' for key, value in advice.items())}")
@@ -107,8 +110,12 @@ def adapter_folder(path: str) -> Iterator[Path]:
         yield run
         return
     with tempfile.TemporaryDirectory() as folder:
+        adapter = Path(folder) / "adapter"
         try:
-            export_run(run, Path(folder) / "adapter", adapter=True)
+            export_run(run, adapter, adapter=True)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
-        yield Path(folder) / "adapter"
+        try:
+            yield adapter
+        except QuestError as error:
+            raise type(error)(str(error).replace(str(adapter), path)) from None

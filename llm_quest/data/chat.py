@@ -27,7 +27,7 @@ from llm_quest.data.document import DropReport
 from llm_quest.data.messages import Message
 from llm_quest.data.template_messages import MessageWriter
 from llm_quest.data.template_program import RenderJob, TemplateSettings, find_unread_arguments
-from llm_quest.data.template_sandbox import Messages, RenderedChat, Rendering, render_batch, render_jobs
+from llm_quest.data.template_sandbox import ADVICE, Messages, RenderedChat, Rendering, render_batch, render_jobs
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
 
@@ -50,6 +50,17 @@ ALPACA_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
 )
 """For the others: Alpaca's headings (Taori et al. 2023), an end of text after each answer."""
+
+
+def find_template_fault(tokenizer: Tokenizer) -> str:
+    """Why the tokenizer's chat template does not render a message; empty where it does, or where there is none."""
+    if not tokenizer.chat_template:
+        return ""
+    try:
+        ChatTemplate(tokenizer).render_prompts([[{"role": "user", "content": "hello"}]])
+    except (DataError, UsageError) as error:
+        return str(error).removesuffix(f"; {ADVICE}")
+    return ""
 
 
 def default_chat_template(tokenizer: Tokenizer) -> str:

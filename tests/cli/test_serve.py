@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llm_quest.cli import serve
+from llm_quest.cli.export_gguf import export_gguf
 from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.load_save import save
 from llm_quest.hub.save_adapter import save_adapter
@@ -69,3 +70,30 @@ def test_an_adapter_does_not_take_the_models_name(folder, monkeypatch):
         serve.serve_models(str(folder), ["base=x"], ServeOptions(port=0), log=print, **MACHINE)
     with pytest.raises(UsageError, match="more than the model's context of 256"):
         serve.serve_models(str(folder), [], ServeOptions(port=0, max_model_len=300), log=print, **MACHINE)
+
+
+def test_a_template_that_fails_is_told_at_the_start_and_in_a_gguf_file(folder, tmp_path, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(serve, "run_server", lambda server, *given: None)
+    assert export_gguf(folder, tmp_path / "good.gguf").notes == ()
+    for template, said in (
+        ("{% for x in %}", "TemplateSyntaxError"),
+        ("{{ raise_exception('only tools') }}", "only tools"),
+    ):
+        (folder / "chat_template.jinja").write_text(template)
+        serve.serve_models(str(folder), [], ServeOptions(port=0), log=lines.append, **MACHINE)
+        assert any(
+            line.startswith("note: chats are refused: the chat template failed") and said in line for line in lines
+        )
+        (note,) = export_gguf(folder, tmp_path / "broken.gguf", overwrite=True).notes
+        assert said in note
+        assert "programs that chat with this file fail too" in note
+
+
+def test_the_adapter_of_a_run_is_called_as_it_was_given(tmp_path, monkeypatch):
+    (tmp_path / "model.json").write_text("{}")
+    monkeypatch.setattr(serve, "resolve_checkpoint", lambda path: tmp_path)
+    monkeypatch.setattr(serve, "export_run", lambda *given, **options: None)
+    refused = pytest.raises(DataError, match=r"^runs/french is an adapter of another base$")
+    with refused, serve.adapter_folder("runs/french") as adapter:
+        raise DataError(f"{adapter} is an adapter of another base")
