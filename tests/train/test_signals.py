@@ -73,12 +73,14 @@ SHIELDED = """
             time.sleep(60)
 """
 CONVERSATION = """
+        said = ""
         while True:
             try:
+                print(said, end="", flush=True)  # in here, so that the next signal finds the handler below
                 time.sleep(60)
             except KeyboardInterrupt as stop:
                 signals.continue_after_interrupt(stop)
-                print("answer cut", flush=True)
+                said = "answer cut\\n"
 """
 
 
