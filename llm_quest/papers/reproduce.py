@@ -54,8 +54,9 @@ def make_paper_plan(paper: Paper, size: str, log: LogFn, *, first_seed: int = 1)
 
 def reproduce_command(paper: Paper, size: str, first_seed: int = 1) -> str:
     """The command that measures a claim at a size, from this seed on."""
-    seeds = f" --first-seed {first_seed}" if first_seed > 1 else ""
-    return f"quest reproduce {paper.name} --size {size}{seeds}"
+    if first_seed > 1:
+        return f"quest reproduce {paper.name} --size {size} --first-seed {first_seed}"
+    return f"quest reproduce {paper.name} --size {size}"
 
 
 def make_base(paper: Paper, name: str, size: str) -> Base:
