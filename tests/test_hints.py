@@ -51,7 +51,7 @@ NOT_OURS = {
     "model.embed_tokens": "a module, which freeze names",
     "embed.token": "a module, which modules_to_save names",
     "http.server": "of Python", "--bind": "http.server's",
-    "--ignore-scripts": "npm's", "--silent": "npm's",
+    "--ignore-scripts": "npm's", "--loglevel": "npm's",
     "--abbrev-ref": "git's", "--short": "git's", "--whitespace": "git's",
     "--porcelain": "git's", "--untracked-files": "git's",
 }  # fmt: skip

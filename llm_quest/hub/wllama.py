@@ -17,6 +17,8 @@ from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.files import atomic_file, cache_dir
 
 VERSION = "3.13.0"
+NPM_FIELDS = ("code", "syscall", "errno", "path", "dest")
+"""What lines of npm's errors that are no sentences begin with."""
 PACKAGE = f"@wllama/wllama@{VERSION}"
 MAX_MEMBER_BYTES = 64_000_000
 NPM_SECONDS = 300.0
@@ -106,13 +108,20 @@ def download_package() -> dict[str, bytes]:
     if npm is None:
         raise MissingError(f"a page needs wllama {VERSION}, and npm, which gets it, is not installed; {REMEDY}")
     with tempfile.TemporaryDirectory() as folder:
-        command = [npm, "pack", PACKAGE, "--ignore-scripts", "--silent"]
+        command = [npm, "pack", PACKAGE, "--ignore-scripts", "--loglevel=error"]
         try:
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=NPM_SECONDS)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise MissingError(f"{ONCE} failed ({type(error).__name__}); {REMEDY}") from None
         packages = list(Path(folder).glob("*.tgz"))
         if done.returncode or len(packages) != 1:
-            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:200]
-            raise MissingError(f"{ONCE} failed: {reason}; {REMEDY}")
+            raise MissingError(f"{ONCE} failed: {find_npm_reason(done.stderr)}; {REMEDY}")
         return read_package(packages[0])
+
+
+def find_npm_reason(stderr: str) -> str:
+    """The sentence of npm's error, among its codes and its advice; its last line where it is in another form."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["no reason given"]
+    said = [line.removeprefix("npm error ") for line in lines if line.startswith("npm error ")]
+    sentences = [one for one in said if one.split()[0] not in NPM_FIELDS]
+    return (sentences or said or lines[-1:])[0][:200]

@@ -192,3 +192,19 @@ def test_the_command_line_says_what_goes_with_what(model, tmp_path):
 def test_the_page_is_part_of_the_package():
     assert all(Path(module.PAGE.with_name(module.PAGE.name + ending)).is_file() for ending in (".html", ".js", ".css"))
     assert '"report/web_page.*"' in Path("pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("stderr", "reason"),
+    [
+        ("npm error code EFBIG\nnpm error syscall write\nnpm error errno -27\nnpm error EFBIG: file too large, write\n"
+         "npm error A complete log of this run can be found in: /x.log\n", "EFBIG: file too large, write"),
+        ("npm error code E404\nnpm error 404 Not Found - GET https://registry.npmjs.org/x\nnpm error 404\n",
+         "404 Not Found - GET https://registry.npmjs.org/x"),
+        ("npm error code ENOSPC\n", "code ENOSPC"),
+        ("node: not found\n", "node: not found"),
+        ("", "no reason given"),
+    ],
+)  # fmt: skip
+def test_the_reason_of_npm_is_its_sentence(stderr: str, reason: str):
+    assert wllama.find_npm_reason(stderr) == reason
