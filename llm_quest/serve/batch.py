@@ -258,7 +258,7 @@ class RunningBatch:
     def sample_tokens(self) -> None:
         """Draw a token for every row and tell it; rows that end with it leave."""
         self.draw()
-        logprobs = self.wanted_logprobs()
+        logprobs = self.find_logprobs()
         broken = {row.request for row in self.rows if row.token < 0}
         for number in reversed(range(len(self.rows))):
             row = self.rows[number]
@@ -268,7 +268,7 @@ class RunningBatch:
         for request in broken:
             self.end_request(request, RequestFailed(500, NOT_FINITE))
 
-    def wanted_logprobs(self) -> dict[int, TokenLogprob]:
+    def find_logprobs(self) -> dict[int, TokenLogprob]:
         """The log-probabilities of the drawn tokens, by the number of the row, where they were asked for."""
         wanted = [number for number, row in enumerate(self.rows) if row.request.top_logprobs is not None]
         if not wanted:
