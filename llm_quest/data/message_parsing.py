@@ -1,9 +1,11 @@
 """Messages in rows: every spelling of a turn becomes a `Message`.
 
-{"role": "user", "content": ...}            OpenAI; content is text or a list of {"type": "text", "text": ...}
+{"role": "user", "content": ...}            OpenAI; content is text or a list of {"type": "text", "text": ...}, of
+                                            the Responses API input_text and output_text
 {"from": "human", "value": ...}             ShareGPT
 {"role": "assistant", "content": ..., "weight": 0}     not learned; also "train": false
-{"role": "assistant", "tool_calls": [...]}, {"role": "tool", ...}; ShareGPT's function_call and observation
+{"role": "assistant", "tool_calls": [...]}, {"role": "tool", ...}; ShareGPT's function_call and observation; OpenAI's
+earlier {"role": "assistant", "function_call": {...}}, {"role": "function", ...} and `functions`
 "\\n\\nHuman: ...\\n\\nAssistant: ..."          a transcript, as in hh-rlhf"""
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ ROLE_ALIASES = {
 ROLE_KEYS = (("role", "content"), ("from", "value"))
 TRAIN_KEYS = ("weight", "train")
 """Keys of a message that say whether it is learned: 0 or false, 1 or true."""
+TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of content parts that are text: OpenAI's, and those of its Responses API."""
 SPELLED_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):[ ]?")
 
@@ -82,12 +86,15 @@ def parse_message(row: TrackedRow, where: str, extra: bool = True) -> Message:
     written = row.get(role_key)
     name = written.strip().lower() if isinstance(written, str) else None
     role = ROLE_ALIASES.get(name, name) if name else None
+    if "type" in row and row["type"] != "message":
+        reason = f"is an item of type {row['type']!r:.40}; expected messages with a role (calls: tool_calls)"
+        raise RowError(where, f"an item of type {row['type']!r:.30}", reason)
     if role not in ROLES:
         known = ", ".join((*ROLES, *ROLE_ALIASES))
         raise RowError(where, f"the role {written!r:.30}", f"has the role {written!r:.60}; known: {known}")
     fields = parse_extra_keys(row, where) if extra else {}
     if name == "function_call":
-        fields["tool_calls"] = [parse_call(row.get(content_key), where)]
+        fields["tool_calls"] = [as_tool_call(one) for one in parse_calls(row.get(content_key), where)]
         return Message(role, "", parse_train(row, where), fields)
     if content_key not in row and "tool_calls" not in fields:
         raise RowError(where, f"a message without {content_key}", f"has no {content_key!r}, or null")
@@ -103,17 +110,29 @@ def parse_extra_keys(row: TrackedRow, where: str) -> dict[str, Any]:
             fields[key] = parse_calls(value, where)
         elif not isinstance(value, str | int) or (key == "reasoning_content" and not isinstance(value, str)):
             raise RowError(where, f"{key} that is no text", f"{key} is a {type(value).__name__}, expected text")
+    if row.get("function_call"):
+        calls = [as_tool_call(one) for one in parse_calls(row["function_call"], where)]
+        if "tool_calls" in fields:
+            raise RowError(where, "two kinds of calls", "has function_call and tool_calls; expected one of them")
+        fields["tool_calls"] = calls
     return fields
 
 
 def parse_calls(value: Any, where: str) -> list[Mapping[str, Any]]:
-    """Function calls in OpenAI's form, or their function alone; also as JSON text."""
+    """Function calls in OpenAI's form, or their function alone; one or a list, also as JSON text."""
     calls = parse_json_cell(value, where) if isinstance(value, str) else value
-    functions = [one.get("function", one) if isinstance(one, Mapping) else None for one in as_list(calls)]
+    calls = [calls] if isinstance(calls, Mapping) else list(as_list(calls))
+    functions = [one.get("function", one) if isinstance(one, Mapping) else None for one in calls]
     if not all(isinstance(one, Mapping) and isinstance(one.get("name"), str) for one in functions) or not functions:
-        reason = f"tool_calls is {value!r:.60}; expected a list of functions with a name and arguments"
-        raise RowError(where, "tool_calls of another form", reason)
-    return list(calls)
+        reason = f"its call is {value!r:.60}; expected a function with name and arguments, or a list of them"
+        raise RowError(where, "a function call of another form", reason)
+    return calls
+
+
+def as_tool_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A function alone (name and arguments), or its schema (name and parameters), in the form that `tool_calls` and
+    `tools` have."""
+    return call if "function" in call else {"type": "function", "function": dict(call)}
 
 
 def as_list(value: Any) -> Sequence[Any]:
@@ -121,7 +140,7 @@ def as_list(value: Any) -> Sequence[Any]:
 
 
 def parse_content(value: Any, where: str) -> str:
-    """Text, or the text of parts of type text. RowError for images and other parts, which text recipes cannot read."""
+    """Text, or the text of parts that are text. RowError for images and other parts, which text recipes cannot read."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -130,7 +149,7 @@ def parse_content(value: Any, where: str) -> str:
     for part in value:
         kind = part.get("type") if isinstance(part, Mapping) else "text" if isinstance(part, str) else None
         text = part.get("text") if isinstance(part, Mapping) else part
-        if kind != "text" or not isinstance(text, str):
+        if kind not in TEXT_PARTS or not isinstance(text, str):
             raise RowError(where, f"a content part {kind!r}", f"a part of its content is {part!r:.60}, expected text")
         texts.append(text)
     return "".join(texts)
@@ -144,21 +163,14 @@ def parse_train(row: TrackedRow, where: str) -> bool:
     return all(bool(row.get(key, True)) for key in TRAIN_KEYS)
 
 
-def parse_call(value: Any, where: str) -> dict[str, Any]:
-    """ShareGPT's call, as JSON text of name and arguments, as a tool call of OpenAI's form."""
-    call = parse_json_cell(value, where) if isinstance(value, str) else value
-    if not isinstance(call, Mapping) or "name" not in call:
-        raise RowError(where, "a function call without name", f"its call is {value!r:.60}; expected name, arguments")
-    return {"type": "function", "function": dict(call)}
-
-
 def parse_tools(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ...]:
-    """The functions under `tools`, also as JSON text."""
-    value = row.get("tools", ())
+    """The functions under `tools`, or under `functions` as OpenAI had them before; also as JSON text."""
+    key = "functions" if row.get("functions") and not row.get("tools") else "tools"
+    value = row.get(key, ())
     value = parse_json_cell(value, where) if isinstance(value, str) and value else value or ()
     if not isinstance(value, Sequence) or not all(isinstance(one, Mapping) for one in value):
-        raise RowError(where, "tools that are no list", f"tools is {value!r:.60}; expected a list of objects")
-    return tuple(value)
+        raise RowError(where, f"{key} that are no list", f"{key} is {value!r:.60}; expected a list of objects")
+    return tuple(map(as_tool_call, value) if key == "functions" else value)
 
 
 def parse_transcript(text: str, where: str) -> list[Message]:

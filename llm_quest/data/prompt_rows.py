@@ -84,7 +84,8 @@ def parse_prompt_row(record: Record) -> PromptRow:
         raise RowError(where, "roles out of order", reason)
     row.read.update(row)  # rewards are given all columns
     is_conversational = form.keys[0] in CHAT_KEYS or isinstance(read_spelled_messages(row[form.keys[0]], where), list)
-    tools = () if is_plain_text(row.get("tools")) else parse_tools(row, where)  # text is a column of rewards alone
+    given = row.get("tools", ())  # text is a column of rewards alone, and so is `functions`
+    tools = () if is_plain_text(given) else parse_tools({"tools": given}, where)
     return PromptRow(messages, parse_answer(row, where), is_conversational, row, where, record.weight, tools)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from llm_quest.data.chat import ChatTemplate
+from llm_quest.data.message_parsing import TEXT_PARTS
 from llm_quest.data.template_program import find_reserved_argument, find_unread_arguments
 from llm_quest.data.template_sandbox import CPU_SECONDS
 from llm_quest.data.tokenizer import Tokenizer
@@ -66,7 +67,7 @@ def message_for_template(message: Message, place: int) -> dict[str, Any]:
         if any(part.get("type") in IMAGE_PARTS for part in content):
             refusal = "this server reads no images: send parts of type text (quest generate --image answers about one)"
             raise ApiError(400, refusal, param=f"messages.{place}.content", code="image_not_supported")
-        if any(part.get("type") != "text" or not isinstance(part.get("text"), str) for part in content):
+        if any(part.get("type") not in TEXT_PARTS or not isinstance(part.get("text"), str) for part in content):
             raise ApiError(400, "only parts of type text are read by this model", param=f"messages.{place}.content")
         content = "".join(part["text"] for part in content)
     if content is None and not found.get("tool_calls"):

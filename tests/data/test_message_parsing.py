@@ -38,6 +38,15 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
         ({"from": "bot", "value": "a"}, Message("assistant", "a")),
         ({"role": "model", "content": "a"}, Message("assistant", "a")),
         ({"role": "assistant", "content": [{"type": "text", "text": "a"}, "b"]}, Message("assistant", "ab")),
+        ({"role": "assistant", "content": [{"type": "output_text", "text": "a"}]}, Message("assistant", "a")),
+        (
+            {
+                "type": "message",
+                "role": "assistant",
+                "content": [{"type": "input_text", "text": "a"}, {"type": "text", "text": "b"}],
+            },
+            Message("assistant", "ab"),
+        ),
         ({"role": "assistant", "content": "a", "weight": 0}, Message("assistant", "a", train=False)),
         ({"role": "assistant", "content": "a", "weight": 1}, Message("assistant", "a")),
         ({"role": "assistant", "content": "a", "train": False}, Message("assistant", "a", train=False)),
@@ -49,6 +58,18 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
         (
             {"from": "function_call", "value": json.dumps(CALL["function"])},
             Message("assistant", "", extra={"tool_calls": [CALL]}),
+        ),
+        (
+            {"from": "function_call", "value": json.dumps([CALL["function"]] * 2)},
+            Message("assistant", "", extra={"tool_calls": [CALL, CALL]}),
+        ),
+        (
+            {"role": "assistant", "content": None, "function_call": CALL["function"]},
+            Message("assistant", "", extra={"tool_calls": [CALL]}),
+        ),
+        (
+            {"role": "assistant", "content": "a", "function_call": json.dumps(CALL["function"])},
+            Message("assistant", "a", extra={"tool_calls": [CALL]}),
         ),
         (
             {"role": "assistant", "content": "a", "reasoning_content": "because"},
@@ -85,6 +106,33 @@ def test_a_tools_answer_stands_between_two_of_the_assistants(answer: str) -> Non
     found = parse_conversation(Record({"messages": turns, "tools": json.dumps([CALL])}, "f:1"))
     assert [one.role for one in found.messages] == ["user", "assistant", "tool", "assistant"]
     assert found.tools == (CALL,)
+
+
+def test_the_calls_and_functions_that_openai_had_before_tools_are_read() -> None:
+    report = DropReport()
+    called = {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 2}'}}
+    turns = [user("2+2?"), called, {"role": "function", "name": "add", "content": "4"}, assistant("It is 4.")]
+    schema = {"name": "add", "parameters": {"type": "object"}}
+    [found] = read_conversations([Record({"messages": turns, "functions": [schema]}, "f:1")], report)
+    assert found.message_dicts[1]["tool_calls"][0]["function"] == called["function_call"]
+    assert found.message_dicts[2] == {"role": "tool", "content": "4", "name": "add"}
+    assert found.tools == ({"type": "function", "function": schema},)
+    assert not report.unused_keys
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ({"type": "function_call", "name": "add", "arguments": "{}"}, "an item of type 'function_call'"),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, "a content part 'refusal'"),
+        ({"role": "assistant", "content": "", "function_call": "add(2)"}, "a function call of another form"),
+        (assistant("", function_call=CALL["function"], tool_calls=[CALL]), "two kinds of calls"),
+    ],
+)
+def test_messages_of_other_forms_are_refused_by_name(message: dict[str, Any], kind: str) -> None:
+    report = DropReport()
+    assert not read_conversations([Record({"messages": [user("q"), message]}, "f:1")], report)
+    assert list(report.skipped) == [kind]
 
 
 def test_messages_that_a_table_holds_as_text_are_read() -> None:

@@ -19,9 +19,10 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from llm_quest.errors import DataError, UsageError
 from llm_quest.generation.generate import generate
 from llm_quest.serve.app import HttpLimits
+from llm_quest.serve.chat_prompts import message_for_template
 from llm_quest.serve.embeddings import EmbeddingsBody
 from llm_quest.serve.errors import ApiError
-from llm_quest.serve.protocol import ChatBody, CompletionBody, parse_body
+from llm_quest.serve.protocol import ChatBody, CompletionBody, Message, parse_body
 from llm_quest.serve.security import AccessRules, host_name, make_access_rules
 from llm_quest.serve.server import bind_socket
 from tests.serve.local_server import LocalServer, local_server, tiny_adapter
@@ -384,3 +385,11 @@ def test_only_loopback_is_open_without_a_key(tmp_path):
 def test_a_port_in_use_is_one_message(local):
     with pytest.raises(UsageError, match=f"port {local.port} of 127.0.0.1 is in use"):
         bind_socket("127.0.0.1", local.port)
+
+
+def test_parts_of_text_are_one_text_and_other_parts_are_refused() -> None:
+    parts = [{"type": kind, "text": kind[0]} for kind in ("text", "input_text", "output_text")]
+    assert message_for_template(Message(role="user", content=parts), 0)["content"] == "tio"
+    for kind, words in (("input_image", "reads no images"), ("refusal", "only parts of type text")):
+        with pytest.raises(ApiError, match=words):
+            message_for_template(Message(role="user", content=[*parts, {"type": kind}]), 0)
