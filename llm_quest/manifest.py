@@ -113,20 +113,35 @@ def _parse_settings(text: str) -> dict[str, Any] | None:
 
 def describe_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
     """What differs between the identities of a checkpoint and of the run that would resume it: name -> how it is
-    called in a message. Of a value that is a JSON object only keys that both have are compared, and each is named."""
-    changes = {}
+    called in a message. A name that the checkpoint does not know is of a newer version. Of a value that is a JSON
+    object each key that differs is named (`differing_keys`)."""
+    changes = {name: f"{name} (there is none now)" for name in sorted(saved.keys() - now.keys())}
     for name in sorted(now):
         if saved.get(name, now[name]) == now[name]:
             continue
-        if not now[name].startswith("{"):
-            changes[name] = name
-            continue
-        before, after = _parse_settings(saved[name]), json.loads(now[name])
+        before = _parse_settings(saved[name]) if now[name].startswith("{") else None
         if before is None:
             changes[name] = name
             continue
-        keys = [key for key in before if after.get(key, before[key]) != before[key]]
+        after = json.loads(now[name])
+        keys = differing_keys(before, after)
         if keys:
-            listing = "; ".join(f"{key}: {before[key]!r} -> {after[key]!r}" for key in keys[:6])
+            listing = "; ".join(f"{key}: {show_key(before, key)} -> {show_key(after, key)}" for key in keys[:6])
             changes[name] = f"{name} ({listing})"
     return changes
+
+
+def show_key(settings: Mapping[str, Any], key: str) -> str:
+    return repr(settings[key]) if key in settings else "a group of keys"
+
+
+def differing_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Dotted keys whose values differ. A key that one side alone has is of another version, unless it is part of a
+    group that the other side says is null or empty."""
+    both = [key for key in before if after.get(key, before[key]) != before[key]]
+    groups: set[str] = set()
+    for mine, other in ((before, after), (after, before)):
+        for key in mine.keys() - other.keys():
+            above = [key[:at] for at, sign in enumerate(key) if sign == "."]
+            groups |= {group for group in above if group in other and not other[group]}
+    return both + [group for group in sorted(groups) if group not in both]

@@ -133,7 +133,7 @@ def build_classify(config: ClassifyConfig, context: Context) -> Job:
         TextClassificationLoss(model, label_smoothing=config.label_smoothing, class_weights=weights),
         loader,
         [evaluator] if held_texts else [],
-        {"tokenizer": tokenizer.hash, "data": train.hash},
+        {"tokenizer": tokenizer.hash, "data": train.hash, "held_out": held.hash},
         facts,
         tokenizer,
         callbacks=callbacks,

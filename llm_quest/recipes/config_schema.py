@@ -118,6 +118,7 @@ KEYS_FREE_ON_RESUME = (
     "eval_num_samples",
     "eval_images",
     "eval_positions_per_bucket",
+    "num_outer_iterations",
 )
 """Keys that may differ when a run is resumed: they say how it is run and evaluated, and change no more than the last
 bits of what it computes."""

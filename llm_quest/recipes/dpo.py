@@ -170,7 +170,7 @@ def build_dpo(config: DpoConfig, context: Context) -> Job:
         objective,
         loader,
         [evaluator] if pairs.held_out else [],
-        {"tokenizer": tokenizer.hash, "data": row_loader.source.hash},
+        {"tokenizer": tokenizer.hash, "data": row_loader.source.hash, "held_out": evaluator.pairs.hash},
         data_info,
         tokenizer,
         callbacks=callbacks,

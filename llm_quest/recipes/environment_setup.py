@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,6 +15,7 @@ from llm_quest.contracts import LogFn
 from llm_quest.data.problems import Problem
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
+from llm_quest.files import absolute_path
 from llm_quest.generation.sampling import SamplingParams
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.config_schema import PositiveFloat, PositiveInt
@@ -22,7 +24,7 @@ from llm_quest.recipes.policy_prompts import ProblemSet, PromptEncoder
 from llm_quest.recipes.schema import did_you_mean
 from llm_quest.rollouts.environments import EnvironmentClient, EnvironmentHost, EpisodeFailure, start_user_environment
 from llm_quest.rollouts.episodes import EpisodeSampler, TurnEncoder
-from llm_quest.rollouts.included_environments import ENVIRONMENTS
+from llm_quest.rollouts.included_environments import ENVIRONMENTS, read_paragraphs
 from llm_quest.rollouts.sampler import PolicyPrompt, Sample, Sampler, copy_numbers
 from llm_quest.rollouts.user_code import check_reference, hash_of_file
 
@@ -105,12 +107,17 @@ def check_environment_options(environment: str, options: Mapping[str, Any]) -> N
         if not isinstance(functions, list) or not functions:
             raise ValueError("environment_kwargs.functions: name the tools, [my_tools.py:FUNCTION]")
         options["functions"] = [check_reference(str(one)) for one in functions]  # type: ignore[index]
+    if environment == "file_search" and isinstance(options.get("folder"), str):
+        options["folder"] = absolute_path(options["folder"])  # type: ignore[index]
 
 
 def hash_of_environment(environment: str | None, options: Mapping[str, Any]) -> dict[str, str]:
     """What a resumed run may not change."""
     if environment == "functions":
         return {f"environment.{one}": hash_of_file(one) for one in options.get("functions", ())}
+    if environment == "file_search":
+        text = "\0".join(read_paragraphs(str(options["folder"])))
+        return {"environment.folder": hashlib.sha256(text.encode()).hexdigest()}
     if environment is None or environment in ENVIRONMENTS:
         return {}
     return {"environment": hash_of_file(environment)}

@@ -20,6 +20,7 @@ from llm_quest.data.builtin_qa import builtin_instructions
 from llm_quest.data.conversations import Conversation, read_conversations
 from llm_quest.data.document import DropReport
 from llm_quest.data.loader import repeat_by_weight
+from llm_quest.data.preference_pairs import PreferenceDataset
 from llm_quest.data.preferences import Preference, TokenizedPreference, tokenize_preferences
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.generation.stopping import end_token_ids
@@ -98,7 +99,8 @@ def build_gkd(config: GkdConfig, context: Context) -> Job:
     )  # fmt: skip
     evaluator = TeacherEvaluator(data.held_out, config.eval_steps, terms, sampler, derive_seed(config.seed, "answers"))
     facts = data_facts(config.data, data.chat, data.drop_report, len(data.train), len(data.held_out), log)
-    identity = {"tokenizer": tokenizer.hash, "data": loader.data_hash, **teacher_hash(terms)}
+    held_out = PreferenceDataset(data.held_out).hash
+    identity = {"tokenizer": tokenizer.hash, "data": loader.data_hash, "held_out": held_out, **teacher_hash(terms)}
     return Job(
         config, objective, loader, [evaluator] if data.held_out else [], identity, facts, tokenizer,
         callbacks=callbacks, watchers=[Diagnostics(symptoms=SUPERVISED_SYMPTOMS)],

@@ -232,7 +232,7 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
         policy.rollouts,
         [evaluator, RatioRangeEvaluator(policy.objective, config.logging_steps, parallel.all_gather)],
         {
-            "tokenizer": tokenizer.hash, "task": problems.identity, **hash_of_reward_files(config.rewards),
+            "tokenizer": tokenizer.hash, **encode.identity(problems), **hash_of_reward_files(config.rewards),
             **hash_of_environment(config.environment, config.environment_kwargs),
         },
         {

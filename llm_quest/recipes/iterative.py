@@ -107,7 +107,7 @@ def run_iterative(config: IterativeConfig, context: Context) -> RunOutcome:
     """Run the recipe in a folder; the outcome is that of the last policy."""
     parallel, log, out = context.parallel, context.log, context.run_dir
     require_same_length(config, out)
-    init_run_dir(config, out, parallel)
+    init_run_dir(config, context)
     init_policy(config, context)
     parallel.wait_for_main_process()
     policy = config.model.load or str(out / "warmup")

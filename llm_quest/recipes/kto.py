@@ -188,7 +188,7 @@ def build_kto(config: KtoConfig, context: Context) -> Job:
     facts = data_facts(config.data, rows.chat, rows.drop_report, len(rows.train), len(rows.held_out), log)
     return Job(
         config, objective, loader, [evaluator] if rows.held_out else [],
-        {"tokenizer": tokenizer.hash, "data": feed.source.hash}, facts,
+        {"tokenizer": tokenizer.hash, "data": feed.source.hash, "held_out": evaluator.rows.hash}, facts,
         tokenizer, callbacks=callbacks, watchers=[Diagnostics(symptoms=SUPERVISED_SYMPTOMS)],
         prepare=compute_reference,
     )  # fmt: skip

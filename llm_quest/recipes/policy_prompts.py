@@ -6,6 +6,7 @@ text after the start token."""
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -54,7 +55,8 @@ class PromptDataConfig(ConversationDataConfig):
 @dataclass(frozen=True)
 class ProblemSet:
     """An endless list of training problems, and the held-out ones. identity: what a resumed run may not change; facts:
-    for the report. num_prompts: how many different training problems there are; None: they are drawn without end."""
+    for the report. num_prompts: how many different training problems there are; None: they are drawn without end.
+    content: the hash of problems that are read from a file whose name is the identity."""
 
     train_problem: Callable[[int], Problem]
     held_out: list[Problem]
@@ -62,6 +64,7 @@ class ProblemSet:
     facts: Mapping[str, Any] = field(default_factory=dict)
     is_conversational: bool = False
     num_prompts: int | None = None
+    content: str = ""
 
     @property
     def has_answers(self) -> bool:
@@ -86,6 +89,7 @@ def problems_of_task(task: str, answer_form: str, grading: str, number: int, see
         [form(problem) for problem in held[:number]],
         f"{task}: {len(learned)}",
         num_prompts=len(learned),
+        content=hashlib.sha256(repr([learned, held]).encode()).hexdigest(),
     )
 
 
@@ -161,6 +165,12 @@ class PromptEncoder:
     def knows(self, problem: Problem) -> bool:
         """Whether nothing has to be rendered for this problem."""
         return self.chat is None or repr((self.messages(problem), problem.tools)) in self.known
+
+    def identity(self, problems: ProblemSet) -> dict[str, str]:
+        """What a resumed run may not find changed of its prompts."""
+        content = {"problems": problems.content} if problems.content else {}
+        template = "" if self.chat is None else self.chat.template or ""
+        return {"task": problems.identity, **content, "chat_template": hashlib.sha256(template.encode()).hexdigest()}
 
     def shows_tools(self) -> bool:
         """Whether the chat template reads `tools`."""

@@ -52,7 +52,7 @@ def open_policy_run(config: PolicyConfigT, context: Context) -> PolicyConfigT:
         config = config.model_copy(update={"precision": "fp32"})  # its clip range is finer than bfloat16's rounding
     config = resolve_auto(config, context)
     if not context.planning:
-        init_run_dir(config, context.run_dir, context.parallel)
+        init_run_dir(config, context)
     return config
 
 

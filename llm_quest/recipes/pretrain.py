@@ -193,7 +193,12 @@ def build_pretrain(config: PretrainConfig, context: Context) -> Job:
         losses.build_objective(model, terms),
         make_sharded_loader(config, rows, parallel, micro_rows),
         evaluators,
-        {"tokenizer": text.tokenizer.hash, "data": text.tokens.train.hash, **teacher_hash(distillation)},
+        {
+            "tokenizer": text.tokenizer.hash,
+            "data": text.tokens.train.hash,
+            "held_out": text.tokens.val.hash,
+            **teacher_hash(distillation),
+        },
         text.facts,
         text.tokenizer,
         callbacks=[*losses.build_callbacks(), *callbacks],

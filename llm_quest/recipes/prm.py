@@ -81,7 +81,7 @@ def build_prm(config: PrmConfig, context: Context) -> Job:
     return Job(
         config, ProcessRewardLoss(model), make_sharded_loader(config, source, parallel, rows),
         [StepEvaluator(held_out, config.eval_steps)] if held_out else [],
-        {"tokenizer": tokenizer.hash, "data": source.hash}, facts, tokenizer,
+        {"tokenizer": tokenizer.hash, "data": source.hash, "held_out": StepDataset(held_out).hash}, facts, tokenizer,
         callbacks=callbacks, watchers=[Diagnostics(symptoms=SUPERVISED_SYMPTOMS)],
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from llm_quest.data.builtin_qa import builtin_preferences
-from llm_quest.data.preference_pairs import PreferenceBatch
+from llm_quest.data.preference_pairs import PreferenceBatch, PreferenceDataset
 from llm_quest.errors import UsageError
 from llm_quest.eval.evaluators import PairsEvaluator
 from llm_quest.objectives.readouts import read_rewards
@@ -74,7 +74,7 @@ def build_reward(config: RewardConfig, context: Context) -> Job:
         RewardModelLoss(model, center_coefficient=config.center_rewards_coefficient),
         loader,
         [PairsEvaluator(pairs.held_out, config.eval_steps, score_answers)] if pairs.held_out else [],
-        {"tokenizer": tokenizer.hash, "data": loader.source.hash},
+        {"tokenizer": tokenizer.hash, "data": loader.source.hash, "held_out": PreferenceDataset(pairs.held_out).hash},
         facts,
         tokenizer,
         callbacks=callbacks,

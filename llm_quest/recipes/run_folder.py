@@ -1,8 +1,8 @@
 """The folder of a run: whether this run may use it, what decides its numbers, and the files beside its checkpoints.
 
-What decides the numbers of a run besides its code are its settings and the models and tokenizers that it loads. Every
-checkpoint holds them; a resumed run that finds another one is refused, is told which, and can accept it by name
-(`--accept model.load`).
+What decides the numbers of a run besides its code are its settings and what it loads: models, tokenizers, templates.
+Every checkpoint holds their hashes; a resumed run that finds another one is refused, is told which, and can accept it
+by name (`--accept model.load`).
 
 A run may be made longer or shorter in place: `quest train RUN max_steps=2000`. The learning rate is a function of the
 step and of the length of the whole run, so from the next step on it is that of a run of the new length: of a cosine or
@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,17 @@ from typing import Any
 from llm_quest.contracts import LogFn
 from llm_quest.errors import BusyError, DataError, MissingError, QuestError, UsageError
 from llm_quest.files import atomic_write_json, atomic_write_text, file_sha256
+from llm_quest.hub.adapter_config import CONFIG, adapter_base
 from llm_quest.hub.load_save import write_model_json
-from llm_quest.hub.locate import locate_local
+from llm_quest.hub.locate import IMAGE_FILES, locate_local, resolve_checkpoint
 from llm_quest.recipes.config import config_differences, config_to_yaml, load_raw_config, parse_recorded_config
 from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME, RunConfig
 from llm_quest.recipes.recipe import Context, Job
+from llm_quest.recipes.schema import StrictModel, is_local_path
 from llm_quest.recipes.yaml_io import flatten_tree
 from llm_quest.techniques.score_head import read_length
 from llm_quest.train.checkpoint import checkpoint_step, list_checkpoints
 from llm_quest.train.optimizers import LRSchedule
-from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
 
 REFUSALS = {error.exit_code for error in (UsageError, DataError, MissingError)}
@@ -75,7 +76,7 @@ def require_matching_run(config: RunConfig, folder: Path, accept: Sequence[str] 
     if not old.is_file():
         if folder.is_dir() and not all(map(is_left_by_start, folder.iterdir())):
             raise UsageError(f"{folder} is not empty and no run; choose another --out")
-    elif list_checkpoints(folder / "checkpoints"):
+    elif any(map(list_checkpoints, folder.rglob("checkpoints"))):  # also those of a warm-up or an iteration
         settings = load_raw_config(str(old))
         if settings.tree.get("recipe") != config.recipe:
             other = settings.tree.get("recipe")
@@ -104,11 +105,12 @@ def is_left_by_start(entry: Path) -> bool:
     return entry.name == "run.lock" or entry.name.startswith(".tmp-config.yaml-")
 
 
-def init_run_dir(config: RunConfig, folder: Path, parallel: DistributedContext) -> None:
+def init_run_dir(config: RunConfig, context: Context) -> None:
     """The run's folder with its config, for recipes that write into it before their run begins. All look before the
     leader writes, and none goes on before the leader has written. A config whose length is not known yet leaves that of
     a run that is there."""
-    require_matching_run(config, folder)
+    folder, parallel = context.run_dir, context.parallel
+    require_matching_run(config, folder, context.accept)
     parallel.all_gather(None)
     if parallel.is_main_process and not (counts_epochs(config) and list_checkpoints(folder / "checkpoints")):
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,25 +134,33 @@ def open_run_dir(job: Job, context: Context) -> RunDir:
 
 
 FREE_SETTINGS = (*KEYS_FREE_ON_RESUME, "max_steps", "num_train_epochs")
-PATHS = ("load", "source", "path", "validation")
+READ_AS_ROWS = ("source", "path", "validation")
+"""Keys that name rows, texts or images: the recipe compares what it read there, wherever that lies."""
 WEIGHTS_GLOBS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
+BESIDE_WEIGHTS = ("generation_config.json", *IMAGE_FILES)
+"""What decides where a sample ends and how an image is read. The tokenizer has a hash of its own."""
 SAMPLED_BLOCKS, BLOCK_BYTES = 32, 1 << 16
 
 
 def run_identity(config: RunConfig) -> dict[str, str]:
-    """Name -> what a resumed run may not find changed: `settings`, and a key for each model or tokenizer that is
-    loaded from a folder or file here (`model.load`, `rewards.1.load`)."""
-    tree = config.model_dump(mode="json")
-    settings = {key: value for key, value in flatten_tree(without_paths(tree)) if not is_free(key)}
-    loaded = {name: fingerprint_path(Path(value)) for name, value in iter_loaded(tree)}
-    return {"settings": json.dumps(settings, sort_keys=True)} | {name: found for name, found in loaded.items() if found}
+    """Name -> what a resumed run may not find changed: `settings`, and a key for each model, tokenizer or template that
+    is loaded from a folder or file (`model.load`, `rewards.1.load`), with `.base` for the base of an adapter and
+    `.files` for what lies beside the weights."""
+    tree = without_paths(config, config.model_dump(mode="json"))
+    found = {"settings": json.dumps({k: v for k, v in flatten_tree(tree) if not is_free(k)}, sort_keys=True)}
+    for name, value in iter_paths(config):
+        found |= {name + part: hashed for part, hashed in fingerprint_parts(value) if hashed}
+    return found
 
 
-def without_paths(tree: Any) -> Any:
-    """The config without the paths of what is compared by content: `load`s here, rows and texts by their loader."""
-    if isinstance(tree, Mapping):
-        return {key: without_paths(value) for key, value in tree.items() if key not in PATHS}
-    return [without_paths(one) for one in tree] if isinstance(tree, list | tuple) else tree
+def without_paths(config: Any, tree: Any) -> Any:
+    """The dumped config without the paths of what is compared by content."""
+    if isinstance(config, StrictModel):
+        kept = [key for key in tree if not (key in READ_AS_ROWS or is_local_path(type(config).model_fields[key]))]
+        return {key: without_paths(getattr(config, key), tree[key]) for key in kept}
+    if isinstance(config, list | tuple):
+        return [without_paths(*pair) for pair in zip(config, tree, strict=True)]
+    return tree
 
 
 def is_free(key: str) -> bool:
@@ -158,32 +168,72 @@ def is_free(key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in FREE_SETTINGS)
 
 
-def iter_loaded(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
-    """The dotted key and the value of every `load` in a config."""
-    children = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list | tuple) else ()
-    for key, value in children:
-        if key == "load" and isinstance(value, str):
-            yield ".".join((*path, "load")), value
-        else:
-            yield from iter_loaded(value, (*path, str(key)))
+def iter_paths(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """The dotted key and the value of everything in a config that is loaded from a folder, a file or the hub."""
+    if isinstance(config, StrictModel):
+        for key, field in type(config).model_fields.items():
+            value = getattr(config, key)
+            if is_local_path(field) and key not in READ_AS_ROWS and value is not None:
+                yield ".".join((*path, key)), value
+            else:
+                yield from iter_paths(value, (*path, key))
+    elif isinstance(config, list | tuple):
+        for number, one in enumerate(config):
+            yield from iter_paths(one, (*path, str(number)))
+
+
+def fingerprint_parts(name_or_path: str) -> Iterator[tuple[str, str]]:
+    """What a path's name is followed by in the identity, and the hash of that part; empty where there is none."""
+    place = find_here(name_or_path)
+    yield "", fingerprint_path(place)
+    yield ".files", fingerprint_beside(place)
+    base = adapter_base(place) if place.is_dir() else None
+    if base is not None:
+        yield ".base", fingerprint_path(find_here(base))
+
+
+def find_here(name_or_path: str) -> Path:
+    """The file or folder here that a name stands for: of a hub id the snapshot in the hub's cache."""
+    place = resolve_checkpoint(name_or_path)
+    if place.exists():
+        return place
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    with suppress(HFValidationError):
+        cached = [try_to_load_from_cache(name_or_path, name) for name in ("config.json", "tokenizer.json", CONFIG)]
+        return next((Path(one).parent for one in cached if isinstance(one, str)), place)
+    return place
 
 
 def fingerprint_path(path: Path) -> str:
-    """A hash of a file, or of the weights and config of a model's folder, a run or an adapter; empty for anything else
-    (a hub id, whose files the hub's cache keeps by their hash)."""
-    path = path.expanduser()
+    """A hash of a file, or of the weights and config of a model's folder, a run or an adapter; empty for anything
+    else."""
     if path.is_file() and path.suffix == ".gguf":
         return hashlib.sha256(f"{path.stat().st_size}\n".encode() + sample_bytes(path)).hexdigest()
     if path.is_file():
         return file_sha256(path)
     if not path.is_dir():
         return ""
-    folder = path if (path / "adapter_config.json").exists() else locate_local(path).folder
     digest = hashlib.sha256()
+    folder = weights_folder(path)
     for file in sorted({file for pattern in WEIGHTS_GLOBS for file in folder.glob(pattern)}):
         if file.name != "optim.safetensors":
             digest.update(f"{file.name} {file.stat().st_size}\n".encode() + sample_bytes(file))
     return digest.hexdigest()
+
+
+def weights_folder(path: Path) -> Path:
+    return path if (path / CONFIG).exists() else locate_local(path).folder
+
+
+def fingerprint_beside(path: Path) -> str:
+    """A hash of the small files beside the weights of a folder; empty without any."""
+    if not path.is_dir():
+        return ""
+    files = [folder / name for folder in {path, weights_folder(path)} for name in BESIDE_WEIGHTS]
+    hashes = sorted(f"{file.name} {file_sha256(file)}" for file in files if file.is_file())
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest() if hashes else ""
 
 
 def sample_bytes(file: Path) -> bytes:
@@ -201,7 +251,7 @@ def sample_bytes(file: Path) -> bytes:
 
 def check_new_length(folder: Path, max_steps: int) -> None:
     """UsageError for fewer steps than the run has done."""
-    done = checkpoint_step(list_checkpoints(folder / "checkpoints")[-1])
+    done = max(map(checkpoint_step, list_checkpoints(folder / "checkpoints")), default=0)
     if max_steps < done:
         raise UsageError(
             f"{folder} has done {done:,} steps, and max_steps={max_steps} asks for fewer: give {done} or more, or go "

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -46,6 +46,19 @@ class StrictModel(BaseModel):
 ConfigT = TypeVar("ConfigT", bound=StrictModel)
 LocalPath = Annotated[str, AfterValidator(absolute_path)]
 """A file, a folder or a hub id. What exists here gets its absolute path, so that a run resumes from anywhere."""
+
+
+def is_local_path(field: FieldInfo) -> bool:
+    """Whether a field names a file, a folder or a hub id."""
+    return any(isinstance(one, AfterValidator) and one.func is absolute_path for one in iter_metadata(field))
+
+
+def iter_metadata(field: Any) -> Iterator[Any]:
+    """What a field's type, or a part of it, is annotated with."""
+    yield from getattr(field, "metadata", ())
+    yield from getattr(field, "__metadata__", ())
+    for part in get_args(field.annotation if isinstance(field, FieldInfo) else field):
+        yield from iter_metadata(part)
 
 
 def describe_field(field: FieldInfo | None) -> str:

@@ -109,7 +109,12 @@ def build_sft(config: SftConfig, context: Context) -> Job:
         NextTokenLoss(model, auxiliary=terms),
         loader,
         evaluators,
-        {"tokenizer": tokenizer.hash, "data": data.train.hash, **teacher_hash(distillation_terms)},
+        {
+            "tokenizer": tokenizer.hash,
+            "data": data.train.hash,
+            "held_out": data.held_out.hash,
+            **teacher_hash(distillation_terms),
+        },
         facts,
         tokenizer,
         callbacks=apply_config_techniques(config, model, log),

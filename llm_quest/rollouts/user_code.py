@@ -6,6 +6,7 @@ import ast
 import hashlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,5 +68,47 @@ def load_user_object(reference: str) -> Any:
 
 
 def hash_of_file(reference: str) -> str:
-    """sha256 of the file's bytes: what a resumed run may not change."""
-    return hashlib.sha256(split_reference(reference)[0].read_bytes()).hexdigest()
+    """sha256 of the file's bytes, and of those of the modules beside it that it imports: what a resumed run may not
+    change. A module that is imported by a name which is computed is not seen."""
+    first, *others = imported_files(split_reference(reference)[0])
+    digest = hashlib.sha256(first.read_bytes())
+    for file in sorted(others):
+        digest.update(f"\n{file.relative_to(first.parent)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def imported_files(file: Path) -> list[Path]:
+    """The file, and the Python files below its folder that it imports, directly or through one another."""
+    found, waiting = list[Path](), [file]
+    while waiting:
+        current = waiting.pop()
+        if current not in found:
+            found.append(current)
+            waiting += [one for name in imported_names(current) for one in module_files(file.parent, current, name)]
+    return found
+
+
+def imported_names(file: Path) -> Iterator[str]:
+    """The dotted names that a file imports, with the dots of a relative import."""
+    try:
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+    except (SyntaxError, ValueError):  # another process says so when it is run
+        return
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (one.name for one in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield module
+            yield from (module.removesuffix(".") + f".{one.name}" for one in node.names)
+
+
+def module_files(root: Path, importer: Path, name: str) -> Iterator[Path]:
+    """The files below `root` that an import of this name runs: those of the packages on its way, and its own."""
+    level = len(name) - len(name.lstrip("."))
+    home = importer.parents[min(level, len(importer.parents)) - 1] if level else root
+    parts = [part for part in name.split(".") if part]
+    for length in range(1, len(parts) + 1):
+        place = home.joinpath(*parts[:length])
+        candidates = place / "__init__.py", place.with_name(f"{place.name}.py")
+        yield from (one for one in candidates if one.is_file() and one.is_relative_to(root))

@@ -3,20 +3,46 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm_quest.data.chat import ChatTemplate
 from llm_quest.errors import BusyError
+from llm_quest.hub.load_tokenizer import load_tokenizer
+from llm_quest.manifest import describe_changes
+from llm_quest.recipes import RECIPES
 from llm_quest.recipes.config import parse_config
+from llm_quest.recipes.config_schema import ModelConfig
 from llm_quest.recipes.engine import run_recipe
+from llm_quest.recipes.environment_setup import hash_of_environment
+from llm_quest.recipes.grpo import GrpoConfig
+from llm_quest.recipes.policy_prompts import PromptEncoder, problems_of_task
 from llm_quest.recipes.recipe import get_recipe
-from llm_quest.recipes.run_folder import fingerprint_path, iter_loaded, run_identity
+from llm_quest.recipes.reward_specs import RewardSpec
+from llm_quest.recipes.run_folder import (
+    READ_AS_ROWS,
+    fingerprint_parts,
+    fingerprint_path,
+    init_run_dir,
+    iter_paths,
+    run_identity,
+    without_paths,
+)
+from llm_quest.recipes.schema import StrictModel, is_local_path
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
-from tests.recipes.tuned import COMMON, base, written
+from llm_quest.rollouts.included_environments import PARAGRAPHS
+from tests.recipes.every_recipe import COMMON as RECIPE_COMMON
+from tests.recipes.every_recipe import TEXTS, prepare
+from tests.recipes.test_grpo import RECIPE as GRPO
+from tests.recipes.tuned import COMMON, base, planning_context, written
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"count {n}"}, {"role": "assistant", "content": f"{n} {n + 1}"}]}
@@ -29,6 +55,8 @@ sequence_length: 40
 max_steps: 4
 save_steps: 2
 """
+
+CHAT = "{% for one in messages %}{{ one.role }}: {{ one.content }}\n{% endfor %}"
 
 
 def train(out: Path, *pairs: str, text: str = SFT, accept: tuple[str, ...] = ()):
@@ -88,20 +116,204 @@ def test_what_is_free_on_resume_is_free(run):
     assert train(out, *pairs, "save_steps=3", "logging_steps=1").step == 4
 
 
-def test_every_load_of_a_config_is_found_and_fingerprints_see_any_training(tmp_path: Path, run):
-    tree = {
-        "model": {"load": "a"},
-        "rewards": [{"name": "model", "load": "b"}],
-        "x": {"y": {"load": None}},
-        "load": "c",
+def nested_models(annotation: Any) -> Iterator[type[StrictModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, StrictModel):
+        yield annotation
+        for field in annotation.model_fields.values():
+            yield from nested_models(field.annotation)
+    for part in get_args(annotation):
+        yield from nested_models(part)
+
+
+PATH_FIELDS = sorted(
+    {
+        (model.__name__, name): model
+        for recipe in RECIPES
+        for model in nested_models(get_recipe(recipe).Config)
+        for name, field in model.model_fields.items()
+        if is_local_path(field)
+    }.items()
+)
+COMPARED_BY_THE_RECIPE = {
+    "source": "rows", "path": "rows or images", "validation": "rows or images", "function": "hash_of_reward_files",
+    "prompt": "hash_of_reward_files", "judge": "its URL is a setting", "model": "a judge's model is a setting",
+    "environment": "hash_of_environment", "task": "PromptEncoder.identity",
+}  # fmt: skip
+"""Keys of text that name a file, a folder or a URL and are no LocalPath -> what compares them."""
+
+
+def unchecked(kind: type[StrictModel], **values: Any) -> Any:
+    """A config whose required keys are null where they are not given."""
+    required = {name: None for name, one in kind.model_fields.items() if one.is_required()}
+    return kind.model_construct(**required | values)
+
+
+@pytest.mark.parametrize(("where", "model"), PATH_FIELDS, ids=lambda one: ".".join(one) if type(one) is tuple else "")
+def test_every_file_or_folder_that_a_recipe_names_is_compared_by_content(where, model, tmp_path: Path):
+    """A law over the schema: a new key of the type LocalPath is found by its type."""
+    file = tmp_path / "file"
+    file.write_text("before")
+    made = unchecked(model, **{where[1]: str(file)})
+    if where[1] in READ_AS_ROWS:
+        assert where[1] in COMPARED_BY_THE_RECIPE
+        return
+    ((name, path),) = iter_paths(made)
+    before = dict(fingerprint_parts(path))
+    file.write_text("after!")
+    assert name == where[1]
+    assert dict(fingerprint_parts(path)) != before
+    assert where[1] not in without_paths(made, made.model_dump(mode="json", warnings=False))
+
+
+def test_a_text_that_names_a_file_has_the_type_of_one():
+    known = {"load", "chat_template_path", "process_reward_model", "proxy_model", "rpt_run", "path"}
+    assert known <= {name for (_, name), _ in PATH_FIELDS}
+    said = re.compile(r"\b(file|folder|FILE|FOLDER|http)\b")
+    models = {model for recipe in RECIPES for model in nested_models(get_recipe(recipe).Config)}
+    found = {
+        name: field
+        for model in models
+        for name, field in model.model_fields.items()
+        if said.search(field.description or "") and "str" in str(field.annotation) and not is_local_path(field)
     }
-    assert dict(iter_loaded(tree)) == {"model.load": "a", "rewards.0.load": "b", "load": "c"}
+    assert set(found) - set(COMPARED_BY_THE_RECIPE) <= {"separator", "columns", "split"}
+
+
+def test_paths_are_found_wherever_they_are_and_keys_of_ones_own_are_settings():
+    """An environment's option that is called path or load is a setting like any other."""
+    config = unchecked(
+        GrpoConfig,
+        model=ModelConfig(load="a"), rewards=(RewardSpec(name="correct"), RewardSpec(name="model", load="b")),
+        environment_kwargs={"path": "c", "load": "d"},
+    )  # fmt: skip
+    assert dict(iter_paths(config)) == {"model.load": "a", "rewards.1.load": "b"}
+    tree = without_paths(config, config.model_dump(mode="json", warnings=False))
+    assert tree["environment_kwargs"] == {"path": "c", "load": "d"}
+    assert "load" not in tree["model"]
+
+
+def changed_parts(name: str, change: Callable[[], object]) -> set[str]:
+    """Which parts of a fingerprint a change of the files changes."""
+    before = dict(fingerprint_parts(name))
+    change()
+    after = dict(fingerprint_parts(name))
+    return {part for part in before | after if before.get(part) != after.get(part)}
+
+
+def test_a_model_is_compared_by_weights_and_files_whatever_it_is_called(run, monkeypatch: pytest.MonkeyPatch):
+    """A folder, a run, RUN@last, an adapter with its base, and what the hub's cache holds under a hub id."""
     out, _, model = run
-    before, of_run = fingerprint_path(model), fingerprint_path(out)
-    assert before == fingerprint_path(model) != of_run
-    change_weights(model)
-    assert fingerprint_path(model) != before
-    assert fingerprint_path(Path("some/hub-id")) == ""
+    assert changed_parts(str(model), lambda: None) == set()
+    assert changed_parts(str(model), lambda: change_weights(model)) == {""}
+    ends = model / "generation_config.json"
+    assert changed_parts(str(model), lambda: ends.write_text('{"eos_token_id": [1, 2]}')) == {".files"}
+    newest = out / "checkpoints" / "step-00000002"
+    assert (
+        {dict(fingerprint_parts(f"{out}{at}"))[""] for at in ("", "@last", "@2")} == {fingerprint_path(newest)} != {""}
+    )
+    adapter = model.with_name("adapter")
+    adapter.mkdir()
+    said = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "base_model_name_or_path": str(model)}
+    (adapter / "adapter_config.json").write_text(json.dumps(said))
+    assert changed_parts(str(adapter), lambda: change_weights(model)) == {".base"}
+    snapshot = model.with_name("models--some--model") / "snapshots" / ("a" * 40)
+    shutil.copytree(model, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(model.parent))
+    assert dict(fingerprint_parts("some/model"))[""] == fingerprint_path(model)
+    assert changed_parts("some/model", lambda: change_weights(snapshot)) == {""}
+    assert dict(fingerprint_parts("some/other-model")) == {"": "", ".files": ""}
+
+
+HELD_OUT = [
+    name for name in TEXTS if "/pairs.jsonl" in TEXTS[name] or re.search(r"source: FOLDER/\w+\.jsonl", TEXTS[name])
+]
+
+
+@pytest.fixture(scope="module")
+def beginnings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes")
+    prepare(folder)
+    return folder
+
+
+@pytest.mark.parametrize("recipe", HELD_OUT)
+def test_held_out_rows_that_change_are_noticed(recipe: str, beginnings: Path, tmp_path: Path):
+    """What a run is evaluated on, and its best checkpoint chosen by, lies in a file of its own here."""
+    rows = re.search(r"source: (FOLDER/\w+\.jsonl)", TEXTS[recipe])
+    assert rows is not None
+    source = Path(rows[1].replace("FOLDER", str(beginnings)))
+    held_out = tmp_path / "held_out.jsonl"
+    lines = source.read_text().splitlines()
+
+    def identity(chosen: list[str]) -> dict[str, str]:
+        held_out.write_text("\n".join(chosen))
+        text = f"recipe: {recipe}\n{RECIPE_COMMON}{TEXTS[recipe]}".replace("FOLDER", str(beginnings))
+        settings = apply_overrides(read_yaml(text, "recipe.yaml"), [f"data.validation={held_out}"])
+        made = get_recipe(recipe)
+        return dict(made.build(parse_config(made.Config, settings), planning_context(tmp_path)).identity)
+
+    before = identity(lines[:9])
+    assert before == identity(lines[:9])
+    after = identity(lines[9:18])
+    assert {name for name in before if before[name] != after[name]} & {"held_out", "documents"}
+
+
+def test_problems_of_a_file_a_chat_template_and_a_folder_that_is_searched_are_compared_by_content(tmp_path: Path):
+    file, tokenizer = tmp_path / "gsm.jsonl", load_tokenizer(base(tmp_path / "model"))
+
+    def prompts(answer: int, template: str) -> dict[str, str]:
+        rows = [{"question": f"question {n}", "answer": f"so #### {answer}"} for n in range(90)]
+        problems = problems_of_task(str(written(file, rows)), "", "strict", 5, 0)
+        tokenizer.chat_template = template
+        return PromptEncoder(tokenizer, ChatTemplate(tokenizer)).identity(problems)
+
+    first, other_rows, other_template = (prompts(*one) for one in ((1, CHAT), (2, CHAT), (1, CHAT + "!")))
+    assert {name for name in first if first[name] != other_rows[name]} == {"problems"}
+    assert {name for name in first if first[name] != other_template[name]} == {"chat_template"}
+    (tmp_path / "notes.md").write_text("red")
+    before = hash_of_environment("file_search", {"folder": str(tmp_path)})
+    PARAGRAPHS.clear()  # as another process finds them
+    assert hash_of_environment("file_search", {"folder": str(tmp_path)}) == before
+    (tmp_path / "notes.md").write_text("blue")
+    PARAGRAPHS.clear()
+    assert hash_of_environment("file_search", {"folder": str(tmp_path)}) != before
+
+
+def test_a_run_that_has_got_no_further_than_its_warm_up_keeps_its_settings(tmp_path: Path):
+    """A warm-up that began with other settings is not gone on with, unless it is accepted."""
+
+    def begin(rate: str, accept: tuple[str, ...] = ()) -> None:
+        settings = apply_overrides(read_yaml(GRPO, "recipe.yaml"), [f"learning_rate={rate}"])
+        context = replace(planning_context(tmp_path / "run"), accept=accept)
+        init_run_dir(parse_config(GrpoConfig, settings), context)
+
+    begin("1e-3")
+    begin("2e-3")
+    checkpoint = tmp_path / "run" / "warmup" / "checkpoints" / "step-00000025"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "MANIFEST.json").write_text("{}")
+    with pytest.raises(BusyError, match=r"other settings \(learning_rate: 0.002 -> 0.001\)"):
+        begin("1e-3")
+    begin("1e-3", ("settings",))
+    begin("1e-3")
+
+
+def test_a_group_that_is_added_or_taken_away_is_a_change_and_a_key_of_another_version_is_none():
+    def told(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+        return list(describe_changes({"settings": json.dumps(before)}, {"settings": json.dumps(after)}).values())
+
+    assert told({"a": 1, "teacher": None}, {"a": 1, "teacher.load": "x", "teacher.beta": 1}) == [
+        "settings (teacher: None -> a group of keys)"
+    ]
+    assert told({"e": {}, "c.d": 1}, {"e.x": 1, "c": {}}) == [
+        "settings (c: a group of keys -> {}; e: {} -> a group of keys)"
+    ]
+    assert told({"a": 1, "old": 2, "g.old": 1}, {"a": 1, "new": 3, "g.new": 2}) == []
+    assert describe_changes({"tokenizer": "a", "reward score": "b"}, {"tokenizer": "a", "data": "c"}) == {
+        "reward score": "reward score (there is none now)"
+    }
 
 
 def test_settings_hold_everything_but_what_is_free():

@@ -177,6 +177,30 @@ def test_another_text_of_the_file_has_another_hash(tmp_path: Path):
     assert hash_of_file(f"{file}:score") != before
 
 
+@pytest.mark.parametrize(
+    ("said", "module"),
+    [
+        ("import helper", "helper.py"),
+        ("def score():\n    from helper import count", "helper.py"),
+        ("from parts import words", "parts/words.py"),
+        ("import parts.words", "parts/__init__.py"),
+        ("import first", "helper.py"),
+        ("from parts.deep.first import f", "parts/words.py"),
+    ],
+)
+def test_a_module_beside_the_file_that_it_imports_is_part_of_its_hash(said: str, module: str, tmp_path: Path):
+    texts = {"r.py": said, "first.py": "import helper", "helper.py": "", "parts/__init__.py": "", "parts/words.py": ""}
+    texts |= {"parts/deep/__init__.py": "", "parts/deep/first.py": "from .. import words", "not_imported.py": ""}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    before = hash_of_file(f"{tmp_path}/r.py:score")
+    (tmp_path / "not_imported.py").write_text("other")
+    assert hash_of_file(f"{tmp_path}/r.py:score") == before
+    (tmp_path / module).write_text("other = 1")
+    assert hash_of_file(f"{tmp_path}/r.py:score") != before
+
+
 def test_the_process_of_a_users_code_imports_no_torch():
     code = "import sys, llm_quest.rollouts.function_reward; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -30,6 +30,7 @@ from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt, RunConf
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
 from llm_quest.recipes.finetuning import StartModelConfig, apply_config_techniques, load_for_finetuning
 from llm_quest.recipes.recipe import Context, Job, Recipe
+from llm_quest.recipes.reference_model import weights_hash
 from llm_quest.recipes.rpt.documents import RptDocuments, load_documents
 from llm_quest.recipes.rpt.evaluation import TABLES_FILE, PositionEvaluator
 from llm_quest.recipes.rpt.positions import SelectedPositions, load_positions
@@ -76,6 +77,7 @@ def build_rpt_control(config: RptControlConfig, context: Context) -> Job:
     config = resolve_auto(config, context)
     model, tokenizer = load_for_finetuning(StartModelConfig(load=start_model_path(rpt, Path(config.rpt_run))))
     model.to(parallel.device)
+    start = weights_hash(model)
     text = load_documents(rpt, tokenizer, model.config.max_position_embeddings, parallel, log)
     positions = load_positions(Path(config.rpt_run), {"documents": text.hash})
     if positions is None:
@@ -86,7 +88,7 @@ def build_rpt_control(config: RptControlConfig, context: Context) -> Job:
     config = set_max_steps(config, context.settings, flops_counter, teraflops)
     log(f"compute: {teraflops:.4g} teraflops of RPT are {config.max_steps:,} steps of {config.batch_size} documents")
     if not context.planning:
-        init_run_dir(config, out, parallel)
+        init_run_dir(config, context)
     objective = NextTokenLoss(model)
     whole_model = partial(parallel.gather_model, objective)
     evaluator = PositionEvaluator(
@@ -101,7 +103,7 @@ def build_rpt_control(config: RptControlConfig, context: Context) -> Job:
         objective,
         loader,
         [evaluator],
-        {"tokenizer": tokenizer.hash, "documents": text.hash},
+        {"tokenizer": tokenizer.hash, "documents": text.hash, "positions": positions.hash, "start": start},
         {"source": source_name(rpt.data), **positions.facts, "tokenizer_sha256": tokenizer.hash, "rpt": config.rpt_run},
         tokenizer,
         callbacks=[*technique_callbacks, flops_counter],

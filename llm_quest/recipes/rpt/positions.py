@@ -9,6 +9,8 @@ the two agree."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +52,11 @@ class SelectedPositions:
     held_out: list[Position]
     flops: float
     facts: dict[str, Any]
+
+    @property
+    def hash(self) -> str:
+        """sha256 of what is asked in training, as the file has it."""
+        return hashlib.sha256(json.dumps(positions_to_json(self.train)).encode()).hexdigest()
 
 
 def find_or_load_positions(

@@ -124,7 +124,7 @@ def build_rpt(config: RptConfig, context: Context) -> Job:
         policy.objective,
         MeteredRolloutLoader(policy.rollouts, meter),
         [evaluator, RatioRangeEvaluator(policy.objective, config.logging_steps, parallel.all_gather)],
-        {"tokenizer": start.tokenizer.hash, "documents": text.hash},
+        {"tokenizer": start.tokenizer.hash, "documents": text.hash, "positions": positions.hash},
         {
             "source": source_name(config.data),
             **positions.facts,
