@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,11 @@ def handle_request(request: dict[str, Any]) -> dict[str, Any]:
         return ACTIONS[request["do"]](request)
     except QuestError as error:
         return {"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}
+    except Exception as error:
+        traceback.print_exc()
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return {"error": f"{what} ({place.filename}, line {place.lineno})", "kind": "QuestError", "exit_code": 1}
 
 
 def read_requests(requests: queue.Queue[dict[str, Any]]) -> None:

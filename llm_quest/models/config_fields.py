@@ -17,6 +17,7 @@ import dataclasses
 import functools
 from collections import ChainMap
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING
 from types import NoneType, SimpleNamespace
 from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
@@ -59,6 +60,26 @@ def publish_config(config: Any) -> dict[str, Any]:
 type_hints = functools.cache(get_type_hints)
 
 
+def per_layer_kinds(config_class: type) -> dict[str, tuple[Any, ...]]:
+    """The fields that are lists with an entry for every layer, and what the entries may be."""
+    fields = dataclasses.fields(config_class)
+    return {field.name: field.metadata["per_layer"] for field in fields if field.metadata.get("per_layer")}
+
+
+def default_per_layer(config_class: type, given: Json) -> dict[str, Any]:
+    """The lists with an entry for every layer that `given`, fields of the class, leaves out: as a config.json without
+    them is read. What follows from a number that is missing too is left out."""
+    fields = dataclasses.fields(config_class)
+    defaults = {field.name: field.default for field in fields if field.default is not MISSING}
+    values, found = SimpleNamespace(**{**defaults, **given, "json": given}), {}
+    for field in fields:
+        if field.metadata.get("per_layer") and field.name not in given:
+            with suppress(AttributeError, TypeError):
+                found[field.name] = field.metadata["read"](values, field, None)
+                setattr(values, field.name, found[field.name])
+    return found
+
+
 def unwritten(value: Any, config: Any) -> dict[str, Any]:
     """Writes nothing: the field follows from others in config.json."""
     return {}
@@ -68,10 +89,11 @@ def json_field(
     read: Callable[[Values], Any],
     write: Callable[[Any, Any], dict[str, Any]] | None = None,
     default: Any = MISSING,
+    per_layer: tuple[Any, ...] = (),
 ) -> Any:
     """A field that is read by a function of what was read before and written by one of its value and the Config (None:
-    under its own name)."""
-    metadata = {"read": lambda values, field, kind: read(values), "write": write}
+    under its own name). per_layer: it is a list with one of these for every layer."""
+    metadata = {"read": lambda values, field, kind: read(values), "write": write, "per_layer": per_layer}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -138,7 +160,7 @@ def per_layer(
         numbers = {numbered: [kinds.index(kind) for kind in value]} if numbered else {}
         return {name: list(value), **numbers}
 
-    return dataclasses.field(default=default, metadata={"read": read, "write": write})
+    return dataclasses.field(default=default, metadata={"read": read, "write": write, "per_layer": kinds})
 
 
 def nested(part: type, *, when: Callable[[Json], bool] = lambda json: True, default: Any = MISSING) -> Any:

@@ -58,7 +58,7 @@ class Config(llama.Config):
     rotary: RotaryEmbedding = rope_field(theta=2_000_000.0)
     tie_word_embeddings: bool = hf_default(True)
     rms_norm_eps: float = 1e-6
-    no_rope_layers: tuple[int, ...] = json_field(read_no_rope_layers, default=())
+    no_rope_layers: tuple[int, ...] = json_field(read_no_rope_layers, default=(), per_layer=(0, 1))
     use_sliding_window: bool = False
     sliding_window: int | None = json_field(
         lambda c: c.json.get("sliding_window") if c.use_sliding_window else None, default=None

@@ -4,12 +4,13 @@ Fields that follow from others need not be given: `vocab_size` is the tokenizer'
 `num_attention_heads`, `head_dim` is hidden_size / num_attention_heads, `max_position_embeddings` is the length of the
 training rows, `tie_word_embeddings` is true. Rotary settings are given as config.json spells them:
 `rotary: {rope_theta: 500000, rope_type: llama3, factor: 8, ...}`. A part of a config (Qwen3's `moe`, Qwen3-Next's
-`delta_net`) is a group of keys; a pattern of layers (`layer_types`) is a list.
+`delta_net`) is a group of keys; a pattern of layers (`layer_types`) is a list, by default the family's own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from llm_quest.hub.config import MAY_BE_ZERO
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import FAMILIES
 from llm_quest.models.build import build, family_of, preset
-from llm_quest.models.config_fields import field_values, nested_config
+from llm_quest.models.config_fields import default_per_layer, field_values, nested_config, per_layer_kinds
 from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.models.family import Family
 from llm_quest.models.rope_config import ROPE_KEYS, read_rotary
@@ -53,6 +54,11 @@ def build_model_config(config: ModelConfig, settings: RawConfig, *, vocab: int, 
     plan = resolve_sizes(config, settings, vocab, context)
     if mistakes := list(find_size_problems(plan, settings)):
         raise config_error(mistakes)
+    return make_config(plan)
+
+
+def make_config(plan: ModelSizes) -> Any:
+    """The Config of these sizes; ValueError for what the family refuses."""
     rotary = {key: build_rotary(key, plan.sizes, plan.base) for key in rotary_fields(plan.family)}
     return plan.family.Config(**{**convert_values(plan), **rotary})
 
@@ -112,7 +118,10 @@ def resolve_sizes(part: ModelConfig, settings: RawConfig, vocab: int, context: i
             ) from None
         family = find_family(family_of(base).name, settings, ("model", "preset"))
         sizes = {**field_values(base), **recompute_derived(base, part.config), **part.config, "vocab_size": vocab}
-        return ModelSizes(family, base, part.config, sizes)
+        if sizes["num_hidden_layers"] != base.num_hidden_layers:
+            follow = per_layer_kinds(family.Config).keys() - part.config.keys()
+            sizes = {key: value for key, value in sizes.items() if key not in follow}
+        return ModelSizes(family, base, part.config, {**sizes, **derive_patterns(family, sizes)})
     family = find_family(part.family or "", settings)
     if not part.config:
         base = next(one.config for one in family.presets if one.name.endswith("-tiny"))
@@ -124,7 +133,15 @@ def resolve_sizes(part: ModelConfig, settings: RawConfig, vocab: int, context: i
         if key in config_fields(family) and key not in sizes:
             with suppress(KeyError, TypeError, ZeroDivisionError):  # what it follows from is missing or wrong
                 sizes[key] = derive(sizes)
-    return ModelSizes(family, None, part.config, sizes)
+    return ModelSizes(family, None, part.config, {**sizes, **derive_patterns(family, sizes)})
+
+
+def derive_patterns(family: Family, sizes: ConfigValues) -> ConfigValues:
+    """The family's own pattern of layers, where none is given and there are not more layers than is plausible."""
+    layers = sizes.get("num_hidden_layers")
+    if type(layers) is not int or layers > LARGEST_SIZES["num_hidden_layers"]:
+        return {}
+    return default_per_layer(family.Config, sizes)
 
 
 def find_size_problems(plan: ModelSizes, settings: RawConfig) -> Iterator[ConfigProblem]:
@@ -140,8 +157,18 @@ def find_size_problems(plan: ModelSizes, settings: RawConfig) -> Iterator[Config
             "max_position_embeddings",
         }:
             found += [(key, what) for what in check_rotary(key, plan)]
-    for key, what in found:
+    for key, what in found or check_config(plan):
         yield ConfigProblem(settings.location(("model", "config", key)), f"model.config.{key}", what)
+
+
+def check_config(plan: ModelSizes) -> list[tuple[str, str]]:
+    """What the family's own class refuses in sizes that are right by themselves: the field that it names first."""
+    try:
+        make_config(plan)
+    except ValueError as error:
+        named = [word for word in re.findall(r"\w+", str(error)) if word in plan.sizes]
+        return [(named[0] if named else "num_hidden_layers", str(error))]
+    return []
 
 
 def recompute_derived(base: Any, changed: ConfigValues) -> dict[str, Any]:
@@ -209,7 +236,7 @@ def check_config_keys(plan: ModelSizes) -> Iterator[tuple[str, str]]:
         elif missing := missing_inside(value, fields[key], None if plan.base is None else getattr(plan.base, key)):
             yield key, f"missing in it: {', '.join(missing)}"
     if plan.base is None:
-        given = {*plan.own, *DERIVED_DEFAULTS, "vocab_size", "max_position_embeddings"}
+        given = {*plan.sizes, *DERIVED_DEFAULTS, "vocab_size", "max_position_embeddings"}
         for key in [field.name for field in dataclasses.fields(family.Config) if field.default is dataclasses.MISSING]:
             if key not in given:
                 yield key, f"missing; {family.name} needs {describe_expected(fields[key])}"
@@ -240,6 +267,16 @@ def check_relations(plan: ModelSizes) -> Iterator[tuple[str, str]]:
     for key in ("num_key_value_heads", "swa_num_key_value_heads"):
         if {"num_attention_heads", key} <= sizes.keys() and sizes["num_attention_heads"] % sizes[key]:
             yield key, f"num_attention_heads {sizes['num_attention_heads']} must be a multiple of {key} {sizes[key]}"
+    for key, kinds in per_layer_kinds(plan.family.Config).items():
+        given = plan.sizes.get(key)
+        if isinstance(given, list | tuple) and len(given) != sizes.get("num_hidden_layers", len(given)):
+            layers = sizes["num_hidden_layers"]
+            yield (
+                key,
+                f"one entry for each of the {layers} layers is needed, not {len(given)}; without it: the family's own",
+            )
+        elif isinstance(given, list | tuple) and (unknown := [one for one in given if one not in kinds]):
+            yield key, f"{unknown[0]!r:.60} is no kind of layer; known: {', '.join(map(str, kinds))}"
     free = {"head_dim", "qk_nope_head_dim"} & set(config_fields(plan.family))
     divided = plan.family.name in DIVIDED_IN_TRANSFORMERS
     if (

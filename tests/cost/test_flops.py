@@ -6,9 +6,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm_quest.cost.flops import ModelCost, flop_formulas, lagrange
+from llm_quest.cost.profile import profile_step
 from llm_quest.data.batch import TokenBatch
 from llm_quest.models import FAMILIES
 from llm_quest.models.build import build, preset
@@ -74,6 +76,18 @@ def test_the_gradients_of_experts_are_counted(name: str):
         forward = counter.get_total_flops()
         loss.total.backward()
     assert counter.get_total_flops() == 3 * forward
+
+
+def test_experts_of_a_width_that_the_grouped_kernel_refuses_are_counted():
+    """Their loop has shapes that follow from values, which a count without memory does not have."""
+    config = dataclasses.replace(preset("mixtral-tiny").config, intermediate_size=44)
+    model, tokens = build(config).train(), torch.randint(0, config.vocab_size, (2, 34))
+    assert ModelCost(model).forward(33) == count_real(model, 33)
+    objective, batch = NextTokenLoss(model), TokenBatch(tokens[:, :-1], tokens[:, 1:])
+    profile = profile_step(objective, batch, None, bf16=False, mode=FakeTensorMode())
+    with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
+        objective(batch).total.backward()
+    assert profile.flops == counter.get_total_flops()
 
 
 def test_products_with_weights_are_two_operations_a_weight():

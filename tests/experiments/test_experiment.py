@@ -17,7 +17,7 @@ import pytest
 
 from llm_quest.cli.ledger import list_experiments
 from llm_quest.errors import UsageError
-from llm_quest.experiments import measurements
+from llm_quest.experiments import measurements, worker
 from llm_quest.experiments.arms import Arm
 from llm_quest.experiments.bases import Base
 from llm_quest.experiments.code_tree import own_code
@@ -256,3 +256,15 @@ def test_the_test_half_is_not_opened_without_end(tmp_path: Path):
     ledger.append("verdict", "none", {"arm": "x", "outcome": "worse"})
     with pytest.raises(UsageError, match=r"no arm of it is better than its control \(x: worse\)"):
         plan_confirmation(ledger, "none", (), tmp_path, "")
+
+
+def test_an_error_of_an_edited_package_is_told_with_its_place(monkeypatch: pytest.MonkeyPatch):
+    """Not as a process that ended without a message."""
+
+    def fail(request: dict[str, Any]) -> dict[str, Any]:
+        raise TypeError("an edit\nof the package")
+
+    monkeypatch.setitem(worker.ACTIONS, "run", fail)
+    told = worker.handle_request({"do": "run"})
+    assert told["error"].startswith("TypeError: an edit of the package (")
+    assert f"{Path(__file__).name}, line " in told["error"]

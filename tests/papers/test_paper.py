@@ -18,6 +18,8 @@ from llm_quest.papers import PAPERS, load_paper
 from llm_quest.papers.card import describe_trend, draw_differences, load_card, shipped_verdicts, write_card
 from llm_quest.papers.paper import CONFIRMS, judge
 from llm_quest.papers.reproduce import describe_cost, make_paper_plan
+from llm_quest.recipes.model_config import build_model_config
+from llm_quest.recipes.recipe import load_recipe
 from tests.papers.made_up import made_result
 
 DOCS = Path(__file__).parents[2] / "docs" / "papers"
@@ -32,6 +34,13 @@ def test_there_are_forty_claims_and_each_says_what_it_expects():
         assert set(paper.all_sizes) <= set(paper.on.sizes)
 
 
+def check_model(recipe: str, pairs: list[str]) -> None:
+    """The model of an arm that builds one is one that the family takes."""
+    _, config, settings = load_recipe(recipe, pairs)
+    if config.model.family is not None or config.model.preset is not None:
+        build_model_config(config.model, settings, vocab=512, context=128)
+
+
 @pytest.mark.parametrize("name", PAPERS)
 def test_every_claim_is_a_plan_at_its_smallest_size(name: str):
     """Settings that the recipe takes, arms that differ from the control, bases that settings name, a cost."""
@@ -40,6 +49,8 @@ def test_every_claim_is_a_plan_at_its_smallest_size(name: str):
     lines: list[str] = []
     plan = make_paper_plan(paper, size, lines.append)
     assert [arm.name for arm in plan.arms] == list(paper.arms), lines
+    for arm in (plan.control, *plan.arms):
+        check_model(plan.recipe, [*plan.pairs, *arm.pairs])
     named = " ".join(
         [*plan.pairs, *(p for arm in plan.arms for p in arm.pairs), *(p for b in plan.bases for p in b.pairs)]
     )

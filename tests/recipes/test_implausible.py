@@ -8,8 +8,11 @@ import pytest
 
 from llm_quest.errors import UsageError
 from llm_quest.models import FAMILIES
+from llm_quest.models.build import build, preset
+from llm_quest.models.config_fields import per_layer_kinds
 from llm_quest.recipes import RECIPES
 from llm_quest.recipes.config import find_implausible_numbers, nested_schema, takes_number
+from llm_quest.recipes.model_config import build_model_config
 from llm_quest.recipes.recipe import get_recipe, load_recipe
 from llm_quest.recipes.yaml_io import RawConfig
 
@@ -62,3 +65,42 @@ def test_a_model_of_implausible_size_is_refused_at_once(family: str):
         if key in next(one for one in FAMILIES if one.name == family).Config.__dataclass_fields__:
             with pytest.raises(UsageError, match=rf"model\.config\.{key}: 1,000,000,000 is more than .*plausible"):
                 load_recipe("tiny", [f"model.family={family}", f"model.config.{key}=1000000000"])
+
+
+TINY = [one.name for family in FAMILIES for one in family.presets if one.name.endswith("-tiny")]
+PATTERNS = [(name, key) for name in TINY for key in per_layer_kinds(type(preset(name).config))]
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("layers", [1, 6])
+def test_a_preset_takes_another_number_of_layers(name: str, layers: int):
+    """What a model has for every layer is, where it is not given, the family's own pattern of so many layers."""
+    _, config, settings = load_recipe("pretrain", [f"model.preset={name}", f"model.config.num_hidden_layers={layers}"])
+    made = build_model_config(config.model, settings, vocab=64, context=32)
+    assert {len(getattr(made, key)) for key in per_layer_kinds(type(made))} <= {layers}
+    assert len(build(made, seed=0).blocks) == layers
+
+
+@pytest.mark.parametrize(("name", "key"), PATTERNS)
+def test_a_pattern_of_layers_of_another_length_or_of_unknown_kinds_is_told(name: str, key: str):
+    layers = preset(name).config.num_hidden_layers
+    for wrong, said in (
+        ([per_layer_kinds(type(preset(name).config))[key][0]] * (layers + 1), "one entry for each of the"),
+        (["wave"] * layers, "'wave' is no kind of layer; known: "),
+    ):
+        with pytest.raises(UsageError, match=rf"model\.config\.{key}: .*{said}"):
+            load_recipe("pretrain", [f"model.preset={name}", f"model.config.{key}={wrong}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "pair", "key"),
+    [
+        ("smollm3-tiny", "sliding_window=0", "sliding_window"),
+        ("granite-tiny", "logits_scaling=-1.0", "logits_scaling"),
+        ("deepseek-v3-tiny", "first_k_dense_replace=9", "first_k_dense_replace"),
+        ("ministral-tiny", "layer_types=[full_attention, sliding_attention]", "llama_4_scaling_beta"),
+    ],
+)
+def test_what_a_familys_own_class_refuses_is_told_with_its_key(name: str, pair: str, key: str):
+    with pytest.raises(UsageError, match=rf"model\.config\.{key}: "):
+        load_recipe("pretrain", [f"model.preset={name}", f"model.config.{pair}"])

@@ -177,9 +177,9 @@ def test_each_expert_has_an_adapter_of_its_own_in_both_forms_of_the_work():
     experts = experts.float()
     x = torch.randn(6, experts.gate_up.shape[2], generator=torch.Generator().manual_seed(2))
     chosen, weights = torch.tensor([[0, 1], [2, 3], [0, 3], [1, 1], [2, 0], [3, 1]]), torch.full((6, 2), 0.5)
-    experts.base.work = run_experts_for_loop
+    experts.base.run_experts = run_experts_for_loop
     defined = experts(x, chosen, weights)
-    experts.base.work = run_experts_grouped_mm
+    experts.base.run_experts = run_experts_grouped_mm
     torch.testing.assert_close(experts(x, chosen, weights), defined, rtol=1e-5, atol=1e-5)
 
 
