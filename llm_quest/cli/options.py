@@ -28,7 +28,9 @@ PromptsOption = Annotated[
     Path | None, typer.Option(help="A file of prompts: one per line, or the key `prompt` of JSON lines.")
 ]
 BatchOption = Annotated[int | None, typer.Option(min=1, help="With --prompts: the batch size (default: 32).")]
-TokensOption = Annotated[int, typer.Option("--tokens", "-n", min=1, help="Maximum number of new tokens.")]
+TokensOption = Annotated[
+    int, typer.Option("--tokens", "--max-new-tokens", "-n", min=1, help="Maximum number of new tokens.")
+]
 TemperatureOption = Annotated[
     float | None, typer.Option(min=0.0, help="0: greedy decoding. Default: the makers' advice, else 0.8 (chat: 0.7).")
 ]
@@ -76,6 +78,8 @@ EvalHarnessOption = Annotated[str, typer.Option(help="Tasks of EleutherAI's lm-e
 EvalTokensOption = Annotated[
     int | None,
     typer.Option(
+        "--tokens",
+        "--max-new-tokens",
         min=0,
         help="With --data: evaluate on so many tokens (0: all); with --task: the longest answer (64).",
     ),

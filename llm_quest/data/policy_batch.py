@@ -62,6 +62,12 @@ class PolicyRow:
         spread[self.is_policy_token] = values
         return spread
 
+    def divergence_from(self, reference: np.ndarray) -> float:
+        """KL(policy that sampled, reference), estimated by k3 (`objectives/kl_penalty.py`) and summed over the tokens.
+        reference: its log-probabilities of the completion."""
+        gap = np.clip(reference - self.sampler_log_probs, -20.0, 20.0).astype(np.float64)
+        return float((np.exp(gap) - gap - 1).sum())
+
     @property
     def length(self) -> int:
         """Tokens that a pass reads: the last one is only predicted."""

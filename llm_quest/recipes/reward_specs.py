@@ -216,27 +216,39 @@ class RewardSpec(StrictModel):
         return self.name or (split_reference(self.function)[1] if self.function else self.kind)
 
 
-def check_labels(specs: Sequence[RewardSpec]) -> None:
-    """ValueError for two rewards whose curves would have one name."""
+def reward_labels(specs: Sequence[RewardSpec]) -> list[str]:
+    """What the curve of each is called; a second one of a name is NAME_2."""
     labels = [spec.label for spec in specs]
-    if twice := {label for label in labels if labels.count(label) > 1}:
-        raise ValueError(f"two rewards are called {sorted(twice)[0]}, and their curves could not be told apart")
+    earlier = [labels[:n].count(label) for n, label in enumerate(labels)]
+    return [f"{label}_{number + 1}" if number else label for label, number in zip(labels, earlier, strict=True)]
+
+
+def check_labels(specs: Sequence[RewardSpec]) -> None:
+    """ValueError for a reward that is given twice, and for two whose curves would have one name."""
+    labels, kinds = reward_labels(specs), [spec.model_copy(update={"weight": 1.0}) for spec in specs]
+    for n, spec in enumerate(specs):
+        if kinds[n] in kinds[:n] or labels[n] in labels[:n]:
+            raise ValueError(f"two rewards are called {spec.label}, and their curves could not be told apart")
 
 
 def build_rewards(specs: Sequence[RewardSpec], context: RewardContext) -> list[WeightedReward]:
     """The rewards in their order."""
     return [
-        WeightedReward(spec.label, kind.build(spec, context), spec.weight, kind.per_batch)
-        for spec in specs
+        WeightedReward(label, kind.build(spec, context), spec.weight, kind.per_batch)
+        for label, spec in zip(reward_labels(specs), specs, strict=True)
         for kind in (REWARD_KINDS[spec.kind],)
     ]
 
 
 def hash_of_reward_files(specs: Sequence[RewardSpec]) -> dict[str, str]:
     """Name -> hash of each file that decides a reward, code or a judge's prompt: what a resumed run may not change."""
-    found = {f"reward {spec.label}": hash_of_file(spec.function) for spec in specs if spec.function is not None}
-    prompts = {spec.label: Path(spec.prompt).read_bytes() for spec in specs if spec.prompt is not None}
-    return found | {f"reward {label}": hashlib.sha256(text).hexdigest() for label, text in prompts.items()}
+    found = {}
+    for label, spec in zip(reward_labels(specs), specs, strict=True):
+        if spec.function is not None:
+            found[f"reward {label}"] = hash_of_file(spec.function)
+        if spec.prompt is not None:
+            found[f"reward {label}"] = hashlib.sha256(Path(spec.prompt).read_bytes()).hexdigest()
+    return found
 
 
 def failures_of(rewards: Sequence[WeightedReward]) -> list[str]:

@@ -3,15 +3,16 @@
       def score(completions, prompts, answer, **kwargs) -> list[float | None]
 
 It is called once a batch, by keyword: completions, prompts, completion_ids, and every column of the rows as a list. A
-function without `**kwargs` gets the arguments that it names. Where the rows hold messages, prompts are lists of
-messages and completions are lists of one message, as in TRL (of several after an episode); else both are texts. None:
-the reward does not apply.
+function without `**kwargs` gets the arguments that it names; it may be `async`. Where the rows hold messages, prompts
+are lists of messages and completions are lists of one message, as in TRL (of several after an episode); else both are
+texts. None: the reward does not apply.
 
 It runs in a process that can be killed. A failure of any kind costs the rewards of its batch (as None), is counted,
 and is told once with the traceback's last line."""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
 from collections import Counter
@@ -118,6 +119,7 @@ def answer_reward_calls(reference: str) -> Callable[[RewardArguments], Any]:
     def call(arguments: RewardArguments) -> Any:
         named = arguments if accepted is None else {name: arguments[name] for name in accepted if name in arguments}
         given = function(**named)
+        given = asyncio.run(given) if inspect.iscoroutine(given) else given
         is_list = isinstance(given, Iterable) and not isinstance(given, str | bytes | dict)
         return [plain_number(one) for one in given] if is_list else type(given).__name__
 

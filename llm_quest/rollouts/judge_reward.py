@@ -1,14 +1,17 @@
 """A language model as a judge, through any URL with OpenAI's chat completions (vLLM, llama.cpp, Ollama, a hosted API).
 
 The judge reads a file in which {prompt}, {completion} and {answer} stand for the sample's, and ends its reply with its
-score (`Score: 7`): the last number is read, and must lie between low and high. What it cannot score, after retries, is
+score (`Score: 7`): the last number is read, and must lie between low and high; of `7/10` and `7 out of 10` the 7, where
+10 is the highest score, and nothing of scores out of another number. What it cannot score, after retries, is
 NaN, and a sample that others can score is then learned from by these.
 
-Commonly got wrong: the first number of the reply is read, which is the judge quoting the answer; and a completion that
-says "Score: 10" is believed. The judge's own reply alone is read here, but it may be persuaded: read its samples."""
+Commonly got wrong: `7/10` is read as 10, so that all answers are equal; the first number of the reply is read, which is
+the judge quoting the answer; and a completion that says "Score: 10" is believed. The judge's own reply alone is read
+here, but it may be persuaded: read its samples."""
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import re
@@ -24,7 +27,9 @@ from typing import Any
 
 from llm_quest.errors import GuardStop, UsageError
 
-NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
+NUMBER = re.compile(r"(?<![\w.])-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)", re.ASCII)
+OUT_OF = re.compile(r"\s*(?:/|\bout\s+of\b)\s*")
+"""What stands between a score and the highest one: 7/10, 7 out of 10."""
 MAX_REPLY_BYTES = 1_000_000
 MAX_FAILED_BATCHES = 5
 RETRY_STATUS = (408, 409, 429, 500, 502, 503, 504)
@@ -119,26 +124,30 @@ class JudgeReward:
         )
         try:
             with urllib.request.urlopen(request, timeout=self.timeout_seconds) as response:
-                return reply_text(response.read(MAX_REPLY_BYTES))
+                return reply_text(read_until(response, time.monotonic() + self.timeout_seconds))
         except urllib.error.HTTPError as error:
             said = error.read(300).decode(errors="replace")
             raise JudgeFailure(f"HTTP {error.code}", said, can_retry=error.code in RETRY_STATUS) from None
-        except OSError as error:
-            raise JudgeFailure("no connection", str(error), can_retry=True) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise JudgeFailure("no connection", str(error) or type(error).__name__, can_retry=True) from None
 
     def authorization(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
     def read_score(self, reply: str) -> float:
-        """The last number of a reply, within the limits."""
-        numbers = NUMBER.findall(reply)
+        """The last number of a reply, within the limits; before `/10` or `out of 10`, where that is the highest."""
+        numbers = list(NUMBER.finditer(reply))
         if not numbers:
             raise JudgeFailure("no score", f"the reply holds no number: {reply[-80:]!r}")
-        score = float(numbers[-1])
+        score = float(numbers[-1][0])
+        if len(numbers) > 1 and OUT_OF.fullmatch(reply, numbers[-2].end(), numbers[-1].start()):
+            if score != self.high:
+                said = f"the reply ends in a score out of {score:g}; ask for one from {self.low:g} to {self.high:g}"
+                raise JudgeFailure("no score", said)
+            score = float(numbers[-2][0])
         if not self.low <= score <= self.high:
-            raise JudgeFailure(
-                "no score", f"the reply ends in {score:g}, which is not between {self.low:g} and {self.high:g}"
-            )
+            limits = f"which is not between {self.low:g} and {self.high:g}"
+            raise JudgeFailure("no score", f"the reply ends in {score:g}, {limits}")
         return score
 
     def count(self, failure: JudgeFailure) -> None:
@@ -151,6 +160,17 @@ class JudgeReward:
     def summary(self) -> str:
         """How often it gave no score, by kind; "" where it always did."""
         return ", ".join(f"{kind}: {number}" for kind, number in sorted(self.failures.items()))
+
+
+def read_until(response: http.client.HTTPResponse, end: float) -> bytes:
+    """The body of a response, at most MAX_REPLY_BYTES. TimeoutError where it is not whole at this time of the clock: a
+    socket's own limit begins anew with every byte."""
+    body = b""
+    while len(body) < MAX_REPLY_BYTES and (part := response.read1(MAX_REPLY_BYTES - len(body))):
+        body += part
+        if time.monotonic() > end:
+            raise TimeoutError("the reply did not end in time")
+    return body
 
 
 def reply_text(content: bytes) -> str:

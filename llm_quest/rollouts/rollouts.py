@@ -205,11 +205,11 @@ class RolloutLoader:
         sampled, groups, rewards, metrics = self.sample_rollout(number)
         sampling_end = time.perf_counter()
         by_text = self.plan.kl_coef and self.value_baseline is None
-        penalty = self.kl_penalty(groups).reshape(rewards.shape[1:]) if by_text else None
+        penalty = self.kl_penalty(groups, metrics).reshape(rewards.shape[1:]) if by_text else None
         advantages = self.reward_pipeline.compute_advantages(groups, rewards, penalty)
         rows = make_policy_rows(groups, advantages)
         if self.value_baseline is not None:
-            rows = self.add_values(rows, self.value_baseline)
+            rows = self.add_values(rows, self.value_baseline, metrics)
         if self.routing_scorer is not None:
             routing = self.row_values(rows, self.routing_scorer, every_token=True)
             rows = [replace(row, routing=each) for row, each in zip(rows, routing, strict=True)]
@@ -264,19 +264,28 @@ class RolloutLoader:
                 )
         return prompts
 
-    def kl_penalty(self, groups: SampleGroups) -> Tensor:
+    def score_by_reference(self, rows: Sequence[PolicyRow], metrics: dict[str, tuple[float, float]]) -> list[Any]:
+        """The reference's log-probabilities of every completion; the metrics get the divergence from it, per token."""
+        reference = self.row_values(rows, self.reference_scorer)
+        tokens = float(sum(row.num_policy_tokens for row in rows))
+        metrics["kl"] = (sum(map(PolicyRow.divergence_from, rows, reference)), tokens)
+        return reference
+
+    def kl_penalty(self, groups: SampleGroups, metrics: dict[str, tuple[float, float]]) -> Tensor:
         """kl_coef times k1, log pi - log pi_ref summed over each completion (one number a sample)."""
         samples = [sample for group in groups for sample in group]
         rows = [make_policy_row(sample, np.zeros(len(sample.completion_ids), np.float32)) for sample in samples]
-        reference = self.row_values(rows, self.reference_scorer)
+        reference = self.score_by_reference(rows, metrics)
         k1 = [sum(sample.logprobs) - float(each.sum()) for sample, each in zip(samples, reference, strict=True)]
         return self.plan.kl_coef * torch.tensor(k1, dtype=torch.float64)
 
-    def add_values(self, rows: Sequence[PolicyRow], baseline: ValueBaseline) -> list[PolicyRow]:
+    def add_values(
+        self, rows: Sequence[PolicyRow], baseline: ValueBaseline, metrics: dict[str, tuple[float, float]]
+    ) -> list[PolicyRow]:
         """The rows with values, returns and advantages; KL in the reward is taken off token by token."""
         values, penalties = self.row_values(rows, baseline.scorer), None
         if self.plan.kl_coef:
-            reference = self.row_values(rows, self.reference_scorer)
+            reference = self.score_by_reference(rows, metrics)
             penalties = [
                 self.plan.kl_coef * (row.sampler_log_probs - each) for row, each in zip(rows, reference, strict=True)
             ]

@@ -4,6 +4,7 @@ run in place."""
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from llm_quest.data.problems.problem import Problem
@@ -17,18 +18,21 @@ CheckFunction = Callable[[Problem, str], float]
 
 class VerifierProcess:
     """`VerifierProcess(check)(problem, text)`: what check returns; NaN if it raises, dies or takes longer than
-    `seconds`, after which the process is killed and the next call starts another. check must be a module's function (it
-    is pickled by name)."""
+    `timeout_seconds`, after which the process is killed and the next call starts another. check must be a module's
+    function (it is pickled by name). warm_up: what check reads once before the first answer, so that the time of its
+    imports is no answer's."""
 
-    def __init__(self, verifier: CheckFunction, *, timeout_seconds: float = 2.0):
-        self.worker, self.timeout_seconds = WorkerProcess(answer_checks, verifier), timeout_seconds
-        self.num_failures = 0
+    def __init__(
+        self, verifier: CheckFunction, *, timeout_seconds: float = 2.0, warm_up: tuple[Problem, str] | None = None
+    ):
+        self.worker, self.timeout_seconds = WorkerProcess(answer_checks, verifier, warm_up), timeout_seconds
+        self.failures: Counter[str] = Counter()
 
     def __call__(self, problem: Problem, text: str) -> float:
         try:
             return float(self.worker.call((problem, text), self.timeout_seconds))
-        except WorkerFailure:
-            self.num_failures += 1
+        except WorkerFailure as failure:
+            self.failures[f"{failure.kind} ({failure.message})"] += 1
             return UNSCORABLE
 
     def close(self) -> None:
@@ -42,8 +46,12 @@ class VerifierProcess:
         self.close()
 
 
-def answer_checks(verifier: CheckFunction) -> Callable[[tuple[Problem, str]], float]:
+def answer_checks(
+    verifier: CheckFunction, warm_up: tuple[Problem, str] | None = None
+) -> Callable[[tuple[Problem, str]], float]:
     """The requests of a verifier's process."""
+    if warm_up is not None:
+        verifier(*warm_up)
     return lambda request: float(verifier(*request))
 
 
@@ -69,7 +77,12 @@ class MathVerifyReward:
     def __init__(self) -> None:
         if importlib.util.find_spec("math_verify") is None:
             raise MissingError("math-verify is not installed: pip install 'llm-quest[math]'")
-        self.verify = VerifierProcess(verify_with_math_verify)
+        example = Problem("1/2?", "0.5", "equal", "")
+        self.verify = VerifierProcess(verify_with_math_verify, timeout_seconds=5.0, warm_up=(example, r"$\frac{1}{2}$"))
 
     def __call__(self, group: Sequence[Sample]) -> list[float]:
         return [0.0 if sample.truncated else self.verify(sample.problem, sample.text) for sample in group]
+
+    def summary(self) -> str:
+        """How often it gave no answer, by kind; "" where it always did."""
+        return ", ".join(f"{kind}: {number}" for kind, number in sorted(self.verify.failures.items()))

@@ -63,8 +63,8 @@ def test_no_text_takes_long(text: str, grading: str):
 @pytest.mark.parametrize(
     ("row", "gold"),
     [
-        ("48 / 2 = 24\n#### 1,072", "1072"), (r"Thus $\boxed{\frac12}$.", r"\frac12"), (" Paris ", "Paris"),
-        ("72", "72"),
+        ("48 / 2 = 24\n#### 1,234,072", "1234072"), ("#### (1, 2)", "(1, 2)"), (r"Thus $\boxed{\frac12}$.", r"\frac12"),
+        (" Paris ", "Paris"), ("72", "72"),
     ],
 )  # fmt: skip
 def test_the_final_answer_of_a_row(row: str, gold: str):

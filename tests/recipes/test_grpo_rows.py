@@ -15,6 +15,7 @@ from llm_quest.hub.locate import resolve_checkpoint
 from llm_quest.recipes.config import load_raw_config
 from llm_quest.recipes.dependent_defaults import OPEN_ANSWERS
 from llm_quest.recipes.policy_prompts import ProblemSet, PromptEncoder, make_prompt
+from llm_quest.recipes.reward_specs import RewardSpec, check_labels, hash_of_reward_files, reward_labels
 from tests.recipes.test_grpo import from_, started, warm  # noqa: F401 (a fixture)
 from tests.recipes.tuned import metrics
 from tests.rollouts.test_judge_reward import TEMPLATE, Server, server  # noqa: F401 (a fixture)
@@ -128,7 +129,7 @@ def test_a_reward_that_needs_answers_is_refused_on_rows_without(warm: Path, tmp_
         (["rewards=[{judge: http://localhost/v1}]"], "a judge needs the name of its model and its prompt"),
         (["rewards=[{judge: localhost}]"], "judge"),
         (["rewards=[{judge: http://a/v1, model: m, prompt: nowhere.txt}]"], "nowhere.txt cannot be read"),
-        (["rewards=[{name: correct}, {name: correct}]"], "two rewards are called correct"),
+        (["rewards=[{name: correct}, {name: correct, weight: 2}]"], "two rewards are called correct"),
         (["answer_form=box"], "did you mean 'boxed'"),
     ],
 )
@@ -138,6 +139,18 @@ def test_a_mistake_is_named_before_anything_is_read(pairs: list[str], said: str,
     with pytest.raises(UsageError, match=said) as raised:
         started(tmp_path / "run", *settings, *pairs)
     assert len(str(raised.value).splitlines()) == 1, "one mistake, one line"
+
+
+def test_two_rewards_of_one_name_have_curves_and_hashes_of_their_own(tmp_path: Path):
+    folder = write_rows(tmp_path)
+    (folder / "other.py").write_text(REWARDS + "# another")
+    files = [f"{folder}/{name}.py:score" for name in ("my_rewards", "other")]
+    specs = [*(RewardSpec(function=file) for file in files), *(RewardSpec(name="model", load=one) for one in "ab")]
+    check_labels(specs)
+    assert reward_labels(specs) == ["score", "score_2", "model", "model_2"]
+    hashes = hash_of_reward_files(specs)
+    assert list(hashes) == ["reward score", "reward score_2"]
+    assert len(set(hashes.values())) == 2
 
 
 def test_rows_on_the_command_line_take_the_place_of_the_recipes_task():

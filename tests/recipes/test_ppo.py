@@ -48,6 +48,12 @@ def test_a_run_resumed_in_the_middle_of_a_rollout_has_the_same_bits(warm: Path, 
         "gae={lam: 0.9, whiten_rewards: true, vf_coef: 0.5}",
     )  # fmt: skip
     started(tmp_path / "straight", *pairs)
+    first, second, third, last = metrics(tmp_path / "straight")
+    for row in (first, third):
+        assert 1 - 1e-4 < row["ratio/min"] <= row["ratio/max"] < 1 + 1e-4, "the first step of a rollout, by itself"
+    for row in (second, last):
+        assert row["ratio/min"] < 1 < row["ratio/max"]
+    assert first["kl"] < 1e-6 < last["kl"], "KL in the reward is watched too"
     out = tmp_path / "stopped"
     shutil.copytree(tmp_path / "straight", out)
     for step in (4,):

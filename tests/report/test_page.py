@@ -237,8 +237,11 @@ PREFERENCE = {
 
 def test_a_policy_is_shown_by_what_it_is_watched_by_and_was_before(tmp_path):
     rows = [row(step, **POLICY) for step in range(1, 21)]
-    rows[-1] |= {"eval/accuracy": 0.75, "eval/reward": 0.5}
+    rows[-1] |= {"eval/accuracy": 0.75, "eval/reward": 2.5, "eval/length": 9.0}
     folder = run_of(tmp_path / "run", "grpo", rows)
+    (folder / "samples").mkdir()
+    answers = [{"prompt": "2+2=", "text": "4", "reward": 2.25}, {"prompt": "2+3=", "text": "4", "reward": None}]
+    write_json(folder / "samples/step-00000020.json", {"step": 20, "samples": answers})
     write_rows(folder / "events.jsonl", [{"event": "evaluated", "step": 0, "eval/accuracy": 0.25}])
     page = write_report([folder])
     seen = words(page)
@@ -251,7 +254,11 @@ def test_a_policy_is_shown_by_what_it_is_watched_by_and_was_before(tmp_path):
     assert headings(page)[:2] == ["Reward", "Policy loss"]
     wanted = {"Accuracy", "Length of completions", "Entropy", "KL to the reference", "Shares of samples"}
     assert wanted <= set(headings(page))
-    assert read_run(folder).series("eval/accuracy") == ([0, 20], [0.25, 0.75])
+    record = read_run(folder)
+    assert record.series("eval/accuracy") == ([0, 20], [0.25, 0.75])
+    assert set(record.scores) == {"accuracy", "reward"}, "a reward may be any number"
+    assert "after 20 steps, reward 2.25" in seen
+    assert seen.count(", reward ") == 1
 
 
 def test_preferences_are_shown_by_margin_accuracy_and_both_answers(tmp_path):

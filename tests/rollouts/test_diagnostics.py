@@ -56,6 +56,17 @@ def test_every_sign_is_seen_and_said_once(sign):
     assert set(ILL) == {sign.name for sign in SYMPTOMS}
 
 
+def test_of_several_rewards_the_one_that_compares_with_the_answer_says_what_is_right():
+    alike = {"frac_reward_zero_std": 1.0}
+    wrong, right = (watched(Diagnostics(), alike | {"reward": mean})[0] for mean in (0.0, 1.0))
+    assert wrong != right
+    for name in ("correct", "math_verify"):
+        told = [
+            watched(Diagnostics(), alike | {"reward": 1.0 - share, f"rewards/{name}": share})[0] for share in (0.0, 1.0)
+        ]
+        assert [line[0].partition("(")[0] for line in told] == [wrong[0].partition("(")[0], right[0].partition("(")[0]]
+
+
 def test_chance_in_the_reward_is_no_fall():
     rng = random.Random(0)
     rows = [{"reward": 0.3 + rng.gauss(0, 0.15)} for _ in range(200)]

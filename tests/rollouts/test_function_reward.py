@@ -17,6 +17,7 @@ from llm_quest.rollouts.sampler import Sample
 from llm_quest.rollouts.user_code import check_reference, hash_of_file
 
 FILE = """
+import asyncio
 import sys
 import time
 from helper import BONUS
@@ -27,6 +28,10 @@ def score(completions, prompts, answer, **kwargs):
 
 def lengths(completion_ids):
     return tuple(len(ids) for ids in completion_ids)
+
+async def waits(completion_ids):
+    await asyncio.sleep(0)
+    return [len(ids) for ids in completion_ids]
 
 def none(completions):
     return [None if text == "x" else 1 for text in completions]
@@ -89,6 +94,7 @@ def test_a_function_gets_completions_prompts_and_every_column_and_may_import_its
 
 def test_a_function_without_kwargs_gets_what_it_names(file: Path):
     assert FunctionReward(f"{file}:lengths")(BATCH) == [3.0, 1.0, 4.0]
+    assert FunctionReward(f"{file}:waits")(BATCH) == [3.0, 1.0, 4.0]
 
 
 def test_none_does_not_apply_and_is_no_failure(file: Path):

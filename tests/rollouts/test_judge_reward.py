@@ -44,6 +44,8 @@ class Handler(BaseHTTPRequestHandler):
         word, _, rest = request["messages"][0]["content"].split("---\n")[1].strip().partition(" ")
         if word == "sleep":
             time.sleep(1.0)
+        if word in ("short", "trickle", "gibberish"):
+            return self.send_badly(word)
         if word == "status" or (word == "once" and server.times_failed.setdefault(rest, 0) == 0):
             server.times_failed[rest] = 1
             return self.send(int(rest) if word == "status" else 503, b"try later")
@@ -60,6 +62,22 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
         except OSError:
             pass  # the judge's time was up
+
+    def send_badly(self, how: str) -> None:
+        """Less than was promised, a byte at a time, or no HTTP."""
+        if how == "gibberish":
+            self.wfile.write(b"no http\r\n\r\n")
+            return
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked") if how == "short" else None
+        self.end_headers()
+        self.wfile.write(b"400\r\n{")
+        for _ in range(8 if how == "trickle" else 0):
+            time.sleep(0.1)
+            try:
+                self.wfile.write(b" ")
+            except OSError:
+                return
 
     def log_message(self, *args: Any) -> None:
         """Nothing."""
@@ -95,6 +113,18 @@ def test_the_judges_last_number_is_the_reward(server: Server):
     assert "secret" not in repr(reward)
 
 
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("Score: 7/10", 7.0), ("7 / 10.", 7.0), ("I give it 6.5 out of 10", 6.5), ("**10/10**", 10.0), (".5", 0.5),
+        ("1) clear 2) short; 8", 8.0), ("step1: good. Score:3", 3.0), ("3 of the 4 points, so 4/5", math.nan),
+        ("8/20", math.nan), ("-1", math.nan), ("v2", math.nan),
+    ],
+)  # fmt: skip
+def test_a_score_out_of_the_highest_is_the_score(reply: str, score: float, server: Server):
+    assert judge(server)([sample(f"reply {reply}")]) == pytest.approx([score], nan_ok=True)
+
+
 def test_a_server_that_is_busy_is_asked_again(server: Server):
     reward = judge(server)
     assert reward([sample("once a")]) == [4.0]
@@ -108,6 +138,7 @@ def test_a_server_that_is_busy_is_asked_again(server: Server):
         ("status 503", "HTTP 503", 3), ("status 401", "HTTP 401", 1), ("reply I cannot say", "no score", 1),
         ("score 11", "no score", 1), ("raw <html>", "no chat completion", 1), ("raw {}", "no chat completion", 1),
         ('raw {"choices": [{"message": {"content": null}}]}', "no chat completion", 1), ("sleep", "no connection", 3),
+        ("short", "no connection", 3), ("trickle", "no connection", 3), ("gibberish", "no connection", 3),
     ],
 )  # fmt: skip
 def test_what_is_no_score_is_unscorable_counted_and_told_once(text: str, kind: str, requests: int, server: Server):

@@ -8,6 +8,7 @@ import pytest
 
 from llm_quest.data.problems import Problem
 from llm_quest.errors import MissingError, UsageError
+from llm_quest.rollouts.function_reward import CountsFailures
 from llm_quest.rollouts.rewards import CorrectnessReward, FormatReward, RandomReward, SafeReward
 from llm_quest.rollouts.sampler import Sample
 from llm_quest.rollouts.verifier_process import MathVerifyReward, VerifierProcess, verify_with_math_verify
@@ -71,7 +72,36 @@ def test_a_verifier_that_hangs_is_killed_and_the_next_answer_is_judged() -> None
         assert math.isnan(worker(PROBLEM, "hang"))
         assert math.isnan(worker(PROBLEM, "raise"))
         assert worker(PROBLEM, "131") == 0.0
-        assert worker.num_failures == 2
+        hung, raised = worker.failures
+        assert hung == "hang (it took longer than 0.2 s and was stopped)"
+        assert raised.endswith("ValueError: raise)")
+        assert set(worker.failures.values()) == {1}
+
+
+LOADED: list[str] = []
+
+
+def slow_to_load(problem: Problem, text: str) -> float:
+    if not LOADED:
+        time.sleep(3)
+    LOADED.append(text)
+    return float(text == problem.answer)
+
+
+def test_what_a_verifier_imports_is_not_in_the_time_of_an_answer() -> None:
+    with VerifierProcess(slow_to_load, timeout_seconds=2.0, warm_up=(PROBLEM, "1")) as worker:
+        assert worker(PROBLEM, "132") == 1.0
+        assert not worker.failures
+
+
+def test_answers_that_math_verify_did_not_judge_are_counted() -> None:
+    reward = MathVerifyReward()
+    assert reward([sample(r"$\frac{264}{2}$"), sample("$131$")]) == [1.0, 0.0]
+    assert isinstance(reward, CountsFailures)
+    assert reward.summary() == ""
+    reward.verify.failures["hang"] += 2
+    assert reward.summary() == "hang: 2"
+    reward.verify.close()
 
 
 def test_the_reward_of_math_verify_asks_for_the_package_and_refuses_what_the_budget_cut(monkeypatch) -> None:

@@ -481,7 +481,7 @@ def test_what_the_budget_cut_can_be_left_out_of_batch_and_statistics():
     assert all(row.completion_ids[-1] in (7, 9) for row in feed.rollout.rows)
 
 
-def test_kl_in_the_reward_moves_the_baseline_too():
+def test_kl_in_the_reward_moves_the_baseline_too_and_is_told_per_token():
     policy, other = build("llama3.2-tiny", seed=1), build("llama3.2-tiny", seed=2)
     scoring = RewardPipeline(rewards=(WeightedReward("even", even),), estimator=ADVANTAGE_ESTIMATORS["mean"])
     feed = rollouts(
@@ -492,6 +492,7 @@ def test_kl_in_the_reward_moves_the_baseline_too():
     )
     (batch,) = feed.batches(0)
     assert batch.reference_log_probs is None
+    k3 = []
     for group in feed.rollout.groups:
         rewards = []
         for sample in group:
@@ -499,13 +500,16 @@ def test_kl_in_the_reward_moves_the_baseline_too():
                 logits = other(torch.tensor([sample.prompt_ids + sample.completion_ids]))[
                     0, len(sample.prompt_ids) - 1 : -1
                 ]
-            theirs = logits.log_softmax(-1)[range(len(sample.completion_ids)), list(sample.completion_ids)].sum().item()
-            rewards.append(float(sample.completion_ids[0] % 2 == 0) - 0.5 * (sum(sample.logprobs) - theirs))
+            theirs = logits.log_softmax(-1)[range(len(sample.completion_ids)), list(sample.completion_ids)]
+            gaps = theirs - torch.tensor(sample.logprobs)
+            rewards.append(float(sample.completion_ids[0] % 2 == 0) + 0.5 * gaps.sum().item())
+            k3 += (gaps.exp() - gaps - 1).tolist()
         rows = {
             row.completion_ids: row.advantages[0] for row in feed.rollout.rows if row.prompt_ids == group[0].prompt_ids
         }
         for sample, reward in zip(group, rewards, strict=True):
             assert rows[sample.completion_ids] == pytest.approx(reward - sum(rewards) / 4, abs=1e-4)
+    assert batch.metric_sums["kl"] == pytest.approx((sum(k3), len(k3)), rel=1e-4)
 
 
 def test_process_supervision_gives_every_step_its_own_advantage():

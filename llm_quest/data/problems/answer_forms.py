@@ -23,6 +23,7 @@ TAGGED = re.compile(r"<think>(.+?)</think>\s*<answer>(.+?)</answer>", re.DOTALL)
 TAGS = re.compile(r"</?(?:think|answer)>")
 ANSWER_TAG = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 LAST_NUMBER = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?", re.ASCII)
+THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}\b)")
 MAX_BOXES = 1000
 
 
@@ -146,7 +147,7 @@ def gold_answer(text: str) -> str:
     or the text itself."""
     text = text.strip()
     if HASHES in text:
-        return (last_hashes_answer(text) or "").replace(",", "")
+        return THOUSANDS.sub("", last_hashes_answer(text) or "")
     return last_boxed_answer(text) or text
 
 
@@ -155,4 +156,4 @@ def normalize_answer(text: str) -> str:
     text = re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\[ ,;!]|[$€£%*_`\"]", "", text)
     text = re.sub(r"\s+", " ", text).strip().rstrip(".!").strip()
-    return re.sub(r"(?<=[0-9]),(?=[0-9]{3}\b)", "", text).casefold()
+    return THOUSANDS.sub("", text).casefold()
