@@ -172,3 +172,26 @@ def test_every_training_argument_is_set_by_a_recipe():
     given = {node.arg for node in nodes if isinstance(node, ast.keyword)}
     given |= {getattr(key, "value", None) for node in nodes if isinstance(node, ast.Dict) for key in node.keys}
     assert fields - given == set(UNSET_ARGUMENTS)
+
+
+SET_ON_OTHERS = {
+    "dont_write_bytecode": "sys",
+    "jaxtyped": "jaxtyping",
+    "loss_weights": "TRL's DPOTrainer",
+    **dict.fromkeys(("flash_attn_type", "cache_type_k", "cache_type_v", "lora_adapters"), "llama.cpp"),
+    "should_exit": "uvicorn",
+}
+"""Attribute that a test sets on an object of somebody else's."""
+
+
+def test_tests_set_attributes_that_the_package_has():
+    """One of an old name would be set and read by nobody, and the test could not fail."""
+    words = {word for file in PACKAGE.rglob("*.py") for word in re.findall(r"\w+", file.read_text(encoding="utf-8"))}
+    for file in (ROOT / "tests").rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        found = re.findall(
+            r"^ *(?!self\b|cls\b)[A-Za-z_][\w.\[\]]*\.([a-zA-Z]\w*)(?:: [^=\n]+)? = ", text, re.MULTILINE
+        )
+        lost = {name for name in found if name not in words | SET_ON_OTHERS.keys()}
+        lost = {name for name in lost if len(re.findall(rf"\.{name}\b", text)) == 1}  # the test reads its own
+        assert not lost, f"{file.name} sets what nobody reads"
