@@ -2,8 +2,9 @@
 // bfloat16.
 //
 // Decoding reads every weight once, so the time is that of reading W and of widening it: codes become floats in
-// registers and are never written. A tile is one row of W with one row or four rows of x. W is read in the order in which
-// it lies: with four rows of W at once the same sums took twice the time.
+// registers and are never written. For one row of x a tile has four rows of W, one from each quarter of W: a core reads
+// four runs in distant pages twice as fast as one (25.8 against 11.2 GB/s from pages of 4 KB), and four neighbouring rows
+// half as fast. For four rows of x it has one row of W, and W is read in order.
 //
 // The sum of one (x row, W row) pair has the same order in every tile, so a row's result has the same bits whatever rows
 // come with it. The instruction set is chosen at run time; ATEN_CPU_CAPABILITY=avx2|default lowers the choice, as in
@@ -29,7 +30,7 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t GROUP = 32, TILE = 4;
+constexpr int64_t GROUP = 32, TILE = 4, STREAMS = 4;
 constexpr int64_t PREFETCH = 1024;  // bytes ahead: 1.5 times as fast with AVX512 here, level with AVX2
 constexpr int64_t MIN_WORK = 1 << 17;  // products that repay a thread
 

@@ -8,85 +8,104 @@
 //   multiply_add(Floats a, Floats b, Floats c)         a * b + c
 //   add, sum_lanes
 
-// Plain numbers, or codes of 8 bits: one number after another.
-template <int M, class Code>
-inline void sum_row(const Code* w, const float* x, int64_t K, float* sums) {
-  Floats even[M], odd[M];
-  for (int m = 0; m < M; m++) even[m] = odd[m] = broadcast(0);
+// Sums of R rows of W, `apart` numbers from each to the next, with M rows of x. Plain numbers, or codes of 8 bits.
+template <int R, int M, class Code>
+inline void sum_rows(const Code* w, int64_t apart, const float* x, int64_t K, float sums[R][M]) {
+  Floats even[R][M], odd[R][M];
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) even[r][m] = odd[r][m] = broadcast(0);
   int64_t k = 0;
   for (; k + 2 * LANES <= K; k += 2 * LANES) {
-    prefetch_ahead(w + k, 2 * LANES * sizeof(Code));
-    const Floats v = widen(w + k), u = widen(w + k + LANES);
-    for (int m = 0; m < M; m++) {
-      even[m] = multiply_add(v, load(x + m * K + k), even[m]);
-      odd[m] = multiply_add(u, load(x + m * K + k + LANES), odd[m]);
+    for (int r = 0; r < R; r++) {
+      const Code* row = w + r * apart + k;
+      if (R == 1) prefetch_ahead(row, 2 * LANES * sizeof(Code));
+      const Floats v = widen(row), u = widen(row + LANES);
+      for (int m = 0; m < M; m++) {
+        even[r][m] = multiply_add(v, load(x + m * K + k), even[r][m]);
+        odd[r][m] = multiply_add(u, load(x + m * K + k + LANES), odd[r][m]);
+      }
     }
   }
-  for (int m = 0; m < M; m++) {
-    sums[m] = sum_lanes(add(even[m], odd[m]));
-    for (int64_t rest = k; rest < K; rest++) sums[m] += widen_one(w[rest]) * x[m * K + rest];
+  for (int r = 0; r < R; r++) {
+    for (int m = 0; m < M; m++) {
+      sums[r][m] = sum_lanes(add(even[r][m], odd[r][m]));
+      for (int64_t rest = k; rest < K; rest++) sums[r][m] += widen_one(w[r * apart + rest]) * x[m * K + rest];
+    }
   }
 }
 
 // Codes of 8 bits, one scale for each row.
-template <int M, class Scale>
-inline void int8_tile(const Product& p, int64_t n, int64_t o) {
-  float sums[M];
-  sum_row<M>(reinterpret_cast<const int8_t*>(p.q) + o * p.width, p.x + n * p.width, p.width, sums);
-  const float scale = widen_one(scales_of<Scale>(p)[o]);
-  for (int m = 0; m < M; m++) p.y[(n + m) * p.out + o] = sums[m] * scale;
+template <int R, int M, class Scale>
+inline void int8_tile(const Product& p, int64_t n, int64_t o, int64_t step) {
+  float sums[R][M];
+  sum_rows<R, M>(reinterpret_cast<const int8_t*>(p.q) + o * p.width, step * p.width, p.x + n * p.width, p.width, sums);
+  for (int r = 0; r < R; r++) {
+    const float scale = widen_one(scales_of<Scale>(p)[o + r * step]);
+    for (int m = 0; m < M; m++) p.y[(n + m) * p.out + o + r * step] = sums[r][m] * scale;
+  }
 }
 
 // Plain numbers.
-template <int M, class Number>
-inline void float_tile(const Product& p, int64_t n, int64_t o) {
-  float sums[M];
-  sum_row<M>(reinterpret_cast<const Number*>(p.q) + o * p.width, p.x + n * p.width, p.width, sums);
-  for (int m = 0; m < M; m++) p.y[(n + m) * p.out + o] = sums[m];
+template <int R, int M, class Number>
+inline void float_tile(const Product& p, int64_t n, int64_t o, int64_t step) {
+  float sums[R][M];
+  sum_rows<R, M>(reinterpret_cast<const Number*>(p.q) + o * p.width, step * p.width, p.x + n * p.width, p.width, sums);
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) p.y[(n + m) * p.out + o + r * step] = sums[r][m];
 }
 
 // Pairs of 4-bit codes, and a scale for each group: w = scale * level[code] with TABLE, else scale * code + minimum.
-template <int M, class Scale, bool TABLE>
-inline void int4_tile(const Product& p, int64_t n, int64_t o) {
-  const int64_t K = p.width, groups = K / GROUP;
-  const uint8_t* pairs = p.q + o * groups * (GROUP / 2);
-  const auto* scales = scales_of<Scale>(p) + o * groups * (TABLE ? 1 : 2);
+template <int R, int M, class Scale, bool TABLE>
+inline void int4_tile(const Product& p, int64_t n, int64_t o, int64_t step) {
+  const int64_t K = p.width, groups = K / GROUP, per_row = groups * (TABLE ? 1 : 2);
+  const uint8_t* first = p.q + o * groups * (GROUP / 2);
+  const Scale* scales = scales_of<Scale>(p) + o * per_row;
   const float* x = p.x + n * K;
-  Floats even[M], odd[M];
-  for (int m = 0; m < M; m++) even[m] = odd[m] = broadcast(0);
+  Floats even[R][M], odd[R][M];
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) even[r][m] = odd[r][m] = broadcast(0);
   for (int64_t g = 0; g < groups; g++) {
-    const Floats scale = broadcast(widen_one(scales[g]));
-    const Floats minimum = broadcast(TABLE ? 0.0f : widen_one(scales[groups + g]));
-    for (int64_t j = 0; j < GROUP / 2; j += LANES) {
-      Codes low, high;
-      unpack(pairs + g * (GROUP / 2) + j, low, high);
-      const Floats v = multiply_add(TABLE ? look_up(low, p.levels) : to_floats(low), scale, minimum);
-      const Floats w = multiply_add(TABLE ? look_up(high, p.levels) : to_floats(high), scale, minimum);
-      for (int m = 0; m < M; m++) {
-        const float* group = x + m * K + g * GROUP + j;
-        even[m] = multiply_add(v, load(group), even[m]);
-        odd[m] = multiply_add(w, load(group + GROUP / 2), odd[m]);
+    for (int r = 0; r < R; r++) {
+      const uint8_t* pairs = first + (r * step * groups + g) * (GROUP / 2);
+      const Floats scale = broadcast(widen_one(scales[r * step * per_row + g]));
+      const Floats minimum = broadcast(TABLE ? 0.0f : widen_one(scales[r * step * per_row + groups + g]));
+      for (int64_t j = 0; j < GROUP / 2; j += LANES) {
+        Codes low, high;
+        unpack(pairs + j, low, high);
+        const Floats v = multiply_add(TABLE ? look_up(low, p.levels) : to_floats(low), scale, minimum);
+        const Floats w = multiply_add(TABLE ? look_up(high, p.levels) : to_floats(high), scale, minimum);
+        for (int m = 0; m < M; m++) {
+          const float* group = x + m * K + g * GROUP + j;
+          even[r][m] = multiply_add(v, load(group), even[r][m]);
+          odd[r][m] = multiply_add(w, load(group + GROUP / 2), odd[r][m]);
+        }
       }
     }
   }
-  for (int m = 0; m < M; m++) p.y[(n + m) * p.out + o] = sum_lanes(add(even[m], odd[m]));
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) p.y[(n + m) * p.out + o + r * step] = sum_lanes(add(even[r][m], odd[r][m]));
 }
 
-template <int M, class Scale>
-inline void tile(const Product& p, int64_t n, int64_t o) {
-  if (p.format == INT8) int8_tile<M, Scale>(p, n, o);
-  if (p.format == INT4) int4_tile<M, Scale, false>(p, n, o);
-  if (p.format == NF4) int4_tile<M, Scale, true>(p, n, o);
-  if (p.format == FLOAT32) float_tile<M, float>(p, n, o);
-  if (p.format == BFLOAT16) float_tile<M, BFloat16>(p, n, o);
+// R rows of W, `step` rows from each to the next, with M rows of x.
+template <int R, int M, class Scale>
+inline void tile(const Product& p, int64_t n, int64_t o, int64_t step) {
+  if (p.format == INT8) int8_tile<R, M, Scale>(p, n, o, step);
+  if (p.format == INT4) int4_tile<R, M, Scale, false>(p, n, o, step);
+  if (p.format == NF4) int4_tile<R, M, Scale, true>(p, n, o, step);
+  if (p.format == FLOAT32) float_tile<R, M, float>(p, n, o, step);
+  if (p.format == BFLOAT16) float_tile<R, M, BFloat16>(p, n, o, step);
 }
 
-// The rows of W from `begin` up to `end`, with all rows of x.
+// The rows of W from `begin` up to `end`, with all rows of x: STREAMS parts at once, or in order where there are rows of
+// x enough for a tile.
 template <class Scale>
 void multiply(const Product& p, int64_t begin, int64_t end) {
-  for (int64_t o = begin; o < end; o++) {
+  const int64_t step = p.rows < TILE ? (end - begin) / STREAMS : 0;
+  for (int64_t o = begin; o < begin + step; o++)
+    for (int64_t n = 0; n < p.rows; n++) tile<STREAMS, 1, Scale>(p, n, o, step);
+  for (int64_t o = begin + STREAMS * step; o < end; o++) {
     int64_t n = 0;
-    for (; n + TILE <= p.rows; n += TILE) tile<TILE, Scale>(p, n, o);
-    for (; n < p.rows; n++) tile<1, Scale>(p, n, o);
+    for (; n + TILE <= p.rows; n += TILE) tile<1, TILE, Scale>(p, n, o, 0);
+    for (; n < p.rows; n++) tile<1, 1, Scale>(p, n, o, 0);
   }
 }
