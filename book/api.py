@@ -6,12 +6,11 @@ from __future__ import annotations
 import ast
 import html
 import inspect
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from book.markdown import Renderer, colour_code
-from book.source import PACKAGE, Definition, definitions, flat, paragraphs, parse
+from book.source import PACKAGE, Definition, definitions, opening_sentence, parse
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,7 @@ def fields(node: ast.ClassDef) -> list[str]:
 
 
 def first_sentence(node: Definition | ast.Module) -> str:
-    text = ast.get_docstring(node) or ""
-    return re.split(r"(?<!\bal)(?<!\bet)[.:] (?=[A-Z`])", flat(paragraphs(text)[0]))[0].rstrip(".:") if text else ""
+    return opening_sentence(ast.get_docstring(node) or "")
 
 
 def module_body(module: Module, markdown: Renderer) -> str:

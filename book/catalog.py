@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -94,5 +95,16 @@ def papers() -> Iterator[Subject]:
 
 def read_questions() -> dict[str, str]:
     """KIND/NAME -> the question that its page answers."""
+    return {key: line.rpartition(" | ")[2] for key, line in read_lines().items()}
+
+
+def read_titles() -> dict[str, str]:
+    """KIND/NAME -> the title of its page, in the words of its field; empty for a paper."""
+    return {key: line.rpartition(" | ")[0] for key, line in read_lines().items()}
+
+
+@cache
+def read_lines() -> dict[str, str]:
+    """KIND/NAME -> its line: TITLE | QUESTION, or QUESTION."""
     read = yaml.safe_load(QUESTIONS.read_text(encoding="utf-8"))
-    return {f"{kind}/{name}": question for kind, named in read.items() for name, question in named.items()}
+    return {f"{kind}/{name}": line for kind, named in read.items() for name, line in named.items()}

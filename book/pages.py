@@ -23,11 +23,22 @@ from book.blocks import (
     recorded_block,
     recorded_mutations,
 )
-from book.catalog import Subject, read_questions
+from book.catalog import Subject, read_questions, read_titles, techniques
 from book.equations import symbol_rows
 from book.markdown import Renderer, colour_code, output_block
 from book.run import Examples
-from book.source import PACKAGE, ROOT, code_of, docstring_of, flat, papers_of, paragraphs, public_names, split_mistakes
+from book.source import (
+    PACKAGE,
+    ROOT,
+    code_of,
+    docstring_of,
+    flat,
+    opening_sentence,
+    papers_of,
+    paragraphs,
+    public_names,
+    split_mistakes,
+)
 from book.switch import switch_section
 
 if TYPE_CHECKING:
@@ -73,8 +84,8 @@ BENCHMARKS = {
 
 
 def title_of(subject: Subject) -> str:
-    """The name of a page: a paper's title, else the subject's own name."""
-    return paper_of(subject).title if subject.kind == "paper" else subject.name
+    """A paper's title, else what its field calls the subject; its name in the code where nothing says that."""
+    return paper_of(subject).title if subject.kind == "paper" else read_titles().get(subject.key) or subject.name
 
 
 def paper_of(subject: Subject) -> Paper:
@@ -102,10 +113,16 @@ def make_sections(subject: Subject, markdown: Renderer, examples: Examples | Non
 
 
 def summary_of(subject: Subject) -> str:
-    """The first sentence of what a page says, for lists and search."""
-    text = docstring_text(subject)
-    first = flat(paragraphs(text)[0]) if text else ""
-    return re.split(r"(?<=[.:])\s", first)[0]
+    """The first sentence of what a page says, for lists and search; of several subjects in a file, their own."""
+    own = docstring_of(f"{subject.file}:{subject.anchor}") if subject.file in shared_files() else ""
+    return opening_sentence(split_mistakes(own)[0] or docstring_text(subject))
+
+
+@cache
+def shared_files() -> frozenset[str]:
+    """Files that hold several techniques."""
+    files = [one.file for one in techniques()]
+    return frozenset(one for one in files if files.count(one) > 1)
 
 
 def docstring_text(subject: Subject) -> str:

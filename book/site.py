@@ -39,7 +39,8 @@ class BookError(ValueError):
 
 @dataclass(frozen=True)
 class Page:
-    """A file of the site. path: relative to it; group: the heading that lists it; text: what search reads."""
+    """A file of the site. path: relative to it; group: the heading that lists it; text: what search reads; name: what
+    the code calls its subject."""
 
     path: str
     title: str
@@ -47,6 +48,7 @@ class Page:
     summary: str
     body: str
     text: str = ""
+    name: str = ""
 
 
 @dataclass
@@ -157,7 +159,8 @@ def make_subject_pages(book: Book, subjects: list[Subject], examples: Examples |
         markdown = Renderer(dict(BLOCKS), book.link)
         sections = make_sections(subject, markdown, examples)
         title = title_of(subject)
-        body = f"<h1>{html.escape(title)}</h1><p class='question'>{html.escape(questions[subject.key])}</p>"
+        body = f"<h1>{html.escape(title)} <code>{subject.name}</code></h1>"
+        body += f"<p class='question'>{html.escape(questions[subject.key])}</p>"
         body += "".join(f'<section><h2 id="{anchor(h)}">{h}</h2>{text}</section>' for h, text in sections)
         summary = summary_of(subject)
         yield Page(
@@ -167,6 +170,7 @@ def make_subject_pages(book: Book, subjects: list[Subject], examples: Examples |
             summary,
             body,
             f"{questions[subject.key]} {summary} {subject.name}",
+            subject.name,
         )
 
 
@@ -211,10 +215,15 @@ def make_index(pages: list[Page], book: Book) -> Page:
 def make_kind_indexes(pages: list[Page]) -> Iterator[Page]:
     for kind, name in SECTIONS.items():
         items = "".join(
-            f'<li><a href="{Path(one.path).name}">{html.escape(one.title)}</a><p>{html.escape(one.summary)}</p></li>'
-            for one in pages if one.group == name
+            f'<li><a href="{Path(one.path).name}">{html.escape(one.title)}</a>{code_name(one)}'
+            f"<p>{html.escape(one.summary)}</p></li>" for one in pages if one.group == name
         )  # fmt: skip
         yield Page(f"{kind}/index.html", name, "", "", f"<h1>{name}</h1><ul class='chapters'>{items}</ul>")
+
+
+def code_name(page: Page) -> str:
+    """What the code calls the subject of a page, beside its title."""
+    return f" <code>{page.name}</code>" if page.name else ""
 
 
 def write_pages(out: Path, pages: list[Page]) -> None:

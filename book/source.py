@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,12 @@ def split_mistakes(text: str) -> tuple[str, list[str]]:
                 one.strip() for one in re.split(r";\s+|(?<=[a-z0-9`)])\.\s+(?=[A-Za-z])", flat(after)) if one.strip()
             ]
     return "\n\n".join(kept), [one.rstrip(".") for one in found]
+
+
+def opening_sentence(text: str) -> str:
+    """The first sentence of a docstring, without the drawing or formula that follows it."""
+    lines = itertools.takewhile(lambda line: line.strip() and not line.startswith("   "), text.lstrip().splitlines())
+    return re.split(r"(?<!\bal)(?<!\bet)\. (?=[A-Z`]|\w+: )", flat(" ".join(lines)))[0].rstrip(".:")
 
 
 def flat(text: str) -> str:

@@ -3,8 +3,10 @@ link leads somewhere, every formula parses. `make book` also runs every example.
 
 from __future__ import annotations
 
+import html
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 import typer
@@ -41,6 +43,26 @@ def test_every_subject_of_the_package_has_a_page_with_its_question_and_code(buil
         assert questions[subject.key].endswith("?"), subject.key
         assert f"<figcaption>llm_quest/{subject.file}" in text, f"{subject.key} shows no code"
     assert len({page.path for page in made}) == len(made)
+
+
+def test_the_title_of_a_page_is_the_name_of_its_field_and_what_the_code_calls_it_stands_beside(built):
+    out, made = built
+    titled = [one for one in made if one.group != "API"]
+    assert [one.path for one in titled if re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", one.title)] == []
+    assert len({one.title for one in titled}) == len(titled), "two pages of one title"
+    for one in (one for one in titled if one.name):
+        text = (out / one.path).read_text(encoding="utf-8")
+        assert f"<h1>{html.escape(one.title)} <code>{one.name}</code></h1>" in text, one.path
+        listed = (out / Path(one.path).parent / "index.html").read_text(encoding="utf-8")
+        assert f">{html.escape(one.title)}</a> <code>{one.name}</code>" in listed, one.path
+
+
+def test_the_first_sentence_of_a_docstring_ends_before_its_drawing_and_its_options():
+    drawn = "A mixer: DPO's kin, by Su et al. Roughly so.\n\n    x -> y\n\nMore."
+    assert source.opening_sentence(drawn) == "A mixer: DPO's kin, by Su et al. Roughly so"
+    assert source.opening_sentence("Streams of a\nmodel:\n    in -> out\n") == "Streams of a model"
+    assert source.opening_sentence("Adapters. rank: r. More.") == "Adapters"
+    assert source.opening_sentence("") == ""
 
 
 def test_every_public_class_and_function_is_on_its_api_page_with_its_signature(built):
