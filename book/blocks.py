@@ -115,7 +115,7 @@ def exercises_block(words: str, file: str = "") -> str:
 def card_block(words: str, body: str = "") -> str:
     """The plot of a paper's card."""
     svg = (ROOT / f"docs/papers/{words}.svg").read_text(encoding="utf-8")
-    return f'<figure class="plot">{svg[svg.index("<svg") :]}</figure>'
+    return f'<figure class="card" tabindex="0">{svg[svg.index("<svg") :]}</figure>'
 
 
 BLOCKS = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from book.api import module_name
 from book.source import find
 
-WIDTH, HEIGHT, GAP = 620, 46, 30
+WIDTH, HEIGHT, GAP = 400, 46, 30
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,17 @@ FLOWS: dict[str, tuple[str, tuple[FlowStep, ...]]] = {
 def draw_flow(name: str, root: str = "../") -> str:
     """A flow as HTML. root: from the page to the site's first folder."""
     caption, steps = FLOWS[name]
-    height = len(steps) * (HEIGHT + GAP) - GAP + 4
+    height = len(steps) * (HEIGHT + GAP) + 4
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(caption)}" '
         f'xmlns="http://www.w3.org/2000/svg" font-family="system-ui, sans-serif" font-size="13">'
     ]
     for number, step in enumerate(steps):
-        parts.append(draw_step(step, 2 + number * (HEIGHT + GAP), root, last=number == len(steps) - 1))
+        parts.append(draw_step(step, 2 + number * (HEIGHT + GAP), root))
     return f'<figure class="flow">{"".join(parts)}</svg><figcaption>{html.escape(caption)}</figcaption></figure>'
 
 
-def draw_step(step: FlowStep, top: int, root: str, *, last: bool) -> str:
+def draw_step(step: FlowStep, top: int, root: str) -> str:
     """A box that links to its code, and the arrow under it with what goes out."""
     find(step.anchor)
     file, _, name = step.anchor.partition(":")
@@ -92,8 +92,6 @@ def draw_step(step: FlowStep, top: int, root: str, *, last: bool) -> str:
         f'<text x="16" y="{top + 37}" fill="var(--link)" font-family="ui-monospace, monospace" font-size="11">'
         f"{html.escape(file)}: {html.escape(name)}</text></a>"
     )
-    x, y = (middle + 12, bottom + 19) if not last else (middle + 80, top + 20)
-    out = f'<text x="{x}" y="{y}" fill="var(--ink)">{html.escape(step.out)}</text>'
+    out = f'<text x="{middle + 12}" y="{bottom + 19}" fill="var(--ink)">{html.escape(step.out)}</text>'
     head = f"M{middle} {bottom}V{bottom + GAP - 2}m-5 -6l5 6l5 -6"
-    arrow = "" if last else f'<path d="{head}" fill="none" stroke="var(--s1)" stroke-width="2"/>'
-    return box + arrow + out
+    return box + f'<path d="{head}" fill="none" stroke="var(--s1)" stroke-width="2"/>' + out

@@ -51,7 +51,7 @@ MAX_CODE_LINES = 60
 PAGE_FIGURES = {
     "layer/scaled_dot_product": "masks", "layer/rotary": "rotary", "layer/kv_cache": "cache",
     "technique/softcap": "softcap", "technique/length": "rotary", "objective/preference_losses": "preference",
-    "objective/surrogates": "clipping", "layer/latent_attention": "cache", "layer/delta_net": "cache",
+    "objective/surrogates": "clipping", "layer/latent_attention": "latent", "layer/delta_net": "cache",
 }  # fmt: skip
 PAPER_PAGES = {
     "technique/qk_clip": "qk_clip", "technique/dyt": "dyt", "technique/hyper_connections": "hyper_connections",
