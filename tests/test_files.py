@@ -97,6 +97,7 @@ WRITES_IN_A_STAGE = {
     "hub/mmap.py": "a temporary folder of its own",
     "files.py": "the functions that all others use",
     "hub/gguf.py": "a new file, never an existing one",
+    "hub/downloads.py": "appends to a part of a file, which has a name of its own",
     "hub/wllama.py": "the stage of a file in the cache",
     "cli/export_web.py": "the stage of the folder",
     "experiments/ledger.py": "appends rows under its own lock",

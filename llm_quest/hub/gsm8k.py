@@ -10,6 +10,7 @@ from pathlib import Path
 from llm_quest.data.problems.gsm8k import read_gsm8k, split_gsm8k_validation
 from llm_quest.data.problems.problem import Problem
 from llm_quest.errors import DataError, MissingError
+from llm_quest.hub.downloads import fetch_snapshot
 from llm_quest.hub.locate import describe_download_failure, unreachable_reason
 
 NAME = "openai/gsm8k"
@@ -43,10 +44,10 @@ def gsm8k_from_hub(part: str) -> list[Problem]:
 
 
 def download_dataset_file(file: str) -> Path:
-    import huggingface_hub
-
     try:
-        return Path(huggingface_hub.hf_hub_download(NAME, file, repo_type="dataset"))
+        fetched = fetch_snapshot(NAME, repo_type="dataset", allow_patterns=[file]) / file
+        fetched.stat()  # of a commit that is there in part, without a network
+        return fetched
     except Exception as error:  # also what the packages below raise
         reason = unreachable_reason(describe_download_failure(error))
         raise MissingError(

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
-import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_quest.atomic_dirs import SWEEP_SECONDS
 from llm_quest.errors import DataError, MissingError, UsageError
-from llm_quest.files import file_sha256, load_json, parse_digits, read_pointer
+from llm_quest.files import load_json, parse_digits, read_pointer
+from llm_quest.hub.downloads import fetch_snapshot
 from llm_quest.manifest import MANIFEST_FILE, find_fault
 from llm_quest.models.build import presets
 
@@ -185,19 +182,10 @@ def checkpoints_newest_first(run: Path) -> list[Path]:
 
 def download_snapshot(name: str, patterns: list[str], revision: str | None) -> Path:
     """The hub's files in the local cache, downloaded where needed (HF_HOME and HF_HUB_OFFLINE are honoured)."""
-    import huggingface_hub
     from huggingface_hub import errors
 
-    from llm_quest.hub.download_rate import require_rate
-
-    began = time.time()
     try:
-        download = huggingface_hub.snapshot_download
-        with require_rate():
-            folder = Path(download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
-        remove_damaged(folder, began - 1)
-        sweep_partial_downloads(folder.parents[1] / "blobs")
-        return folder
+        return fetch_snapshot(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
     except errors.GatedRepoError:
         raise MissingError(
             f"{name} is gated: accept its licence on its hub page, then log in by `hf auth login`"
@@ -210,36 +198,6 @@ def download_snapshot(name: str, patterns: list[str], revision: str | None) -> P
         raise DataError(f"there is no folder {name!r} here and no such model on the hub{preset_hint(name)}") from None
     except Exception as error:  # also what the packages below raise: httpx's errors, a portal's page that is no JSON
         raise offline_error(name, "config.json", describe_download_failure(error)) from None
-
-
-def remove_damaged(snapshot: Path, since: float) -> None:
-    """Remove the files of a snapshot that have arrived since then and are not what the hub says, and raise OSError. The
-    cache names what it holds by its sha256 (large files) or by git's hash; `huggingface_hub` compares sizes alone."""
-    for file in sorted(snapshot.iterdir()):
-        blob = file.resolve()
-        named = re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name)
-        if named is None or blob.stat().st_mtime < since:
-            continue
-        found = file_sha256(blob) if len(blob.name) == 64 else git_blob_sha1(blob)
-        if found != blob.name:
-            file.unlink()
-            blob.unlink(missing_ok=True)
-            raise OSError(f"{file.name} was damaged on its way, and is removed")
-
-
-def sweep_partial_downloads(blobs: Path) -> None:
-    """Remove what downloads that were killed a day ago or longer have left: `huggingface_hub` gives each download a
-    name of its own, so none goes on with it."""
-    for stray in blobs.glob("*.incomplete"):
-        with suppress(OSError):
-            if time.time() - stray.stat().st_mtime > SWEEP_SECONDS:
-                stray.unlink()
-
-
-def git_blob_sha1(file: Path) -> str:
-    """The name that git gives a file's content."""
-    content = file.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def describe_download_failure(error: Exception) -> str:

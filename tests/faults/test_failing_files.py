@@ -37,6 +37,7 @@ WITHOUT_A_WRITER = {
     "hub/mmap.py": "a temporary folder of its own; what fails there means that nothing is mapped",
     "report/plots.py": "drawn in memory",
     "cli/export_web.py": "a stage that atomic_dir renames (tests/cli/test_export_web.py)",
+    "hub/downloads.py": "tests/faults/test_downloads.py, at every third call",
     "hub/wllama.py": "a cache; what fails there costs the next download",
     "train/trackers.py": "a tracker that fails is left out (tests/train/test_trackers.py)",
 }
