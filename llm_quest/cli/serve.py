@@ -16,7 +16,7 @@ from llm_quest.contracts import LogFn
 from llm_quest.data.chat import find_template_fault
 from llm_quest.errors import QuestError, UsageError
 from llm_quest.hub.load_adapter import load_adapter
-from llm_quest.hub.locate import resolve_checkpoint
+from llm_quest.hub.locate import locate_adapter, locate_model
 from llm_quest.hub.pooling import Pooling, read_pooling
 from llm_quest.serve.server import LoadedModel, ServeOptions, bind_socket, http_server, make_server, run_server
 
@@ -86,7 +86,8 @@ def load_model(name_or_path: str, device: str, dtype: str, log: LogFn) -> Loaded
 def find_pooling(name_or_path: str, log: LogFn) -> Pooling | None:
     """How a folder's model makes embeddings; None, and a note, where that is not computed here."""
     try:
-        return read_pooling(resolve_checkpoint(name_or_path))
+        location = locate_model(name_or_path)
+        return None if location.gguf_file is not None else read_pooling(location.folder)
     except QuestError as error:
         log(f"note: no embeddings: {error}")
         return None
@@ -105,7 +106,7 @@ def load_adapted(name_or_path: str, folder: str, parent: str, device: str, dtype
 @contextmanager
 def adapter_folder(path: str) -> Iterator[Path]:
     """The folder of an adapter. The adapter of a run, or of one of its checkpoints, is exported while it is read."""
-    run = resolve_checkpoint(path)
+    run = locate_adapter(path)
     if not (run / "model.json").is_file() and run.parent.name != "checkpoints":
         yield run
         return

@@ -24,7 +24,13 @@ TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
+POOLING_FILES = (
+    *("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+)
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+OTHER_WEIGHTS = ["*/*.safetensors", "*/*.bin"]
+"""Of folders within a repository, which `*` of the patterns would let through."""
 PICKLE_FILES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 
 
@@ -58,8 +64,17 @@ def locate_model(name_or_path: str | Path, *, revision: str | None = None, allow
         raise DataError(f"{name_or_path} is a file; give the folder that holds it, with its config.json")
     if not HUB_ID.fullmatch(str(name_or_path)) or ".." in str(name_or_path):
         raise DataError(f"there is no folder {str(name_or_path)!r}")
-    patterns = [*CONFIG_FILES, *WEIGHT_FILES, *TOKENIZER_FILES, *IMAGE_FILES, *(PICKLE_FILES if allow_pickle else ())]
+    patterns = [*CONFIG_FILES, *WEIGHT_FILES, *TOKENIZER_FILES, *POOLING_FILES, *IMAGE_FILES]
+    patterns += PICKLE_FILES if allow_pickle else ()
     return ModelLocation(download_snapshot(str(name_or_path), patterns, revision), str(name_or_path), from_hub=True)
+
+
+def locate_adapter(name_or_path: str | Path) -> Path:
+    """The folder of an adapter: one that is here (of a run its checkpoint), else a hub id's."""
+    folder = resolve_checkpoint(name_or_path)
+    if folder.exists() or not HUB_ID.fullmatch(str(name_or_path)):
+        return folder
+    return download_snapshot(str(name_or_path), [*ADAPTER_FILES], None)
 
 
 def resolve_checkpoint(name_or_path: str | Path) -> Path:
@@ -185,7 +200,7 @@ def download_snapshot(name: str, patterns: list[str], revision: str | None) -> P
     from huggingface_hub import errors
 
     try:
-        return fetch_snapshot(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
+        return fetch_snapshot(name, revision=revision, allow_patterns=patterns, ignore_patterns=OTHER_WEIGHTS)
     except errors.GatedRepoError:
         raise MissingError(
             f"{name} is gated: accept its licence on its hub page, then log in by `hf auth login`"

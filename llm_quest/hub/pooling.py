@@ -1,7 +1,7 @@
 """How a folder says that its model makes embeddings: the files of sentence-transformers, as Qwen3-Embedding has them.
 
       modules.json            [{"type": "X.Transformer"}, {"type": "X.Pooling", "path": "1_Pooling"}, ...]
-      1_Pooling/config.json   {"pooling_mode_lasttoken": true, "pooling_mode_mean_tokens": false, ...}
+      1_Pooling/config.json   {"pooling_mode": "lasttoken"}; older: {"pooling_mode_lasttoken": true, ...}
 
 The embedding is the last token's vector behind the final norm, or the mean of all tokens', perhaps divided by its
 length ("X.Normalize").
@@ -21,6 +21,8 @@ from llm_quest.errors import DataError, UsageError
 from llm_quest.files import load_json
 
 MODULES = "modules.json"
+TEXT_FILES = ("sentence_bert_config.json", "config_sentence_transformers.json")
+"""What they say of texts: their length and case; what stands before them."""
 POOLING_MODES: dict[str, Literal["lasttoken", "mean"]] = {
     "pooling_mode_lasttoken": "lasttoken",
     "pooling_mode_mean_tokens": "mean",
@@ -30,10 +32,12 @@ POOLING_MODES: dict[str, Literal["lasttoken", "mean"]] = {
 
 @dataclass(frozen=True)
 class Pooling:
-    """From the vectors of a text's tokens to its embedding. normalize: to length 1."""
+    """From the vectors of a text's tokens to its embedding. normalize: to length 1. max_tokens: of a text; None: the
+    model's context."""
 
     mode: Literal["lasttoken", "mean"]
     normalize: bool
+    max_tokens: int | None = None
 
     def __call__(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, " D"]:
         """In float32."""
@@ -57,14 +61,32 @@ def read_pooling(folder: Path) -> Pooling | None:
     path = modules[1].get("path")
     if not isinstance(path, str) or Path(path).name != path:
         raise DataError(f"{folder / MODULES}: the path {path!r:.80} of Pooling is no name of a folder")
-    return Pooling(read_mode(folder / path / "config.json"), normalize="Normalize" in kinds)
+    mode = read_mode(folder / path / "config.json")
+    return Pooling(mode, normalize="Normalize" in kinds, max_tokens=read_text_limit(folder))
 
 
 def read_mode(file: Path) -> Literal["lasttoken", "mean"]:
     """The one mode that a pooling's config.json turns on. UsageError for another, or several."""
-    on = [name for name, value in load_json(file).items() if name.startswith("pooling_mode_") and value is True]
-    if len(on) != 1 or on[0] not in POOLING_MODES:
+    config = load_json(file)
+    on = [name for name, value in config.items() if name.startswith("pooling_mode_") and value is True]
+    if (given := config.get("pooling_mode")) is not None:
+        on = [str(one) for one in given] if isinstance(given, list) else [str(given)]
+    known = POOLING_MODES | {mode: mode for mode in POOLING_MODES.values()}
+    if len(on) != 1 or on[0] not in known:
+        raise UsageError(f"{file}: {', '.join(on)[:200] or 'no mode'} is on; one of {', '.join(known)} is computed")
+    return known[on[0]]
+
+
+def read_text_limit(folder: Path) -> int | None:
+    """How many tokens of a text are read, where the folder says it. UsageError where its texts are changed first."""
+    texts, prompts = (load_json(file) if (file := folder / name).is_file() else {} for name in TEXT_FILES)
+    if texts.get("do_lower_case") is True:
+        raise UsageError(f"{folder / TEXT_FILES[0]}: do_lower_case is on; texts are embedded as they are")
+    if (name := prompts.get("default_prompt_name")) is not None:
         raise UsageError(
-            f"{file}: {', '.join(on)[:200] or 'no mode'} is on; one of {', '.join(POOLING_MODES)} is computed"
+            f"{folder / TEXT_FILES[1]}: the prompt {name!r:.80} stands before each text; texts are embedded as they are"
         )
-    return POOLING_MODES[on[0]]
+    limit = texts.get("max_seq_length")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise DataError(f"{folder / TEXT_FILES[0]}: max_seq_length is {limit!r:.80}; a positive number was expected")
+    return limit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +23,14 @@ from llm_quest.errors import QuestError
 from llm_quest.serve.answers import AnswerWriter, Part, make_answer
 from llm_quest.serve.embeddings import EmbeddingsBody, answer_embeddings, read_inputs
 from llm_quest.serve.engine import QueueFull, ServingEngine
-from llm_quest.serve.errors import ApiError
+from llm_quest.serve.errors import ApiError, queue_full
 from llm_quest.serve.inside_routes import InsideViews
-from llm_quest.serve.metrics import Samples, model_label, render_metrics, value_samples
-from llm_quest.serve.outbox import Mailbox, Outbox
+from llm_quest.serve.metrics import render_metrics
+from llm_quest.serve.outbox import Mailbox, Outbox, unless_ended
 from llm_quest.serve.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse_body
 from llm_quest.serve.requests import GenerationRequest, RequestFailed
 from llm_quest.serve.security import AccessGuard, AccessRules
-from llm_quest.serve.service import RequestOptions, ServedModel, chat_request, completion_requests
+from llm_quest.serve.service import RequestOptions, ServedModel, chat_request, completion_requests, model_samples
 
 PING_SECONDS = 10.0
 LEFT = 499
@@ -136,13 +136,22 @@ class QuestServer:
         body = await self.read(request, EmbeddingsBody)
         served = self.find_model(body.model)
         texts = await run_in_threadpool(read_inputs, served, body)
-        if not self.engine.is_alive:
-            raise ApiError(503, "the engine has stopped", headers={"retry-after": "10"})
+        require_alive(self.engine)
+        if self.engine.num_waiting >= self.engine.max_waiting:
+            raise queue_full(self.engine.max_waiting)
+        began, status = time.monotonic(), LEFT
         try:
             async with asyncio.timeout(self.limits.request_seconds):
-                return JSONResponse(await answer_embeddings(served, body, texts, self.engine))
+                answer = await unless_ended(
+                    answer_embeddings(served, body, texts, self.engine), wait_until_left(request)
+                )
+            status = LEFT if answer is None else 200
+            return Response(status_code=LEFT) if answer is None else JSONResponse(answer)
         except TimeoutError:
+            status = 504
             raise ApiError(504, "the request took longer than this server allows", code="timeout") from None
+        finally:
+            self.log_end(f"embeddings {served.name}: {status}", served, texts, began)
 
     async def chat_completions(self, request: Request) -> Response:
         return await self.complete(request, await self.read(request, ChatBody))
@@ -190,15 +199,13 @@ class QuestServer:
             raise ApiError(400, "the client left before the body had come") from None
         return await run_in_threadpool(parse_body, kind, bytes(raw))
 
-    def log_end(self, answer: AnswerWriter, status: int, began: float) -> None:
-        """A line about a finished request; its prompt only if that was asked for."""
+    def log_end(self, told: str, served: ServedModel, prompts: Sequence[Sequence[int]], began: float) -> None:
+        """A line about a finished request; its prompts only if that was asked for."""
         if not self.log_requests:
             return
-        usage = answer.usage
-        line = f"{answer.id} {answer.served.name}: {status}, {usage['prompt_tokens']} tokens read, "
-        line += f"{usage['completion_tokens']} made, {time.monotonic() - began:.2f} s"
+        line = f"{told}, {sum(map(len, prompts))} tokens read, {time.monotonic() - began:.2f} s"
         if self.log_prompts:
-            line += "".join(f"\n  {answer.served.tokenizer.decode(one.prompt)!r}" for one in answer.requests)
+            line += "".join(f"\n  {served.tokenizer.decode(one)!r}" for one in prompts)
         self.log(line)
 
 
@@ -221,16 +228,14 @@ class Work:
     def submit(self) -> None:
         """Queue the requests. ApiError 429 where too many wait, 503 where the engine has stopped."""
         engine, requests = self.server.engine, self.answer.requests
-        if not engine.is_alive:
-            raise ApiError(503, "the engine has stopped", headers={"retry-after": "10"})
+        require_alive(engine)
         self.server.outbox.mailboxes |= {one.number: self.mailbox for one in requests}
         try:
             for one in requests:
                 engine.submit(self.answer.served.name, one)
         except QueueFull:
             self.release(429)
-            message = f"{engine.max_waiting} requests wait already; try again later"
-            raise ApiError(429, message, code="rate_limit_exceeded", headers={"retry-after": "1"}) from None
+            raise queue_full(engine.max_waiting) from None
 
     def release(self, status: int) -> None:
         """Forget the requests; those that still run are cancelled."""
@@ -240,7 +245,9 @@ class Work:
                 self.server.engine.cancel(one)
         if self.server.inside and self.answer.is_finished:
             self.server.inside.keep(self.answer)
-        self.server.log_end(self.answer, status, self.began)
+        answer, prompts = self.answer, [one.prompt for one in self.answer.requests]
+        told = f"{answer.id} {answer.served.name}: {status}, {answer.usage['completion_tokens']} tokens made"
+        self.server.log_end(told, answer.served, prompts, self.began)
 
     async def parts(self) -> AsyncIterator[list[Part] | None]:
         """The parts of choices as they are made; None where nothing came for a while."""
@@ -279,24 +286,27 @@ class Work:
 
     async def collect(self, request: Request) -> Response:
         """The whole answer, unless the client leaves before."""
-        gathered = asyncio.ensure_future(self.gather())
-        left = asyncio.ensure_future(wait_until_left(request))
         status = LEFT
         try:
-            await asyncio.wait({gathered, left}, return_when=asyncio.FIRST_COMPLETED)
-            if not gathered.done():
-                return Response(status_code=LEFT)
-            status = error.status if isinstance(error := gathered.exception(), ApiError) else 200
-            return JSONResponse(gathered.result())
+            whole = await unless_ended(self.gather(), wait_until_left(request))
+            status = LEFT if whole is None else 200
+            return Response(status_code=LEFT) if whole is None else JSONResponse(whole)
+        except ApiError as error:
+            status = error.status
+            raise
         finally:
-            gathered.cancel()
-            left.cancel()
             self.release(status)
 
     async def gather(self) -> dict[str, Any]:
         async for _ in self.parts():
             pass
         return self.answer.whole()
+
+
+def require_alive(engine: ServingEngine) -> None:
+    """ApiError 503 where the engine has stopped."""
+    if not engine.is_alive:
+        raise ApiError(503, "the engine has stopped", headers={"retry-after": "10"})
 
 
 async def wait_until_left(request: Request) -> None:
@@ -314,21 +324,6 @@ def open_event(chunk: Mapping[str, Any]) -> tuple[str, str]:
     can look like an empty list of choices: JSON escapes its quotes.)"""
     before, _, after = to_event(chunk).partition('"choices":[]')
     return f'{before}"choices":[', f"]{after}"
-
-
-def model_samples(served: ServedModel) -> Samples:
-    """The metrics of a model."""
-    batch, label = served.batch, model_label(served.name)
-    gauges = {
-        "vllm:num_requests_running": batch.num_running,
-        "vllm:num_requests_waiting": len(batch.waiting),
-        "vllm:kv_cache_usage_perc": batch.slots.use,
-    }
-    reuse = {
-        "vllm:prefix_cache_queries_total": batch.prefixes.queries,
-        "vllm:prefix_cache_hits_total": batch.prefixes.hits,
-    }
-    return batch.metrics.samples(label) | value_samples("gauge", gauges, label) | value_samples("counter", reuse, label)
 
 
 def describe_model(served: ServedModel) -> dict[str, Any]:

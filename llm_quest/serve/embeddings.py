@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -21,7 +22,8 @@ from llm_quest.serve.errors import ApiError
 from llm_quest.serve.protocol import Part, TokenIds
 from llm_quest.serve.service import ServedModel, check_length
 
-MAX_TEXTS_OF_A_BODY = 256
+MAX_TEXTS_OF_A_BODY = 2048
+"""OpenAI's limit; clients that read documents send hundreds at a time."""
 
 
 class EmbeddingsBody(Part):
@@ -52,8 +54,13 @@ def read_inputs(served: ServedModel, body: EmbeddingsBody) -> list[list[int]]:
     given: Any = body.input
     texts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
     ids = [served.tokenizer.encode(one) if isinstance(one, str) else list(one) for one in texts]
-    for one in ids:
-        check_length(served, one, 0, True, "input")
+    for number, one in enumerate(ids):
+        param = "input" if len(ids) == 1 else f"input.{number}"
+        check_length(served, one, 0, True, param)
+        limit = served.pooling.max_tokens
+        if limit is not None and len(one) > limit:
+            message = f"this model's embeddings read at most {limit} tokens; the text has {len(one)}: shorten it"
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
     return ids
 
 
@@ -69,7 +76,7 @@ async def answer_embeddings(
     served: ServedModel, body: EmbeddingsBody, texts: Sequence[Sequence[int]], engine: ServingEngine
 ) -> dict[str, Any]:
     """The answer in OpenAI's form. One text at a time is in the engine's queue."""
-    pooling = served.pooling
+    pooling, arrival = served.pooling, time.monotonic()
     assert pooling is not None, "read_inputs has refused such a model"
     jobs = (partial(embed_text, served, pooling, ids) for ids in texts)
     vectors = [await asyncio.wrap_future(engine.call(job)) for job in jobs]
@@ -78,6 +85,7 @@ async def answer_embeddings(
         for number, vector in enumerate(vectors)
     ]
     read = sum(map(len, texts))
+    engine.call(partial(served.batch.metrics.count_read, read, arrival))
     usage = {"prompt_tokens": read, "total_tokens": read}
     return {"object": "list", "data": data, "model": served.name, "usage": usage}
 

@@ -56,7 +56,7 @@ class ServingEngine:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.arrived) + sum(len(batch.waiting) for batch in self.batches.values())
+        return len(self.arrived) + len(self.jobs) + sum(len(batch.waiting) for batch in self.batches.values())
 
     def submit(self, model_name: str, request: GenerationRequest) -> None:
         """Queue a request. QueueFull where too many wait."""

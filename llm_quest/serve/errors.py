@@ -28,3 +28,9 @@ class ApiError(Exception):
         """{"error": {message, type, param, code}}."""
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def queue_full(waiting: int) -> ApiError:
+    """429, where so many requests wait already."""
+    message = f"{waiting} requests wait already; try again later"
+    return ApiError(429, message, code="rate_limit_exceeded", headers={"retry-after": "1"})

@@ -64,6 +64,12 @@ class ServerMetrics:
         self.finished[reason] += 1
         self.request_time.observe(time.monotonic() - request.arrival)
 
+    def count_read(self, tokens: int, arrival: float) -> None:
+        """A request for embeddings ended, which read so many tokens."""
+        self.prompt_tokens += tokens
+        self.finished["stop"] += 1
+        self.request_time.observe(time.monotonic() - arrival)
+
     def samples(self, label: str) -> Samples:
         """The samples of one model, by metric and kind."""
         ends = "vllm:request_success_total"

@@ -12,10 +12,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
 
 from llm_quest.serve.requests import Event, GenerationRequest, PromptRead, RequestFailed
 
+Result = TypeVar("Result")
 PAUSE_SECONDS = 0.0015
 """Between two writes of a stream, for each stream that writes: a write costs about a tenth of it."""
 
@@ -96,3 +98,14 @@ class Outbox:
 def wake_all(mailboxes: Iterable[Mailbox]) -> None:
     for mailbox in mailboxes:
         mailbox.wake()
+
+
+async def unless_ended(work: Coroutine[Any, Any, Result], end: Coroutine[Any, Any, None]) -> Result | None:
+    """The result of the work; None where the other ends first, which cancels the work."""
+    task, other = asyncio.ensure_future(work), asyncio.ensure_future(end)
+    try:
+        await asyncio.wait({task, other}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        task.cancel()
+        other.cancel()

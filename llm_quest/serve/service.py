@@ -20,6 +20,7 @@ from llm_quest.serve.batch import RunningBatch
 from llm_quest.serve.chat_prompts import ChatPrompts
 from llm_quest.serve.errors import ApiError
 from llm_quest.serve.grammar import GrammarCompiler
+from llm_quest.serve.metrics import Samples, model_label, value_samples
 from llm_quest.serve.protocol import ChatBody, CompletionBody, GenerationFields
 from llm_quest.serve.requests import Deliver, GenerationRequest, Grammar
 
@@ -100,7 +101,7 @@ def check_length(served: ServedModel, prompt: Sequence[int], wanted: int | None,
     """How many tokens may be generated. ApiError 400 where prompt and text do not fit in the context. param: the field
     that the prompt came from."""
     if not prompt:
-        raise ApiError(400, "the prompt is empty", param=param)
+        raise ApiError(400, "the text is empty: it has no tokens", param=param)
     if wrong := next((token for token in prompt if not 0 <= token < served.batch.vocab_size), None):
         raise ApiError(400, f"token {wrong} does not exist: ids end at {served.batch.vocab_size - 1}", param=param)
     context, more = served.max_model_len, 0 if read_only else 1 if wanted is None else wanted
@@ -194,3 +195,18 @@ def make_request(
         make_grammar=start_grammar(served, body),
         deadline=options.deadline,
     )
+
+
+def model_samples(served: ServedModel) -> Samples:
+    """The metrics of a model."""
+    batch, label = served.batch, model_label(served.name)
+    gauges = {
+        "vllm:num_requests_running": batch.num_running,
+        "vllm:num_requests_waiting": len(batch.waiting),
+        "vllm:kv_cache_usage_perc": batch.slots.use,
+    }
+    reuse = {
+        "vllm:prefix_cache_queries_total": batch.prefixes.queries,
+        "vllm:prefix_cache_hits_total": batch.prefixes.hits,
+    }
+    return batch.metrics.samples(label) | value_samples("gauge", gauges, label) | value_samples("counter", reuse, label)

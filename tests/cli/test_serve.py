@@ -92,7 +92,7 @@ def test_a_template_that_fails_is_told_at_the_start_and_in_a_gguf_file(folder, t
 
 def test_the_adapter_of_a_run_is_called_as_it_was_given(tmp_path, monkeypatch):
     (tmp_path / "model.json").write_text("{}")
-    monkeypatch.setattr(serve, "resolve_checkpoint", lambda path: tmp_path)
+    monkeypatch.setattr(serve, "locate_adapter", lambda path: tmp_path)
     monkeypatch.setattr(serve, "export_run", lambda *given, **options: None)
     refused = pytest.raises(DataError, match=r"^runs/french is an adapter of another base$")
     with refused, serve.adapter_folder("runs/french") as adapter:

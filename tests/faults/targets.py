@@ -50,6 +50,7 @@ from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.report.record import read_run
 from llm_quest.rollouts.verifiers import VERIFIERS, verify_answer
+from tests.faults.gguf_keys import example_keys, write_with_keys
 from tests.faults.server_target import CHAT, STRUCTURED, TEXTS, ask
 from tests.gguf_judge import numbered_tokenizer
 from tests.tokenizer_kinds import tokenizer_of
@@ -170,6 +171,11 @@ def read_gguf_model(file: Path) -> object:
     return inspected, load(file)
 
 
+def read_gguf_with_keys(file: Path) -> object:
+    changed = file.with_name("x.gguf")
+    return read_gguf_model(changed) if write_with_keys(file, changed) else None
+
+
 def tokenizer_values() -> list[Any]:
     return [
         json.loads(tokenizer_of(kind).backend_tokenizer.to_str()) for kind in ("byte-level", "Unigram", "WordPiece")
@@ -267,6 +273,7 @@ TARGETS: tuple[Target, ...] = (
     Target("x.safetensors", read_header, contents=safetensors_bytes),
     Target("x.gguf", read_gguf_model, contents=gguf_bytes),
     Target("GGUF of other block types", read_gguf_model, contents=gguf_block_bytes, file="x.gguf"),
+    Target("keys of GGUF files", read_gguf_with_keys, example_keys),
     Target("MANIFEST.json", read_manifest_file, lambda: [MANIFEST]),
     Target("metrics.jsonl", read_run_folder, lambda: [[METRICS, METRICS]], as_lines=True),
     Target("events.jsonl", read_run_folder, lambda: [[EVENT, EVENT]], as_lines=True),
