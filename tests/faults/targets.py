@@ -39,6 +39,7 @@ from llm_quest.hub.gguf_export import save_gguf
 from llm_quest.hub.inspect import inspect_folder
 from llm_quest.hub.load_save import load
 from llm_quest.hub.load_tokenizer import load_tokenizer
+from llm_quest.hub.pooling import read_pooling
 from llm_quest.hub.safetensors_io import read_header
 from llm_quest.layers.rotary import LinearScaling, RotaryEmbedding
 from llm_quest.manifest import describe_changes, find_fault, read_manifest
@@ -51,6 +52,7 @@ from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.report.record import read_run
 from llm_quest.rollouts.verifiers import VERIFIERS, verify_answer
 from tests.faults.gguf_keys import example_keys, write_with_keys
+from tests.faults.mutations import to_hostile_json
 from tests.faults.server_target import CHAT, STRUCTURED, TEXTS, ask
 from tests.gguf_judge import numbered_tokenizer
 from tests.tokenizer_kinds import tokenizer_of
@@ -176,6 +178,25 @@ def read_gguf_with_keys(file: Path) -> object:
     return read_gguf_model(changed) if write_with_keys(file, changed) else None
 
 
+POOLING: dict[str, Any] = {
+    "modules.json": [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": "1_Pooling"}],
+    "1_Pooling/config.json": {"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": False},
+    "sentence_bert_config.json": {"max_seq_length": 512, "do_lower_case": False},
+    "config_sentence_transformers.json": {"prompts": {"query": "Q: "}, "default_prompt_name": None},
+}
+NEW_POOLING = POOLING | {"1_Pooling/config.json": {"embedding_dimension": 8, "pooling_mode": ["lasttoken"]}}
+
+
+def read_pooling_files(file: Path) -> object:
+    """A folder with these files: name -> contents."""
+    (file.parent / "1_Pooling").mkdir(exist_ok=True)
+    with contextlib.suppress(ValueError, RecursionError, TypeError, AttributeError):
+        given = json.loads(file.read_bytes())
+        for name in POOLING:
+            (file.parent / name).write_bytes(to_hostile_json(given.get(name)))
+    return read_pooling(file.parent)
+
+
 def tokenizer_values() -> list[Any]:
     return [
         json.loads(tokenizer_of(kind).backend_tokenizer.to_str()) for kind in ("byte-level", "Unigram", "WordPiece")
@@ -274,6 +295,7 @@ TARGETS: tuple[Target, ...] = (
     Target("x.gguf", read_gguf_model, contents=gguf_bytes),
     Target("GGUF of other block types", read_gguf_model, contents=gguf_block_bytes, file="x.gguf"),
     Target("keys of GGUF files", read_gguf_with_keys, example_keys),
+    Target("pooling files", read_pooling_files, lambda: [POOLING, NEW_POOLING]),
     Target("MANIFEST.json", read_manifest_file, lambda: [MANIFEST]),
     Target("metrics.jsonl", read_run_folder, lambda: [[METRICS, METRICS]], as_lines=True),
     Target("events.jsonl", read_run_folder, lambda: [[EVENT, EVENT]], as_lines=True),

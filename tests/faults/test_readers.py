@@ -31,8 +31,6 @@ EXPLAINED = {
     "hub/gguf_rope.py:read_own_scaling": "a value of read_gguf, every error of which is caught",
     "hub/gguf_rope.py:read_vector": "a tensor whose place read_gguf has checked, and its size here",
     "hub/gguf_tokenizer.py:tokenizer_keys": "the JSON of a tokenizer in memory, which is being exported",
-    "hub/pooling.py:read_pooling": "load_json of a list, every item of which is checked",
-    "hub/pooling.py:read_mode": "load_json of an object, of which flags are compared",
     "hub/load_tokenizer.py:read_json_if_there": "read_json, which config.json goes through",
     "hub/whole_parameters.py:read_score_head": "read_json, and fields that config.json's target reads",
     "papers/card.py:shipped_verdicts": "a file of this package",
