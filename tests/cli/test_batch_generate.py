@@ -32,7 +32,7 @@ MANNER = GenerationOptions(9, 1.0, None, None, None, 1.0, ("h",), False, 3)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved(tmp_path_factory.mktemp("writing") / "model", seed=0)
+    return save_model(tmp_path_factory.mktemp("writing") / "model", seed=0)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def prompts(tmp_path: Path) -> Path:
     return asked(tmp_path / "prompts.jsonl", PROMPTS)
 
 
-def saved(folder: Path, *, seed: int) -> str:
+def save_model(folder: Path, *, seed: int) -> str:
     tokenizer = character_tokenizer(ALPHABET)
     sizes = replace(
         preset("llama3.2-tiny").config, vocab_size=tokenizer.vocab_size, num_hidden_layers=2, max_position_embeddings=24
@@ -153,7 +153,7 @@ def test_another_model_prompts_or_manner_is_refused(model: str, prompts: Path, t
     with pytest.raises(UsageError, match=r"temperature 1.0, now 0.5: give the same settings, or choose another --out"):
         wrote(model, prompts, out, replace(MANNER, temperature=0.5))
     with pytest.raises(UsageError, match="written with weights"):
-        wrote(saved(tmp_path / "other", seed=1), prompts, out)
+        wrote(save_model(tmp_path / "other", seed=1), prompts, out)
     with pytest.raises(UsageError, match="written with prompts"):
         wrote(model, asked(tmp_path / "more.jsonl", ["a", *PROMPTS]), out)
     (tmp_path / "mine.jsonl").write_text('{"text": "mine"}\n')
@@ -233,7 +233,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}<|endoftext|>{%
 @pytest.fixture
 def chatty(tmp_path: Path) -> str:
     """A model whose folder has a chat template and its makers' advice."""
-    folder = Path(saved(tmp_path / "chatty", seed=1))
+    folder = Path(save_model(tmp_path / "chatty", seed=1))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     advice = {"do_sample": False, "temperature": 1.0, "repetition_penalty": 1.3, "top_k": 0}
     (folder / "generation_config.json").write_text(json.dumps(advice))

@@ -41,14 +41,14 @@ def talk(folder: Path, *lines: str, more: tuple[str, ...] = ()):
     return result
 
 
-def saved(file: Path) -> list[list[dict[str, str]]]:
+def read_conversations(file: Path) -> list[list[dict[str, str]]]:
     return [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def test_a_conversation_is_saved_as_rows_that_are_trained_on(folder: Path, tmp_path: Path):
     file = tmp_path / "talks.jsonl"
     talk(folder, "red cat", "/retry", "/system be brief", "blue dog", f"/save {file}", "/reset", "sun", f"/save {file}")
-    first, second = saved(file)
+    first, second = read_conversations(file)
     assert [(one["role"], one["content"]) for one in first[:2]] == [("system", "be brief"), ("user", "blue dog")]
     assert [one["role"] for one in first] == ["system", "user", "assistant"]
     assert [one["role"] for one in second] == ["system", "user", "assistant"]
@@ -58,7 +58,7 @@ def test_a_conversation_is_saved_as_rows_that_are_trained_on(folder: Path, tmp_p
 def test_a_retry_takes_the_place_of_the_answer(folder: Path, tmp_path: Path):
     once, again = tmp_path / "once.jsonl", tmp_path / "again.jsonl"
     talk(folder, "red", "cat", f"/save {once}", "/retry", f"/save {again}", more=("--temperature", "1.5"))
-    before, after = saved(once)[0], saved(again)[0]
+    before, after = read_conversations(once)[0], read_conversations(again)[0]
     assert before[:3] == after[:3]
     assert len(before) == len(after) == 4
     assert before[3] != after[3]
@@ -68,7 +68,7 @@ def test_a_message_that_is_too_long_is_refused_and_the_conversation_goes_on(fold
     file = tmp_path / "talks.jsonl"
     result = talk(folder, "red", "cat dog " * 90, "blue", f"/save {file}")
     assert re.search(r"this message makes a prompt of \d+ tokens and there is room for 60; shorten it", result.stderr)
-    assert [one["content"] for one in saved(file)[0] if one["role"] == "user"] == ["red", "blue"]
+    assert [one["content"] for one in read_conversations(file)[0] if one["role"] == "user"] == ["red", "blue"]
 
 
 def test_mistakes_are_said_and_the_conversation_goes_on(folder: Path, tmp_path: Path):
@@ -80,7 +80,7 @@ def test_mistakes_are_said_and_the_conversation_goes_on(folder: Path, tmp_path: 
     for said in ("no answer to try again", "name a file", "nothing was said yet", "/sav is no command", "No such file"):
         assert said in result.stderr
     assert all(f"{word} " in result.stdout for word in CHAT_COMMANDS)
-    assert len(saved(file)) == 1
+    assert len(read_conversations(file)) == 1
 
 
 def test_arguments_of_the_chat_template_are_given_and_unknown_ones_refused(folder: Path):
@@ -127,7 +127,11 @@ def test_lines_are_edited_and_pasted_text_keeps_its_line_ends(folder: Path, tmp_
     finally:
         child.kill()
         os.close(ours)
-    assert [one["content"] for one in saved(file)[0] if one["role"] == "user"] == ["red cat", "blue\ndog", "red cat"]
+    assert [one["content"] for one in read_conversations(file)[0] if one["role"] == "user"] == [
+        "red cat",
+        "blue\ndog",
+        "red cat",
+    ]
 
 
 def read_until(terminal: int, end: str, seconds: float = 120) -> str:

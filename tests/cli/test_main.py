@@ -317,7 +317,7 @@ def test_threads_and_the_network_are_settled_before_a_command_imports_anything()
     commands = [one for tree in trees for one in tree.body if isinstance(one, ast.FunctionDef)]
     late, settled = [], 0
     for command in commands:
-        calls = [node.lineno for node in ast.walk(command) if called_name(node) == "set_environment"]
+        calls = [node.lineno for node in ast.walk(command) if function_of_call(node) == "set_environment"]
         imports = [node.lineno for node in ast.walk(command) if isinstance(node, ast.ImportFrom)]
         settled += bool(calls)
         if calls and imports and min(imports) < min(calls):
@@ -326,6 +326,6 @@ def test_threads_and_the_network_are_settled_before_a_command_imports_anything()
     assert settled > 20
 
 
-def called_name(node: ast.AST) -> str:
+def function_of_call(node: ast.AST) -> str:
     """What is called, if a name is."""
     return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""

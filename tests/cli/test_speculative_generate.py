@@ -24,7 +24,7 @@ from llm_quest.models.build import build, preset
 MANNER = GenerationOptions(12, 0.0, None, None, None, 1.0, (), False, 0)
 
 
-def saved(folder: Path, name: str, alphabet: str, seed: int, **sizes: int) -> str:
+def save_model(folder: Path, name: str, alphabet: str, seed: int, **sizes: int) -> str:
     tokenizer = character_tokenizer(alphabet)
     config = replace(preset("llama3.2-tiny").config, vocab_size=tokenizer.vocab_size, **sizes)
     quest.save(build(config, seed=seed), folder / name, tokenizer=tokenizer)
@@ -35,8 +35,8 @@ def saved(folder: Path, name: str, alphabet: str, seed: int, **sizes: int) -> st
 def test_a_drafted_text_is_the_plain_one_and_its_gain_is_told(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    target = saved(tmp_path, "target", "abcdefgh ", 0)
-    draft = saved(tmp_path, "draft", "abcdefgh ", 1) if kind == "model" else kind
+    target = save_model(tmp_path, "target", "abcdefgh ", 0)
+    draft = save_model(tmp_path, "draft", "abcdefgh ", 1) if kind == "model" else kind
     generate_speculative(
         target, draft, "abc abc", MANNER, device="cpu", dtype="float32", as_json=True, log=lambda text: None
     )
@@ -50,14 +50,14 @@ def test_a_drafted_text_is_the_plain_one_and_its_gain_is_told(
 
 
 def test_a_draft_with_another_tokenizer_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    target, other = saved(tmp_path, "target", "abcd", 0), saved(tmp_path, "other", "abcx", 0)
+    target, other = save_model(tmp_path, "target", "abcd", 0), save_model(tmp_path, "other", "abcx", 0)
     model, tokenizer = load_text_model(target, "cpu", "float32", lambda text: None)
     with pytest.raises(UsageError, match=r"another tokenizer than .*--draft ngram"):
         load_draft(other, model, tokenizer, target, "cpu", "float32", lambda text: None)
 
 
 def test_without_a_compiler_compile_is_refused_before_the_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    target = saved(tmp_path, "target", "abcd", 0)
+    target = save_model(tmp_path, "target", "abcd", 0)
     monkeypatch.setattr(
         chat, "load_compiler", lambda log: CompilerTrial(None, "no C++ compiler was found (install g++)")
     )
@@ -69,7 +69,9 @@ def test_without_a_compiler_compile_is_refused_before_the_text(monkeypatch: pyte
 
 
 def test_compiled_passes_write_the_plain_text(tmp_path: Path) -> None:
-    target = saved(tmp_path, "target", "abcdefgh ", 0, num_hidden_layers=1)  # each layer is seconds of the compiler
+    target = save_model(
+        tmp_path, "target", "abcdefgh ", 0, num_hidden_layers=1
+    )  # each layer is seconds of the compiler
     model, tokenizer = load_text_model(target, "cpu", "float32", lambda text: None)
     ids = tokenizer.encode("abc abc") or [tokenizer.start_token_id]
     (plain,) = generate(model, [ids], max_new_tokens=12, temperature=0.0, eos_token_id=tokenizer.eos_token_ids)

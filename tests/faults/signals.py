@@ -89,7 +89,7 @@ class WatchedPhases(list[progress.Phase]):
 
 
 @contextmanager
-def watched(at: Moment | None = None) -> Iterator[Watch]:
+def watch_signals(at: Moment | None = None) -> Iterator[Watch]:
     """Inside, the process hears SIGTERM as a command does, and every pass of a whole model is counted."""
     watch, phases = Watch(at), progress.PHASES
     progress.PHASES = found = WatchedPhases(watch)
@@ -126,7 +126,7 @@ def train(recipe: str, here: Path, out: Path) -> int:
 def straight_run(recipe: str, here: Path) -> tuple[dict[str, int], Results]:
     """How many passes each phase has, and what the run ends with."""
     out = here / "straight" / recipe
-    with watched() as watch:
+    with watch_signals() as watch:
         assert train(recipe, here, out) == 0
     return dict(watch.passes), results(out)
 
@@ -141,7 +141,7 @@ def stop_once(recipe: str, here: Path, at: Moment, straight: Results) -> str:
     """What is wrong with a run that is told to stop at a moment, and resumed; empty if nothing."""
     shutil.rmtree(here / "stopped", ignore_errors=True)
     out = here / "stopped" / recipe
-    with watched(at) as watch:
+    with watch_signals(at) as watch:
         code = train(recipe, here, out)
     if not watch.is_told:
         return "the moment never came"

@@ -26,7 +26,7 @@ TINY = [preset.name for page in FAMILIES for preset in page.presets if preset.na
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> dict[str, Path]:
+def model_folders(tmp_path_factory) -> dict[str, Path]:
     """Every page's smallest model, as we write it."""
     place = tmp_path_factory.mktemp("saved")
     return {name: save(quest.build(name, seed=4), place / name) for name in TINY}
@@ -60,33 +60,33 @@ def close(one: torch.nn.Module, other: torch.nn.Module, atol: float) -> None:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_mapped_and_read_are_the_same_numbers_on_every_page(saved, monkeypatch, name):
-    close(load(saved[name]), read(saved[name], monkeypatch), atol=0)
+def test_mapped_and_read_are_the_same_numbers_on_every_page(model_folders, monkeypatch, name):
+    close(load(model_folders[name]), read(model_folders[name], monkeypatch), atol=0)
 
 
-def test_all_that_we_save_lies_in_its_file_also_what_we_fuse_and_what_is_published_turned(saved):
+def test_all_that_we_save_lies_in_its_file_also_what_we_fuse_and_what_is_published_turned(model_folders):
     for name in ("gpt2-tiny", "llama3.2-tiny"):
         model = quest.build(name, seed=4)
-        there = lying_in(saved[name])
+        there = lying_in(model_folders[name])
         assert there.keys() == dict(model.named_parameters()).keys()
         assert all(torch.equal(there[path], parameter) for path, parameter in model.named_parameters())
-    assert not lying_in(saved["gpt2-tiny"])["blocks.0.feed_forward.layer.up.weight"].is_contiguous()
+    assert not lying_in(model_folders["gpt2-tiny"])["blocks.0.feed_forward.layer.up.weight"].is_contiguous()
 
 
-def test_parts_that_lie_in_another_order_are_read(tmp_path, saved, monkeypatch):
+def test_parts_that_lie_in_another_order_are_read(tmp_path, model_folders, monkeypatch):
     """Sorted by name, as transformers writes them: k, o, q, v apart, gate beside up."""
     write = load_save.write_tensors
     monkeypatch.setattr(load_save, "write_tensors", lambda file, tensors: write(file, dict(sorted(tensors.items()))))
-    folder = save(load(saved["llama3.2-tiny"]), tmp_path / "sorted")
+    folder = save(load(model_folders["llama3.2-tiny"]), tmp_path / "sorted")
     there = lying_in(folder)
     assert "blocks.0.mixer.layer.qkv.weight" not in there
     assert "blocks.0.feed_forward.layer.gate_up.weight" in there
     close(load(folder), quest.build("llama3.2-tiny", seed=4), atol=0)
 
 
-def test_another_dtype_than_the_stored_is_read(tmp_path, saved):
-    assert lying_in(saved["gpt2-tiny"])
-    assert not lying_in(saved["gpt2-tiny"], torch.bfloat16)
+def test_another_dtype_than_the_stored_is_read(tmp_path, model_folders):
+    assert lying_in(model_folders["gpt2-tiny"])
+    assert not lying_in(model_folders["gpt2-tiny"], torch.bfloat16)
     half = quest.build("gpt2-tiny", dtype=torch.bfloat16)
     assert not lying_in(save(half, tmp_path / "half"))
     turned = {"qkv", "out", "up", "down"}
@@ -96,14 +96,14 @@ def test_another_dtype_than_the_stored_is_read(tmp_path, saved):
     close(load(tmp_path / "half"), half, atol=0)
 
 
-def test_training_steps_change_the_model_and_not_the_file(saved, monkeypatch):
+def test_training_steps_change_the_model_and_not_the_file(model_folders, monkeypatch):
     for name in ("gpt2-tiny", "llama3.2-tiny"):
-        file = saved[name] / "model.safetensors"
+        file = model_folders[name] / "model.safetensors"
         before = hashlib.sha256(file.read_bytes()).digest()
-        model = trained(load(saved[name]))
-        close(model, trained(read(saved[name], monkeypatch)), atol=2e-5)
+        model = trained(load(model_folders[name]))
+        close(model, trained(read(model_folders[name], monkeypatch)), atol=2e-5)
         assert hashlib.sha256(file.read_bytes()).digest() == before
-        close(load(saved[name]), quest.build(name, seed=4), atol=0)
+        close(load(model_folders[name]), quest.build(name, seed=4), atol=0)
 
 
 @pytest.mark.parametrize("name", ["gpt2-tiny", "llama3.2-tiny"])
@@ -119,8 +119,8 @@ def test_a_trained_model_is_saved_over_the_folder_it_lies_in(tmp_path, name):
     close(other, quest.build(name, seed=4), atol=0)  # loaded before: still the old numbers
 
 
-def test_copies_pickles_and_other_dtypes_own_their_memory(saved):
-    model = load(saved["gpt2-tiny"])
+def test_copies_pickles_and_other_dtypes_own_their_memory(model_folders):
+    model = load(model_folders["gpt2-tiny"])
     close(copy.deepcopy(model), model, atol=0)
     weight = model.blocks[0].feed_forward.layer.up.weight
     again = pickle.loads(pickle.dumps(weight.detach()))
@@ -129,9 +129,9 @@ def test_copies_pickles_and_other_dtypes_own_their_memory(saved):
     assert torch.equal(copy.deepcopy(model).bfloat16().norm.weight, model.norm.weight.bfloat16())
 
 
-def test_training_begins_with_rows_in_memory(saved):
+def test_training_begins_with_rows_in_memory(model_folders):
     """Sharding and collectives need it, and a resumed run must go on with the bits of the straight one."""
-    model = load(saved["gpt2-tiny"])
+    model = load(model_folders["gpt2-tiny"])
     DistributedContext().parallelize(model)
     assert all(parameter.is_contiguous() for parameter in model.parameters())
     assert model.head.weight is model.embed.token.weight

@@ -100,7 +100,7 @@ def test_the_settings_are_typed_and_written_into_the_run(text: Path, tmp_path: P
     written = parse_config(PretrainConfig, read_yaml((tmp_path / "run" / "config.yaml").read_text(), "config.yaml"))
     assert written.auxiliary_losses == AuxiliaryLosses(0.0, 0.0001, 0.01, 0.01, 0.1)
     assert parse_config(PretrainConfig, read_yaml(config_to_yaml(written), "again.yaml")) == written
-    bias = load_file(saved(tmp_path / "run", 2))
+    bias = load_file(weights_file(tmp_path / "run", 2))
     moved = bias["blocks.1.feed_forward.layer.router.bias"]
     assert set((moved / 0.01).round().abs().tolist()) <= {0.0, 1.0, 2.0}
     assert moved.abs().max() > 0
@@ -129,7 +129,7 @@ def test_two_processes_balance_by_the_load_of_both(text: Path, tmp_path: Path, e
     pairs = ("model.preset=deepseek-v3-tiny", "max_steps=3", "optim=adamw", "learning_rate=1e-4", *QUICK)
     run(text, tmp_path / "one", *pairs)
     by_two(BASE, [*pairs, f"data.source={text}", f"parallel={engine}"], tmp_path / "two")
-    one, two = (load_file(saved(tmp_path / name, 3)) for name in ("one", "two"))
+    one, two = (load_file(weights_file(tmp_path / name, 3)) for name in ("one", "two"))
     for name in one:
         if name.endswith("router.bias"):
             torch.testing.assert_close(two[name], one[name], atol=1e-7, rtol=0)
@@ -152,5 +152,5 @@ def test_the_held_out_loss_is_the_next_tokens_alone_and_notes_no_load(text: Path
     assert all(router.tokens_per_expert is None for router in bias_routers(model))
 
 
-def saved(out: Path, step: int) -> Path:
+def weights_file(out: Path, step: int) -> Path:
     return out / "checkpoints" / f"step-{step:08d}" / "model.safetensors"

@@ -37,22 +37,23 @@ ILL = {
 }
 
 
-def watched(doctor: Diagnostics, *rows: dict) -> list[list[str]]:
+def log_rows(doctor: Diagnostics, *rows: dict) -> list[list[str]]:
     return [doctor.on_log({"step": len(doctor.rows), **WELL, **row}) for row in rows]
 
 
 def test_a_healthy_run_is_left_in_peace():
     assert (
-        watched(Diagnostics(), *[{"reward": 0.5 + i / 10, "eval/accuracy": 0.4 + i / 10} for i in range(5)]) == [[]] * 5
+        log_rows(Diagnostics(), *[{"reward": 0.5 + i / 10, "eval/accuracy": 0.4 + i / 10} for i in range(5)])
+        == [[]] * 5
     )
 
 
 @pytest.mark.parametrize("sign", SYMPTOMS, ids=lambda sign: sign.name)
 def test_every_sign_is_seen_and_said_once(sign):
     doctor = Diagnostics()
-    told = watched(doctor, *ILL[sign.name])[-1]
+    told = log_rows(doctor, *ILL[sign.name])[-1]
     assert [sign.advice({**WELL, **ILL[sign.name][-1]})] == told
-    assert watched(doctor, ILL[sign.name][-1]) == [[]]
+    assert log_rows(doctor, ILL[sign.name][-1]) == [[]]
     assert set(ILL) == {sign.name for sign in SYMPTOMS}
 
 
@@ -70,35 +71,35 @@ def test_of_several_rewards_the_one_that_compares_with_the_answer_says_what_is_r
 def test_chance_in_the_reward_is_no_fall():
     rng = random.Random(0)
     rows = [{"reward": 0.3 + rng.gauss(0, 0.15)} for _ in range(200)]
-    assert watched(Diagnostics(), *rows) == [[]] * 200
+    assert log_rows(Diagnostics(), *rows) == [[]] * 200
 
 
 def test_a_collapse_is_one_only_where_the_run_was_well_before():
     doctor = Diagnostics()
-    watched(doctor, {"entropy": 0.01})
+    log_rows(doctor, {"entropy": 0.01})
     assert doctor.collapse_since is None
-    watched(doctor, {}, {}, {"entropy": 0.01}, {"entropy": 0.01})
+    log_rows(doctor, {}, {}, {"entropy": 0.01}, {"entropy": 0.01})
     assert doctor.collapse_since == 2
-    watched(doctor, {})
+    log_rows(doctor, {})
     assert doctor.collapse_since is None
 
 
 def test_a_sign_that_comes_back_is_said_again():
-    assert [len(each) for each in watched(Diagnostics(), {"kl": 3.0}, {"kl": 0.1}, {"kl": 3.0})] == [1, 0, 1]
+    assert [len(each) for each in log_rows(Diagnostics(), {"kl": 3.0}, {"kl": 0.1}, {"kl": 3.0})] == [1, 0, 1]
 
 
 @pytest.mark.parametrize("name", ["never right", "always right", "nothing scored"])
 def test_what_cannot_learn_is_stopped_and_told_why(name: str):
     doctor = Diagnostics(patience_steps=3)
-    watched(doctor, *[ILL[name][0]] * 3)
+    log_rows(doctor, *[ILL[name][0]] * 3)
     with pytest.raises(GuardStop, match="cannot learn"):
-        watched(doctor, ILL[name][0])
+        log_rows(doctor, ILL[name][0])
     assert GuardStop.exit_code == 4
 
 
 def test_patience_begins_again_when_there_is_news():
     doctor = Diagnostics(patience_steps=3)
-    watched(
+    log_rows(
         doctor,
         *[{"frac_reward_zero_std": 1.0, "reward": 0.0}] * 3,
         {},

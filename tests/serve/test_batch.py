@@ -177,7 +177,7 @@ def test_a_request_that_is_cancelled_frees_its_slots_with_the_next_step(llama):
     assert len(recorder.tokens(waiting)) == 8
 
 
-def started_in_a_step(model: Decoder, *, running: int, waiting: Sequence[int]) -> int:
+def count_started(model: Decoder, *, running: int, waiting: Sequence[int]) -> int:
     """How many of the waiting prompts (of these lengths) a step reads while others run."""
     recorder, batch = Recorder(), RunningBatch(model, LIMITS, ServerMetrics())
     endless = StoppingCriteria(max_new_tokens=30)
@@ -190,10 +190,10 @@ def started_in_a_step(model: Decoder, *, running: int, waiting: Sequence[int]) -
 
 
 def test_a_step_reads_more_prompts_the_more_can_start_for_each_text_that_runs(llama):
-    assert started_in_a_step(llama, running=1, waiting=[13, 13, 13]) == 3, "39 tokens of at most 40 in a step"
-    assert started_in_a_step(llama, running=2, waiting=[13, 13, 13]) == 1, "two slots are free for two texts that run"
-    assert started_in_a_step(llama, running=1, waiting=[39]) == 0, "one long prompt is read in parts of 24"
-    assert started_in_a_step(llama, running=0, waiting=[13, 13, 13]) == 3
+    assert count_started(llama, running=1, waiting=[13, 13, 13]) == 3, "39 tokens of at most 40 in a step"
+    assert count_started(llama, running=2, waiting=[13, 13, 13]) == 1, "two slots are free for two texts that run"
+    assert count_started(llama, running=1, waiting=[39]) == 0, "one long prompt is read in parts of 24"
+    assert count_started(llama, running=0, waiting=[13, 13, 13]) == 3
 
 
 def test_a_token_is_told_before_the_pass_behind_it(llama):
