@@ -29,7 +29,7 @@ from llm_quest.progress import (
     wants_colour,
 )
 from llm_quest.recipes.engine import make_logger
-from tests.recipes.two import processes
+from tests.forked import processes
 from tests.train.small import go
 
 ROOT = Path(__file__).parents[1]

@@ -22,7 +22,8 @@ from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.sharded_checkpoint import consolidate_checkpoint
 from tests.faults.torchrun_kills import find_orphans, kill_one, message_of
-from tests.recipes.two import join, processes, start_agent
+from tests.forked import processes
+from tests.recipes.two import join, start_agent
 from tests.train.small import Rule, digest, go, objective
 
 STEPS, SLOW_STEP = 6, 3

@@ -149,9 +149,9 @@ def graphs() -> list[int]:
     return counts
 
 
-if __name__ == "__main__":
-    if sys.argv[1] != "inductor":
-        torch.compile = functools.partial(torch.compile, backend=sys.argv[1])
+def main(backend: str) -> None:
+    if backend != "inductor":
+        torch.compile = functools.partial(torch.compile, backend=backend)
     found = {
         "graphs": graphs(),  # first: it counts those of a model that has none
         "texts": texts(),
@@ -161,3 +161,7 @@ if __name__ == "__main__":
         "modules": modules(),
     }
     print(json.dumps(found | {"breaks": len(counters["graph_break"])}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -14,8 +14,10 @@ from torch._dynamo.utils import counters
 
 from llm_quest.generation.generate import generate
 from llm_quest.models.build import build
+from llm_quest.models.decoder import Decoder
 from tests.laws.subjects import keep_block_kinds_
 
+MODELS: dict[str, Decoder] = {}
 RAGGED = [[5, 9, 2, 7, 7, 1], [3], [8, 8, 4]]
 
 
@@ -58,13 +60,17 @@ def report(name: str) -> dict[str, object]:
     return {"same": same, "graphs": first, "beams": beams, "graphs_of_beams": graphs() - before - first}
 
 
-if __name__ == "__main__":
-    if sys.argv[1] != "inductor":
-        torch.compile = functools.partial(torch.compile, backend=sys.argv[1])
-    MODELS = {name: keep_block_kinds_(build(name, seed=1)) for name in sys.argv[2:]}
+def main(backend: str, *names: str) -> None:
+    if backend != "inductor":
+        torch.compile = functools.partial(torch.compile, backend=backend)
+    MODELS.update({name: keep_block_kinds_(build(name, seed=1)) for name in names})
     reports = {name: report(name) for name in MODELS}
     gone = [weakref.ref(model) for model in MODELS.values()]
     MODELS.clear()
     gc.collect()
     leaked = sum(model() is not None for model in gone)
     print(json.dumps({"reports": reports, "breaks": len(counters["graph_break"]), "leaked": leaked}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 from llm_quest.generation.compiled import round_up_capacity
 from llm_quest.models import FAMILIES
+from tests.forked import printed_by
+from tests.generation.compiled_steps import main
 
 FAMILIES = [
     name for name in ("gpt2-tiny", "llama3.2-tiny") if any(name == p.name for page in FAMILIES for p in page.presets)
 ]
 
 
-def counted(backend: str, *names: str) -> dict:
+def run_steps(backend: str, *names: str) -> dict:
     """What tests/generation/compiled_steps.py prints."""
-    command = [sys.executable, "-m", "tests.generation.compiled_steps", backend, *names]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(printed_by(main, backend, *names)[-1])
 
 
 def test_many_calls_of_one_shape_are_one_graph_without_a_break_and_no_model_is_kept():
     """Greedy, sampled, ragged, grouped, with rows that end early, and sliding: the same step serves them all."""
-    found = counted("aot_eager", *FAMILIES)
+    found = run_steps("aot_eager", *FAMILIES)
     for name, report in found["reports"].items():
         assert all(report["same"]), name
         assert report["graphs"] == 1, name

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 from llm_quest.generation.compiled import COMPILED_WIDTHS, choose_width
+from tests.forked import printed_by
+from tests.generation.compiled_speculation import main
 
 
 def test_compiled_passes_write_and_guess_what_eager_ones_do():
     """Ragged rows that end early, a ring, a recurrent layer, the end of the context, every drafter."""
-    command = [sys.executable, "-m", "tests.generation.compiled_speculation", "eager"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(printed_by(main, "eager")[-1])
     assert all(found["texts"].values()), found["texts"]
     assert all(found["ends"].values()), found["ends"]
     assert all(found["last_place"]), found["last_place"]

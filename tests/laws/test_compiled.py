@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from tests.laws.compiled import SCOPE_READ_ALIKE, scope_readers
+from tests.forked import printed_by
+from tests.laws.compiled import SCOPE_READ_ALIKE, main, scope_readers
 from tests.laws.subjects import EVERYBODY, shared
-
-ROOT = Path(__file__).parents[2]
 
 
 def holding(backend: str, *names: str) -> list[str]:
     """The names for which the laws hold, judged in a fresh process."""
-    command = [sys.executable, "-m", "tests.laws.compiled", backend, *names]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    assert run.returncode == 0, run.stdout + run.stderr[-3000:]
-    return run.stdout.splitlines()
+    return printed_by(main, backend, *names)
 
 
 SHARES = 2

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from llm_quest.techniques import TECHNIQUES, TRAINING_TECHNIQUES
-from tests.laws.option_grid import CHANGES, DTYPES, REFUSED_CELLS, Cell, all_cells, part_of_suite, suite_cells
+from tests.forked import printed_by
+from tests.laws.option_grid import CHANGES, DTYPES, REFUSED_CELLS, Cell, all_cells, main, part_of_suite, suite_cells
 from tests.laws.subjects import TINY
 
-ROOT = Path(__file__).parents[2]
 PARTS = 2
 
 
@@ -33,13 +28,9 @@ def test_every_technique_family_and_dtype_is_in_the_grid_and_compiled_somewhere(
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_cell_holds_or_raises_the_error_that_the_table_names(part: int):
     """`python -m tests.laws.option_grid --all` judges the cells that are left out here."""
-    command = [sys.executable, "-m", "tests.laws.option_grid", str(part), str(PARTS)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    assert run.returncode == 0, (
-        "\n".join(line for line in run.stdout.splitlines() if "FAILS" in line) + run.stderr[-2000:]
-    )
-    assert len(run.stdout.splitlines()) == len(part_of_suite(part, PARTS))
+    lines = printed_by(main, str(part), str(PARTS))
+    assert not [line for line in lines if "FAILS" in line]
+    assert len(lines) == len(part_of_suite(part, PARTS))
 
 
 def test_a_cell_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch):

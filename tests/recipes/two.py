@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import sys
@@ -11,10 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(
-    ["tests.recipes.two", "torch.distributed.launcher.api", "llm_quest.recipes.pretrain", "llm_quest.recipes.vlm"]
-)
+from tests.forked import processes
 
 
 def by_two(base: str, pairs: Sequence[str], out: Path) -> None:

@@ -1,5 +1,5 @@
-"""Run by test_processes.py: one process of `python -m tests.techniques.processes` judges `compiled`, and two that are
-forked judge `sharded`. They tell what holds."""
+"""Run by test_processes.py: one process judges `compiled`, and two judge `sharded`; all are forked. They
+tell what holds."""
 
 from __future__ import annotations
 
@@ -81,8 +81,3 @@ def sharded(told: str) -> None:
             with open(told, "a") as file:
                 print(page, file=file)
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    compiled()

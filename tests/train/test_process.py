@@ -17,14 +17,11 @@ from llm_quest.contracts import Loss
 from llm_quest.errors import BusyError
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.signals import SignalHandler
+from tests.forked import processes
 from tests.recipes.two import start_agent, together
 from tests.train.small import Losses, Rule, digest, go, main, objective
 
 ROOT = Path(__file__).parents[2]
-
-
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.train.small"])
 
 
 def child(words: list[str]) -> None:
