@@ -10,12 +10,15 @@ import functools
 import gc
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False  # or every process that a test starts compiles the package anew
 
 import pytest
 import torch

@@ -155,7 +155,8 @@ def _longest_range(gains: Mapping[int, float]) -> tuple[int, int] | None:
 def choose_weight_kernel(profile: MachineProfile, kind: str) -> Resolved[bool]:
     """Whether products with quantised weights are faster than with float32 ones for one row, as in decoding."""
     ratio = profile.ratio(f"weights/{kind}/1", "weights/float32/1")
-    return Resolved(ratio >= MIN_GAIN, f"{kind} weights are read at {ratio:.2g} times float32's rate")
+    speed = f"are read at {ratio:.2g} times float32's rate" if ratio else "were not measured"
+    return Resolved(ratio >= MIN_GAIN, f"{kind} weights {speed}")
 
 
 MIN_GPU_SECONDS, GPU_FLOPS = 600.0, 1e13

@@ -136,6 +136,7 @@ def test_a_kernel_of_quantised_weights_that_is_slower_is_not_taken():
     slow = choose_weight_kernel(machine("avx2", weights__int8__1=2.0), "int8")
     assert not slow.value
     assert "0.4 times float32's rate" in slow.reason
+    assert choose_weight_kernel(machine("avx2"), "nf4").reason == "nf4 weights were not measured"
 
 
 @pytest.mark.parametrize(
