@@ -18,7 +18,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False  # or every process that a test starts compiles the package anew
 
 import pytest
 import torch
@@ -32,6 +31,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell ignores it for 
 if getattr(signal, "SIGHUP", None) and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.fsync = lambda descriptor: None  # of thousands of checkpoints: no test takes the power away
+sys.dont_write_bytecode = False  # or this process, and every one that a test starts, compiles all files anew
 gc.disable()  # until the tests are collected: what they import stays
 
 CHECKED = ("layers", "models", "generation", "objectives", "techniques", "hub")

@@ -59,11 +59,12 @@ def test_every_sign_is_seen_and_said_once(sign):
 
 def test_of_several_rewards_the_one_that_compares_with_the_answer_says_what_is_right():
     alike = {"frac_reward_zero_std": 1.0}
-    wrong, right = (watched(Diagnostics(), alike | {"reward": mean})[0] for mean in (0.0, 1.0))
+    wrong, right = (log_rows(Diagnostics(), alike | {"reward": mean})[0] for mean in (0.0, 1.0))
     assert wrong != right
     for name in ("correct", "math_verify"):
         told = [
-            watched(Diagnostics(), alike | {"reward": 1.0 - share, f"rewards/{name}": share})[0] for share in (0.0, 1.0)
+            log_rows(Diagnostics(), alike | {"reward": 1.0 - share, f"rewards/{name}": share})[0]
+            for share in (0.0, 1.0)
         ]
         assert [line[0].partition("(")[0] for line in told] == [wrong[0].partition("(")[0], right[0].partition("(")[0]]
 
