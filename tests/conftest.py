@@ -11,7 +11,6 @@ import gc
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -39,14 +38,11 @@ check_imports([f"llm_quest.{package}" for package in CHECKED])
 
 from llm_quest.data import template_sandbox  # noqa: E402
 from llm_quest.layers import linear  # noqa: E402
-from llm_quest.machine.hardware import bf16_support  # noqa: E402
+from tests.machine import use_kept_profile  # noqa: E402
 
 torch.set_num_threads(1)
 FEW_ROWS = dict(linear.FEW_ROWS)
-MACHINES = Path(__file__).parent / "machine" / "profiles"
-BF16 = bf16_support(torch.device("cpu"))[0]
-os.environ["LLM_QUEST_MACHINE_PROFILE"] = str(MACHINES / ("avx512_bf16.json" if BF16 else "avx2.json"))
-"""What `auto` means does not depend on how busy the machine of the tests is."""
+use_kept_profile()
 settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
 

@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from tests.machine import use_kept_profile
+
 
 def fuzz(words: Sequence[str]) -> int:
     """`python -m tests.faults [KIND ...] --count 1000 --start 0`: fuzz the targets whose name begins so."""
@@ -39,6 +41,7 @@ def fuzz(words: Sequence[str]) -> int:
 
 
 def main() -> int:
+    use_kept_profile()
     if sys.argv[1:3] == ["files", "recipes"]:
         from tests.faults.recipe_files import main as recipe_files
 

@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llm_quest.cli.output import run_with_exit_code
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.sharded_checkpoint import consolidate_checkpoint
+from tests.faults.kills import drop_times
 from tests.faults.torchrun_kills import find_orphans, kill_one, message_of
 from tests.forked import processes
 from tests.recipes.two import join, start_agent
@@ -65,6 +68,22 @@ class Slow:
         block.register_forward_hook(forward)
 
 
+@dataclass
+class SlowEvaluation:
+    """A number that takes both processes; one of them may take a minute for it."""
+
+    slow: Slow
+    name: str = "eval"
+    interval: int = 2
+
+    def evaluate(self, model: Any, step: int) -> dict[str, float]:
+        self.slow.wait_at("evaluation")
+        weight = model.embed.weight.detach()
+        total = (weight.full_tensor() if isinstance(weight, DTensor) else weight).sum()
+        dist.all_reduce(total)
+        return {"weight": float(total)}
+
+
 class SlowRule(Rule):
     slow: Slow
 
@@ -81,7 +100,8 @@ def train(folder: str, parallel: DistributedContext, place: str, slow_rank: int)
         parallel.parallelize(made, list(made.model.blocks))
         slow = Slow(place, slow_rank, Path(f"{folder}.slow"))
         slow.watch_passes(made.model.blocks[1])
-        return go(STEPS, run, made=made, feed=slow.feed(parallel), parallel=parallel, save_steps=0).exit_code
+        seen: dict[str, Any] = {"feed": slow.feed(parallel), "probes": [SlowEvaluation(slow)]}
+        return go(STEPS, run, made=made, parallel=parallel, save_steps=0, **seen).exit_code
 
 
 def child(rank: int, port: int, *options: Any) -> None:
@@ -138,21 +158,29 @@ def wait_for(file: Path) -> None:
         time.sleep(0.01)
 
 
-def state_of(folder: Path, step: int) -> tuple[str, Any]:
+def state_of(folder: Path, step: int) -> tuple[str, Any, list[Any]]:
+    """A hash of weights and optimizer, the random states, and the rows of metrics."""
     checkpoint = folder / f"checkpoints/step-{step:08d}"
     consolidate_checkpoint(checkpoint)
-    return digest(checkpoint), json.loads((checkpoint / "state.json").read_text())["rng"]
+    rows = [drop_times(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval/weight" in row] == [2, 4, 6]
+    return digest(checkpoint), json.loads((checkpoint / "state.json").read_text())["rng"], rows
 
 
 @pytest.mark.parametrize(
     ("strategy", "place", "slow", "told"),
-    [("ddp", "backward", 1, (0,)), ("fsdp", "batch", 0, (0, 1)), ("fsdp", "forward", 1, (0,))],
+    [
+        ("ddp", "backward", 1, (0,)),
+        ("ddp", "evaluation", 1, (0,)),
+        ("fsdp", "batch", 0, (0, 1)),
+        ("fsdp", "forward", 1, (0,)),
+    ],
 )
 def test_a_long_step_of_two_processes_is_given_up_together(
     strategy: str, place: str, slow: int, told: Sequence[int], tmp_path: Path
 ) -> None:
-    """One takes a minute for a batch or a pass, the other waits for it in a collective. The resumed run has the
-    straight bits."""
+    """One takes a minute for a batch, a pass or an evaluation, the other waits for it in a collective. The resumed run
+    has the straight bits and rows."""
     folder = tmp_path / "run"
     both = start(folder, strategy, place, slow)
     wait_for(Path(f"{folder}.slow"))
@@ -161,7 +189,8 @@ def test_a_long_step_of_two_processes_is_given_up_together(
         os.kill(both[rank].pid or 0, signal.SIGTERM)
     assert end(both, 20.0) == [143, 143], [Path(f"{folder}.stderr-{rank}").read_text()[-2000:] for rank in range(2)]
     assert time.monotonic() - begin < 15, "on a busy machine; a second on an idle one"
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{SLOW_STEP:08d}"]
+    done = SLOW_STEP + (place == "evaluation")
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{done:08d}"]
     assert end(start(folder, strategy)) == [0, 0]
     assert state_of(folder, STEPS) == state_of(Path(f"{folder}-straight"), STEPS)
 

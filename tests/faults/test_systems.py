@@ -23,8 +23,10 @@ from llm_quest.cli.output import describe_failure, open_streams, print_status
 from llm_quest.cli.train import start_training
 from llm_quest.errors import UsageError
 from llm_quest.files import cache_dir
+from llm_quest.machine.profile import read_profile
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.recipe import load_recipe
+from tests.faults.__main__ import main as campaign
 from tests.faults.failing_files import failing_files
 from tests.recipes.tuned import base
 
@@ -206,3 +208,12 @@ def test_text_files_are_read_and_written_in_utf8_whatever_the_locale() -> None:
             match node:
                 case ast.Call(func=ast.Attribute(attr="read_text" | "write_text"), keywords=words):
                     assert {word.arg for word in words} & {"encoding", "errors"}, f"{file.name}:{node.lineno}"
+
+
+def test_a_campaign_has_the_rates_of_a_kept_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A straight run and a killed one that measured their own on a busy machine differed in their last bits."""
+    monkeypatch.setenv("LLM_QUEST_MACHINE_PROFILE", "")
+    monkeypatch.setattr(sys, "argv", ["python -m tests.faults", "signals", "--help"])
+    with pytest.raises(SystemExit):
+        campaign()
+    assert read_profile(Path(os.environ["LLM_QUEST_MACHINE_PROFILE"])).rates
