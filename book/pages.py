@@ -173,7 +173,7 @@ def parts_of_recipe(subject: Subject, markdown: Renderer) -> str:
 def measured(subject: Subject, markdown: Renderer) -> str:
     """The verdict of a card, and the table of a benchmark."""
     name, heading = PAPER_PAGES.get(subject.key), BENCHMARKS.get(subject.key)
-    card = f"The claim is measured with a control: [[paper/{name}]].\n\n{verdict(name)}\n\n" if name else ""
+    card = f"The claim and its control: [[paper/{name}]].\n\n{verdict(name)}\n\n" if name else ""
     return markdown(card + (benchmark(heading) if heading else "")) if card or heading else ""
 
 
@@ -214,6 +214,8 @@ def code_sections(subject: Subject, markdown: Renderer) -> Iterator[Section]:
 def code_of_subject(subject: Subject) -> str:
     """Its own class, or the public names of its file until the page is long; the rest is named."""
     names = [subject.anchor] if subject.anchor else public_names(subject.file)
+    stem = subject.name.replace("_", "")
+    names.sort(key=lambda name: stem not in name.lower())  # GatedDeltaNet is what delta_net.py is about
     shown, lines = [], 0
     for name in names:
         lines += code_of(f"{subject.file}:{name}").text.count("\n") + 1
@@ -248,13 +250,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 @cache
 def layer_users() -> dict[str, list[str]]:
-    """A file of layers/ -> the families whose files import it."""
+    """A file of layers/ -> the families whose files import it, or whose models have a module of it."""
     from llm_quest.cli.models import ALL_FAMILIES
+    from llm_quest.models.build import build_meta_model
 
     found: dict[str, list[str]] = {}
     for family in ALL_FAMILIES:
         text = inspect.getsource(inspect.getmodule(family.assemble))  # type: ignore[arg-type]
-        for name in dict.fromkeys(re.findall(r"from llm_quest\.layers\.(\w+) import", text)):
+        places = {type(one).__module__ for one in build_meta_model(family.presets[-1].config).modules()}
+        built = [one.rpartition(".")[2] for one in sorted(places) if one.startswith("llm_quest.layers.")]
+        for name in dict.fromkeys([*re.findall(r"from llm_quest\.layers\.(\w+) import", text), *built]):
             found.setdefault(f"layers/{name}.py", []).append(family.name)
     return found
 

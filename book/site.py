@@ -20,7 +20,7 @@ from pygments.formatters import HtmlFormatter
 from book import api, reference
 from book.blocks import BLOCKS, exercises_block
 from book.catalog import KINDS, Subject, all_subjects, read_questions
-from book.markdown import Block, Renderer
+from book.markdown import LINK, Block, Renderer
 from book.pages import make_sections, summary_of, title_of
 from book.run import Examples, example_environment
 from book.source import ROOT
@@ -138,7 +138,7 @@ def make_chapter(book: Book, file: Path, folder: Path, run: bool) -> Page:
     body = Renderer(blocks, book.link)(text)
     if asked := exercises_block(file.stem.split("-", 1)[1]):
         body += f'<section><h2 id="exercises">Exercises</h2>{asked}</section>'
-    return Page(book.here, chapter_title(file), "Chapters", first_paragraph(text), body, text)
+    return Page(book.here, chapter_title(file), "Chapters", first_paragraph(text, book), body, text)
 
 
 def check_fences(name: str, text: str) -> None:
@@ -148,8 +148,10 @@ def check_fences(name: str, text: str) -> None:
             raise BookError(f"{name}: a {kind} block would not be run; known: quest, python, {', '.join(BLOCKS)}")
 
 
-def first_paragraph(text: str) -> str:
-    return re.sub(r"[\[\]$`*]", "", re.sub(r"\s+", " ", text.split("\n\n")[1])).strip()
+def first_paragraph(text: str, book: Book) -> str:
+    """What a chapter begins with, without marks; a link is its words."""
+    said = LINK.sub(lambda found: found[2] or book.link(found[1])[1], text.split("\n\n")[1])
+    return re.sub(r"[\[\]$`*]", "", re.sub(r"\s+", " ", said)).strip()
 
 
 def make_subject_pages(book: Book, subjects: list[Subject], examples: Examples | None = None) -> Iterator[Page]:

@@ -71,6 +71,21 @@ def test_the_title_of_a_page_is_the_name_of_its_field_and_what_the_code_calls_it
         assert f">{html.escape(one.title)}</a> <code>{one.name}</code>" in listed, one.path
 
 
+def test_a_page_shows_first_the_class_that_its_file_is_named_after(built):
+    shown = (built[0] / "layer/delta_net.html").read_text(encoding="utf-8")
+    assert '<h3 id="GatedDeltaNet">' in shown
+
+
+def test_a_layer_names_the_families_whose_models_have_it_and_a_chapter_is_summed_up_without_marks():
+    assert {"deepseek_v2", "deepseek_v3"} <= set(pages.users_of("layers/latent_attention.py"))
+    assert "llama" not in pages.users_of("layers/latent_attention.py")
+    book = Book({"norm": ("norm.html", "Norms")})
+    assert (
+        site.first_paragraph("# A\n\nSee [[norm]], *the* [[norm|one]]\nof `x`.\n\nMore.", book)
+        == "See Norms, the one of x."
+    )
+
+
 def test_the_first_sentence_of_a_docstring_ends_before_its_drawing_and_its_options():
     drawn = "A mixer: DPO's kin, by Su et al. Roughly so.\n\n    x -> y\n\nMore."
     assert source.opening_sentence(drawn) == "A mixer: DPO's kin, by Su et al. Roughly so"
@@ -308,6 +323,9 @@ def test_every_colour_of_code_has_enough_contrast_and_wide_things_scroll_in_them
         assert [one for one in colours if site.contrast(one, site.PAPER[scheme]) < 4.5] == [], scheme
     assert (
         site.contrast("#888888", "#ffffff") < 4.5 < site.contrast(site.readable_colour("#888888", "#ffffff"), "#ffffff")
+    )
+    assert "overflow-wrap: break-word" in css[css.index("table {") : css.index("}", css.index("table {"))], (
+        "words break"
     )
     for rule in ("pre {", "table {", 'math[display="block"] {'):
         assert "overflow-x: auto" in css[css.index(rule) : css.index("}", css.index(rule))], rule

@@ -73,7 +73,8 @@ def judge(exercise: Exercise, answer: Function) -> Judgement:
     except Exception as error:
         return Judgement(False, (f"it ends with {type(error).__name__}: {error}",))
     if same_all(got, wanted):
-        return Judgement(True, (f"right: {exercise.name} computes what the reference does on {len(wanted)} inputs",))
+        inputs = "1 input" if len(wanted) == 1 else f"{len(wanted)} inputs"
+        return Judgement(True, (f"right: {exercise.name} computes what the reference does on {inputs}",))
     for mistake in exercise.mistakes:
         if same_all(got, outputs(mistake.function, exercise)):
             return Judgement(False, (mistake.hint,))

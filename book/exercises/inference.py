@@ -138,6 +138,8 @@ EXERCISES = (
         (
             M("a score is divided by the root of the width of a key, n + r; the rank is no width of a key",
               lambda q, qr, W, c, kr: absorbed(q, qr, W, c, kr, c.shape[-1] + kr.shape[-1])),
+            M("a key is n + r wide: this divides by the root of n, and forgets the rotated part",
+              lambda q, qr, W, c, kr: absorbed(q, qr, W, c, kr, q.shape[-1])),
             M("the rotated part is missing", lambda q, qr, W, c, kr: absorbed(q, torch.zeros_like(qr), W, c, kr)),
             M("these are probabilities; scores are asked for",
               lambda q, qr, W, c, kr: torch.softmax(absorbed(q, qr, W, c, kr), -1)),

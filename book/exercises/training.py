@@ -142,6 +142,8 @@ EXERCISES = (
         (
             M("the reference is missing", lambda w, x, rw, rx, b: -F.logsigmoid(b * (w - x)).mean()),
             M("chosen and rejected are swapped", lambda w, x, rw, rx, b: dpo(x, w, rx, rw, b)),
+            M("the log-ratios are added; the margin is their difference",
+              lambda w, x, rw, rx, b: -F.logsigmoid(b * ((w - rw) + (x - rx))).mean()),
             M("beta stands outside of the sigmoid", lambda w, x, rw, rx, b: b * dpo(w, x, rw, rx, 1.0)),
             M("the logarithm is missing", lambda w, x, rw, rx, b: (1 - torch.sigmoid(margin(w, x, rw, rx, b))).mean()),
             M("beta is left out", lambda w, x, rw, rx, b: dpo(w, x, rw, rx, 1.0)),
