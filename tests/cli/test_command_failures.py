@@ -19,7 +19,8 @@ from llm_quest.cli.output import run_with_exit_code
 from llm_quest.errors import LONGEST_LINE, MAX_MESSAGE_LINES
 
 USAGE, DATA, DISK, MISSING, BUSY = 2, 3, 5, 6, 7
-MODEL = [("NOWHERE", DATA), ("EMPTY", DATA), ("DAMAGED", DATA), ("FILE", DATA), ("RUN", DATA), ("some/model", MISSING)]
+MODEL = [("NOWHERE", DATA), ("EMPTY", DATA), ("DAMAGED", DATA), ("FILE", DATA), ("RUN", DATA), ("LONG", DATA),
+         ("some/model", MISSING)]  # fmt: skip
 """What may be given in place of a model: names in capitals are made by `places`."""
 RECIPE = [
     ("nonsense", USAGE),
@@ -81,7 +82,7 @@ def test_every_command_is_in_the_table():
 @pytest.fixture
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """A folder that is not there, an empty one, a damaged model, a file, a run without checkpoints, a GGUF file that is
-    cut off."""
+    cut off, a name that is longer than a file's may be."""
     for name in ("EMPTY", "DAMAGED", "RUN"):
         (tmp_path / name).mkdir()
     (tmp_path / "DAMAGED/config.json").write_text("{")
@@ -94,7 +95,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     made = {name: str(tmp_path / name) for name in ("NOWHERE", "EMPTY", "DAMAGED", "FILE", "RUN", "OUT")}
-    return made | {"GGUF": str(tmp_path / "cut.gguf")}
+    return made | {"GGUF": str(tmp_path / "cut.gguf"), "LONG": str(tmp_path / ("n" * 300))}
 
 
 def run_command(

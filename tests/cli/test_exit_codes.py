@@ -40,6 +40,16 @@ def test_every_class_of_failure_has_a_row_of_its_own_in_the_docs_and_in_the_code
     assert listed >= set(codes) - {143}
 
 
+@pytest.mark.parametrize("number", [*errors.DISK_REMEDIES, 13, 36])
+@pytest.mark.parametrize(
+    "name", ["n" * 5000, "/".join(["n" * 200] * 20), "two\nlines" * 90], ids=["long", "deep", "lines"]
+)
+def test_an_error_of_a_file_with_a_long_name_is_one_line_that_ends_with_the_cure(number: int, name: str):
+    (line,) = describe_failure(OSError(number, "why it failed", name))[1]
+    assert len(line) <= errors.LONGEST_LINE
+    assert line.endswith(errors.DISK_REMEDIES.get(number, "why it failed")[-90:])
+
+
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda one: type(one).__name__)
 def test_a_failure_has_the_same_words_on_a_terminal_and_in_json(failure, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["quest", "show", "--json"])

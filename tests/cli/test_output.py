@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_quest.cli.output import clean_text, print_json, replace_nonfinite
+from llm_quest.errors import MAX_MESSAGE_LINES
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,18 @@ def test_a_stream_of_few_characters_ends_no_command(stream: dict[str, str], word
     assert b"UnicodeEncodeError" not in done.stderr
     if words == ["show", "gpt2-tiny"]:
         assert b"|-> norm   LayerNorm 48 with bias" in done.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a device that is always full")
+@pytest.mark.parametrize(("words", "code"), [("show gpt2-tiny", 5), ("models --json", 5), ("show nonsense --json", 2)])
+def test_an_output_that_is_full_is_one_message(words: str, code: int):
+    """Also where the failure itself was to be printed there, and where Python flushes what is left at its end."""
+    done = subprocess.run(["sh", "-c", f"{shlex.join(QUEST)} {words} >/dev/full"], capture_output=True, timeout=120)
+    said = done.stderr.decode().splitlines()
+    assert done.returncode == code, said
+    assert len([one for one in said if "the output: no space is left" in one]) == (code == 5), said
+    assert 1 <= len(said) <= MAX_MESSAGE_LINES, said
+    assert all(one.startswith("quest: ") for one in said), said
 
 
 @pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])

@@ -66,7 +66,7 @@ from llm_quest.rollouts.included_environments import read_tool_calls, tool_argum
 from llm_quest.rollouts.judge_reward import JudgeFailure, reply_text
 from llm_quest.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from llm_quest.train.run_dir import RunDir, _row_step, lock_owner
-from llm_quest.train.state import Progress
+from llm_quest.train.state import PendingRow, Progress
 from tests.data.test_tokens import PARTS
 from tests.experiments.test_ledger import fill
 from tests.faults.targets import Target, family_configs, rows_reader
@@ -138,6 +138,15 @@ def resume_training(folder: Path) -> object:
         (folder / name).unlink(missing_ok=True)  # links to those of the base folder
     with RunDir(folder) as run:
         return go(3, run, made=objective(dropout=0.0))
+
+
+def states_of_a_training() -> list[Any]:
+    """The state of a run that ended, and of one whose last evaluation a signal ended, with a row of metrics."""
+    (state,) = json_of("training", f"{STEP}/state.json")()
+    (*_, last) = (base_folder("training") / "metrics.jsonl").read_text().splitlines()
+    row = dict.fromkeys(PendingRow.COUNTERS, 1) | json.loads(last)
+    pending = {"row": {name: value for name, value in row.items() if type(value) in (int, float)}, "is_last": True}
+    return [state, state | {"progress": state["progress"] | {"pending": pending | {"is_tracked": False}}}]
 
 
 def read_noted_steps(folder: Path) -> object:
@@ -343,8 +352,7 @@ FILE_TARGETS: tuple[Target, ...] = (
     Target("model.safetensors", beside("model", load), contents=bytes_of("model", "model.safetensors")),
     Target("config.json to read", beside("model", read_model_config), json_of("model", "config.json"),
            file="config.json"),
-    Target("state of a training", beside("training", resume_training, STEP),
-           json_of("training", f"{STEP}/state.json"), file="state.json"),
+    Target("state of a training", beside("training", resume_training, STEP), states_of_a_training, file="state.json"),
     Target("row of a rollout", read_policy_row, lambda: [POLICY_ROW], file="row.json"),
     Target("step of a row", lambda file: _row_step(text_of(file)), lambda: [{"step": 3}], file="line.json"),
     Target("arguments of a call", lambda file: parse_arguments(text_of(file)), lambda: [{"query": "cat"}],

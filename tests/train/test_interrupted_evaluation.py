@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from llm_quest.train.run_dir import RunDir
+from llm_quest.train.state import PendingRow, Progress
 from tests.faults.kills import run_result
 from tests.train.small import Rule, go
 
@@ -134,3 +135,19 @@ def test_a_run_that_was_stopped_in_its_last_evaluation_is_trained_on(tmp_path: P
     rows = rows_of(tmp_path / "run")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 3))
     assert [row["step"] for row in rows if "at the end/loss" in row] == [STEPS, STEPS + 2]
+
+
+ROW = dict.fromkeys(PendingRow.COUNTERS, 1) | {"loss": 0.5}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"loss": "x"}, {"loss": None}, {"loss": [1]}, {"step": {}}, {"train/x": "1e3"}],
+    ids=lambda one: str(*one.items()),
+)
+def test_a_row_that_waits_for_its_evaluations_holds_numbers_alone(wrong: dict[str, Any]):
+    """What a stranger's checkpoint says of it is not taken."""
+    assert Progress(pending={"row": ROW, "is_last": True}).pending == PendingRow(ROW, is_last=True)  # type: ignore[arg-type]
+    for row in (ROW | wrong, {name: value for name, value in ROW.items() if name != "tokens"}):
+        with pytest.raises(TypeError, match="a row of metrics lacks a number"):
+            Progress(pending={"row": row, "is_last": True})  # type: ignore[arg-type]
