@@ -4,8 +4,10 @@ remedy."""
 from __future__ import annotations
 
 import errno
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 MAX_MESSAGE_LINES, LONGEST_LINE = 4, 300
 LONGEST_PROBLEM = 2000  # characters
@@ -154,3 +156,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is an out-of-memory error of Python, CUDA or the CPU allocator."""
     allocator_failed = isinstance(error, RuntimeError) and any(word in str(error) for word in OUT_OF_MEMORY_PHRASES)
     return isinstance(error, MemoryError) or allocator_failed
+
+
+def import_extra(module: str, remedy: str) -> Any:
+    """A module of a package that not every installation has. MissingError with the remedy (`pip install ...`) where it
+    is not installed, and where it is but cannot be imported: two versions that do not go together raise what they
+    like (protobuf's TypeError under tensorboard)."""
+    package = module.partition(".")[0]
+    try:
+        importlib.import_module(package)
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name == package:
+            raise MissingError(f"{package} is not installed: {remedy}") from None
+        raise MissingError(f"{package} is installed and lacks {error.name}: {remedy}") from None
+    except Exception as error:
+        reason = shorten_line(" ".join(f"{type(error).__name__}: {error}".split()), 200)
+        raise MissingError(f"{package} is installed and cannot be imported ({reason}): {remedy}") from None
+
+
+def install_command(name: str) -> str:
+    """The remedy where a package of one of our extras is missing."""
+    return f"pip install 'llm-quest[{name}]'"

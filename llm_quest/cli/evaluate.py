@@ -3,7 +3,6 @@ lm-eval tasks."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +19,12 @@ from llm_quest.contracts import LogFn
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.corpus import load_corpus
 from llm_quest.data.tokenizer import Tokenizer
-from llm_quest.errors import DataError, MissingError, UsageError
+from llm_quest.errors import (
+    DataError,
+    UsageError,
+    import_extra,
+    install_command,
+)
 from llm_quest.eval.perplexity import PerplexityReport, evaluate_documents
 from llm_quest.eval.problems import ProblemAccuracy, ProblemEvalOptions, evaluate_task, load_eval_problems
 from llm_quest.eval.self_refinement import RefinePrompts, SelfRefinement
@@ -184,8 +188,7 @@ def evaluate_with_lm_eval(
 ) -> Any:
     """The tasks of EleutherAI's harness, through the chat template where `chat.chat`. MissingError without its
     package."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise MissingError("lm_eval is not installed: pip install 'llm-quest[harness]'")
+    import_extra("lm_eval", install_command("harness"))
     if chat.template_kwargs and not chat.chat:
         raise UsageError("--chat-template-kwargs are read by a chat template: give --chat too")
     from llm_quest.eval.lm_eval_harness import run_lm_eval

@@ -12,7 +12,6 @@ run · 130, 143 interrupted
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import math
@@ -30,10 +29,11 @@ from typing import Any, Protocol, TextIO
 from llm_quest import __version__
 from llm_quest.errors import (
     DISK_REMEDIES,
-    MissingError,
     PeerFailure,
     QuestError,
     exit_code_of,
+    import_extra,
+    install_command,
     is_out_of_memory,
     shorten_line,
     wrap_line,
@@ -258,8 +258,7 @@ def write_crash_file(error: BaseException) -> Path:
     return Path("crash.txt (which could not be written)")
 
 
-def require_extra(extra: str, *packages: str) -> None:
-    """MissingError where packages of an extra of this project are not installed."""
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingError(f"{', '.join(missing)} is not installed: pip install 'llm-quest[{extra}]'")
+def require_extra(name: str, *packages: str) -> None:
+    """MissingError where packages of an extra of this project are not installed, or cannot be imported."""
+    for package in packages:
+        import_extra(package, install_command(name))

@@ -24,7 +24,12 @@ from llm_quest.data.batch import split_rows
 from llm_quest.data.images import ImageProcessor
 from llm_quest.data.loader import epoch_indices, philox_uniforms
 from llm_quest.data.stratified_split import choose_held_out
-from llm_quest.errors import DataError, MissingError
+from llm_quest.errors import (
+    DataError,
+    MissingError,
+    import_extra,
+    install_command,
+)
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_RECORD_BYTES = 1 + 3 * 32 * 32
@@ -93,13 +98,8 @@ def split_images(images: ImageDataset, held_out: float, *, stratify: bool = True
 
 def load_sklearn_digits() -> ImageDataset:
     """The 1,797 digits of scikit-learn (Alpaydin & Kaynak 1998, UCI): 8 x 8, one channel."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise MissingError(
-            "the digits come with scikit-learn, which is not installed: pip install 'llm-quest[vision]'"
-        ) from None
-    found = load_digits()
+    remedy = f"the digits come with scikit-learn: {install_command('vision')}"
+    found = import_extra("sklearn.datasets", remedy).load_digits()
     pixels = np.rint(found.images * (255 / 16)).astype(np.uint8)[:, None]
     return ImageDataset(pixels, found.target.astype(np.int64), tuple(str(digit) for digit in range(10)))
 

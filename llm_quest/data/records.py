@@ -17,6 +17,7 @@ from llm_quest.data.row_files import CONVERT_REMEDY, READERS, find_reader, open_
 from llm_quest.errors import DataError, RowError
 
 MAX_DEPTH = 64
+MAX_NUMBER_BITS = 4096
 """Levels of lists and objects in a row."""
 REPAIR = "repair or remove them"
 """What to do about unusable rows where no setting leaves them out."""
@@ -158,7 +159,8 @@ def describe_unread_file(file: Path) -> str:
 
 def find_text_error(value: Any, where: str) -> RowError | None:
     """What makes a value of a row no text: half of a surrogate pair (a JSON escape of an emoji that was cut off), a
-    byte that is no UTF-8, a zero character, or values nested too deep to be copied."""
+    byte that is no UTF-8, a zero character, a number of thousands of digits, which Python does not write, or values
+    nested too deep to be copied."""
     stack = [(value, 0)]
     while stack:
         one, depth = stack.pop()
@@ -168,6 +170,10 @@ def find_text_error(value: Any, where: str) -> RowError | None:
             stack.extend((part, depth + 1) for pair in one.items() for part in pair)
         elif isinstance(one, list | tuple):
             stack.extend((part, depth + 1) for part in one)
+        elif isinstance(one, int) and one.bit_length() > MAX_NUMBER_BITS:
+            return RowError(
+                where, "too large a number", f"holds a number of {one.bit_length():,} bits; write it as text"
+            )
         elif isinstance(one, str) and (error := find_character_error(one, where)):
             return error
     return None

@@ -16,7 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from llm_quest.errors import DataError, MissingError, RowError
+from llm_quest.errors import (
+    DataError,
+    RowError,
+    import_extra,
+    install_command,
+)
 from llm_quest.files import iter_lines
 
 MAX_CELL_CHARACTERS = 2**31 - 1
@@ -232,21 +237,23 @@ def check_columns(columns: list[str], where: str) -> list[str]:
 
 def iter_parquet(file: IO[bytes], name: Path) -> Iterator[FoundRow]:
     """The rows of a Parquet file; their numbers stand in place of lines."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingError(f"{name}: Parquet needs pyarrow: pip install 'llm-quest[parquet]'") from None
+    parquet = import_extra("pyarrow.parquet", f"{name}: Parquet needs it: {install_command('parquet')}")
     try:
         number = 0
-        table = pyarrow.parquet.ParquetFile(file)
+        table = parquet.ParquetFile(file)
         refuse_parquet_bomb(table.metadata, name)
         for batch in table.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
                 yield without_nulls(row), f"{name}:{number}"
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{name} is no whole Parquet file ({str(error).partition('.')[0]}); fetch it again") from None
+    except DataError:
+        raise
+    except Exception as error:  # Python's too, of a date beyond its own or a time zone that it does not know
+        reason = str(error).partition(".")[0]
+        raise DataError(
+            f"{name} is no whole Parquet file, or row {number + 1:,} holds what Python cannot ({reason}); fetch it "
+            "again, or write that column as text"
+        ) from None
 
 
 def without_nulls(value: Any) -> Any:

@@ -18,10 +18,18 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from llm_quest.data.document import DropReport
 from llm_quest.data.records import Record, find_text_error, iter_records, map_columns
 from llm_quest.data.row_files import without_nulls
-from llm_quest.errors import DataError, MissingError, RowError, UsageError
+from llm_quest.errors import (
+    DataError,
+    RowError,
+    UsageError,
+    import_extra,
+    install_command,
+)
 from llm_quest.files import absolute_path
 
 HUB_PREFIX = "hf:"
@@ -106,13 +114,26 @@ def load_rows(
 
 def checked(rows: Iterable[tuple[Any, str]], drop_report: DropReport) -> Iterator[Record]:
     """Rows that are objects of text; the report counts others."""
-    for row, where in rows:
-        if not isinstance(row, Mapping):
-            drop_report.skip(RowError(where, "not an object", f"is a {type(row).__name__}, expected a dictionary"))
-        elif error := find_text_error(dict(row), where):
+    for given, where in rows:
+        row = plain_value(given)
+        if not isinstance(row, dict):
+            drop_report.skip(RowError(where, "not an object", f"is a {type(given).__name__}, expected a dictionary"))
+        elif error := find_text_error(row, where):
             drop_report.skip(error)
         else:
             yield Record(row, where)
+
+
+def plain_value(value: Any) -> Any:
+    """A value of a row as JSON would have it, where code made it: numbers and lists in place of those of numpy. (Their
+    `==` gives no truth value.) What has two dimensions may be an image, and stays."""
+    if isinstance(value, Mapping):
+        return {key: plain_value(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_value(one) for one in value]
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim < 2):
+        return plain_value(value.tolist())
+    return value
 
 
 def is_saved_dataset(path: str) -> bool:
@@ -122,10 +143,7 @@ def is_saved_dataset(path: str) -> bool:
 
 def iter_hub_rows(source: DataSource) -> Iterator[tuple[Any, str]]:
     """The rows of a data set that the package `datasets` loads."""
-    try:
-        import datasets
-    except ImportError:
-        raise MissingError(f"{source.path} needs the package datasets: pip install 'llm-quest[datasets]'") from None
+    datasets = import_extra("datasets", f"{source.path} needs it: {install_command('datasets')}")
     path = source.path.removeprefix(HUB_PREFIX)
     try:
         loaded = datasets.load_from_disk(path) if is_saved_dataset(path) else datasets.load_dataset(path, source.name)

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llm_quest.experiments.code_tree import CodeTree
-from llm_quest.experiments.measurements import Measurements, RunRequest
+from llm_quest.experiments.measurements import Measurements, RunRequest, hash_inputs
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,13 @@ class Base:
 
 @dataclass(frozen=True)
 class BaseRuns:
-    """The bases of an experiment, in the order in which they are trained, by the control's code."""
+    """The bases of an experiment, in the order in which they are trained, by the control's code. data: name -> the hash
+    of what it reads."""
 
     bases: tuple[Base, ...]
     measurements: Measurements
     code: CodeTree
+    data: dict[str, str] = field(default_factory=dict)
 
     def fill_in(self, pairs: tuple[str, ...], seed: int) -> tuple[str, ...]:
         """The settings with the folder of this seed's run in place of each `<name>`."""
@@ -36,9 +38,25 @@ class BaseRuns:
         return pairs
 
     def request(self, base: Base, seed: int) -> RunRequest:
-        return RunRequest(base.name, self.fill_in(base.pairs, seed), seed, self.code, "base", recipe=base.recipe)
+        return RunRequest(
+            base.name,
+            self.fill_in(base.pairs, seed),
+            seed,
+            self.code,
+            "base",
+            recipe=base.recipe,
+            data=self.data.get(base.name, ""),
+        )
+
+    def describe(self, base: Base, seed: int) -> str:
+        """The hash of what a base reads; the bases that it names are there."""
+        pairs = [*self.fill_in(base.pairs, seed), f"seed={seed}"]
+        message = {"do": "describe", "recipe": base.recipe, "pairs": pairs}
+        return hash_inputs(self.measurements.pool.submit(self.code, message).result())
 
     def train(self, seeds: Sequence[int]) -> None:
         """Train what is missing for these seeds."""
         for base in self.bases:
+            if base.name not in self.data:
+                self.data[base.name] = self.describe(base, seeds[0])
             self.measurements.measure([self.request(base, seed) for seed in seeds], f"training {base.name}")

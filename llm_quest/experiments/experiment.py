@@ -32,6 +32,7 @@ from llm_quest.experiments.measurements import (
     OutOfTime,
     Record,
     RunRequest,
+    hash_inputs,
     metric_value,
 )
 from llm_quest.experiments.noise import measure_noise
@@ -112,7 +113,7 @@ class Experiment:
         self.describe()
         self.measurements = Measurements(
             self.plan.recipe, self.root, self.pool, self.ledger, self.plan.experiment,
-            json.dumps(self.descriptions[CONTROL]["identity"], sort_keys=True), self.deadline,
+            hash_inputs(self.descriptions[CONTROL]), self.deadline,
         )  # fmt: skip
         self.arm_pairs = self.equal_budgets()
         self.tune()
@@ -183,7 +184,8 @@ class Experiment:
 
     def request(self, name: str, seed: int, role: str, extra: Sequence[str] = (), repeat: int = 0) -> RunRequest:
         pairs = self.base_runs.fill_in((*self.arm_pairs[name], *extra), seed)
-        return RunRequest(name, pairs, seed, self.arms[name].code, role, repeat)
+        data = hash_inputs(self.descriptions[name])
+        return RunRequest(name, pairs, seed, self.arms[name].code, role, repeat, data=data)
 
     def measure(self, requests: Sequence[RunRequest], what: str) -> list[Record]:
         self.base_runs.train(sorted({request.seed for request in requests}))

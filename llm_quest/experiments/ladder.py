@@ -20,7 +20,7 @@ from llm_quest.contracts import LogFn
 from llm_quest.errors import GuardStop
 from llm_quest.experiments.code_tree import CodeTree
 from llm_quest.experiments.ledger import Ledger
-from llm_quest.experiments.measurements import TUNING_SEEDS, Measurements, Record, RunRequest, metric_value
+from llm_quest.experiments.measurements import TUNING_SEEDS, Measurements, Record, RunRequest, hash_inputs, metric_value
 from llm_quest.experiments.rungs import Rung
 from llm_quest.experiments.scaling_law import (
     LadderPoint,
@@ -101,7 +101,7 @@ class Ladder:
         self.vocab_size = about["vocab_size"]
         self.measurements = Measurements(
             self.plan.recipe, self.root, self.pool, self.ledger, self.plan.experiment,
-            json.dumps(about["identity"], sort_keys=True),
+            hash_inputs(about),
         )  # fmt: skip
         self.tune()
         losses = {rung.name: self.losses_of(rung, self.plan.seeds, "rung") for rung in self.plan.rungs}

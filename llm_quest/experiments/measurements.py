@@ -47,7 +47,8 @@ def require_reported_seeds(first: int, cap: int) -> None:
 @dataclass(frozen=True)
 class RunRequest:
     """A run: the arm's name, its settings, seed and code. role: tune, aa, report, base. repeat: a second run of the
-    same. recipe: where it is another than the experiment's; such a run keeps its model."""
+    same. recipe: where it is another than the experiment's; such a run keeps its model. data: the hash of what it
+    reads, where that is its own (`hash_inputs`)."""
 
     arm: str
     pairs: tuple[str, ...]
@@ -56,6 +57,7 @@ class RunRequest:
     role: str
     repeat: int = 0
     recipe: str = ""
+    data: str = ""
 
 
 class Measurements:
@@ -73,7 +75,7 @@ class Measurements:
     def fingerprint(self, request: RunRequest) -> str:
         """The name of a run. data: the hash of what it reads."""
         settings = resolve_settings(request.recipe or self.recipe, (*request.pairs, f"seed={request.seed}"))
-        content = [settings, request.code.hash, torch.__version__, self.data, request.repeat]
+        content = [settings, request.code.hash, torch.__version__, request.data or self.data, request.repeat]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def folder(self, request: RunRequest) -> Path:
@@ -105,6 +107,11 @@ class Measurements:
         pairs, recipe = [*request.pairs, f"seed={request.seed}"], request.recipe or self.recipe
         keep = bool(request.recipe)
         return {"do": "run", "recipe": recipe, "pairs": pairs, "folder": str(folder.absolute()), "keep_model": keep}
+
+
+def hash_inputs(about: Mapping[str, Any]) -> str:
+    """What runs of a description (`worker.describe_job`) read: rows, code of rewards, models."""
+    return json.dumps({**about["identity"], **about.get("files", {})}, sort_keys=True)
 
 
 def is_there(folder: Path) -> bool:

@@ -20,7 +20,7 @@ from llm_quest.errors import GuardStop, UsageError
 from llm_quest.experiments.arms import default_pairs
 from llm_quest.experiments.code_tree import CodeTree
 from llm_quest.experiments.ledger import Ledger
-from llm_quest.experiments.measurements import Measurements, RunRequest, metric_value
+from llm_quest.experiments.measurements import Measurements, RunRequest, hash_inputs, metric_value
 from llm_quest.experiments.scaling_law import student_quantile
 from llm_quest.experiments.worker_pool import WorkerPool
 from llm_quest.formatting import format_bytes
@@ -83,8 +83,7 @@ def run_race(
     experiment, ledger = f"race-{Path(recipe).stem}-{digest}", Ledger(root / "ledger.jsonl", log)
     ledger.append("claim", experiment, {**claim, "question": "How few bits per byte?", "command": command})
     about = pool.submit(code, {"do": "describe", "recipe": recipe, "pairs": [*whole, "seed=1"]}).result()
-    identity = json.dumps(about["identity"], sort_keys=True)
-    measurements = Measurements(recipe, root, pool, ledger, experiment, identity)
+    measurements = Measurements(recipe, root, pool, ledger, experiment, hash_inputs(about))
     requests = [RunRequest("entry", whole, seed, code, "report") for seed in range(1, seeds + 1)]
     scores = [metric_value(record, SCORE, "entry") for record in measurements.measure(requests, "the race's seeds")]
     if None in scores:

@@ -32,6 +32,7 @@ from llm_quest.progress import utc_now
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.planning import open_job, plan_recipe
 from llm_quest.recipes.recipe import Job, load_recipe
+from llm_quest.recipes.run_folder import run_identity
 from llm_quest.train.checkpoint import list_checkpoints
 
 UNIGRAM_STEPS = 50
@@ -86,7 +87,8 @@ def describe_arm(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_job(job: Job) -> dict[str, Any]:
-    """Parameters, hashes of their first values, of all settings (`computes`), of the order of the data, of the data."""
+    """Parameters, hashes of their first values, of all settings (`computes`), of the order of the data, of the data, of
+    the files that it loads."""
     weights = {name: tensor_hash(value) for name, value in job.model.named_parameters()}
     order = {key: value for key, value in job.loader.state_dict().items() if isinstance(value, str | int | float)}
     return {
@@ -96,6 +98,7 @@ def describe_job(job: Job) -> dict[str, Any]:
         "computes": text_hash([job.config.model_dump(mode="json") | {"model": repr(job.model.config), "seed": 0}]),
         "order": text_hash(order),
         "identity": dict(job.identity),
+        "files": {name: value for name, value in run_identity(job.config).items() if name != "settings"},
         "vocab_size": getattr(job.model.config, "vocab_size", None),
         "unigram_loss": unigram_loss(job),
         "learning_rate": job.config.learning_rate,

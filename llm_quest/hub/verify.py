@@ -21,7 +21,10 @@ import torch
 from torch import Tensor
 
 from llm_quest.data.tokenizer_files import has_tokenizer
-from llm_quest.errors import MissingError, UsageError
+from llm_quest.errors import (
+    UsageError,
+    import_extra,
+)
 from llm_quest.hub.counterparts import Counterpart, Inputs, counterpart_of
 from llm_quest.hub.float64 import computing_in_float64
 from llm_quest.hub.load_save import load
@@ -162,10 +165,7 @@ def unread_keys(keys: Any) -> tuple[str, ...]:
 
 
 def import_transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise MissingError("verify compares with transformers, which is missing: pip install transformers") from None
+    transformers = import_extra("transformers", "verify compares with it: pip install transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers

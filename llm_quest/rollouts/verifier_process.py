@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from llm_quest.data.problems.problem import Problem
-from llm_quest.errors import MissingError
+from llm_quest.errors import MissingError, import_extra, install_command
 from llm_quest.rollouts.sampler import Sample
 from llm_quest.rollouts.verifiers import UNSCORABLE
 from llm_quest.rollouts.worker_process import WorkerFailure, WorkerProcess
@@ -59,15 +59,11 @@ def verify_with_math_verify(problem: Problem, text: str) -> float:
     """Hugging Face's math-verify (`pip install llm-quest[math]`): LaTeX and expressions, verify(gold, answer) in that
     order, for it is not symmetric. Unscorable where the gold cannot be read. Run it in a process that can be killed:
     its own time-out is off, for it needs the main thread."""
-    try:
-        from math_verify import parse
-        from math_verify import verify as equal
-    except ImportError:
-        raise MissingError("math-verify is not installed: pip install 'llm-quest[math]'") from None
-    gold = parse(f"${problem.answer}$", parsing_timeout=0)
+    checker = import_extra("math_verify", install_command("math"))
+    gold = checker.parse(f"${problem.answer}$", parsing_timeout=0)
     if not gold:
         return UNSCORABLE
-    return float(equal(gold, parse(text, parsing_timeout=0), timeout_seconds=0))
+    return float(checker.verify(gold, checker.parse(text, parsing_timeout=0), timeout_seconds=0))
 
 
 class MathVerifyReward:

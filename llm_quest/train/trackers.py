@@ -5,13 +5,12 @@ A tracker that fails while the run goes on is left out from then on, with one wa
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from llm_quest.errors import MissingError
+from llm_quest.errors import import_extra, install_command
 from llm_quest.progress import Logger
 
 PROJECT = "llm-quest"
@@ -30,12 +29,7 @@ class Tracker(Protocol):
 
 def import_tracker(module: str, name: str) -> Any:
     """The tracker's package. MissingError where it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingError(
-            f"{name} is not installed: pip install 'llm-quest[{name}]', or take it out of report_to"
-        ) from error
+    return import_extra(module, f"{install_command(name)}, or take it out of report_to")
 
 
 def tracked_run_id(folder: Path) -> str:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from llm_quest.data.conversations import Conversation, read_conversations
 from llm_quest.data.corpus import load_corpus
 from llm_quest.data.document import DropReport
 from llm_quest.data.loader import repeat_by_weight
-from llm_quest.data.sources import DataSource, absolute_source, load_rows
+from llm_quest.data.preferences import read_preferences
+from llm_quest.data.prompt_rows import read_prompt_rows
+from llm_quest.data.records import iter_records
+from llm_quest.data.row_forms import ROW_FORMS
+from llm_quest.data.sources import DataSource, absolute_source, checked, load_rows
+from llm_quest.data.step_labels import read_labelled_steps
+from llm_quest.data.text_classification import read_labeled_texts
+from llm_quest.data.unpaired import read_unpaired
 from llm_quest.errors import DataError, MissingError, QuestError, UsageError
 
 ROWS = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(4)]
@@ -239,3 +251,63 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": table.select([0, 1]), "test": table.select([2])}).save_to_disk(str(tmp_path / "set"))
     assert prompts(load(DataSource(str(tmp_path / "set")))) == ["q0", "q1"]
     assert prompts(load(DataSource(str(tmp_path / "set"), split="test"))) == ["q2"]
+
+
+ODD_VALUES = {
+    "bytes": b"\xff", "a time": datetime(2020, 1, 1), "a decimal": Decimal("NaN"), "a set": {1},
+    "an array": np.zeros(2), "no array": np.zeros(0), "names": np.array(["a"], object), "float32": np.float32(1),
+    "int64": np.int64(3), "bool_": np.bool_(True), "str_": np.str_("x"), "arrays": [np.zeros(2)], "a tuple": ("a",),
+    "digits": 10**5000, "object": object(), "numbered": {1: 2}, "a tensor": torch.zeros(1),
+}  # fmt: skip
+"""What a function of one's own, or `datasets` with a format, puts into a row."""
+
+
+def leaf_paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from leaf_paths(value[key], (*path, key))
+
+
+def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    copied = value.copy()
+    copied[path[0]] = replaced(value[path[0]], path[1:], new)
+    return copied
+
+
+@pytest.mark.parametrize("name", ODD_VALUES)
+def test_a_value_of_any_type_in_a_row_of_code_is_read_or_refused(name: str):
+    """A law over every form of row, at each of its places."""
+    examples = [form.example for forms in ROW_FORMS.values() for form in forms]
+    rows = [replaced(one, path, ODD_VALUES[name]) for one in examples for path in leaf_paths(one) if path]
+    parsers = [read_conversations, read_preferences, read_prompt_rows, read_unpaired, read_labelled_steps]
+    for parse in (*parsers, read_labeled_texts):
+        for row in rows:
+            with contextlib.suppress(QuestError):
+                report = DropReport()
+                parse(checked([(row, "rows.py:1")], report), report)  # type: ignore[operator]
+                report.lines()
+
+
+def test_numbers_of_numpy_are_those_of_json_and_images_stay():
+    picture = np.zeros((2, 2))
+    (record,) = checked(
+        [({"a": np.arange(2), "b": (np.float64(1.5), np.str_("x")), "c": picture}, "rows.py:1")], DropReport()
+    )
+    assert record.row["a"] == [0, 1]
+    assert record.row["b"] == [1.5, "x"]
+    assert record.row["c"] is picture
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [("timestamp[s]", 10**15), ("date32[day]", 2**30), ("duration[s]", 2**62), ("zone", 1)]
+)
+def test_a_date_that_python_does_not_have_is_one_message(kind: str, value: int, tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow_parquet = pytest.importorskip("pyarrow.parquet")
+    made = pyarrow.timestamp("us", tz="Nowhere/City") if kind == "zone" else pyarrow.type_for_alias(kind)
+    table = pyarrow.table({"text": ["a"], "when": pyarrow.array([value], type=made)})
+    pyarrow_parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet is no whole Parquet file, or row 1 holds what Python cannot"):
+        list(iter_records(str(tmp_path / "a.parquet"), DropReport()))

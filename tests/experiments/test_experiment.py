@@ -23,11 +23,13 @@ from llm_quest.experiments.bases import Base
 from llm_quest.experiments.code_tree import own_code
 from llm_quest.experiments.confirmation import MAX_CONFIRMATIONS, plan_confirmation
 from llm_quest.experiments.ledger import Ledger, find_faults
-from llm_quest.experiments.measurements import Measurements, OutOfTime
+from llm_quest.experiments.measurements import Measurements, OutOfTime, RunRequest, hash_inputs
 from llm_quest.experiments.page import write_page
 from llm_quest.experiments.verdict_lines import describe_verdict
+from llm_quest.experiments.worker import describe_arm
 from llm_quest.experiments.worker_pool import WorkerPool
 from tests.experiments.bench import SHORT, patch_package, plan_of, run_experiment, settings, write_text
+from tests.recipes.tuned import base
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +165,26 @@ def test_arms_begin_from_the_base_of_their_seed_and_go_on_where_time_ran_out(
         (start,) = {Path(pair.partition("=")[2]).name for pair in row["settings"] if pair.startswith("model.load=")}
         assert starts[start] == row["seed"]
     assert run_experiment(plan, tmp_path, pool, deadline=0.0)[0] == result, "what is there is used after the time too"
+
+
+def test_a_run_has_another_name_where_a_file_that_its_arm_reads_has_changed(text: Path, tmp_path: Path):
+    """A record of another model, or of another reward function, is not taken for it."""
+    model = base(tmp_path / "model")
+    loaded = ("model=null", f"model.load={model}", "tokenizer=null", f"tokenizer.load={model}")
+    plan = plan_of(text, tmp_path, **SHORT)
+    held = Measurements(plan.recipe, tmp_path, None, None, "", "of the control")  # type: ignore[arg-type]
+
+    def name_of_run() -> str:
+        about = describe_arm({"recipe": plan.recipe, "pairs": [*plan.pairs, *loaded]})
+        return held.fingerprint(
+            RunRequest("arm", (*plan.pairs, *loaded), 1, own_code(), "report", data=hash_inputs(about))
+        )
+
+    before = name_of_run()
+    assert name_of_run() == before
+    ends = model / "generation_config.json"
+    ends.write_text(ends.read_text().replace("{", '{"temperature": 0.5,', 1))
+    assert name_of_run() != before
 
 
 def test_an_arm_may_be_another_measure_of_the_controls_run(text: Path, pool: WorkerPool, tmp_path: Path):

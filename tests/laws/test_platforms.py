@@ -6,11 +6,14 @@ import ast
 import errno
 import functools
 import importlib
+import io
 import mmap
 import os
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +22,22 @@ import pytest
 import torch
 
 from llm_quest import atomic_dirs, child_process, files, tensor_files
-from llm_quest.data import template_sandbox, tokens
+from llm_quest.cli.output import require_extra
+from llm_quest.data import image_datasets, template_sandbox, tokens
+from llm_quest.data.problems import Problem
+from llm_quest.data.row_files import iter_parquet
+from llm_quest.data.sources import DataSource, iter_hub_rows
 from llm_quest.data.template_sandbox import render_prompt
-from llm_quest.errors import DataError
+from llm_quest.errors import DataError, MissingError
 from llm_quest.hub import gguf
 from llm_quest.hub import mmap as hub_mmap
 from llm_quest.hub.load_save import load, save
+from llm_quest.hub.verify import import_transformers
 from llm_quest.machine import compiler, hardware, probe
 from llm_quest.models.build import build
+from llm_quest.rollouts.verifier_process import verify_with_math_verify
 from llm_quest.train.signals import known_signals
+from llm_quest.train.trackers import TRACKERS, import_tracker
 from tests.data.test_template_sandbox import CHATML, DOUBLING, HELLO
 
 PACKAGE = Path(__file__).parents[2] / "llm_quest"
@@ -414,3 +424,63 @@ def test_all_cores_are_counted_where_the_system_names_none(monkeypatch):
 
 def test_signals_that_a_system_lacks_are_left_out():
     assert known_signals("SIGINT", "SIGNONE") == known_signals("SIGINT")
+
+
+EXTRAS: dict[str, Callable[[], object]] = {
+    "pyarrow": lambda: next(iter_parquet(io.BytesIO(), Path("a.parquet"))),
+    "datasets": lambda: next(iter_hub_rows(DataSource("hf:some/rows"))),
+    "sklearn": image_datasets.load_sklearn_digits,
+    "math_verify": lambda: verify_with_math_verify(Problem("", "1", "", ""), "1"),
+    "transformers": import_transformers,
+    "lm_eval": lambda: require_extra("harness", "lm_eval"),
+    "starlette": lambda: require_extra("serve", "starlette", "uvicorn", "llguidance"),
+    "uvicorn": lambda: require_extra("serve", "uvicorn"),
+    "llguidance": lambda: require_extra("serve", "llguidance"),
+    "wandb": TRACKERS["wandb"],
+    "trackio": TRACKERS["trackio"],
+    "tensorboard": lambda: import_tracker("tensorboard", "tensorboard"),
+}
+"""Package of an extra -> what needs it."""
+BEHIND_REQUIRE_EXTRA = {"serve", "lm_eval_harness.py"}
+"""Where such packages are imported as usual: a command has asked for them before."""
+
+
+@pytest.mark.parametrize("package", EXTRAS)
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("raise TypeError('Descriptors cannot be created directly')", r"cannot be imported \(TypeError: Descriptors"),
+        ("import no_such_package", "lacks no_such_package"),
+        (None, "is not installed"),
+    ],
+    ids=["broken", "lacks", "missing"],
+)
+def test_an_extra_that_is_missing_or_cannot_be_imported_is_one_message(
+    package: str, code: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Two packages that do not go together raise what they like when they are imported."""
+    for name in [one for one in sys.modules if one.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    if code is None:
+        monkeypatch.setitem(sys.modules, package, None)  # Python says ModuleNotFoundError then
+    else:
+        (tmp_path / f"{package}.py").write_text(code)
+        monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingError, match=f"{package} (is installed and )?{said}.*pip install"):
+        EXTRAS[package]()
+
+
+def test_a_package_of_an_extra_is_imported_by_import_extra():
+    known = {*EXTRAS, "torch.utils.tensorboard"}
+    lines = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")[1]
+    ours = "".join(line for line in lines.splitlines() if not line.startswith(("test ", "bench ", "book ", "dev ")))
+    listed = {name.replace("-", "_") for name in re.findall(r'"([a-z\-]+)', ours.partition("[")[0])}
+    assert {one.replace("scikit_learn", "sklearn") for one in listed} <= known
+    for file in sorted(PACKAGE.rglob("*.py")):
+        if BEHIND_REQUIRE_EXTRA & set(file.parts):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            found = known & {part for name in names for part in (name, name.partition(".")[0])}
+            assert not found, f"{file}:{node.lineno}: import_extra imports {', '.join(found)}"
