@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 import llm_quest
 from llm_quest.errors import GuardStop, QuestError, UsageError
 from llm_quest.eval.evaluators import LossEvaluator
+from llm_quest.experiments.measurements import is_there, read_record
 from llm_quest.files import atomic_write_json
 from llm_quest.progress import utc_now
 from llm_quest.recipes.engine import run_recipe
@@ -40,8 +42,17 @@ UNIGRAM_STEPS = 50
 
 
 def run_arm(request: dict[str, Any]) -> dict[str, Any]:
-    """Train a run; its record. A run that a guard stops has diverged."""
+    """Train a run; its record. Of several experiments that want the same run one trains it, and the others wait."""
     folder = Path(request["folder"])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if is_there(folder):
+            return read_record(folder)
+        return train_arm(request, folder)
+
+
+def train_arm(request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train a run in its folder; its record. A run that a guard stops has diverged."""
     if not list_checkpoints(folder / "checkpoints"):
         shutil.rmtree(folder, ignore_errors=True)  # what a process that was killed before its first checkpoint left
     recipe, config, settings = load_recipe(request["recipe"], request["pairs"])

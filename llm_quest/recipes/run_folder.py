@@ -34,7 +34,7 @@ from llm_quest.recipes.yaml_io import flatten_tree
 from llm_quest.techniques.score_head import read_length
 from llm_quest.train.checkpoint import checkpoint_step, list_checkpoints
 from llm_quest.train.optimizers import LRSchedule
-from llm_quest.train.run_dir import RunDir
+from llm_quest.train.run_dir import RunDir, require_free
 
 REFUSALS = {error.exit_code for error in (UsageError, DataError, MissingError)}
 
@@ -107,11 +107,14 @@ def is_left_by_start(entry: Path) -> bool:
 
 def init_run_dir(config: RunConfig, context: Context) -> None:
     """The run's folder with its config, for recipes that write into it before their run begins. All look before the
-    leader writes, and none goes on before the leader has written. A config whose length is not known yet leaves that of
+    leader writes, and none goes on before the leader has written. BusyError while another process trains here, whose
+    config this would replace. A config whose length is not known yet leaves that of
     a run that is there."""
     folder, parallel = context.run_dir, context.parallel
     require_matching_run(config, folder, context.accept)
     parallel.all_gather(None)
+    if parallel.is_main_process:
+        require_free(folder)
     if parallel.is_main_process and not (counts_epochs(config) and list_checkpoints(folder / "checkpoints")):
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(folder / "config.yaml", config_to_yaml(config))

@@ -13,12 +13,14 @@ import math
 import os
 import socket
 import stat
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from llm_quest.atomic_dirs import SWEEP_SECONDS
 from llm_quest.errors import BusyError, DataError, ResourceError, UsageError
 from llm_quest.files import (
     append_lines,
@@ -95,7 +97,7 @@ class RunDir:
                 require_ordinary_file(self.folder / name)
             files.remove_partial_checkpoints(self.checkpoints)
             (self.checkpoints / files.BEST_FILE).unlink(missing_ok=True)
-            for stray in self.folder.glob(".tmp-*"):  # of an atomic write that was killed
+            for stray in filter(is_left_by_a_run, self.folder.glob(".tmp-*")):
                 stray.unlink(missing_ok=True)
             remove_partial_line(self.folder / "events.jsonl")
             atomic_write_text(self.folder / "config.yaml", self.config)
@@ -107,14 +109,11 @@ class RunDir:
             raise
 
     def _take_lock(self) -> None:
-        path = self.folder / "run.lock"
-        require_ordinary_file(path)
+        require_ordinary_file(self.folder / "run.lock")
         try:
             self._lock.acquire()
         except Timeout:
-            raise BusyError(
-                f"{self.folder} is in use by {lock_owner(path)}; wait for it, or choose another folder"
-            ) from None
+            raise busy_folder(self.folder) from None
 
     def resolve_checkpoint(self) -> Path | None:
         """The checkpoint to continue from (None: start from the beginning). Later rows of metrics are removed, later
@@ -246,6 +245,36 @@ def require_ordinary_file(path: Path) -> None:
     """UsageError if something other than an ordinary file (a link, a device, a pipe, a folder) has this name."""
     if path.is_symlink() or (path.exists() and not stat.S_ISREG(path.stat().st_mode)):
         raise UsageError(f"{path} is not an ordinary file and is not written to; choose another run folder")
+
+
+OWN_FILES = (
+    "config.yaml", "env.json", "metrics.jsonl", "summary.json", "model.json", "data.json", "preprocessor_config.json",
+    "crash.json",
+)  # fmt: skip
+"""What a run writes as a whole, under its lock."""
+
+
+def is_left_by_a_run(stage: Path) -> bool:
+    """Whether a file is half of one that only a run writes, so that whoever holds the lock may remove it, or a day old.
+    Another command may be writing a report here, or exporting into a folder."""
+    is_own = stage.name.startswith(tuple(f".tmp-{name}-" for name in OWN_FILES))
+    return stage.is_file() and (is_own or time.time() - stage.stat().st_mtime > SWEEP_SECONDS)
+
+
+def require_free(folder: Path) -> None:
+    """BusyError while another process trains in this folder, or in one below it (a warm-up, an iteration)."""
+    for lock in sorted(folder.rglob("run.lock")):
+        require_ordinary_file(lock)
+        try:
+            with FileLock(lock, timeout=0):
+                pass
+        except Timeout:
+            raise busy_folder(lock.parent) from None
+
+
+def busy_folder(folder: Path) -> BusyError:
+    owner = lock_owner(folder / "run.lock")
+    return BusyError(f"{folder} is in use by {owner}; wait for it, or choose another folder")
 
 
 def lock_owner(path: Path) -> str:

@@ -8,12 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from llm_quest.cli.ledger import list_experiments
 from llm_quest.errors import UsageError
@@ -26,7 +28,7 @@ from llm_quest.experiments.ledger import Ledger, find_faults
 from llm_quest.experiments.measurements import Measurements, OutOfTime, RunRequest, hash_inputs
 from llm_quest.experiments.page import write_page
 from llm_quest.experiments.verdict_lines import describe_verdict
-from llm_quest.experiments.worker import describe_arm
+from llm_quest.experiments.worker import describe_arm, run_arm
 from llm_quest.experiments.worker_pool import WorkerPool
 from tests.experiments.bench import SHORT, patch_package, plan_of, run_experiment, settings, write_text
 from tests.recipes.tuned import base
@@ -185,6 +187,21 @@ def test_a_run_has_another_name_where_a_file_that_its_arm_reads_has_changed(text
     ends = model / "generation_config.json"
     ends.write_text(ends.read_text().replace("{", '{"temperature": 0.5,', 1))
     assert name_of_run() != before
+
+
+def test_of_two_experiments_that_want_one_run_the_second_waits_for_its_record(tmp_path: Path):
+    """It does not take what the first one has there, without a checkpoint yet, for what a killed process left."""
+    folder, found = tmp_path / "runs" / "abc", list[dict[str, Any]]()
+    with FileLock(tmp_path / "runs" / ".abc.lock"):
+        folder.mkdir()
+        (folder / "config.yaml").write_text("of the first")
+        waits = threading.Thread(target=lambda: found.append(run_arm({"folder": str(folder)})), daemon=True)
+        waits.start()
+        waits.join(0.5)
+        assert (found, (folder / "config.yaml").is_file()) == ([], True)
+        (folder / "record.json").write_text('{"status": "finished"}')
+    waits.join(60)
+    assert found == [{"status": "finished"}]
 
 
 def test_an_arm_may_be_another_measure_of_the_controls_run(text: Path, pool: WorkerPool, tmp_path: Path):

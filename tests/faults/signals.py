@@ -2,7 +2,9 @@
 the signal's, and the resumed run has the straight run's bits and rows of metrics.
 
 `python -m tests.faults signals [--recipe NAME]`: SIGTERM where each phase is entered, and at a pass in its middle
-(preparing, warm-ups, evaluations before, between and after the steps, rollouts, scoring of answers)."""
+(preparing, warm-ups, evaluations before, between and after the steps, rollouts, scoring of answers). Whatever is told
+goes on for longer than patience. `--patience 3` has the patience of a real run: the slowest end is then the time within
+which a signal is heeded."""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ from tests.faults.recipe_files import Results, prepare_all, results
 from tests.faults.writers import environment
 from tests.recipes.every_recipe import run_tiny
 
-PATIENCE, WAIT_SECONDS = 0.05, 0.5
+PATIENCE, WAIT_SECONDS = 0.05, 0.45
 SETTINGS = ("async_save=false", "eval_steps=1", "save_steps=1")
 ENTRY = 0
 """The number of a phase's first moment; its passes are counted from 1."""
@@ -52,20 +54,23 @@ class Moment:
 
 @dataclass
 class Watch:
-    """Counts passes by phase, and sends SIGTERM at a moment. late: the passes that began after patience was over."""
+    """Counts passes by phase, and sends SIGTERM at a moment. late: the passes that began after patience was over.
+    told: the clock, and the processor's seconds, when it was sent."""
 
     at: Moment | None = None
+    patience: float = PATIENCE
     passes: Counter[str] = field(default_factory=Counter)
     is_told: bool = False
     late: int = 0
+    told: tuple[float, float] = (0.0, 0.0)
 
     def note(self, phase: str, number: int) -> None:
         if self.is_told:
             self.late += number > ENTRY
         elif self.at == Moment(phase, number):
-            self.is_told = True
+            self.is_told, self.told = True, (time.monotonic(), time.process_time())
             os.kill(os.getpid(), signal.SIGTERM)
-            limit = time.monotonic() + WAIT_SECONDS
+            limit = time.monotonic() + self.patience + WAIT_SECONDS
             while time.monotonic() < limit:  # what heeds a signal raises here
                 time.sleep(0.002)
 
@@ -89,9 +94,9 @@ class WatchedPhases(list[progress.Phase]):
 
 
 @contextmanager
-def watch_signals(at: Moment | None = None) -> Iterator[Watch]:
+def watch_signals(at: Moment | None = None, patience: float = PATIENCE) -> Iterator[Watch]:
     """Inside, the process hears SIGTERM as a command does, and every pass of a whole model is counted."""
-    watch, phases = Watch(at), progress.PHASES
+    watch, phases = Watch(at, patience), progress.PHASES
     progress.PHASES = found = WatchedPhases(watch)
 
     def count(module: nn.Module, given: Any) -> None:
@@ -102,7 +107,7 @@ def watch_signals(at: Moment | None = None) -> Iterator[Watch]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise StoppedBySignal(number)
 
-    hook, before, patience = register_module_forward_pre_hook(count), signals.PATIENCE_SECONDS, PATIENCE
+    hook, before = register_module_forward_pre_hook(count), signals.PATIENCE_SECONDS
     signals.PATIENCE_SECONDS = patience
     handler = signal.signal(signal.SIGTERM, stop)
     try:
@@ -137,14 +142,22 @@ def moments_of(passes: dict[str, int]) -> list[Moment]:
     return entries + [Moment(phase, (count + 1) // 2) for phase, count in passes.items() if count]
 
 
-def stop_once(recipe: str, here: Path, at: Moment, straight: Results) -> str:
-    """What is wrong with a run that is told to stop at a moment, and resumed; empty if nothing."""
+def stop_once(
+    recipe: str, here: Path, at: Moment, straight: Results, patience: float
+) -> tuple[str, tuple[float, float]]:
+    """What is wrong with a run that is told to stop at a moment, and resumed; empty if nothing. And the seconds from
+    the signal to its end, by the clock and of the processor."""
     shutil.rmtree(here / "stopped", ignore_errors=True)
     out = here / "stopped" / recipe
-    with watch_signals(at) as watch:
+    with watch_signals(at, patience) as watch:
         code = train(recipe, here, out)
+    took = time.monotonic() - watch.told[0], time.process_time() - watch.told[1]
     if not watch.is_told:
-        return "the moment never came"
+        return "the moment never came", (0.0, 0.0)
+    return fault_of_stopped(recipe, here, out, code, watch, straight), took
+
+
+def fault_of_stopped(recipe: str, here: Path, out: Path, code: int, watch: Watch, straight: Results) -> str:
     if code != 128 + signal.SIGTERM or watch.late:
         return f"exit code {code}, {watch.late} passes after patience was over"
     if again := train(recipe, here, out):
@@ -157,6 +170,7 @@ def stop_once(recipe: str, here: Path, at: Moment, straight: Results) -> str:
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults signals", description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="", help=", ".join(RECIPES))
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds; of a real run: 3")
     args, total = parser.parse_args(words), 0
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
@@ -165,9 +179,15 @@ def main(words: Sequence[str]) -> int:
             begin = time.process_time()
             passes, straight = straight_run(recipe, here)
             moments = moments_of(passes)
-            faults = [(at, what) for at in moments if (what := stop_once(recipe, here, at, straight))]
+            stopped = {at: stop_once(recipe, here, at, straight, args.patience) for at in moments}
+            faults = [(at, what) for at, (what, _) in stopped.items() if what]
+            slowest = max(stopped, key=lambda at: stopped[at][1])
+            clock, processor = stopped[slowest][1]
             seconds = time.process_time() - begin
             print(f"{recipe}: {len(moments)} signals, {len(faults)} faults, {seconds:.0f} s", flush=True)
+            print(
+                f"  slowest end: {clock:.1f} s by the clock, {processor:.1f} s of the processor, {slowest}", flush=True
+            )
             for at, what in faults:
                 print(f"  {recipe}, SIGTERM {at}: {what}", flush=True)
             total += len(faults)

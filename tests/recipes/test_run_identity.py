@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from llm_quest.data.chat import ChatTemplate
@@ -282,7 +283,8 @@ def test_problems_of_a_file_a_chat_template_and_a_folder_that_is_searched_are_co
 
 
 def test_a_run_that_has_got_no_further_than_its_warm_up_keeps_its_settings(tmp_path: Path):
-    """A warm-up that began with other settings is not gone on with, unless it is accepted."""
+    """A warm-up that began with other settings is not gone on with, unless it is accepted; while it trains, no second
+    command replaces its config."""
 
     def begin(rate: str, accept: tuple[str, ...] = ()) -> None:
         settings = apply_overrides(read_yaml(GRPO, "recipe.yaml"), [f"learning_rate={rate}"])
@@ -291,6 +293,10 @@ def test_a_run_that_has_got_no_further_than_its_warm_up_keeps_its_settings(tmp_p
 
     begin("1e-3")
     begin("2e-3")
+    (tmp_path / "run" / "warmup").mkdir()
+    with FileLock(tmp_path / "run" / "warmup" / "run.lock"), pytest.raises(BusyError, match="warmup is in use by"):
+        begin("3e-3")
+    assert "learning_rate: 0.002" in (tmp_path / "run" / "config.yaml").read_text(), "that of the run that trains"
     checkpoint = tmp_path / "run" / "warmup" / "checkpoints" / "step-00000025"
     checkpoint.mkdir(parents=True)
     (checkpoint / "MANIFEST.json").write_text("{}")

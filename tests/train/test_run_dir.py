@@ -44,6 +44,19 @@ def test_no_step_appears_twice_in_the_metrics_even_after_a_torn_line(tmp_path):
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 10))
 
 
+def test_a_run_removes_its_own_halves_and_leaves_what_other_commands_write(tmp_path):
+    """`quest export` writes into a folder beside it, `quest report` into a file, while the run is resumed."""
+    mine, old, report, export = (
+        tmp_path / f".tmp-{name}-12-ab" for name in ("env.json", "positions.json", "report.html", "hf")
+    )
+    export.mkdir()
+    for file in (mine, old, report, export / "model.safetensors"):
+        file.write_text("half")
+    os.utime(old, (0, 0))
+    with RunDir(tmp_path):
+        assert set(tmp_path.glob(".tmp-*")) == {report, export}
+
+
 def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path):
     with RunDir(tmp_path / "run") as run:
         end = digest(go(6, run, save_steps=2, save_total_limit=0).checkpoint_path)
