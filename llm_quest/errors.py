@@ -159,20 +159,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def import_extra(module: str, remedy: str) -> Any:
-    """A module of a package that not every installation has. MissingError with the remedy (`pip install ...`) where it
-    is not installed, and where it is but cannot be imported: two versions that do not go together raise what they
-    like (protobuf's TypeError under tensorboard)."""
+    """A module of a package that not every installation has. MissingError where it is not installed, or cannot be
+    imported: packages that do not go together raise what they like (protobuf's TypeError under TensorBoard)."""
     package = module.partition(".")[0]
     try:
         importlib.import_module(package)
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name == package:
-            raise MissingError(f"{package} is not installed: {remedy}") from None
-        raise MissingError(f"{package} is installed and lacks {error.name}: {remedy}") from None
     except Exception as error:
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name == package
         reason = shorten_line(" ".join(f"{type(error).__name__}: {error}".split()), 200)
-        raise MissingError(f"{package} is installed and cannot be imported ({reason}): {remedy}") from None
+        said = "is not installed" if is_missing else f"is installed and cannot be imported ({reason})"
+        raise MissingError(f"{package} {said}: {remedy}") from None
 
 
 def install_command(name: str) -> str:

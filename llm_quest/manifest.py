@@ -21,6 +21,7 @@ from llm_quest.files import file_sha256, load_json
 MANIFEST_FILE = "MANIFEST.json"
 MAX_MANIFEST_BYTES = 64_000_000
 MAX_HASHING_THREADS = 4
+GROUP = "a group of keys"
 BLOCK = 2**20
 """Bytes read at a time: they stay in the processor's cache while they are hashed."""
 
@@ -126,13 +127,9 @@ def describe_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> dict[s
         after = json.loads(now[name])
         keys = differing_keys(before, after)
         if keys:
-            listing = "; ".join(f"{key}: {show_key(before, key)} -> {show_key(after, key)}" for key in keys[:6])
+            listing = "; ".join(f"{key}: {before.get(key, GROUP)!r} -> {after.get(key, GROUP)!r}" for key in keys[:6])
             changes[name] = f"{name} ({listing})"
     return changes
-
-
-def show_key(settings: Mapping[str, Any], key: str) -> str:
-    return repr(settings[key]) if key in settings else "a group of keys"
 
 
 def differing_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

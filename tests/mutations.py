@@ -507,7 +507,7 @@ MUTATIONS = (
     Mutation("distillation: nothing is taken from the cross-entropy", "objectives/next_token.py", "total = self.main_weight * main_loss", "total = 1.0 * main_loss", TAUGHT),
     Mutation("distillation: a cross-entropy that is only looked at is learned", "objectives/next_token.py", "total = self.main_weight * main_loss", "total = (self.main_weight or 1e-3) * main_loss", TAUGHT),
     Mutation("distillation: the first loss is expected to be ln V", "recipes/pretrain.py", "config.model.load is None and not distillation", "config.model.load is None", TEACHING),
-    Mutation("distillation: a run goes on under another teacher of the same name", "recipes/pretrain.py", "            **teacher_hash(distillation),\n", "", TEACHING),
+    Mutation("distillation: a run goes on under another teacher of the same name", "recipes/pretrain.py", "identity | teacher_hash(distillation),", "identity,", TEACHING),
     Mutation("distillation: vocabularies of one size are one", "recipes/auxiliary_losses.py", "if theirs.hash != tokenizer.hash:", "if theirs.vocab_size != tokenizer.vocab_size:", TEACHING),
     Mutation("distillation: a teacher that sees less than a row", "recipes/auxiliary_losses.py", "if config.sequence_length > model.config.max_position_embeddings:", "if config.sequence_length > 10 * model.config.max_position_embeddings:", TEACHING),
     Mutation("distillation: fine-tuning forgets its teacher", "recipes/sft.py", "tokenizer, model), *distillation_terms]", "tokenizer, model)]", TEACHING),

@@ -19,12 +19,7 @@ from llm_quest.contracts import LogFn
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.corpus import load_corpus
 from llm_quest.data.tokenizer import Tokenizer
-from llm_quest.errors import (
-    DataError,
-    UsageError,
-    import_extra,
-    install_command,
-)
+from llm_quest.errors import DataError, UsageError, import_extra, install_command
 from llm_quest.eval.perplexity import PerplexityReport, evaluate_documents
 from llm_quest.eval.problems import ProblemAccuracy, ProblemEvalOptions, evaluate_task, load_eval_problems
 from llm_quest.eval.self_refinement import RefinePrompts, SelfRefinement

@@ -24,12 +24,7 @@ from llm_quest.data.batch import split_rows
 from llm_quest.data.images import ImageProcessor
 from llm_quest.data.loader import epoch_indices, philox_uniforms
 from llm_quest.data.stratified_split import choose_held_out
-from llm_quest.errors import (
-    DataError,
-    MissingError,
-    import_extra,
-    install_command,
-)
+from llm_quest.errors import DataError, MissingError, import_extra, install_command
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_RECORD_BYTES = 1 + 3 * 32 * 32

@@ -159,8 +159,7 @@ def describe_unread_file(file: Path) -> str:
 
 def find_text_error(value: Any, where: str) -> RowError | None:
     """What makes a value of a row no text: half of a surrogate pair (a JSON escape of an emoji that was cut off), a
-    byte that is no UTF-8, a zero character, a number of thousands of digits, which Python does not write, or values
-    nested too deep to be copied."""
+    byte that is no UTF-8, a zero character, a number of thousands of digits, or values nested too deep to be copied."""
     stack = [(value, 0)]
     while stack:
         one, depth = stack.pop()

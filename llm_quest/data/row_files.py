@@ -16,12 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from llm_quest.errors import (
-    DataError,
-    RowError,
-    import_extra,
-    install_command,
-)
+from llm_quest.errors import DataError, RowError, import_extra, install_command
 from llm_quest.files import iter_lines
 
 MAX_CELL_CHARACTERS = 2**31 - 1
@@ -249,11 +244,8 @@ def iter_parquet(file: IO[bytes], name: Path) -> Iterator[FoundRow]:
     except DataError:
         raise
     except Exception as error:  # Python's too, of a date beyond its own or a time zone that it does not know
-        reason = str(error).partition(".")[0]
-        raise DataError(
-            f"{name} is no whole Parquet file, or row {number + 1:,} holds what Python cannot ({reason}); fetch it "
-            "again, or write that column as text"
-        ) from None
+        what = f"or row {number + 1:,} holds what Python cannot ({str(error).partition('.')[0]})"
+        raise DataError(f"{name} is no whole Parquet file, {what}; fetch it again") from None
 
 
 def without_nulls(value: Any) -> Any:

@@ -23,13 +23,7 @@ import numpy as np
 from llm_quest.data.document import DropReport
 from llm_quest.data.records import Record, find_text_error, iter_records, map_columns
 from llm_quest.data.row_files import without_nulls
-from llm_quest.errors import (
-    DataError,
-    RowError,
-    UsageError,
-    import_extra,
-    install_command,
-)
+from llm_quest.errors import DataError, RowError, UsageError, import_extra, install_command
 from llm_quest.files import absolute_path
 
 HUB_PREFIX = "hf:"
@@ -125,8 +119,7 @@ def checked(rows: Iterable[tuple[Any, str]], drop_report: DropReport) -> Iterato
 
 
 def plain_value(value: Any) -> Any:
-    """A value of a row as JSON would have it, where code made it: numbers and lists in place of those of numpy. (Their
-    `==` gives no truth value.) What has two dimensions may be an image, and stays."""
+    """A value of a row with numbers and lists in place of numpy's, but for what may be an image (two dimensions)."""
     if isinstance(value, Mapping):
         return {key: plain_value(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

@@ -21,8 +21,7 @@ class Base:
 
 @dataclass(frozen=True)
 class BaseRuns:
-    """The bases of an experiment, in the order in which they are trained, by the control's code. data: name -> the hash
-    of what it reads."""
+    """The bases of an experiment, in the order in which the control's code trains them. data: hashes by name."""
 
     bases: tuple[Base, ...]
     measurements: Measurements
@@ -48,15 +47,11 @@ class BaseRuns:
             data=self.data.get(base.name, ""),
         )
 
-    def describe(self, base: Base, seed: int) -> str:
-        """The hash of what a base reads; the bases that it names are there."""
-        pairs = [*self.fill_in(base.pairs, seed), f"seed={seed}"]
-        message = {"do": "describe", "recipe": base.recipe, "pairs": pairs}
-        return hash_inputs(self.measurements.pool.submit(self.code, message).result())
-
     def train(self, seeds: Sequence[int]) -> None:
         """Train what is missing for these seeds."""
         for base in self.bases:
             if base.name not in self.data:
-                self.data[base.name] = self.describe(base, seeds[0])
+                pairs = [*self.fill_in(base.pairs, seeds[0]), f"seed={seeds[0]}"]
+                message = {"do": "describe", "recipe": base.recipe, "pairs": pairs}
+                self.data[base.name] = hash_inputs(self.measurements.pool.submit(self.code, message).result())
             self.measurements.measure([self.request(base, seed) for seed in seeds], f"training {base.name}")

@@ -46,9 +46,7 @@ def run_arm(request: dict[str, Any]) -> dict[str, Any]:
     folder = Path(request["folder"])
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
-        if is_there(folder):
-            return read_record(folder)
-        return train_arm(request, folder)
+        return read_record(folder) if is_there(folder) else train_arm(request, folder)
 
 
 def train_arm(request: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -98,8 +96,7 @@ def describe_arm(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_job(job: Job) -> dict[str, Any]:
-    """Parameters, hashes of their first values, of all settings (`computes`), of the order of the data, of the data, of
-    the files that it loads."""
+    """Parameters, hashes of their first values, of all settings (`computes`), of the data's order, of what is read."""
     weights = {name: tensor_hash(value) for name, value in job.model.named_parameters()}
     order = {key: value for key, value in job.loader.state_dict().items() if isinstance(value, str | int | float)}
     return {

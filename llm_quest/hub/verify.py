@@ -21,10 +21,7 @@ import torch
 from torch import Tensor
 
 from llm_quest.data.tokenizer_files import has_tokenizer
-from llm_quest.errors import (
-    UsageError,
-    import_extra,
-)
+from llm_quest.errors import UsageError, import_extra
 from llm_quest.hub.counterparts import Counterpart, Inputs, counterpart_of
 from llm_quest.hub.float64 import computing_in_float64
 from llm_quest.hub.load_save import load

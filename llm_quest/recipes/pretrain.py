@@ -188,17 +188,13 @@ def build_pretrain(config: PretrainConfig, context: Context) -> Job:
     micro_rows = micro_batch_rows(config, parallel, config.sequence_length)
     random_weights = config.model.load is None and not distillation
     evaluators = list(build_evaluators(config, text, context, micro_rows))
+    identity = {"tokenizer": text.tokenizer.hash, "data": text.tokens.train.hash, "held_out": text.tokens.val.hash}
     return Job(
         config,
         losses.build_objective(model, terms),
         make_sharded_loader(config, rows, parallel, micro_rows),
         evaluators,
-        {
-            "tokenizer": text.tokenizer.hash,
-            "data": text.tokens.train.hash,
-            "held_out": text.tokens.val.hash,
-            **teacher_hash(distillation),
-        },
+        identity | teacher_hash(distillation),
         text.facts,
         text.tokenizer,
         callbacks=[*losses.build_callbacks(), *callbacks],

@@ -107,9 +107,8 @@ def is_left_by_start(entry: Path) -> bool:
 
 def init_run_dir(config: RunConfig, context: Context) -> None:
     """The run's folder with its config, for recipes that write into it before their run begins. All look before the
-    leader writes, and none goes on before the leader has written. BusyError while another process trains here, whose
-    config this would replace. A config whose length is not known yet leaves that of
-    a run that is there."""
+    leader writes, and none goes on before that. BusyError while another process trains here. A config whose length is
+    not known yet leaves that of a run that is there."""
     folder, parallel = context.run_dir, context.parallel
     require_matching_run(config, folder, context.accept)
     parallel.all_gather(None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -48,17 +48,12 @@ LocalPath = Annotated[str, AfterValidator(absolute_path)]
 """A file, a folder or a hub id. What exists here gets its absolute path, so that a run resumes from anywhere."""
 
 
-def is_local_path(field: FieldInfo) -> bool:
-    """Whether a field names a file, a folder or a hub id."""
-    return any(isinstance(one, AfterValidator) and one.func is absolute_path for one in iter_metadata(field))
-
-
-def iter_metadata(field: Any) -> Iterator[Any]:
-    """What a field's type, or a part of it, is annotated with."""
-    yield from getattr(field, "metadata", ())
-    yield from getattr(field, "__metadata__", ())
-    for part in get_args(field.annotation if isinstance(field, FieldInfo) else field):
-        yield from iter_metadata(part)
+def is_local_path(field: Any) -> bool:
+    """Whether a field, or a part of its type, names a file, a folder or a hub id."""
+    notes = *getattr(field, "metadata", ()), *getattr(field, "__metadata__", ())
+    parts = get_args(field.annotation if isinstance(field, FieldInfo) else field)
+    named = any(isinstance(one, AfterValidator) and one.func is absolute_path for one in notes)
+    return named or any(map(is_local_path, parts))
 
 
 def describe_field(field: FieldInfo | None) -> str:

@@ -104,17 +104,13 @@ def build_sft(config: SftConfig, context: Context) -> Job:
     if data.questions and config.samples.every_steps:
         seed = derive_seed(config.seed, "sampling")
         evaluators.append(AnswerSampler(data, config.samples, seed, context.samples_dir))
+    identity = {"tokenizer": tokenizer.hash, "data": data.train.hash, "held_out": data.held_out.hash}
     return Job(
         config,
         NextTokenLoss(model, auxiliary=terms),
         loader,
         evaluators,
-        {
-            "tokenizer": tokenizer.hash,
-            "data": data.train.hash,
-            "held_out": data.held_out.hash,
-            **teacher_hash(distillation_terms),
-        },
+        identity | teacher_hash(distillation_terms),
         facts,
         tokenizer,
         callbacks=apply_config_techniques(config, model, log),

@@ -68,8 +68,7 @@ def load_user_object(reference: str) -> Any:
 
 
 def hash_of_file(reference: str) -> str:
-    """sha256 of the file's bytes, and of those of the modules beside it that it imports: what a resumed run may not
-    change. A module that is imported by a name which is computed is not seen."""
+    """sha256 of the file and of the modules beside it that it imports by name: what a resumed run may not change."""
     first, *others = imported_files(split_reference(reference)[0])
     digest = hashlib.sha256(first.read_bytes())
     for file in sorted(others):

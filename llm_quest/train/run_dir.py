@@ -247,17 +247,13 @@ def require_ordinary_file(path: Path) -> None:
         raise UsageError(f"{path} is not an ordinary file and is not written to; choose another run folder")
 
 
-OWN_FILES = (
-    "config.yaml", "env.json", "metrics.jsonl", "summary.json", "model.json", "data.json", "preprocessor_config.json",
-    "crash.json",
-)  # fmt: skip
+OWN_FILES = ("config", "env", "metrics", "summary", "model", "data", "preprocessor_config", "crash")
 """What a run writes as a whole, under its lock."""
 
 
 def is_left_by_a_run(stage: Path) -> bool:
-    """Whether a file is half of one that only a run writes, so that whoever holds the lock may remove it, or a day old.
-    Another command may be writing a report here, or exporting into a folder."""
-    is_own = stage.name.startswith(tuple(f".tmp-{name}-" for name in OWN_FILES))
+    """Whether a file is half of one that only a run writes, or a day old. Others may be writing a report here."""
+    is_own = stage.name.startswith(tuple(f".tmp-{name}." for name in OWN_FILES))
     return stage.is_file() and (is_own or time.time() - stage.stat().st_mtime > SWEEP_SECONDS)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from llm_quest.errors import import_extra, install_command
 from llm_quest.progress import Logger
 
-PROJECT = "llm-quest"
+PROJECT, LEAVE_OUT = "llm-quest", ", or take it out of report_to"
 
 
 class Tracker(Protocol):
@@ -27,11 +27,6 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-def import_tracker(module: str, name: str) -> Any:
-    """The tracker's package. MissingError where it is not installed."""
-    return import_extra(module, f"{install_command(name)}, or take it out of report_to")
-
-
 def tracked_run_id(folder: Path) -> str:
     """The id of a run at its tracker: the same when it is resumed, another for a folder of that name elsewhere."""
     return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
@@ -41,7 +36,8 @@ class TensorBoard:
     """Scalars in the run's folder `tensorboard`."""
 
     def __init__(self) -> None:
-        self.module = import_tracker("torch.utils.tensorboard", "tensorboard")
+        import_extra("tensorboard", install_command("tensorboard") + LEAVE_OUT)
+        self.module = import_extra("torch.utils.tensorboard", install_command("tensorboard") + LEAVE_OUT)
 
     def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         self.writer = self.module.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -58,7 +54,7 @@ class WandB:
     """A run of Weights & Biases, the same one when the run is resumed; WANDB_MODE and WANDB_PROJECT are heard."""
 
     def __init__(self) -> None:
-        self.module = import_tracker("wandb", "wandb")
+        self.module = import_extra("wandb", install_command("wandb") + LEAVE_OUT)
 
     def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         self.run = self.module.init(
@@ -78,7 +74,7 @@ class Trackio:
     has a part of the id."""
 
     def __init__(self) -> None:
-        self.module = import_tracker("trackio", "trackio")
+        self.module = import_extra("trackio", install_command("trackio") + LEAVE_OUT)
 
     def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         name = f"{folder.name}-{tracked_run_id(folder)[:8]}"

@@ -311,10 +311,10 @@ def test_a_group_that_is_added_or_taken_away_is_a_change_and_a_key_of_another_ve
         return list(describe_changes({"settings": json.dumps(before)}, {"settings": json.dumps(after)}).values())
 
     assert told({"a": 1, "teacher": None}, {"a": 1, "teacher.load": "x", "teacher.beta": 1}) == [
-        "settings (teacher: None -> a group of keys)"
+        "settings (teacher: None -> 'a group of keys')"
     ]
     assert told({"e": {}, "c.d": 1}, {"e.x": 1, "c": {}}) == [
-        "settings (c: a group of keys -> {}; e: {} -> a group of keys)"
+        "settings (c: 'a group of keys' -> {}; e: {} -> 'a group of keys')"
     ]
     assert told({"a": 1, "old": 2, "g.old": 1}, {"a": 1, "new": 3, "g.new": 2}) == []
     assert describe_changes({"tokenizer": "a", "reward score": "b"}, {"tokenizer": "a", "data": "c"}) == {
