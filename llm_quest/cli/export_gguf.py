@@ -53,8 +53,10 @@ def export_gguf(
     overwrite: bool = False,
     merged: bool = False,
     adapter: bool = False,
+    remedy: str = "--merge writes the whole model, --adapter the adapter alone",
 ) -> GGUFExportReport:
-    """Write a run's, a folder's or another file's model; of an adapter's folder, or with `adapter`, the adapter."""
+    """Write a run's, a folder's or another file's model; of an adapter's folder, or with `adapter`, the adapter.
+    remedy: what to do about a model with an adapter."""
     model = remove_value_head(load(run, dtype="float32" if merged else None))
     if find_score_head(model) is not None:
         raise UsageError(f"{run} gives scores and no text: a GGUF file of it would need llama.cpp's own kinds of heads")
@@ -65,9 +67,7 @@ def export_gguf(
         report = save_gguf_adapter(model, file, dtype=dtype, overwrite=overwrite)
         return make_report(run, file, report, f"use it with the base's file: llama-server -m base.gguf --lora {file}")
     if adapter_layers(model) and not merged:
-        raise UsageError(
-            f"the model of {run} has an adapter: --merge writes the whole model, --adapter the adapter alone"
-        )
+        raise UsageError(f"the model of {run} has an adapter: {remedy}")
     if merged:
         merge_adapter(model)
     tokenizer = load_tokenizer(run)

@@ -71,7 +71,8 @@ def export_web(
     with atomic_dir(folder, overwrite=overwrite, replaceable=WEB_FILES.__contains__, required_bytes=2**24) as stage:
         for name, content in load_wllama(wllama).items():
             (stage / name).write_bytes(content)
-        report = export_gguf(run, stage / MODEL, quantize=quantize, dtype=dtype, merged=merged)
+        merge = "a page shows the whole model: add --merge"
+        report = export_gguf(run, stage / MODEL, quantize=quantize, dtype=dtype, merged=merged, remedy=merge)
         if report.bytes > MAX_MODEL_BYTES:
             raise UsageError(f"the model has {report.bytes:,} bytes, and a browser reads 2 GB: add --quantize q4_0")
         write_page(stage, read_gguf(stage / MODEL), report, run_readme(run, license), model_name(run))

@@ -15,6 +15,7 @@ from llm_quest.cli.speculative_generate import load_draft
 from llm_quest.contracts import LogFn
 from llm_quest.data.chat import find_template_fault
 from llm_quest.errors import QuestError, UsageError
+from llm_quest.hub.adapter_config import CONFIG, read_adapter_config
 from llm_quest.hub.load_adapter import load_adapter
 from llm_quest.hub.locate import locate_adapter, locate_model
 from llm_quest.hub.pooling import Pooling, read_pooling
@@ -98,8 +99,10 @@ def load_adapted(name_or_path: str, folder: str, parent: str, device: str, dtype
     model, tokenizer = load_text_model(name_or_path, device, dtype, lambda line: None)
     with adapter_folder(folder) as adapter:
         load_adapter(model, adapter)
+        named = str(read_adapter_config(adapter / CONFIG).get("base_model_name_or_path") or name_or_path)
     model.eval()
-    log(f"{folder}: adapter of {name_or_path}")
+    is_other = Path(named).name != Path(name_or_path).name
+    log(f"{folder}: adapter of {name_or_path}" + (f"; it says that its base is {named}" if is_other else ""))
     return LoadedModel(model, tokenizer, read_advice(model.generation_config), parent, find_pooling(name_or_path, log))
 
 

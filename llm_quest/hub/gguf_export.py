@@ -74,6 +74,16 @@ def save_gguf(
     return GGUFReport(layout.architecture, main, len(tensors), total, (*notes, *more))
 
 
+def can_be_gguf(model: Decoder, tokenizer: Tokenizer) -> bool:
+    """Whether a GGUF file can hold a model and its tokenizer."""
+    try:
+        export_keys(model, layout_for(model))
+        tokenizer_keys(tokenizer, model.config.vocab_size, model.generation_config)
+    except UsageError:
+        return False
+    return True
+
+
 def choose_type(model: Decoder, quantize: str | None, dtype: str | None) -> str:
     """The type of most matrices."""
     if quantize is not None and quantize not in QUANTIZE_NAMES:

@@ -209,7 +209,7 @@ def save(
             add_techniques(build_config_json(model, family, generation_config, dtype), techniques),
         )
         write_json(stage / "generation_config.json", build_generation_json(generation_config or GenerationConfig()))
-        write_text(stage / "README.md", (readme or Readme()).render(model, family))
+        write_text(stage / "README.md", (readme or Readme()).render(model, family, tokenizer))
         if tokenizer is not None:
             tokenizer.save(stage, model_max_length=read_length(model, tokenizer.model_max_length))
         if preprocess is not None:

@@ -212,7 +212,7 @@ def download_snapshot(name: str, patterns: list[str], revision: str | None) -> P
     except errors.RepositoryNotFoundError:
         raise DataError(f"there is no folder {name!r} here and no such model on the hub{preset_hint(name)}") from None
     except Exception as error:  # also what the packages below raise: httpx's errors, a portal's page that is no JSON
-        raise offline_error(name, "config.json", describe_download_failure(error)) from None
+        raise offline_error(name, patterns[0], describe_download_failure(error)) from None
 
 
 def describe_download_failure(error: Exception) -> str:

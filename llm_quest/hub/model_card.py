@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.hub.config import classifier_config
 from llm_quest.models.build import count_parameters
 from llm_quest.models.decoder import Decoder
@@ -32,8 +33,8 @@ class Readme:
     results: Mapping[str, float | str] = field(default_factory=dict)
     limits: Sequence[str] = ()
 
-    def render(self, model: Decoder, family: Family) -> str:
-        """Markdown with a YAML head, as the hub reads it."""
+    def render(self, model: Decoder, family: Family, tokenizer: Tokenizer | None = None) -> str:
+        """Markdown with a YAML head, as the hub reads it. tokenizer: the folder's, if it has one."""
         published = family.publish(model.config)
         classifier = classifier_config(published, model.spec.techniques)
         exportable = bool(classifier) or all_exportable(model.spec.techniques)
@@ -47,7 +48,7 @@ class Readme:
             yaml_head(head | {"tags": ["llm-quest", model_type]}),
             f"# {self.title or f'{family.name}-style, {size}'}",
             self.summary or summary,
-            "## Use\n\n" + (usage(task) if exportable else quest_usage(model)),
+            "## Use\n\n" + (usage(task, model, tokenizer) if exportable else quest_usage(model)),
             *self.tables(),
             markdown_table("Shape", published),
             *self.terms(),
@@ -118,12 +119,17 @@ def describe_outputs(model: Decoder) -> str:
     return f"It classifies texts and writes none; classes: {', '.join(head.labels) or head.outputs}{number}."
 
 
-def usage(task: str) -> str:
-    """How transformers, vLLM and this package load it; vLLM where it writes text."""
+def usage(task: str, model: Decoder, tokenizer: Tokenizer | None) -> str:
+    """How transformers, vLLM, llama.cpp and this package load it; vLLM where it writes text, llama.cpp where its format
+    holds the model."""
+    from llm_quest.hub.gguf_export import can_be_gguf
+
     auto = AUTO_CLASSES[task]
     parts = [code_block("python", f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{PLACE}")')]
     if task == "text-generation":
         parts.append(code_block("", f"vllm serve {PLACE}\nquest serve {PLACE}"))
+        if tokenizer is not None and can_be_gguf(model, tokenizer):
+            parts.append(code_block("", f"quest export {PLACE} model.gguf\nllama-server -m model.gguf"))
     parts.append(code_block("python", f'import llm_quest as quest\n\nmodel = quest.load("{PLACE}")'))
     return "\n\n".join(parts)
 

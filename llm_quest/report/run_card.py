@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -21,20 +22,24 @@ RECIPE_KEYS = (
 """Settings of a recipe that a card names, where it has them."""
 CHECKPOINT = re.compile(r"step-(\d+)$")
 HUB_SOURCE = "hf:"
+MAX_CARD = 200_000
+CARD_CELL = r"((?:[^|\n\\]|\\.)*)"
+CARD_ROW = re.compile(rf"^\| {CARD_CELL} \| {CARD_CELL} \|$", re.MULTILINE)
+"""A row, name and value; what `table_cell` has escaped is still so."""
 
 
 def run_readme(folder: Path, license: str | None = None) -> Readme:
-    """The card of a run, or of one of its checkpoints; of a folder that is no run, the license alone. Paths of this
-    machine are cut to their last part."""
+    """The card of a run, or of one of its checkpoints; of a folder that is no run, what its own card says. Paths of
+    this machine are cut to their last part."""
     home = folder.resolve()
     step = int(found[1]) if (found := CHECKPOINT.search(home.name)) else None
     try:
         record = read_run(home.parent.parent if step is not None else home)
         config = yaml.safe_load(record.config) or {}
     except (DataError, yaml.YAMLError, ValueError, RecursionError):
-        return Readme(license=license)
+        return folder_readme(home, license)
     if not isinstance(config, dict) or "recipe" not in config:
-        return Readme(license=license)
+        return folder_readme(home, license)
     base = find_value(config, "model", "load")
     sources = list(data_sources(config))
     return Readme(
@@ -46,6 +51,29 @@ def run_readme(folder: Path, license: str | None = None) -> Readme:
         training=describe_training(record, config, step, base),
         results=dict(describe_results(record, step)),
     )
+
+
+def folder_readme(folder: Path, license: str | None) -> Readme:
+    """What a card that stands in the folder says of its making: of one of ours all of it, of another the license."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")[:MAX_CARD]
+        head = yaml.safe_load(text.split("---\n")[1])
+        known = {name: one for name in ("license", "base_model", "language") if isinstance(one := head.get(name), str)}
+        if "llm-quest" not in head.get("tags", ()):
+            return Readme(license=license or known.get("license"))
+        datasets = [one for one in head.get("datasets", ()) if isinstance(one, str)]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+        return Readme(license=license)
+    data, training, results = (dict(card_table(text, title)) for title in ("Data", "Training", "Results"))
+    known |= {"license": license} if license else {}
+    return Readme(datasets=datasets, data=data, training=training, results=results, **known)
+
+
+def card_table(text: str, title: str) -> Iterator[tuple[str, str]]:
+    """The rows of a table of our card."""
+    section = text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    for name, value in CARD_ROW.findall(section)[1:]:  # the first one is the line below the head
+        yield html.unescape(name.replace(r"\|", "|")), html.unescape(value.replace(r"\|", "|"))
 
 
 def find_value(config: Mapping[str, Any], *keys: str) -> Any:

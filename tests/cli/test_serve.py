@@ -40,6 +40,10 @@ def test_a_model_and_its_adapters_are_served_under_their_names(folder, tmp_path,
         torch.testing.assert_close(served["odd"].batch.model(ids), adapted(ids), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(served["base"].batch.model(ids), tiny_model(tiny_tokenizer())(ids))
     assert "base, odd: 3 slots of 100 tokens" in lines
+    assert f"{tmp_path / 'adapter'}: adapter of {folder}" in lines
+    save_adapter(adapted, tmp_path / "other", base="someone/else")
+    serve.serve_models(str(folder), [f"odd={tmp_path / 'other'}"], options, log=lines.append, **MACHINE)
+    assert f"{tmp_path / 'other'}: adapter of {folder}; it says that its base is someone/else" in lines
     assert lines[-1].startswith("http://127.0.0.1:")
 
 

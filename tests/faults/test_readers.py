@@ -42,6 +42,7 @@ EXPLAINED = {
     "experiments/worker_pool.py:read_answer": "what our own worker process writes",
     "eval/lm_eval_harness.py:render_contexts": "what this file wrote into lm-eval's requests",
     "report/run_card.py:run_readme": "config.yaml of a run, bounded by read_run, every error of which is caught",
+    "report/run_card.py:folder_readme": "the head of a card, every error of which is caught",
     "serve/grammar.py:token_mask": "a bit mask of llguidance, in memory",
     "serve/protocol.py:parse_json": "the POST targets reach it, in the server's thread",
     "train/failures.py:first_failure": "what another process of the same run wrote",

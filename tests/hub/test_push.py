@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,12 +20,17 @@ import yaml
 from huggingface_hub import constants
 
 import llm_quest as quest
+from llm_quest.cli.export import export_run
+from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.hub.load_save import save
+from llm_quest.hub.model_card import Readme
 from llm_quest.hub.push import push_folder
 from llm_quest.report.run_card import run_readme
 from llm_quest.techniques.lora import LoRA
+from tests.gguf_models import tiny
+from tests.gguf_texts import train_byte_level
 
 TOKEN = "hf_" + "x" * 34
 
@@ -231,6 +239,36 @@ def test_a_checkpoints_card_has_the_numbers_of_its_step(run):
     readme = run_readme(folder)
     assert readme.results == {"loss": "2"}
     assert (readme.training["steps"], readme.training["tokens"]) == ("10", "1,000")
+
+
+def test_an_export_of_an_export_keeps_what_the_card_says(run, folder, tmp_path):
+    model, tokenizer = quest.load(folder), Tokenizer.load(folder)
+    readme = replace(run_readme(run, "mit"), training={"a|b": "x < 1", "recipe": "sft"}, title="")
+    save(model, tmp_path / "first", tokenizer=tokenizer, readme=readme)
+    first = (tmp_path / "first" / "README.md").read_text()
+    assert "| a\\|b | x &lt; 1 |" in first
+    export_run(tmp_path / "first", tmp_path / "second")
+    assert (tmp_path / "second" / "README.md").read_text() == first
+    export_run(tmp_path / "first", tmp_path / "third", license="apache-2.0")
+    assert (tmp_path / "third" / "README.md").read_text() == re.sub(r"\bmit\b", "apache-2.0", first)
+    (tmp_path / "first" / "README.md").write_text(
+        "---\nlicense: gpl\ntags: [theirs]\n---\n\n## Data\n\n| | |\n| --- | --- |\n| a | b |\n"
+    )
+    assert run_readme(tmp_path / "first") == Readme(license="gpl")
+    for text in ("", "---\n", "---\n[\n---\n", "---\n3\n---\n", "---\ntags: 3\n---\n"):
+        (tmp_path / "first" / "README.md").write_text(text)
+        assert run_readme(tmp_path / "first", "mit") == Readme(license="mit")
+
+
+def test_a_card_names_llama_cpp_where_the_command_works(tmp_path):
+    tokenizer = train_byte_level("qwen2", size=320)
+    for name, changes, works in (("llama3.2", {}, True), ("gemma3", {"query_pre_attn_scalar": 7.0}, False)):
+        config = tiny(name, vocab_size=tokenizer.vocab_size, **changes)
+        folder = save(quest.build(config), tmp_path / name, tokenizer=tokenizer)
+        card = (folder / "README.md").read_text()
+        assert ("quest export path/to/this/folder model.gguf\nllama-server -m model.gguf" in card) is works
+        with contextlib.nullcontext() if works else pytest.raises(UsageError):
+            export_run(folder, tmp_path / f"{name}.gguf")
 
 
 def test_a_folder_that_is_no_run_has_a_card_without_them(tmp_path, folder):
