@@ -129,7 +129,7 @@ def usage(task: str, model: Decoder, tokenizer: Tokenizer | None) -> str:
     if task == "text-generation":
         parts.append(code_block("", f"vllm serve {PLACE}\nquest serve {PLACE}"))
         if tokenizer is not None and can_be_gguf(model, tokenizer):
-            parts.append(code_block("", f"quest export {PLACE} model.gguf\nllama-server -m model.gguf"))
+            parts.append(code_block("", f"quest export {PLACE} {GGUF_FILE}\nllama-server -m {GGUF_FILE}"))
     parts.append(code_block("python", f'import llm_quest as quest\n\nmodel = quest.load("{PLACE}")'))
     return "\n\n".join(parts)
 
@@ -147,6 +147,7 @@ def code_block(language: str, code: str) -> str:
 
 PLACE = "path/to/this/folder"
 """What a card calls the folder; `quest push` writes the repository's name there."""
+GGUF_FILE = "model.gguf"
 AUTO_CLASSES = {
     "text-generation": "AutoModelForCausalLM",
     "text-classification": "AutoModelForSequenceClassification",
