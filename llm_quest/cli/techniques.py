@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, get_type_hints
 
-from llm_quest.recipes.schema import describe_type
+from llm_quest.errors import UsageError
+from llm_quest.recipes.schema import describe_type, did_you_mean
 from llm_quest.recipes.settings_reference import show_value
 from llm_quest.techniques import TECHNIQUES, TRAINING_TECHNIQUES
 
@@ -56,15 +58,20 @@ class TechniqueList:
         return [*result, "several, with options: techniques='[{name: lora, rank: 16}, qk_clip]'"]
 
 
-def list_techniques() -> TechniqueList:
-    """Every technique that a recipe may name."""
-    return TechniqueList(
-        tuple(
-            describe_technique(name, technique, in_training)
-            for table, in_training in ((TECHNIQUES, False), (TRAINING_TECHNIQUES, True))
-            for name, technique in table.items()
-        )
-    )
+def list_techniques(words: Sequence[str] = ()) -> TechniqueList:
+    """The techniques that a recipe may name: all, or those whose name or first sentence holds every word. UsageError
+    where none is left, with the names that are near."""
+    entries = [
+        describe_technique(name, technique, in_training)
+        for table, in_training in ((TECHNIQUES, False), (TRAINING_TECHNIQUES, True))
+        for name, technique in table.items()
+    ]
+    found = [one for one in entries if all(word.lower() in f"{one.name} {one.summary}".lower() for word in words)]
+    if not found:
+        names = [entry.name for entry in entries]
+        near = did_you_mean(words[0], names) or f"; known: {', '.join(names)}"
+        raise UsageError(f"no technique has {' and '.join(map(repr, words))}{near}")
+    return TechniqueList(tuple(found))
 
 
 def describe_technique(name: str, technique: type, in_training: bool) -> TechniqueEntry:

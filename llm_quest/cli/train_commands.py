@@ -139,12 +139,15 @@ def settings(
         print_result(reference.list_pages() if recipe is None else reference.make_page(recipe), json)
 
 
-def techniques(json: JsonOption = False) -> None:
-    """List the techniques, each with its options and the words that switch it on."""
+def techniques(
+    words: Annotated[list[str] | None, typer.Argument(help="Only those that hold all of these: lora.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """List the techniques, or search them, each with its options and the words that switch it on."""
     set_environment(0)
     from llm_quest.cli.techniques import list_techniques
 
-    print_result(list_techniques(), json)
+    print_result(list_techniques(words or ()), json)
 
 
 def inspect_batch(

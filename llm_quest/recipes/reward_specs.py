@@ -108,7 +108,8 @@ def ask_judge(spec: RewardSpec, context: RewardContext) -> Reward:
     return JudgeReward(
         str(spec.judge), str(spec.model), read_judge_prompt(str(spec.prompt)), low=spec.score_range[0],
         high=spec.score_range[1], timeout_seconds=spec.timeout_seconds, max_retries=spec.max_retries,
-        concurrency=spec.concurrency, api_key=os.environ.get("OPENAI_API_KEY", ""), log=context.log,
+        max_tokens=spec.max_tokens, concurrency=spec.concurrency, api_key=os.environ.get("OPENAI_API_KEY", ""),
+        log=context.log,
     )  # fmt: skip
 
 
@@ -140,7 +141,9 @@ REWARD_KINDS = {
     "name": RewardKind(lambda spec, context: REWARDS[str(spec.name)](spec, context), ("load", "readout")),
     "function": RewardKind(start_function_reward, ("timeout_seconds",), per_batch=True),
     "judge": RewardKind(
-        ask_judge, ("model", "prompt", "score_range", "timeout_seconds", "max_retries", "concurrency"), per_batch=True
+        ask_judge,
+        ("model", "prompt", "score_range", "timeout_seconds", "max_retries", "max_tokens", "concurrency"),
+        per_batch=True,
     ),
 }
 """The key that an entry begins with -> its form."""
@@ -162,6 +165,7 @@ class RewardSpec(StrictModel):
     score_range: tuple[float, float] = Field(default=(0.0, 10.0), description="a judge's scores: lowest, highest")
     timeout_seconds: PositiveFloat = Field(default=60.0, description="of a batch for function, of a request for judge")
     max_retries: NonNegativeInt = Field(default=3, description="of a judge's request")
+    max_tokens: PositiveInt = Field(default=512, description="of a judge's reply, its reasoning included")
     concurrency: PositiveInt = Field(default=8, description="requests to a judge at once")
 
     @field_validator("function")

@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +80,7 @@ class JudgeReward:
     log: Callable[[str], None] = print
 
     def __post_init__(self) -> None:
+        self.parameters: dict[str, float] = {"temperature": 0, "max_tokens": self.max_tokens}
         self.failures: Counter[str] = Counter()
         self.failed_in_a_row = 0
 
@@ -116,20 +117,35 @@ class JudgeReward:
 
     def ask(self, question: str) -> str:
         """The judge's reply."""
-        body = {"model": self.model, "messages": [{"role": "user", "content": question}], "temperature": 0}
+        body = {"model": self.model, "messages": [{"role": "user", "content": question}], **self.parameters}
         request = urllib.request.Request(
-            f"{self.url.rstrip('/')}/chat/completions",
-            data=json.dumps(body | {"max_tokens": self.max_tokens}).encode(),
+            f"{self.url.rstrip('/').removesuffix('/chat/completions')}/chat/completions",
+            data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"} | self.authorization(),
         )
         try:
             with urllib.request.urlopen(request, timeout=self.timeout_seconds) as response:
                 return reply_text(read_until(response, time.monotonic() + self.timeout_seconds))
         except urllib.error.HTTPError as error:
-            said = error.read(300).decode(errors="replace")
-            raise JudgeFailure(f"HTTP {error.code}", said, can_retry=error.code in RETRY_STATUS) from None
+            said = error.read(2000).decode(errors="replace")
+            if error.code == 400 and self.adapt_parameters(body, said):
+                return self.ask(question)
+            raise JudgeFailure(f"HTTP {error.code}", said[:300], can_retry=error.code in RETRY_STATUS) from None
         except (OSError, http.client.HTTPException) as error:
             raise JudgeFailure("no connection", str(error) or type(error).__name__, can_retry=True) from None
+
+    def adapt_parameters(self, body: Mapping[str, Any], said: str) -> bool:
+        """Whether a request that was refused may be sent again: OpenAI's newer models want max_completion_tokens, and
+        no temperature."""
+        parameters = {name: value for name, value in body.items() if name not in ("model", "messages")}
+        if "max_completion_tokens" in said and "max_tokens" in body:
+            parameters["max_completion_tokens"] = parameters.pop("max_tokens")
+        elif "temperature" in said and "temperature" in body:
+            del parameters["temperature"]
+        else:
+            return False
+        self.parameters = parameters
+        return True
 
     def authorization(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}

@@ -178,3 +178,6 @@ def test_every_technique_is_listed_with_what_switches_it_on():
         applied: dict[str, Any] = {one["name"]: one for one in config.all_techniques}
         assert entry.name in applied
     assert "techniques='[lora]'" in "\n".join(list_techniques().lines())
+    assert [one.name for one in list_techniques(["LoRA", "direction"]).entries] == ["dora"]
+    with pytest.raises(UsageError, match=r"no technique has 'doro'.* did you mean 'dora'"):
+        list_techniques(["doro"])

@@ -44,6 +44,9 @@ class Handler(BaseHTTPRequestHandler):
         word, _, rest = request["messages"][0]["content"].split("---\n")[1].strip().partition(" ")
         if word == "sleep":
             time.sleep(1.0)
+        if word == "newer" and (wrong := {"max_tokens", "temperature"} & set(request)):
+            wanted = "use 'max_completion_tokens' instead" if "max_tokens" in wrong else "only the default temperature"
+            return self.send(400, json.dumps({"error": {"message": wanted}}).encode())
         if word in ("short", "trickle", "gibberish"):
             return self.send_badly(word)
         if word == "status" or (word == "once" and server.times_failed.setdefault(rest, 0) == 0):
@@ -123,6 +126,23 @@ def test_the_judges_last_number_is_the_reward(server: Server):
 )  # fmt: skip
 def test_a_score_out_of_the_highest_is_the_score(reply: str, score: float, server: Server):
     assert judge(server)([sample(f"reply {reply}")]) == pytest.approx([score], nan_ok=True)
+
+
+def test_a_model_that_takes_no_temperature_and_another_limit_is_asked_as_it_wants(server: Server):
+    reward = judge(server, max_retries=0, max_tokens=99, concurrency=4)
+    texts = [f"newer {number}" for number in range(6)]
+    assert reward([sample(text) for text in texts]) == [0.0] * 6
+    assert {key for key in server.requests[-1] if key not in ("model", "messages")} == {"max_completion_tokens"}
+    assert server.requests[-1]["max_completion_tokens"] == 99
+    asked = len(server.requests)
+    reward([sample("newer 7")])
+    assert len(server.requests) == asked + 1, "once it is known"
+
+
+def test_the_whole_url_may_be_given(server: Server):
+    reward = JudgeReward(f"{server.url}/chat/completions/", "m", TEMPLATE, log=lambda line: None)
+    assert reward([sample("score 3")]) == [3.0]
+    assert server.headers[0][0] == "/v1/chat/completions"
 
 
 def test_a_server_that_is_busy_is_asked_again(server: Server):
