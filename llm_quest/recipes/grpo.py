@@ -48,10 +48,12 @@ from llm_quest.recipes.policy_prompts import (
     ProblemSet,
     PromptDataConfig,
     PromptEncoder,
+    drop_long_prompts,
     make_prompt,
     make_prompt_encoder,
     problems_of_rows,
     problems_of_task,
+    tell_tools,
 )
 from llm_quest.recipes.policy_setup import PolicySetup, build_policy_setup, open_policy_run
 from llm_quest.recipes.recipe import Context, Job, Recipe
@@ -217,6 +219,7 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
     model.to(parallel.device)
     encode = prompt_encoder(config, tokenizer, problems)
     tell_tools(problems, encode, log)
+    problems = drop_long_prompts(problems, encode, model.config.max_position_embeddings - config.max_new_tokens, log)
     rewards = build_rewards(config.rewards, RewardContext(config.seed, tokenizer, parallel, log))
     policy = build_policy_setup(
         config, model, tokenizer, partial(make_prompt, problems, encode), rewards, parallel, log,
@@ -247,14 +250,6 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
         before=report.before,
         finish=report.after,
     )  # fmt: skip
-
-
-def tell_tools(problems: ProblemSet, encode: PromptEncoder, log: LogFn) -> None:
-    """Says whether the model sees the tools of its prompts."""
-    names = {str(tool.get("function", tool).get("name")) for one in problems.held_out for tool in one.tools}
-    if names:
-        shown = "shown by the chat template" if encode.shows_tools() else "which this chat template does not show"
-        log(f"tools: {', '.join(sorted(names))}; {shown}")
 
 
 def held_out_evaluator(

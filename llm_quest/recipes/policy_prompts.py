@@ -26,12 +26,13 @@ from llm_quest.data.prompt_rows import hash_of_rows, read_prompt_rows
 from llm_quest.data.row_forms import PROMPT_FORMS
 from llm_quest.data.template_sandbox import Messages
 from llm_quest.data.tokenizer import Tokenizer
-from llm_quest.errors import UsageError
+from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.gsm8k import is_gsm8k, train_validation_split
 from llm_quest.recipes.assembly import load_split_rows, log_remarks, source_name
 from llm_quest.recipes.chat_template_config import ChatTemplateConfig, open_chat_template
 from llm_quest.recipes.finetuning import ConversationDataConfig
 from llm_quest.recipes.row_source import Sources
+from llm_quest.rollouts.rollouts import PromptSource
 from llm_quest.rollouts.sampler import PolicyPrompt
 
 PROMPTS_PER_RENDERING = 64
@@ -225,3 +226,43 @@ def make_prompt(problems: ProblemSet, encode: PromptEncoder, index: int) -> Poli
     if not encode.knows(problem):
         encode.encode_problems([problems.train_problem(index + more) for more in range(PROMPTS_PER_RENDERING)])
     return PolicyPrompt(tuple(encode(problem)), problem)
+
+
+def tell_tools(problems: ProblemSet, encode: PromptEncoder, log: LogFn) -> None:
+    """Says whether the model sees the tools of its prompts."""
+    names = {str(tool.get("function", tool).get("name")) for one in problems.held_out for tool in one.tools}
+    if names:
+        shown = "shown by the chat template" if encode.shows_tools() else "which this chat template does not show"
+        log(f"tools: {', '.join(sorted(names))}; {shown}")
+
+
+def drop_long_prompts(problems: ProblemSet, encode: PromptEncoder, room: int, log: LogFn) -> ProblemSet:
+    """Without the held-out problems whose prompt has more than `room` tokens: they could not be answered. DataError
+    where none is left."""
+    lengths = [len(ids) for ids in encode.encode_problems(problems.held_out)]
+    kept = [one for one, length in zip(problems.held_out, lengths, strict=True) if length <= room]
+    if not kept:
+        raise DataError(
+            f"every held-out prompt leaves no room for an answer: the shortest has {min(lengths, default=0):,} tokens, "
+            f"and the context less max_new_tokens is {room:,}"
+        )
+    if lost := len(lengths) - len(kept):
+        log(f"held-out prompts of more than {room:,} tokens, which leave no room for an answer: {lost} left out")
+    return replace(problems, held_out=kept)
+
+
+def tell_long_prompts(source: PromptSource, room: int, log: LogFn) -> PromptSource:
+    """The same prompts. The first of more than `room` tokens is told: rollouts pass over such prompts."""
+    told: list[int] = []
+
+    def next_prompt(index: int) -> PolicyPrompt:
+        found = source(index)
+        if len(found.prompt_ids) > room and not told:
+            told.append(index)
+            log(
+                f"prompts of more than {room:,} tokens leave no room for an answer and are passed over; the first has "
+                f"{len(found.prompt_ids):,}"
+            )
+        return found
+
+    return next_prompt

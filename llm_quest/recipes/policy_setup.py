@@ -28,6 +28,7 @@ from llm_quest.objectives.surrogates import POLICY_VARIANTS
 from llm_quest.recipes.auto import resolve_auto, resolve_precision
 from llm_quest.recipes.finetuning import apply_config_techniques, can_share_prompts
 from llm_quest.recipes.policy import PolicyConfig
+from llm_quest.recipes.policy_prompts import tell_long_prompts
 from llm_quest.recipes.recipe import Context
 from llm_quest.recipes.reference_model import ReferenceContext, has_adapter, make_initial_reference
 from llm_quest.recipes.run_folder import init_run_dir
@@ -126,8 +127,9 @@ def build_policy_setup(
         **({"reference_log_probs": log_prob_scorer(initial, config)} if initial is not None else {}),
         **({"attention_maps": attention_scorer(model)} if config.attention_coef else {}),
     }
+    room = model.config.max_position_embeddings - config.max_new_tokens
     loader = RolloutLoader(
-        model, make_question, writer, scoring, plan, scorers=scorers, processes=parallel,
+        model, tell_long_prompts(make_question, room, log), writer, scoring, plan, scorers=scorers, processes=parallel,
         read_all=read_all or config.entropy_coef > 0, whole_policy=whole_policy,
         routing_scorer=routing_scorer(model) if config.router_replay else None,
         value_baseline=ValueBaseline(value_scorer(model), config.build_gae()) if config.has_value_head else None,

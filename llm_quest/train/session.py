@@ -95,8 +95,12 @@ class TrainSession:
         if self.progress.pending is not None and self.run_dir is not None and self.parallel.is_main_process:
             self.run_dir.truncate_metrics(self.progress.step - 1)
         self.was_pending = self.progress.pending is not None
-        if self.progress.step >= self.args.max_steps or (self.best.metric and self.best.is_exhausted(self.progress)):
+        if self.progress.step >= self.args.max_steps:
             self.status = "finished"
+        elif self.best.metric and self.best.is_exhausted(self.progress):
+            self.status = "finished"
+            why = f"{self.best.describe(self.progress)}; it goes on with a larger early_stopping_patience"
+            self.log_event("early_stopping", step=self.progress.step, message=why)
         self.engine = self.parallel.wrap_model(
             step.compile_objective(self.objective) if self.args.compile else self.objective
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,25 @@ def test_a_mistake_is_named_before_anything_is_read(pairs: list[str], said: str,
     with pytest.raises(UsageError, match=said) as raised:
         started(tmp_path / "run", *settings, *pairs)
     assert len(str(raised.value).splitlines()) == 1, "one mistake, one line"
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_told(warm: Path, tmp_path: Path):  # noqa: F811
+    folder, word = write_rows(tmp_path), "a" * 300
+    long = json.dumps({"prompt": f"reverse({word})=", "word": word, "level": "all"})
+    lines = (folder / "prompts.jsonl").read_text().splitlines()
+    (folder / "held.jsonl").write_text("\n".join([*lines[:4], long]))
+    (folder / "prompts.jsonl").write_text("\n".join([*lines[4:16], long]))
+    said: list[str] = []
+    pairs = own(warm, folder, f"data.validation={folder}/held.jsonl", "max_steps=1")
+    started(tmp_path / "run", *pairs, say=said.append)
+    told = [line for line in said if "no room for an answer" in line]
+    assert [re.sub(r"[0-9,]+ tokens", "N tokens", line) for line in told] == [
+        "held-out prompts of more than N tokens, which leave no room for an answer: 1 left out",
+        "prompts of more than N tokens leave no room for an answer and are passed over; the first has 311",
+    ]
+    (folder / "held.jsonl").write_text(long)
+    with pytest.raises(DataError, match="every held-out prompt leaves no room for an answer: the shortest has 311"):
+        started(tmp_path / "other", *pairs)
 
 
 def test_two_rewards_of_one_name_have_curves_and_hashes_of_their_own(tmp_path: Path):

@@ -52,8 +52,10 @@ def test_a_run_ends_when_its_metric_gets_no_better(tmp_path):
     assert (result.step, result.status) == (8, "finished")
     assert any("eval/loss has not become better for 2 measurements; the best was 1 at step 4" in e for e in show.events)
     assert steps_of(tmp_path / "run") == [2, 4, 8][-2:]
-    with RunDir(tmp_path / "run") as run:  # the same command again trains no further
-        assert go(40, run, probes=[curve], early_stopping_patience=2, **BEST).step == 8
+    again = Losses()
+    with RunDir(tmp_path / "run") as run:  # the same command again, or a longer run, trains no further and says why
+        assert go(40, run, probes=[curve], show=again, early_stopping_patience=2, **BEST).step == 8
+        assert any("at step 4; it goes on with a larger early_stopping_patience" in event for event in again.events)
         assert go(40, run, probes=[curve], early_stopping_patience=3, **BEST).step == 10
 
 
