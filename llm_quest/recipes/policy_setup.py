@@ -127,11 +127,10 @@ def build_policy_setup(
         **({"reference_log_probs": log_prob_scorer(initial, config)} if initial is not None else {}),
         **({"attention_maps": attention_scorer(model)} if config.attention_coef else {}),
     }
-    room = model.config.max_position_embeddings - config.max_new_tokens
     loader = RolloutLoader(
-        model, tell_long_prompts(make_question, room, log), writer, scoring, plan, scorers=scorers, processes=parallel,
-        read_all=read_all or config.entropy_coef > 0, whole_policy=whole_policy,
-        routing_scorer=routing_scorer(model) if config.router_replay else None,
+        model, tell_long_prompts(make_question, model.config.max_position_embeddings - config.max_new_tokens, log),
+        writer, scoring, plan, scorers=scorers, processes=parallel, read_all=read_all or config.entropy_coef > 0,
+        routing_scorer=routing_scorer(model) if config.router_replay else None, whole_policy=whole_policy,
         value_baseline=ValueBaseline(value_scorer(model), config.build_gae()) if config.has_value_head else None,
     )  # fmt: skip
     return PolicySetup(objective, loader, callbacks, whole_policy)
