@@ -59,8 +59,7 @@ class TechniqueList:
 
 
 def list_techniques(words: Sequence[str] = ()) -> TechniqueList:
-    """The techniques that a recipe may name: all, or those whose name or first sentence holds every word. UsageError
-    where none is left, with the names that are near."""
+    """The techniques whose name or first sentence holds every word. UsageError where none is left."""
     entries = [
         describe_technique(name, technique, in_training)
         for table, in_training in ((TECHNIQUES, False), (TRAINING_TECHNIQUES, True))
@@ -68,8 +67,7 @@ def list_techniques(words: Sequence[str] = ()) -> TechniqueList:
     ]
     found = [one for one in entries if all(word.lower() in f"{one.name} {one.summary}".lower() for word in words)]
     if not found:
-        names = [entry.name for entry in entries]
-        near = did_you_mean(words[0], names) or f"; known: {', '.join(names)}"
+        near = did_you_mean(words[0], [*TECHNIQUES, *TRAINING_TECHNIQUES])
         raise UsageError(f"no technique has {' and '.join(map(repr, words))}{near}")
     return TechniqueList(tuple(found))
 

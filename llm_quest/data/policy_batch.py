@@ -63,8 +63,7 @@ class PolicyRow:
         return spread
 
     def divergence_from(self, reference: np.ndarray) -> float:
-        """KL(policy that sampled, reference), estimated by k3 (`objectives/kl_penalty.py`) and summed over the tokens.
-        reference: its log-probabilities of the completion."""
+        """KL(policy that sampled, reference) by k3, summed. reference: its log-probabilities of the completion."""
         gap = np.clip(reference - self.sampler_log_probs, -20.0, 20.0).astype(np.float64)
         return float((np.exp(gap) - gap - 1).sum())
 

@@ -237,15 +237,11 @@ def tell_tools(problems: ProblemSet, encode: PromptEncoder, log: LogFn) -> None:
 
 
 def drop_long_prompts(problems: ProblemSet, encode: PromptEncoder, room: int, log: LogFn) -> ProblemSet:
-    """Without the held-out problems whose prompt has more than `room` tokens: they could not be answered. DataError
-    where none is left."""
+    """Without the held-out problems whose prompt has more than `room` tokens. DataError where none is left."""
     lengths = [len(ids) for ids in encode.encode_problems(problems.held_out)]
     kept = [one for one, length in zip(problems.held_out, lengths, strict=True) if length <= room]
     if not kept:
-        raise DataError(
-            f"every held-out prompt leaves no room for an answer: the shortest has {min(lengths, default=0):,} tokens, "
-            f"and the context less max_new_tokens is {room:,}"
-        )
+        raise DataError(f"every held-out prompt has more than {room:,} tokens: no room for max_new_tokens is left")
     if lost := len(lengths) - len(kept):
         log(f"held-out prompts of more than {room:,} tokens, which leave no room for an answer: {lost} left out")
     return replace(problems, held_out=kept)
@@ -253,16 +249,14 @@ def drop_long_prompts(problems: ProblemSet, encode: PromptEncoder, room: int, lo
 
 def tell_long_prompts(source: PromptSource, room: int, log: LogFn) -> PromptSource:
     """The same prompts. The first of more than `room` tokens is told: rollouts pass over such prompts."""
-    told: list[int] = []
+    told = set[str]()
 
     def next_prompt(index: int) -> PolicyPrompt:
         found = source(index)
-        if len(found.prompt_ids) > room and not told:
-            told.append(index)
-            log(
-                f"prompts of more than {room:,} tokens leave no room for an answer and are passed over; the first has "
-                f"{len(found.prompt_ids):,}"
-            )
+        line = f"prompts of more than {room:,} tokens leave no room for an answer and are passed over"
+        if len(found.prompt_ids) > room and line not in told:
+            told.add(line)
+            log(f"{line}; the first has {len(found.prompt_ids):,}")
         return found
 
     return next_prompt

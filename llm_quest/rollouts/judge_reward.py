@@ -29,7 +29,6 @@ from llm_quest.errors import GuardStop, UsageError
 
 NUMBER = re.compile(r"(?<![\w.])-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)", re.ASCII)
 OUT_OF = re.compile(r"\s*(?:/|\bout\s+of\b)\s*")
-"""What stands between a score and the highest one: 7/10, 7 out of 10."""
 MAX_REPLY_BYTES = 1_000_000
 MAX_FAILED_BATCHES = 5
 RETRY_STATUS = (408, 409, 429, 500, 502, 503, 504)
@@ -140,9 +139,7 @@ class JudgeReward:
         parameters = {name: value for name, value in body.items() if name not in ("model", "messages")}
         if "max_completion_tokens" in said and "max_tokens" in body:
             parameters["max_completion_tokens"] = parameters.pop("max_tokens")
-        elif "temperature" in said and "temperature" in body:
-            del parameters["temperature"]
-        else:
+        elif "temperature" not in said or parameters.pop("temperature", None) is None:
             return False
         self.parameters = parameters
         return True
@@ -162,8 +159,7 @@ class JudgeReward:
                 raise JudgeFailure("no score", said)
             score = float(numbers[-2][0])
         if not self.low <= score <= self.high:
-            limits = f"which is not between {self.low:g} and {self.high:g}"
-            raise JudgeFailure("no score", f"the reply ends in {score:g}, {limits}")
+            raise JudgeFailure("no score", f"the reply ends in {score:g}, not in {self.low:g} to {self.high:g}")
         return score
 
     def count(self, failure: JudgeFailure) -> None:
@@ -179,8 +175,7 @@ class JudgeReward:
 
 
 def read_until(response: http.client.HTTPResponse, end: float) -> bytes:
-    """The body of a response, at most MAX_REPLY_BYTES. TimeoutError where it is not whole at this time of the clock: a
-    socket's own limit begins anew with every byte."""
+    """The body of a response. TimeoutError after `end`: a socket's own limit begins anew with every byte."""
     body = b""
     while len(body) < MAX_REPLY_BYTES and (part := response.read1(MAX_REPLY_BYTES - len(body))):
         body += part

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from llm_quest.data.problems.problem import Problem
 from llm_quest.errors import MissingError, import_extra, install_command
@@ -46,9 +47,7 @@ class VerifierProcess:
         self.close()
 
 
-def answer_checks(
-    verifier: CheckFunction, warm_up: tuple[Problem, str] | None = None
-) -> Callable[[tuple[Problem, str]], float]:
+def answer_checks(verifier: CheckFunction, warm_up: tuple[Problem, str] | None) -> Callable[[Any], float]:
     """The requests of a verifier's process."""
     if warm_up is not None:
         verifier(*warm_up)

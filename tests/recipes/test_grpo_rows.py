@@ -157,7 +157,7 @@ def test_prompts_that_leave_no_room_for_an_answer_are_told(warm: Path, tmp_path:
         "prompts of more than N tokens leave no room for an answer and are passed over; the first has 311",
     ]
     (folder / "held.jsonl").write_text(long)
-    with pytest.raises(DataError, match="every held-out prompt leaves no room for an answer: the shortest has 311"):
+    with pytest.raises(DataError, match=r"every held-out prompt has more than [0-9]+ tokens"):
         started(tmp_path / "other", *pairs)
 
 
