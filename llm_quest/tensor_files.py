@@ -86,7 +86,9 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 """What safetensors calls each dtype."""
 
 
+HUGE_PAGE_BYTES = 2 << 20
 MIN_HUGE_PAGE_BYTES = 4 << 20
+SLAB_BYTES = 32 << 20
 
 
 def empty_huge_pages(shape: Sequence[int], *, device: torch.device | str, dtype: torch.dtype) -> Tensor:
@@ -95,11 +97,42 @@ def empty_huge_pages(shape: Sequence[int], *, device: torch.device | str, dtype:
     Fresh memory costs one page fault per 4 KiB: for 500 MB that is 120,000 of them, several times as slow as the copy
     itself. With pages of 2 MiB it takes a fifth of the time, and the memory is read faster afterwards."""
     nbytes = math.prod(shape) * dtype.itemsize
-    if torch.device(device).type != "cpu" or nbytes < MIN_HUGE_PAGE_BYTES:
-        return torch.empty(shape, device=device, dtype=dtype)
+    memory = map_huge_pages(nbytes) if torch.device(device).type == "cpu" and nbytes >= MIN_HUGE_PAGE_BYTES else None
+    return torch.empty(shape, device=device, dtype=dtype) if memory is None else tensor_at(memory, 0, shape, dtype)
+
+
+def map_huge_pages(nbytes: int) -> mmap.mmap | None:
+    """Memory in large pages, whole ones; None where the system has none."""
     try:
-        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(
+            -1, -(-nbytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
         memory.madvise(mmap.MADV_HUGEPAGE)
     except (AttributeError, OSError):  # macOS, Windows, a kernel without them
-        return torch.empty(shape, device=device, dtype=dtype)
-    return torch.frombuffer(memory, dtype=dtype).view(*shape)
+        return None
+    return memory
+
+
+def tensor_at(memory: mmap.mmap, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor whose storage is its own part of this memory."""
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=start).view(*shape)
+
+
+class HugePageSlabs:
+    """Allocates as `empty_huge_pages` does, and smaller tensors one behind the other in slabs of large pages: a core
+    reads the weights of a small model 1.3 times as fast as from pages of 4 KiB. A slab lives as long as one of them."""
+
+    def __init__(self) -> None:
+        self.slab: mmap.mmap | None = None
+        self.end = 0
+
+    def __call__(self, shape: Sequence[int], *, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+        nbytes = math.prod(shape) * dtype.itemsize
+        if torch.device(device).type != "cpu" or not 0 < nbytes < MIN_HUGE_PAGE_BYTES:
+            return empty_huge_pages(shape, device=device, dtype=dtype)
+        if self.slab is None or self.end + nbytes > SLAB_BYTES:
+            self.slab, self.end = map_huge_pages(SLAB_BYTES), 0
+        if self.slab is None:
+            return torch.empty(shape, device=device, dtype=dtype)
+        start, self.end = self.end, self.end - (-nbytes // ALIGNMENT) * ALIGNMENT
+        return tensor_at(self.slab, start, shape, dtype)

@@ -36,16 +36,18 @@ def compile_for_model(function: F, model: Decoder) -> F:
     functions keeps no model alive."""
     functions = COMPILED_FUNCTIONS.setdefault(model, {})
     if function not in functions:
-        functions[function] = torch.compile(function, fullgraph=True, dynamic=False, **recompile_options())  # type: ignore[call-overload]
+        functions[function] = torch.compile(function, fullgraph=True, dynamic=False, **compile_options())  # type: ignore[call-overload]
     return functions[function]  # type: ignore[return-value]
 
 
-def recompile_options() -> dict[str, int | bool]:
-    """Options of torch.compile that count the shapes of each model apart, where this torch has them (2.13); before, all
-    models share one limit of eight."""
-    wanted: dict[str, int | bool] = {"isolate_recompiles": True, "recompile_limit": MAX_SHAPES_PER_MODEL}
+def compile_options() -> dict[str, Any]:
+    """Options of torch.compile: no checks of sizes and places between the kernels, a tenth of a small model's step; and
+    where this torch has them (2.13), the shapes of each model are counted apart. Before, all models share one limit of
+    eight."""
+    wanted = {"isolate_recompiles": True, "recompile_limit": MAX_SHAPES_PER_MODEL}
     known = inspect.signature(torch.compile).parameters
-    return {name: value for name, value in wanted.items() if name in known}
+    checks = dict.fromkeys(("size_asserts", "alignment_asserts", "scalar_asserts"), False)
+    return {"options": checks} | {name: value for name, value in wanted.items() if name in known}
 
 
 def decode_step(model: Decoder, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:

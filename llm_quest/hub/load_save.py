@@ -42,7 +42,7 @@ from llm_quest.models.multimodal import VisionLanguageModel
 from llm_quest.techniques import TECHNIQUES
 from llm_quest.techniques.model_spec import techniques_to_json
 from llm_quest.techniques.score_head import find_score_head, read_length
-from llm_quest.tensor_files import empty_huge_pages, nbytes, write_tensors
+from llm_quest.tensor_files import HugePageSlabs, nbytes, write_tensors
 
 if TYPE_CHECKING:
     from llm_quest.data.images import ImageProcessor
@@ -105,7 +105,7 @@ def load(
         if on_host
         else {}
     )
-    materialize(report.model, device, dtype, empty_huge_pages, mapped)
+    materialize(report.model, device, dtype, HugePageSlabs(), mapped)
     raise_problems(read_weights(report, mapped), location.name, "quest inspect --weights")
     report.model.generation_config = report.generation_config
     return report.model.eval()

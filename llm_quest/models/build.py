@@ -14,6 +14,7 @@ from llm_quest.layers.initialize import ModuleGenerator, materialize
 from llm_quest.models import FAMILIES, VISION_FAMILIES
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.family import Family
+from llm_quest.tensor_files import HugePageSlabs
 
 
 def presets() -> list[str]:
@@ -72,7 +73,7 @@ def build(
     each module's values follow from the seed and its name alone, whatever other modules the model has."""
     config = preset(preset_or_config).config if isinstance(preset_or_config, str) else preset_or_config
     dtype = dtype_from_name(dtype) if isinstance(dtype, str) else dtype
-    model = materialize(build_meta_model(config), "cpu", torch.float32)
+    model = materialize(build_meta_model(config), "cpu", torch.float32, HugePageSlabs())
     family_of(config).initialize(model, (ModuleGenerator() if seed_per_module else torch.Generator()).manual_seed(seed))
     return model.to(device=device, dtype=dtype).eval()
 

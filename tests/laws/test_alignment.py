@@ -24,7 +24,7 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.recipes import reference_model
 from llm_quest.techniques.lora import LoRA
 from llm_quest.techniques.quantize import Quantize
-from llm_quest.tensor_files import ALIGNMENT, align, write_tensors
+from llm_quest.tensor_files import ALIGNMENT, MIN_HUGE_PAGE_BYTES, SLAB_BYTES, HugePageSlabs, align, write_tensors
 from llm_quest.train import checkpoint, state
 from llm_quest.train.parallel import DistributedContext
 
@@ -158,6 +158,22 @@ def begin_aligned(file: Path) -> bool:
     stored = read_header(file)
     assert safetensors.torch.load_file(file).keys() == stored.keys()
     return all(one.start % ALIGNMENT == 0 for one in stored.values() if one.nbytes % ALIGNMENT == 0)
+
+
+def test_tensors_of_a_slab_are_aligned_and_share_nothing():
+    """Of any size and dtype, over the end of a slab, and too large for one."""
+    sizes = (1, 7, 64, 1000, SLAB_BYTES // 11, SLAB_BYTES // 10, 3, 0, MIN_HUGE_PAGE_BYTES)
+    allocate, tensors = HugePageSlabs(), []
+    for number in range(54):
+        dtype = (torch.float32, torch.bfloat16, torch.int8)[number % 3]
+        shape = (sizes[number % len(sizes)] // dtype.itemsize or 1, 1) if sizes[number % len(sizes)] else (0, 4)
+        tensors.append(allocate(shape, device="cpu", dtype=dtype).fill_(number))
+        assert (tensors[-1].shape, tensors[-1].dtype) == (shape, dtype)
+    for number, tensor in enumerate(tensors):
+        assert (tensor == number).all(), "nobody wrote over it"
+        assert tensor.data_ptr() % ALIGNMENT == 0
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    assert allocate((3, 2), device="meta", dtype=torch.float32).device.type == "meta"
 
 
 def test_sizes_that_are_multiples_of_64_bytes_begin_aligned_and_every_dtype_is_read_back(tmp_path):

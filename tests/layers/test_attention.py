@@ -10,7 +10,13 @@ from llm_quest.layers.attention import GroupedQueryAttention, PositionQueryScale
 from llm_quest.layers.kv_cache import Cache
 from llm_quest.layers.linear import PackedLinear
 from llm_quest.layers.rotary import NoRotary, RotaryEmbedding
-from llm_quest.layers.scaled_dot_product import AttentionFunction, ScaledDotProduct, explicit_attention, fused_attention
+from llm_quest.layers.scaled_dot_product import (
+    AttentionFunction,
+    ScaledDotProduct,
+    explicit_attention,
+    fused_attention,
+    single_query_attention,
+)
 from llm_quest.scope import CausalMask, Scope, SlidingWindow
 
 both = pytest.mark.parametrize("attend", [explicit_attention, fused_attention], ids=["explicit", "fused"])
@@ -49,6 +55,42 @@ def test_attention_equals_the_sum_written_out(
     visible = torch.rand(2, length, 5, generator=generator) < 0.6
     visible[:, :, 2] = True
     torch.testing.assert_close(attend(q, k, v, visible, scale=0.4), by_hand(q, k, v, visible, 0.4))
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (4, 1)])
+def test_a_single_query_by_sums_equals_the_sum_written_out(heads: int, groups: int, generator: torch.Generator):
+    """Also where every score is far from 0, and in bfloat16 with sums in float32."""
+    q, k, v = qkv(generator, heads, groups, 1, keys=5)
+    visible = torch.rand(2, 1, 5, generator=generator) < 0.6
+    visible[:, :, 2] = True
+    for factor in (1, 3000):
+        made = single_query_attention(q * factor, k, v, visible[:, None], scale=0.4)
+        torch.testing.assert_close(made, by_hand(q, k, v, visible, 0.4) if factor == 1 else
+                                   explicit_attention(q * factor, k, v, visible, scale=0.4))  # fmt: skip
+    everything = torch.ones_like(visible)
+    torch.testing.assert_close(
+        single_query_attention(q, k, v, None, scale=0.4), by_hand(q, k, v, everything, 0.4)
+    )  # fmt: skip
+    half = [part.bfloat16() for part in (q, k, v)]
+    exact = single_query_attention(*(part.double() for part in half), visible[:, None], scale=0.4)
+    assert torch.equal(single_query_attention(*half, visible[:, None], scale=0.4), exact.bfloat16())
+
+
+def test_compiled_code_on_the_host_sums_for_a_single_query_alone(monkeypatch, generator: torch.Generator):
+    """Not for several queries, nor with dropout. (Compiling it: `tests/laws/option_grid.py`.)"""
+    place, asked = "llm_quest.layers.scaled_dot_product", []
+    monkeypatch.setattr(
+        f"{place}.single_query_attention",
+        lambda q, *rest, **how: asked.append(1) or single_query_attention(q, *rest, **how),
+    )
+    for compiling, length, dropout, expected in ((0, 1, 0.0, 0), (1, 3, 0.0, 0), (1, 1, 0.5, 0), (1, 1, 0.0, 1)):
+        monkeypatch.setattr(f"{place}.is_compiling", lambda compiling=compiling: bool(compiling))
+        q, k, v = qkv(generator, 4, 2, length, keys=5)
+        visible = torch.rand(2, length, 5, generator=generator) < 0.6
+        visible[:, :, 2] = True
+        made = fused_attention(q, k, v, visible, scale=0.4, dropout=dropout)
+        assert len(asked) == expected
+    torch.testing.assert_close(made, by_hand(q, k, v, visible, 0.4))
 
 
 @both
