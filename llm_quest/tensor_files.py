@@ -103,10 +103,9 @@ def empty_huge_pages(shape: Sequence[int], *, device: torch.device | str, dtype:
 
 def map_huge_pages(nbytes: int) -> mmap.mmap | None:
     """Memory in large pages, whole ones; None where the system has none."""
+    size = -(-nbytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
     try:
-        memory = mmap.mmap(
-            -1, -(-nbytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        )
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
     except (AttributeError, OSError):  # macOS, Windows, a kernel without them
         return None
@@ -128,11 +127,10 @@ class HugePageSlabs:
 
     def __call__(self, shape: Sequence[int], *, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         nbytes = math.prod(shape) * dtype.itemsize
-        if torch.device(device).type != "cpu" or not 0 < nbytes < MIN_HUGE_PAGE_BYTES:
-            return empty_huge_pages(shape, device=device, dtype=dtype)
-        if self.slab is None or self.end + nbytes > SLAB_BYTES:
+        small = torch.device(device).type == "cpu" and 0 < nbytes < MIN_HUGE_PAGE_BYTES
+        if small and (self.slab is None or self.end + nbytes > SLAB_BYTES):
             self.slab, self.end = map_huge_pages(SLAB_BYTES), 0
-        if self.slab is None:
-            return torch.empty(shape, device=device, dtype=dtype)
+        if not small or self.slab is None:
+            return empty_huge_pages(shape, device=device, dtype=dtype)
         start, self.end = self.end, self.end - (-nbytes // ALIGNMENT) * ALIGNMENT
         return tensor_at(self.slab, start, shape, dtype)

@@ -128,7 +128,7 @@ def fused_attention(
     num_key_value_heads = k.shape[2]
     k_BGSd, v_BGSd = k.transpose(1, 2), v.transpose(1, 2)
     mask = None if isinstance(attention_mask, CausalMask) else attention_mask[:, None]
-    if length == 1 and not dropout and q.device.type == "cpu" and is_compiling():
+    if length == 1 and not dropout and q.device.type == "cpu" and torch.compiler.is_dynamo_compiling():
         return single_query_attention(q, k, v, mask, scale=scale)
     if length == 1:
         q_BGrd = q.reshape(batch_size, num_key_value_heads, num_attention_heads // num_key_value_heads, head_dim)
@@ -145,11 +145,6 @@ def fused_attention(
         enable_gqa=num_key_value_heads != num_attention_heads,
     )
     return out.transpose(1, 2)
-
-
-def is_compiling() -> bool:
-    """Whether torch.compile reads this code, and not torch.export."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def single_query_attention(

@@ -84,7 +84,7 @@ def test_compiled_code_on_the_host_sums_for_a_single_query_alone(monkeypatch, ge
         lambda q, *rest, **how: asked.append(1) or single_query_attention(q, *rest, **how),
     )
     for compiling, length, dropout, expected in ((0, 1, 0.0, 0), (1, 3, 0.0, 0), (1, 1, 0.5, 0), (1, 1, 0.0, 1)):
-        monkeypatch.setattr(f"{place}.is_compiling", lambda compiling=compiling: bool(compiling))
+        monkeypatch.setattr("torch.compiler.is_dynamo_compiling", lambda compiling=compiling: bool(compiling))
         q, k, v = qkv(generator, 4, 2, length, keys=5)
         visible = torch.rand(2, length, 5, generator=generator) < 0.6
         visible[:, :, 2] = True
