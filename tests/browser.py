@@ -138,7 +138,7 @@ class Browser:
         """Go around the page with Tab: every control that has a place in the order gets the focus, and shows it."""
         found = []
         controls = self.evaluate("readable.startTabs()")
-        for number in range(2 * controls + 8):  # what scrolls has a place in the order too
+        for number in range(4 * controls + 40):  # what scrolls has a place in the order too
             self.press("Tab")
             found += self.evaluate(f"readable.focus({MIN_RING_CONTRAST})")
             if number >= controls and not self.evaluate("readable.unvisited().length"):
