@@ -114,7 +114,7 @@ def map_huge_pages(nbytes: int) -> mmap.mmap | None:
 
 def tensor_at(memory: mmap.mmap, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor whose storage is its own part of this memory."""
-    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=start).view(*shape)
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=start).view(tuple(shape))
 
 
 class HugePageSlabs:

@@ -103,18 +103,22 @@ def ask(browser: Browser, prompt: str, tokens: int, temperature: float) -> None:
 
 
 def page_text(browser: Browser, form: str, prompt: str, tokens: int) -> str:
-    """What the page writes in a form (chat, text), greedily."""
+    """What the page writes in a form (chat, text), greedily; of a reply the message, which the template trims, as
+    `quest.chat` returns it."""
     browser.evaluate(f"document.querySelector('input[value={form}]').checked = true")
     ask(browser, prompt, tokens, 0.0)
     browser.wait_for_status("Done.")
-    return browser.text("#output > :last-child")
+    written = browser.text("#output > :last-child")
+    return written.strip() if form == "chat" else written
 
 
 def our_texts(folder: Path, tokens: int) -> dict[tuple[str, str], str]:
     """What `quest generate --temperature 0` and `quest chat` write."""
     found = quest.generate(str(folder), PROMPTS, max_new_tokens=tokens, temperature=0.0)
     texts = {("text", prompt): one.text or "" for prompt, one in zip(PROMPTS, found, strict=True)}
-    return texts | {("chat", QUESTION): quest.chat(str(folder), QUESTION, max_new_tokens=tokens, temperature=0.0)}
+    return texts | {
+        ("chat", QUESTION): quest.chat(str(folder), QUESTION, max_new_tokens=tokens, temperature=0.0).strip()
+    }
 
 
 def check_page(browser: Browser, url: str, texts: dict[tuple[str, str], str], tokens: int, threads: int) -> bool:
@@ -196,7 +200,7 @@ def check_reading(browser: Browser, url: str, texts: dict[tuple[str, str], str],
         browser.tab_to("#generate")
         browser.press("Enter")
         browser.wait_for_status("Done.")
-        written = browser.text("#output > :last-child")
+        written = browser.text("#output > :last-child").strip()
         problems = browser.reading_problems()
         if not written or not texts["chat", QUESTION].startswith(written):
             problems.append(f"another text: {written!r}")

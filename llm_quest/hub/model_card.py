@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.hub.config import classifier_config
 from llm_quest.models.build import count_parameters
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.family import Family
 from llm_quest.techniques.model_spec import all_exportable
 from llm_quest.techniques.score_head import find_score_head
+
+if TYPE_CHECKING:
+    from llm_quest.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,7 @@ def test_tensors_of_a_slab_are_aligned_and_share_nothing():
         assert (tensor == number).all(), "nobody wrote over it"
         assert tensor.data_ptr() % ALIGNMENT == 0
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    assert allocate((), device="cpu", dtype=torch.float32).shape == (), "a number, as CLIP's logit_scale"
     assert allocate((3, 2), device="meta", dtype=torch.float32).device.type == "meta"
 
 
