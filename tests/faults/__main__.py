@@ -4,6 +4,7 @@ kills and resumes training runs; `signals` stops them in every phase; `ci` does 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ def fuzz(words: Sequence[str]) -> int:
 
 
 def main() -> int:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for a busy core spin, and the time is counted
     use_kept_profile()
     if sys.argv[1:3] == ["files", "recipes"]:
         from tests.faults.recipe_files import main as recipe_files
