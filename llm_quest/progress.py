@@ -6,6 +6,7 @@ phase("tokenizing", total=9) as now: now.done += 1` names what goes on, in whate
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -168,10 +169,13 @@ PROGRESS_METRICS: Mapping[str, tuple[str, Callable[[float], str]]] = {
 
 
 def format_metrics(row: Mapping[str, Any], unit: str = "tokens") -> list[str]:
-    """What the progress line shows of a row, the most important first."""
+    """What the progress line shows of a row, the most important first. Steps without a target have no loss and no
+    rate."""
     known = [(name, label, form) for name, (label, form) in PROGRESS_METRICS.items() if row.get(name) is not None]
-    shown = [f"{label} {form(row[name])}" for name, label, form in known]
-    shown += [f"{row['tokens_per_second']:,.0f} {'tok' if unit == 'tokens' else unit}/s"]
+    is_empty = not row["tokens_per_second"]
+    shown = [f"{label} {form(row[name])}" for name, label, form in known if not (is_empty and math.isnan(row[name]))]
+    if not is_empty:
+        shown += [f"{row['tokens_per_second']:,.0f} {'tok' if unit == 'tokens' else unit}/s"]
     shown += [f"lr {row['learning_rate']:.2e}"]
     return shown + [f"{name} {row[name]}" for name in ("skipped_steps", "empty_steps") if row.get(name)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import pty
 import re
@@ -89,6 +90,9 @@ def test_a_line_shows_what_a_method_is_watched_by_and_in_its_units():
     assert "accuracy 25.0%" in format_metrics(ROW | {"accuracy": 0.25})
     assert "1,234 images/s" in format_metrics(ROW, "images")
     assert "1,234 tok/s" in format_metrics(ROW)
+    empty = ROW | {"loss": math.nan, "tokens_per_second": 0.0, "reward": 0.25, "empty_steps": 2}
+    assert [one for one in format_metrics(empty) if not one.startswith("lr")] == ["reward 0.250", "empty_steps 2"]
+    assert "loss nan" in format_metrics(ROW | {"loss": math.nan}), "of a step that was skipped"
 
 
 def test_no_rate_is_told_before_the_first_step():

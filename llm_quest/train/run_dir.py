@@ -185,14 +185,14 @@ class RunDir:
         try:
             append_lines(self.folder / name, [json.dumps(line)])
         except OSError as error:
-            self._require_present()
+            self.require_present()
             if not files.is_disk_full(error):
                 raise ResourceError(
                     f"{self.folder / name} cannot be written ({error}); look at the disk and resume"
                 ) from error
             raise ResourceError(f"the disk is full: {self.folder / name} cannot grow; make room and resume") from error
 
-    def _require_present(self) -> None:
+    def require_present(self) -> None:
         """DataError where somebody has deleted the run's folder: what is saved now could never be loaded."""
         if not (self.folder / "config.yaml").is_file():
             raise DataError(
@@ -208,7 +208,7 @@ class RunDir:
     ) -> Path:
         """Commit a checkpoint, and only then remove older ones. parallel: the processes that write it together, each
         its part."""
-        self._require_present()
+        self.require_present()
         if self.is_main_process and (self.folder / "metrics.jsonl").exists():
             fsync_path(self.folder / "metrics.jsonl")
         if parallel is None:

@@ -270,6 +270,8 @@ class TrainSession:
                         found = evaluator.evaluate(self.model, self.progress.step)
                 except Exception as error:
                     self.health.stop_if_weights_are_bad(error)
+                    if isinstance(error, OSError) and self.run_dir is not None:  # of samples, say
+                        self.run_dir.require_present()
                     raise
                 metrics |= {f"{evaluator.name}/{name}": value for name, value in found.items()}
         return metrics

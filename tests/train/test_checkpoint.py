@@ -303,3 +303,15 @@ def test_a_run_folder_that_was_deleted_while_it_trained_ends_the_run(tmp_path):
         with RunDir(tmp_path / "run") as run, pytest.raises(DataError, match="was deleted or emptied while"):
             go(4, run, feed=Deleted(), save_steps=3, logging_steps=logging_steps)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_samples_of_a_run_folder_that_was_deleted_end_the_run_with_the_same_words(tmp_path):
+    class Samples:
+        name, interval = "samples", 2
+
+        def evaluate(self, model, step):
+            shutil.rmtree(tmp_path / "run")
+            (tmp_path / "run" / "samples" / "x.json").write_text("{}", encoding="utf-8")
+
+    with RunDir(tmp_path / "run") as run, pytest.raises(DataError, match="was deleted or emptied while"):
+        go(4, run, probes=[Samples()])
