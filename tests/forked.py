@@ -23,7 +23,7 @@ processes.set_forkserver_preload(
 )
 
 
-def printed_by(function: Callable[..., Any], *arguments: Any, timeout: float = 900) -> list[str]:
+def run_forked(function: Callable[..., Any], *arguments: Any, timeout: float = 900) -> list[str]:
     """The lines that `function(*arguments)` prints in a process of its own, on one thread; it must end well there."""
     with tempfile.TemporaryDirectory() as folder:
         files = [str(Path(folder) / name) for name in ("stdout", "stderr")]

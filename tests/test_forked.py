@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.forked import printed_by
+from tests.forked import run_forked
 
 
 def judge(*names: str) -> int:
@@ -23,7 +23,7 @@ def judge(*names: str) -> int:
 
 def test_the_function_is_called_where_shapes_are_not_checked_and_on_one_thread():
     assert hasattr(sys.modules["llm_quest.layers.norm"].RMSNorm.forward, "__wrapped__"), "here they are"
-    assert printed_by(judge, "é", "b") == ["é b", "False 1"]
+    assert run_forked(judge, "é", "b") == ["é b", "False 1"]
 
 
 @pytest.mark.parametrize(
@@ -31,4 +31,4 @@ def test_the_function_is_called_where_shapes_are_not_checked_and_on_one_thread()
 )
 def test_an_error_or_an_exit_code_of_the_process_fails(name: str, message: str):
     with pytest.raises(AssertionError, match=message):
-        printed_by(judge, name)
+        run_forked(judge, name)

@@ -89,8 +89,9 @@ def fake_copy(module: T, mode: FakeTensorMode) -> T:
         return copy.deepcopy(module)
 
 
-def use_shapes_alone(model: nn.Module) -> None:
-    """Experts in the form whose shapes follow from no values. It has the loop's FLOPs, and without memory any width."""
+def use_grouped_experts(model: nn.Module) -> None:
+    """Run experts in one grouped product: its shapes do not depend on which experts are chosen, and it has the loop's
+    FLOPs. Tensors without memory may have any width."""
     for module in model.modules():
         if isinstance(module, Experts):
             module.run_experts = run_experts_grouped_mm
@@ -111,7 +112,7 @@ class ModelCost:
     def __init__(self, model: Any):
         self.mode = FakeTensorMode()
         self.model: Any = fake_copy(model, self.mode).eval()
-        use_shapes_alone(self.model)
+        use_grouped_experts(self.model)
         kinds: dict[Any, list[nn.Module]] = {}
         for block in self.model.blocks:
             kinds.setdefault(block_signature(block), []).append(block)

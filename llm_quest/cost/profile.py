@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llm_quest.cost.flops import fake_copy, make_flop_counter, use_shapes_alone
+from llm_quest.cost.flops import fake_copy, make_flop_counter, use_grouped_experts
 from llm_quest.techniques.activation_checkpointing import CheckpointedForward, disable_checkpointing
 
 TIMED_STEPS = 3
@@ -47,7 +47,7 @@ def profile_step(
     try:
         fakes = fake_copy(objective, mode), fake_copy(batch, mode)
         with mode:
-            use_shapes_alone(fakes[0])
+            use_grouped_experts(fakes[0])
             return _profile_step(*fakes, make_optimizer, bf16)
     except (DataDependentOutputException, DynamicOutputShapeException):
         return _profile_step(objective, batch.to(device_of(objective)), make_optimizer, bf16)

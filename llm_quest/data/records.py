@@ -17,8 +17,9 @@ from llm_quest.data.row_files import CONVERT_REMEDY, READERS, find_reader, open_
 from llm_quest.errors import DataError, RowError
 
 MAX_DEPTH = 64
-MAX_NUMBER_BITS = 4096
 """Levels of lists and objects in a row."""
+MAX_NUMBER_BITS = 4096
+"""Of a whole number in a row."""
 REPAIR = "repair or remove them"
 """What to do about unusable rows where no setting leaves them out."""
 

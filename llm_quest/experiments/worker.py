@@ -26,7 +26,7 @@ import torch
 from filelock import FileLock
 
 import llm_quest
-from llm_quest.errors import GuardStop, QuestError, UsageError
+from llm_quest.errors import GuardStop, QuestError, UsageError, shorten_line
 from llm_quest.eval.evaluators import LossEvaluator
 from llm_quest.experiments.measurements import is_there, read_record
 from llm_quest.files import atomic_write_json
@@ -158,7 +158,7 @@ def handle_request(request: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         traceback.print_exc()
         place = traceback.extract_tb(error.__traceback__)[-1]
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        what = shorten_line(" ".join(f"{type(error).__name__}: {error}".split()), 300)
         return {"error": f"{what} ({place.filename}, line {place.lineno})", "kind": "QuestError", "exit_code": 1}
 
 

@@ -49,11 +49,11 @@ from llm_quest.recipes.policy_prompts import (
     PromptDataConfig,
     PromptEncoder,
     drop_long_prompts,
+    log_tools,
     make_prompt,
     make_prompt_encoder,
     problems_of_rows,
     problems_of_task,
-    tell_tools,
 )
 from llm_quest.recipes.policy_setup import PolicySetup, build_policy_setup, open_policy_run
 from llm_quest.recipes.recipe import Context, Job, Recipe
@@ -218,7 +218,7 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
     model, tokenizer = init_policy(config, context)
     model.to(parallel.device)
     encode = prompt_encoder(config, tokenizer, problems)
-    tell_tools(problems, encode, log)
+    log_tools(problems, encode, log)
     problems = drop_long_prompts(problems, encode, model.config.max_position_embeddings - config.max_new_tokens, log)
     rewards = build_rewards(config.rewards, RewardContext(config.seed, tokenizer, parallel, log))
     policy = build_policy_setup(

@@ -270,11 +270,8 @@ def check_relations(plan: ModelSizes) -> Iterator[tuple[str, str]]:
     for key, kinds in per_layer_kinds(plan.family.Config).items():
         given = plan.sizes.get(key)
         if isinstance(given, list | tuple) and len(given) != sizes.get("num_hidden_layers", len(given)):
-            layers = sizes["num_hidden_layers"]
-            yield (
-                key,
-                f"one entry for each of the {layers} layers is needed, not {len(given)}; without it: the family's own",
-            )
+            needed = f"needs one entry for each of the {sizes['num_hidden_layers']} layers and has {len(given)}"
+            yield key, f"{needed}; leave it out for the family's own pattern"
         elif isinstance(given, list | tuple) and (unknown := [one for one in given if one not in kinds]):
             yield key, f"{unknown[0]!r:.60} is no kind of layer; known: {', '.join(map(str, kinds))}"
     free = {"head_dim", "qk_nope_head_dim"} & set(config_fields(plan.family))

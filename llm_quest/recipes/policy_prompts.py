@@ -228,35 +228,38 @@ def make_prompt(problems: ProblemSet, encode: PromptEncoder, index: int) -> Poli
     return PolicyPrompt(tuple(encode(problem)), problem)
 
 
-def tell_tools(problems: ProblemSet, encode: PromptEncoder, log: LogFn) -> None:
-    """Says whether the model sees the tools of its prompts."""
+def log_tools(problems: ProblemSet, encode: PromptEncoder, log: LogFn) -> None:
+    """Log the tools of the prompts, and whether the model sees them."""
     names = {str(tool.get("function", tool).get("name")) for one in problems.held_out for tool in one.tools}
     if names:
         shown = "shown by the chat template" if encode.shows_tools() else "which this chat template does not show"
         log(f"tools: {', '.join(sorted(names))}; {shown}")
 
 
-def drop_long_prompts(problems: ProblemSet, encode: PromptEncoder, room: int, log: LogFn) -> ProblemSet:
-    """Without the held-out problems whose prompt has more than `room` tokens. DataError where none is left."""
+def drop_long_prompts(problems: ProblemSet, encode: PromptEncoder, max_prompt_length: int, log: LogFn) -> ProblemSet:
+    """Without the held-out problems whose prompt has more than `max_prompt_length` tokens. DataError where none is
+    left."""
     lengths = [len(ids) for ids in encode.encode_problems(problems.held_out)]
-    kept = [one for one, length in zip(problems.held_out, lengths, strict=True) if length <= room]
+    kept = [one for one, length in zip(problems.held_out, lengths, strict=True) if length <= max_prompt_length]
+    longer = f"more than {max_prompt_length:,} tokens"
     if not kept:
-        raise DataError(f"every held-out prompt has more than {room:,} tokens: no room for max_new_tokens is left")
+        raise DataError(f"every held-out prompt has {longer}: no room for max_new_tokens is left")
     if lost := len(lengths) - len(kept):
-        log(f"held-out prompts of more than {room:,} tokens, which leave no room for an answer: {lost} left out")
+        log(f"held-out prompts of {longer}, which leave no room for an answer: {lost} left out")
     return replace(problems, held_out=kept)
 
 
-def tell_long_prompts(source: PromptSource, room: int, log: LogFn) -> PromptSource:
-    """The same prompts. The first of more than `room` tokens is told: rollouts pass over such prompts."""
-    told = set[str]()
+def log_long_prompts(source: PromptSource, max_prompt_length: int, log: LogFn) -> PromptSource:
+    """The same prompts. The first of more than `max_prompt_length` tokens is logged: rollouts skip such prompts."""
+    was_logged = False
 
     def next_prompt(index: int) -> PolicyPrompt:
+        nonlocal was_logged
         found = source(index)
-        line = f"prompts of more than {room:,} tokens leave no room for an answer and are passed over"
-        if len(found.prompt_ids) > room and line not in told:
-            told.add(line)
-            log(f"{line}; the first has {len(found.prompt_ids):,}")
+        if not was_logged and (length := len(found.prompt_ids)) > max_prompt_length:
+            was_logged = True
+            what = f"prompts of more than {max_prompt_length:,} tokens leave no room for an answer and are passed over"
+            log(f"{what}; the first has {length:,}")
         return found
 
     return next_prompt

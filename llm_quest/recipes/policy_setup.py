@@ -28,7 +28,7 @@ from llm_quest.objectives.surrogates import POLICY_VARIANTS
 from llm_quest.recipes.auto import resolve_auto, resolve_precision
 from llm_quest.recipes.finetuning import apply_config_techniques, can_share_prompts
 from llm_quest.recipes.policy import PolicyConfig
-from llm_quest.recipes.policy_prompts import tell_long_prompts
+from llm_quest.recipes.policy_prompts import log_long_prompts
 from llm_quest.recipes.recipe import Context
 from llm_quest.recipes.reference_model import ReferenceContext, has_adapter, make_initial_reference
 from llm_quest.recipes.run_folder import init_run_dir
@@ -128,7 +128,7 @@ def build_policy_setup(
         **({"attention_maps": attention_scorer(model)} if config.attention_coef else {}),
     }
     loader = RolloutLoader(
-        model, tell_long_prompts(make_question, model.config.max_position_embeddings - config.max_new_tokens, log),
+        model, log_long_prompts(make_question, model.config.max_position_embeddings - config.max_new_tokens, log),
         writer, scoring, plan, scorers=scorers, processes=parallel, read_all=read_all or config.entropy_coef > 0,
         routing_scorer=routing_scorer(model) if config.router_replay else None, whole_policy=whole_policy,
         value_baseline=ValueBaseline(value_scorer(model), config.build_gae()) if config.has_value_head else None,

@@ -69,25 +69,25 @@ def load_user_object(reference: str) -> Any:
 
 def hash_of_file(reference: str) -> str:
     """sha256 of the file and of the modules beside it that it imports by name: what a resumed run may not change."""
-    first, *others = imported_files(split_reference(reference)[0])
+    first, *others = find_imports(split_reference(reference)[0])
     digest = hashlib.sha256(first.read_bytes())
     for file in sorted(others):
         digest.update(f"\n{file.relative_to(first.parent)}\n".encode() + file.read_bytes())
     return digest.hexdigest()
 
 
-def imported_files(file: Path) -> list[Path]:
+def find_imports(file: Path) -> list[Path]:
     """The file, and the Python files below its folder that it imports, directly or through one another."""
     found, waiting = list[Path](), [file]
     while waiting:
         current = waiting.pop()
         if current not in found:
             found.append(current)
-            waiting += [one for name in imported_names(current) for one in module_files(file.parent, current, name)]
+            waiting += [one for name in iter_import_names(current) for one in module_files(file.parent, current, name)]
     return found
 
 
-def imported_names(file: Path) -> Iterator[str]:
+def iter_import_names(file: Path) -> Iterator[str]:
     """The dotted names that a file imports, with the dots of a relative import."""
     try:
         nodes = list(ast.walk(ast.parse(file.read_bytes())))

@@ -71,7 +71,7 @@ class MathVerifyReward:
 
     def __init__(self) -> None:
         if importlib.util.find_spec("math_verify") is None:
-            raise MissingError("math-verify is not installed: pip install 'llm-quest[math]'")
+            raise MissingError(f"math-verify is not installed: {install_command('math')}")
         example = Problem("1/2?", "0.5", "equal", "")
         self.verify = VerifierProcess(verify_with_math_verify, timeout_seconds=5.0, warm_up=(example, r"$\frac{1}{2}$"))
 

@@ -268,11 +268,11 @@ def leaf_paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ..
         yield from leaf_paths(value[key], (*path, key))
 
 
-def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+def replace_at(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     if not path:
         return new
     copied = value.copy()
-    copied[path[0]] = replaced(value[path[0]], path[1:], new)
+    copied[path[0]] = replace_at(value[path[0]], path[1:], new)
     return copied
 
 
@@ -280,7 +280,7 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 def test_a_value_of_any_type_in_a_row_of_code_is_read_or_refused(name: str):
     """A law over every form of row, at each of its places."""
     examples = [form.example for forms in ROW_FORMS.values() for form in forms]
-    rows = [replaced(one, path, ODD_VALUES[name]) for one in examples for path in leaf_paths(one) if path]
+    rows = [replace_at(one, path, ODD_VALUES[name]) for one in examples for path in leaf_paths(one) if path]
     parsers = [read_conversations, read_preferences, read_prompt_rows, read_unpaired, read_labelled_steps]
     for parse in (*parsers, read_labeled_texts):
         for row in rows:

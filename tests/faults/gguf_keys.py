@@ -73,13 +73,13 @@ def write_with_keys(file: Path, target: Path) -> bool:
         wanted = given["keys"].items()
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return False
-    values = {key: typed_value(value, keys.get(key)) for key, value in wanted if can_be_written(key, STRING)}
+    values = {key: make_value(value, keys.get(key)) for key, value in wanted if can_be_written(key, STRING)}
     target.unlink(missing_ok=True)
     write_gguf(target, {key: one for key, one in values.items() if one is not None}, tensors)
     return True
 
 
-def typed_value(value: Any, before: Value | None) -> Value | None:
+def make_value(value: Any, before: Value | None) -> Value | None:
     """The value with the type that the key had, if that holds it, or another; None for what no type holds."""
     if isinstance(value, list):
         kinds = [before.element] if before is not None and before.kind == ARRAY else [UINT32]

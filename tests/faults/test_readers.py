@@ -51,7 +51,7 @@ EXPLAINED = {
 """What no target reaches: file:function (or a whole file) -> why it needs none."""
 
 
-def dotted_call(call: ast.Call) -> str:
+def call_name(call: ast.Call) -> str:
     parts: list[str] = []
     node: ast.expr = call.func
     while isinstance(node, ast.Attribute):
@@ -66,7 +66,7 @@ def readers_in(file: Path) -> Iterator[str]:
 
     def visit(node: ast.AST, function: str) -> Iterator[str]:
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.Call) and dotted_call(child) in READS:
+            if isinstance(child, ast.Call) and call_name(child) in READS:
                 yield f"{name}:{function}"
             inside = child.name if isinstance(child, ast.FunctionDef) else function
             yield from visit(child, inside)

@@ -6,7 +6,7 @@ import json
 
 from llm_quest.generation.compiled import round_up_capacity
 from llm_quest.models import FAMILIES
-from tests.forked import printed_by
+from tests.forked import run_forked
 from tests.generation.compiled_steps import main
 
 FAMILIES = [
@@ -16,7 +16,7 @@ FAMILIES = [
 
 def run_steps(backend: str, *names: str) -> dict:
     """What tests/generation/compiled_steps.py prints."""
-    return json.loads(printed_by(main, backend, *names)[-1])
+    return json.loads(run_forked(main, backend, *names)[-1])
 
 
 def test_many_calls_of_one_shape_are_one_graph_without_a_break_and_no_model_is_kept():

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 from llm_quest.generation.compiled import COMPILED_WIDTHS, choose_width
-from tests.forked import printed_by
+from tests.forked import run_forked
 from tests.generation.compiled_speculation import main
 
 
 def test_compiled_passes_write_and_guess_what_eager_ones_do():
     """Ragged rows that end early, a ring, a recurrent layer, the end of the context, every drafter."""
-    found = json.loads(printed_by(main, "eager")[-1])
+    found = json.loads(run_forked(main, "eager")[-1])
     assert all(found["texts"].values()), found["texts"]
     assert all(found["ends"].values()), found["ends"]
     assert all(found["last_place"]), found["last_place"]

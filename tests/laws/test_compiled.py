@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from tests.forked import printed_by
+from tests.forked import run_forked
 from tests.laws.compiled import SCOPE_READ_ALIKE, main, scope_readers
 from tests.laws.subjects import EVERYBODY, shared
 
 
 def holding(backend: str, *names: str) -> list[str]:
     """The names for which the laws hold, judged in a fresh process."""
-    return printed_by(main, backend, *names)
+    return run_forked(main, backend, *names)
 
 
 SHARES = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llm_quest.techniques import TECHNIQUES, TRAINING_TECHNIQUES
-from tests.forked import printed_by
+from tests.forked import run_forked
 from tests.laws.option_grid import CHANGES, DTYPES, REFUSED_CELLS, Cell, all_cells, main, part_of_suite, suite_cells
 from tests.laws.subjects import TINY
 
@@ -28,7 +28,7 @@ def test_every_technique_family_and_dtype_is_in_the_grid_and_compiled_somewhere(
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_cell_holds_or_raises_the_error_that_the_table_names(part: int):
     """`python -m tests.laws.option_grid --all` judges the cells that are left out here."""
-    lines = printed_by(main, str(part), str(PARTS))
+    lines = run_forked(main, str(part), str(PARTS))
     assert not [line for line in lines if "FAILS" in line]
     assert len(lines) == len(part_of_suite(part, PARTS))
 

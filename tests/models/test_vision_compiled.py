@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llm_quest.models.build import build
-from tests.forked import printed_by
+from tests.forked import run_forked
 
 NAMES = ("vit-tiny", "llava-tiny", "gemma3-vision-tiny")
 
@@ -32,4 +32,4 @@ def judge(*names: str) -> None:
 
 
 def test_a_compiled_model_is_one_graph_with_the_same_logits():
-    assert tuple(printed_by(judge, *NAMES)) == NAMES
+    assert tuple(run_forked(judge, *NAMES)) == NAMES

@@ -117,20 +117,20 @@ def test_what_is_free_on_resume_is_free(run):
     assert train(out, *pairs, "save_steps=3", "logging_steps=1").step == 4
 
 
-def nested_models(annotation: Any) -> Iterator[type[StrictModel]]:
+def iter_models(annotation: Any) -> Iterator[type[StrictModel]]:
     if isinstance(annotation, type) and issubclass(annotation, StrictModel):
         yield annotation
         for field in annotation.model_fields.values():
-            yield from nested_models(field.annotation)
+            yield from iter_models(field.annotation)
     for part in get_args(annotation):
-        yield from nested_models(part)
+        yield from iter_models(part)
 
 
 PATH_FIELDS = sorted(
     {
         (model.__name__, name): model
         for recipe in RECIPES
-        for model in nested_models(get_recipe(recipe).Config)
+        for model in iter_models(get_recipe(recipe).Config)
         for name, field in model.model_fields.items()
         if is_local_path(field)
     }.items()
@@ -143,7 +143,7 @@ COMPARED_BY_THE_RECIPE = {
 """Keys of text that name a file, a folder or a URL and are no LocalPath -> what compares them."""
 
 
-def unchecked(kind: type[StrictModel], **values: Any) -> Any:
+def make_unchecked(kind: type[StrictModel], **values: Any) -> Any:
     """A config whose required keys are null where they are not given."""
     required = {name: None for name, one in kind.model_fields.items() if one.is_required()}
     return kind.model_construct(**required | values)
@@ -154,7 +154,7 @@ def test_every_file_or_folder_that_a_recipe_names_is_compared_by_content(where, 
     """A law over the schema: a new key of the type LocalPath is found by its type."""
     file = tmp_path / "file"
     file.write_text("before")
-    made = unchecked(model, **{where[1]: str(file)})
+    made = make_unchecked(model, **{where[1]: str(file)})
     if where[1] in READ_AS_ROWS:
         assert where[1] in COMPARED_BY_THE_RECIPE
         return
@@ -170,7 +170,7 @@ def test_a_text_that_names_a_file_has_the_type_of_one():
     known = {"load", "chat_template_path", "process_reward_model", "proxy_model", "rpt_run", "path"}
     assert known <= {name for (_, name), _ in PATH_FIELDS}
     said = re.compile(r"\b(file|folder|FILE|FOLDER|http)\b")
-    models = {model for recipe in RECIPES for model in nested_models(get_recipe(recipe).Config)}
+    models = {model for recipe in RECIPES for model in iter_models(get_recipe(recipe).Config)}
     found = {
         name: field
         for model in models
@@ -182,7 +182,7 @@ def test_a_text_that_names_a_file_has_the_type_of_one():
 
 def test_paths_are_found_wherever_they_are_and_keys_of_ones_own_are_settings():
     """An environment's option that is called path or load is a setting like any other."""
-    config = unchecked(
+    config = make_unchecked(
         GrpoConfig,
         model=ModelConfig(load="a"), rewards=(RewardSpec(name="correct"), RewardSpec(name="model", load="b")),
         environment_kwargs={"path": "c", "load": "d"},
@@ -193,7 +193,7 @@ def test_paths_are_found_wherever_they_are_and_keys_of_ones_own_are_settings():
     assert "load" not in tree["model"]
 
 
-def changed_parts(name: str, change: Callable[[], object]) -> set[str]:
+def find_changes(name: str, change: Callable[[], object]) -> set[str]:
     """Which parts of a fingerprint a change of the files changes."""
     before = dict(fingerprint_parts(name))
     change()
@@ -204,10 +204,10 @@ def changed_parts(name: str, change: Callable[[], object]) -> set[str]:
 def test_a_model_is_compared_by_weights_and_files_whatever_it_is_called(run, monkeypatch: pytest.MonkeyPatch):
     """A folder, a run, RUN@last, an adapter with its base, and what the hub's cache holds under a hub id."""
     out, _, model = run
-    assert changed_parts(str(model), lambda: None) == set()
-    assert changed_parts(str(model), lambda: change_weights(model)) == {""}
+    assert find_changes(str(model), lambda: None) == set()
+    assert find_changes(str(model), lambda: change_weights(model)) == {""}
     ends = model / "generation_config.json"
-    assert changed_parts(str(model), lambda: ends.write_text('{"eos_token_id": [1, 2]}')) == {".files"}
+    assert find_changes(str(model), lambda: ends.write_text('{"eos_token_id": [1, 2]}')) == {".files"}
     newest = out / "checkpoints" / "step-00000002"
     assert (
         {dict(fingerprint_parts(f"{out}{at}"))[""] for at in ("", "@last", "@2")} == {fingerprint_path(newest)} != {""}
@@ -216,14 +216,14 @@ def test_a_model_is_compared_by_weights_and_files_whatever_it_is_called(run, mon
     adapter.mkdir()
     said = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "base_model_name_or_path": str(model)}
     (adapter / "adapter_config.json").write_text(json.dumps(said))
-    assert changed_parts(str(adapter), lambda: change_weights(model)) == {".base"}
+    assert find_changes(str(adapter), lambda: change_weights(model)) == {".base"}
     snapshot = model.with_name("models--some--model") / "snapshots" / ("a" * 40)
     shutil.copytree(model, snapshot)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(model.parent))
     assert dict(fingerprint_parts("some/model"))[""] == fingerprint_path(model)
-    assert changed_parts("some/model", lambda: change_weights(snapshot)) == {""}
+    assert find_changes("some/model", lambda: change_weights(snapshot)) == {""}
     assert dict(fingerprint_parts("some/other-model")) == {"": "", ".files": ""}
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.forked import printed_by
+from tests.forked import run_forked
 from tests.recipes.two import together
 from tests.techniques.processes import compiled, sharded
 
 
 def test_a_training_pass_is_one_graph_with_the_eager_loss():
     names = ["QK-Clip, DyT, lookahead, hyper-connections", "caps, taps, mHC-lite"]
-    assert printed_by(compiled) == names
+    assert run_forked(compiled) == names
 
 
 def test_two_processes_clip_as_one(tmp_path: Path):
