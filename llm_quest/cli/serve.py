@@ -7,18 +7,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llm_quest.cli.chat import load_text_model
 from llm_quest.cli.export import export_run
 from llm_quest.cli.generation_options import read_advice
 from llm_quest.cli.speculative_generate import load_draft
+from llm_quest.cli.vision import load_matching_preprocess, reads_images
 from llm_quest.contracts import LogFn
 from llm_quest.data.chat import find_template_fault
+from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import QuestError, UsageError
 from llm_quest.hub.adapter_config import CONFIG, read_adapter_config
 from llm_quest.hub.load_adapter import load_adapter
 from llm_quest.hub.locate import locate_adapter, locate_model
 from llm_quest.hub.pooling import Pooling, read_pooling
+from llm_quest.models.decoder import Decoder
+from llm_quest.models.multimodal import VisionLanguageModel
+from llm_quest.serve.images import ImageReader
 from llm_quest.serve.server import LoadedModel, ServeOptions, bind_socket, http_server, make_server, run_server
 
 
@@ -75,13 +81,29 @@ def parse_adapters(given: Sequence[str]) -> dict[str, str]:
 
 
 def load_model(name_or_path: str, device: str, dtype: str, log: LogFn) -> LoadedModel:
-    model, tokenizer = load_text_model(name_or_path, device, dtype, log)
+    model, tokenizer, images = load_decoder(name_or_path, device, dtype, log)
     if fault := find_template_fault(tokenizer):
         log(f"note: chats are refused: {fault}")
     advice = read_advice(model.generation_config)
     if advice:
         log(f"generation_config.json advises {', '.join(f'{key} {value:g}' for key, value in advice.items())}")
-    return LoadedModel(model, tokenizer, advice, pooling=find_pooling(name_or_path, log))
+    return LoadedModel(model, tokenizer, advice, pooling=find_pooling(name_or_path, log), images=images)
+
+
+def load_decoder(
+    name_or_path: str, device: str, dtype: str, log: LogFn
+) -> tuple[Decoder, Tokenizer, ImageReader | None]:
+    """The part of a model that writes text, its tokenizer, and what reads images, where the folder has that."""
+    with_images = reads_images(name_or_path)
+    model: Any
+    model, tokenizer = load_text_model(name_or_path, device, dtype, log, vision=with_images)
+    if not isinstance(model, VisionLanguageModel):
+        return model, tokenizer, None
+    model.decoder.generation_config = model.generation_config
+    if not with_images:
+        return model.decoder, tokenizer, None
+    preprocess = load_matching_preprocess(name_or_path, model.config.vision_config)
+    return model.decoder, tokenizer, ImageReader.of(model, preprocess, tokenizer)
 
 
 def find_pooling(name_or_path: str, log: LogFn) -> Pooling | None:
@@ -96,14 +118,15 @@ def find_pooling(name_or_path: str, log: LogFn) -> Pooling | None:
 
 def load_adapted(name_or_path: str, folder: str, parent: str, device: str, dtype: str, log: LogFn) -> LoadedModel:
     """The base with an adapter. Weights that are mapped from the base's files are in memory once."""
-    model, tokenizer = load_text_model(name_or_path, device, dtype, lambda line: None)
+    model, tokenizer, images = load_decoder(name_or_path, device, dtype, lambda line: None)
     with adapter_folder(folder) as adapter:
         load_adapter(model, adapter)
         named = str(read_adapter_config(adapter / CONFIG).get("base_model_name_or_path") or name_or_path)
     model.eval()
     is_other = Path(named).name != Path(name_or_path).name
     log(f"{folder}: adapter of {name_or_path}" + (f"; it says that its base is {named}" if is_other else ""))
-    return LoadedModel(model, tokenizer, read_advice(model.generation_config), parent, find_pooling(name_or_path, log))
+    advice, pooling = read_advice(model.generation_config), find_pooling(name_or_path, log)
+    return LoadedModel(model, tokenizer, advice, parent, pooling, images=images)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -208,20 +209,24 @@ def load_image(file: str | Path) -> Image.Image:
 
     Commonly got wrong: a phone stores a portrait lying on its side with a note how to turn it, which `Image.open` does
     not do."""
-    file = Path(file)
+    return decode_image(Path(file), str(Path(file)))
+
+
+def decode_image(source: Path | BytesIO, name: str) -> Image.Image:
+    """What `load_image` gives, of a file or of its bytes. DataError, which says `name`, for what is no image."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
+            with Image.open(source) as image:
                 return convert_mode(ImageOps.exif_transpose(image), "RGB", alpha_on_white=False).copy()
     except FileNotFoundError:
-        raise DataError(f"{file}: there is no such image") from None
+        raise DataError(f"{name}: there is no such image") from None
     except DataError as error:
-        raise DataError(f"{file}: {error}") from None
+        raise DataError(f"{name}: {error}") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file}: no image that can be read, or a corrupt one: {str(error)[:120]}") from None
+        raise DataError(f"{name}: no image that can be read, or a corrupt one: {str(error)[:120]}") from None
     except Image.DecompressionBombWarning as error:
-        raise DataError(f"{file}: too large to be decoded: {str(error)[:120]}") from None
+        raise DataError(f"{name}: too large to be decoded: {str(error)[:120]}") from None
 
 
 def is_file(file: Path) -> bool:

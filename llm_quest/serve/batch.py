@@ -29,6 +29,7 @@ from llm_quest.layers.kv_cache import Cache
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
 from llm_quest.serve.cache_rows import CacheRow, SlotCache, read_row
+from llm_quest.serve.images import ImageReader
 from llm_quest.serve.metrics import ServerMetrics
 from llm_quest.serve.prefix_cache import LazyPrefix, PrefixCache
 from llm_quest.serve.requests import (
@@ -70,10 +71,13 @@ class PromptReader:
 
 
 class RunningBatch:
-    """The running requests of one model. Only the engine's thread calls its methods."""
+    """The running requests of one model. Only the engine's thread calls its methods. image_reader: of a model that
+    reads images; the rest of it sees a decoder."""
 
-    def __init__(self, model: Decoder, limits: BatchLimits, metrics: ServerMetrics):
-        self.model, self.limits, self.metrics = model, limits, metrics
+    def __init__(
+        self, model: Decoder, limits: BatchLimits, metrics: ServerMetrics, image_reader: ImageReader | None = None
+    ):
+        self.model, self.limits, self.metrics, self.image_reader = model, limits, metrics, image_reader
         self.device = next(model.parameters()).device
         self.vocab_size = int(model.config.vocab_size)
         self.slots = SlotCache(model, limits.slots, limits.max_model_len)
@@ -153,14 +157,16 @@ class RunningBatch:
     # --- prompts
 
     def read_prompts(self) -> None:
-        """Read prompts, the oldest first: fresh ones of a step together, long or known ones alone and in parts."""
+        """Read prompts, the oldest first: fresh ones of a step together, long or known ones alone and in parts. One
+        with images is read whole, for the tokens of an image may see each other."""
         budget = self.prefill_budget
         budget -= self.read_part(budget)
         fresh: list[GenerationRequest] = []
         while self.reader is None and budget > 0 and self.waiting and self.has_slots(fresh):
             request = self.waiting.popleft()
-            cache, start = (None, 0) if request.prompt_logprobs else self.find_prefix(request)
-            if cache is None and not request.prompt_logprobs and len(request.prompt) <= budget:
+            alone = request.prompt_logprobs or len(request.images) > 0
+            cache, start = (None, 0) if alone else self.find_prefix(request)
+            if cache is None and not alone and len(request.prompt) <= budget:
                 fresh.append(request)
                 budget -= len(request.prompt)
             else:
@@ -187,6 +193,7 @@ class RunningBatch:
         running: list[LazyPrefix] = [
             (row.sequence.token_ids, lambda number=number: self.slots.row(number))  # type: ignore[misc]
             for number, row in enumerate(self.rows)
+            if not row.request.images
         ]
         return self.prefixes.find(self.model, request.prompt, running, self.limits.max_model_len)
 
@@ -212,9 +219,11 @@ class RunningBatch:
         if (reader := self.reader) is None or budget <= 0:
             return 0
         prompt, start = reader.request.prompt, reader.position
-        part = prompt[start : start + budget]
+        images = reader.request.images
+        part = prompt if images else prompt[start : start + budget]
         ids = torch.tensor([part], device=self.device)
-        hidden = self.model.hidden_states(ids, Scope.unpadded(ids, cache=reader.cache, start=start))
+        model = self.image_reader.prompt_model(images) if self.image_reader and images else self.model
+        hidden = model.hidden_states(ids, Scope.unpadded(ids, cache=reader.cache, start=start))
         reader.position = start + len(part)
         if reader.request.prompt_logprobs:
             self.score_part(reader, start, self.model.head(hidden)[0])
@@ -263,7 +272,8 @@ class RunningBatch:
         for number in reversed(range(len(self.rows))):
             row = self.rows[number]
             if row.request not in broken and self.append(row, logprobs.get(number)):
-                self.prefixes.store(row.sequence.token_ids, self.slots.row(number))
+                if not row.request.images:  # the placeholders of another image are the same tokens
+                    self.prefixes.store(row.sequence.token_ids, self.slots.row(number))
                 self.remove_row(number)
         for request in broken:
             self.end_request(request, RequestFailed(500, NOT_FINITE))

@@ -30,11 +30,12 @@ MIN_RESERVED = 128
 @dataclass(frozen=True)
 class CacheRow:
     """What the layers keep of one text: a part for each layer, whose keys and values are the filled slots alone.
-    length: the number of positions."""
+    length: the number of positions. rope_deltas: see `Cache`; None where there were no images."""
 
     length: int
     layers: Sequence[Any]
     slot_indices: dict[int, SlotIndex]
+    rope_deltas: Tensor | None = None
 
     def clone(self) -> CacheRow:
         """A copy that no later pass changes."""
@@ -74,7 +75,8 @@ def read_row(cache: Cache, row: int, length: int) -> CacheRow:
         else:
             held.batch_select_indices(index)
         layers.append(held)
-    return CacheRow(length, layers, slot_indices)
+    deltas = None if cache.rope_deltas is None else cache.rope_deltas[row : row + 1]
+    return CacheRow(length, layers, slot_indices, deltas)
 
 
 def one_row_index(slot_index: SlotIndex, row: Tensor, length: int) -> SlotIndex:
@@ -119,6 +121,7 @@ class SlotCache:
         """Append a text, as the last row."""
         self.reserve(row.length)
         first, order = not self.lengths, range(len(self.lengths) + 1)
+        self.join_rope_deltas(row.rope_deltas)
         self.lengths.append(row.length)
         self.cache.batch_size = len(self.lengths)
         for number, (layer, new) in enumerate(zip(self.cache.layers, row.layers, strict=True)):
@@ -134,6 +137,13 @@ class SlotCache:
             else:
                 self.cache.slot_indices[size].batch_concat([index], order)
         self.set_views()
+
+    def join_rope_deltas(self, deltas: Tensor | None) -> None:
+        """Append the offset of a new row; 0 for rows without images."""
+        known = self.cache.rope_deltas
+        if (like := known if deltas is None else deltas) is not None:
+            before = like.new_zeros(len(self.lengths), 1) if known is None else known
+            self.cache.rope_deltas = torch.cat((before, like.new_zeros(1, 1) if deltas is None else deltas))
 
     def write_slots(self, number: int, layer: KVCache, row: int) -> None:
         """Copy the filled slots of layer `number` to a row of its buffers."""
@@ -180,6 +190,8 @@ class SlotCache:
             self.clear()
             return order
         self.cache.batch_size = last
+        if self.cache.rope_deltas is not None:
+            self.cache.rope_deltas = self.cache.rope_deltas[torch.tensor(order, device=self.cache.rope_deltas.device)]
         for part in other_states(self.cache):
             part.batch_select_indices(torch.tensor(order))
         self.set_views()

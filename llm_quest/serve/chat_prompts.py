@@ -1,47 +1,103 @@
-"""Messages become a prompt: the model's chat template, in a process of its own that stays."""
+"""Messages become a prompt: the model's chat template, in a process of its own that stays. Images become placeholders
+in it, as `quest generate --image` writes them."""
 
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.message_parsing import TEXT_PARTS
-from llm_quest.data.template_program import find_reserved_argument, find_unread_arguments
+from llm_quest.data.template_program import TemplateSettings, find_reserved_argument, find_unread_arguments
 from llm_quest.data.template_sandbox import CPU_SECONDS
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.rollouts.worker_process import WorkerFailure, WorkerProcess
 from llm_quest.serve.errors import ApiError
+from llm_quest.serve.images import ImageReader, Pixels, image_url, is_image
 from llm_quest.serve.protocol import ChatBody, Message
 from llm_quest.serve.template_worker import render_requests
 
-IMAGE_PARTS = ("image_url", "input_image", "image")
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """The ids of a conversation, and its images in their order."""
+
+    ids: list[int]
+    images: Sequence[Pixels] = ()
 
 
 class ChatPrompts:
-    """Renders conversations with a tokenizer's chat template. Calls from several threads wait for each other."""
+    """Renders conversations with a tokenizer's chat template. Calls from several threads wait for each other. reader:
+    of a model that reads images. max_tokens: how many of a prompt images may take."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, reader: ImageReader | None = None, max_tokens: int = 0):
+        self.reader, self.max_tokens = reader, max_tokens
         self.template = ChatTemplate(tokenizer)
         self.worker = WorkerProcess(render_requests)
         self.lock = threading.Lock()
 
-    def encode(self, body: ChatBody) -> list[int]:
-        """The ids of the prompt. ApiError 400 for messages that the template refuses."""
+    def encode(self, body: ChatBody) -> EncodedChat:
+        """The prompt. ApiError 400 for messages that the template refuses."""
+        images = self.read_images(body.messages)
         given = template_arguments(self.template.template, body)
         settings = replace(self.template.settings, chat_template_kwargs=given)
         writer = self.template.writer
-        messages = writer.write([message_for_template(one, at) for at, one in enumerate(body.messages)])
+        write = message_for_template if self.writes_text and not images else message_with_parts
+        messages = writer.write([write(one, at) for at, one in enumerate(body.messages)])
         tools = [writer.escape_value(tool) for tool in body.tools if body.tool_choice != "none"]
         if tools and "tools" not in self.template.template:
             raise ApiError(400, "this model's chat template takes no tools", param="tools")
+        text = self.render(settings, messages, tools)
+        if self.reader is None or not images:
+            return EncodedChat(self.template.encode(text))
+        lengths = [self.reader.num_tokens(one) for one in images]
+        return EncodedChat(self.reader.chat.encode_expanded(text, lengths), images)
+
+    def render(self, settings: TemplateSettings, messages: Sequence[Any], tools: Sequence[Any] = ()) -> str:
+        """The conversation as a text, with the beginning of the answer. ApiError 400 where the template fails."""
         with self.lock:
             try:
-                text = self.worker.call((vars(settings), messages, tools), CPU_SECONDS * 5)
+                return self.worker.call((vars(settings), messages, tools), CPU_SECONDS * 5)
             except WorkerFailure as failure:
                 raise ApiError(400, f"the chat template failed: {failure.message[:300]}", param="messages") from None
-        return self.template.encode(text)
+
+    @cached_property
+    def writes_text(self) -> bool:
+        """Whether the template writes a content that is a text; LLaVA's writes lists of parts alone."""
+        try:
+            return "hello" in self.render(self.template.settings, [{"role": "user", "content": "hello"}])
+        except ApiError:
+            return True
+
+    def read_images(self, messages: Sequence[Message]) -> list[Pixels]:
+        """The images of a conversation. ApiError 400 where the model or its template reads none, and for more of them
+        than fit in a prompt."""
+        found: list[Pixels] = []
+        total = 0
+        for place, message in enumerate(messages):
+            for number, part in enumerate(message.content if isinstance(message.content, list) else ()):
+                if not is_image(part):
+                    continue
+                param = f"messages.{place}.content.{number}"
+                reader = self.require_reader(param)
+                found.append(reader.read(image_url(part), param))
+                total += reader.num_tokens(found[-1])
+                if total > self.max_tokens:
+                    said = f"{len(found)} images take {total} tokens; this model's context has {self.max_tokens}"
+                    raise ApiError(400, said, param=param, code="context_length_exceeded")
+        return found
+
+    def require_reader(self, param: str) -> ImageReader:
+        """What reads images. ApiError 400 where nothing does."""
+        if self.reader is None:
+            raise ApiError(400, "this model reads no images", param=param, code="image_not_supported")
+        if not self.reader.chat.has_template:
+            said = "this model's chat template writes no images (quest generate --image takes a prompt written whole)"
+            raise ApiError(400, said, param=param, code="image_not_supported")
+        return self.reader
 
     def close(self) -> None:
         self.worker.close()
@@ -61,15 +117,36 @@ def template_arguments(source: str, body: ChatBody) -> dict[str, Any]:
 
 def message_for_template(message: Message, place: int) -> dict[str, Any]:
     """A message with one text as its content. ApiError 400 for parts other than text."""
-    found = {key: value for key, value in message.model_dump().items() if value is not None}
     content = message.content
     if isinstance(content, list):
-        if any(part.get("type") in IMAGE_PARTS for part in content):
-            refusal = "this server reads no images: send parts of type text (quest generate --image answers about one)"
-            raise ApiError(400, refusal, param=f"messages.{place}.content", code="image_not_supported")
-        if any(part.get("type") not in TEXT_PARTS or not isinstance(part.get("text"), str) for part in content):
-            raise ApiError(400, "only parts of type text are read by this model", param=f"messages.{place}.content")
-        content = "".join(part["text"] for part in content)
+        content = "".join(text_of_part(part, place) for part in content)
+    return with_content(message, content, place)
+
+
+def message_with_parts(message: Message, place: int) -> dict[str, Any]:
+    """A message as templates that write images take it: a list of parts in their order. ApiError 400 for parts that
+    are neither text nor image."""
+    content: Any = message.content
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    elif content is not None:
+        content = [
+            {"type": "image"} if is_image(part) else {"type": "text", "text": text_of_part(part, place)}
+            for part in content
+        ]
+    return with_content(message, content, place)
+
+
+def text_of_part(part: Mapping[str, Any], place: int) -> str:
+    text = part.get("text")
+    if part.get("type") not in TEXT_PARTS or not isinstance(text, str):
+        raise ApiError(400, "this model reads no parts of this type: send text", param=f"messages.{place}.content")
+    return text
+
+
+def with_content(message: Message, content: Any, place: int) -> dict[str, Any]:
+    """A message for the template. ApiError 400 for one without content."""
+    found = {key: value for key, value in message.model_dump().items() if value is not None}
     if content is None and not found.get("tool_calls"):
         raise ApiError(400, "a message has a content", param=f"messages.{place}.content")
     return found | {"role": "system" if message.role == "developer" else message.role, "content": content or ""}

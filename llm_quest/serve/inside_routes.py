@@ -44,8 +44,9 @@ class InsideViews:
         self.texts: OrderedDict[tuple[str, int], tuple[ServedModel, WrittenText]] = OrderedDict()
 
     def keep(self, answer: AnswerWriter) -> None:
-        """Remember the texts of a finished answer; the oldest go."""
-        for request in answer.requests:
+        """Remember the texts of a finished answer; the oldest go. Those about images are left out: their passes would
+        need the images again."""
+        for request in (one for one in answer.requests if not one.images):
             first = answer.first_choice(request)
             for copy, choice in enumerate(answer.choices[first : first + request.n]):
                 if not choice.token_ids:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -74,7 +75,7 @@ NUMBERS = itertools.count()
 class GenerationRequest:
     """n texts after one prompt. top_logprobs: how many alternatives are wanted of each token; None: no
     log-probabilities. read_prompt_only: no text is wanted. deliver: called by the engine's thread with the events of a
-    step. deadline: by time.monotonic."""
+    step. images: of the prompt, uint8 (C,H,W) each. deadline: by time.monotonic."""
 
     prompt: Sequence[int]
     sampling_params: SamplingParams
@@ -86,6 +87,7 @@ class GenerationRequest:
     prompt_logprobs: bool = False
     read_prompt_only: bool = False
     make_grammar: Callable[[], Grammar] | None = None
+    images: Sequence[np.ndarray] = ()
     deadline: float = float("inf")
     cancelled: bool = False
     number: int = field(default_factory=lambda: next(NUMBERS))

@@ -7,7 +7,7 @@ import logging
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.serve.app import HttpLimits, QuestServer
 from llm_quest.serve.batch import BatchLimits, RunningBatch
 from llm_quest.serve.engine import ServingEngine
+from llm_quest.serve.images import BODY_BYTES, ImageReader
 from llm_quest.serve.metrics import ServerMetrics
 from llm_quest.serve.outbox import Outbox
 from llm_quest.serve.security import AccessRules, make_access_rules
@@ -43,7 +44,8 @@ Python's own 5 ms it waited a third longer."""
 @dataclass(frozen=True)
 class LoadedModel:
     """A model to serve. defaults: how it is sampled where a request says nothing. parent: of an adapter, the name of
-    its base. pooling: None: it makes no embeddings. draft: whose proposals the inside view shows."""
+    its base. pooling: None: it makes no embeddings. draft: whose proposals the inside view shows. images: what reads
+    images, whose decoder is the model."""
 
     model: Decoder
     tokenizer: Tokenizer
@@ -51,6 +53,7 @@ class LoadedModel:
     parent: str | None = None
     pooling: Pooling | None = None
     draft: DraftSource | None = None
+    images: ImageReader | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,9 @@ def make_server(
 ) -> QuestServer:
     """A server of these models, by name; the first one answers requests that name none. Its engine is not started."""
     served = {name: serve_model(name, one, options) for name, one in models.items()}
+    limits = options.limits
+    if any(one.images for one in models.values()):
+        limits = replace(limits, body_bytes=max(limits.body_bytes, BODY_BYTES))
     outbox = Outbox()
     engine = ServingEngine(
         {name: one.batch for name, one in served.items()},
@@ -98,7 +104,7 @@ def make_server(
         after_step=outbox.flush,
     )
     return QuestServer(
-        served, engine, outbox, rules, options.limits,
+        served, engine, outbox, rules, limits,
         log=log, log_requests=options.log_requests, log_prompts=options.log_prompts, inside=options.inside,
     )  # fmt: skip
 
@@ -108,7 +114,7 @@ def serve_model(name: str, loaded: LoadedModel, options: ServeOptions) -> Served
     require_inference_mode(model)
     if loaded.draft is not None:
         make_drafter(loaded.draft, model, SamplingParams())  # UsageError here for one that cannot draft for this model
-    batch = RunningBatch(model, options.batch_limits(model), ServerMetrics())
+    batch = RunningBatch(model, options.batch_limits(model), ServerMetrics(), loaded.images)
     return ServedModel(
         name,
         loaded.tokenizer,
@@ -118,6 +124,7 @@ def serve_model(name: str, loaded: LoadedModel, options: ServeOptions) -> Served
         loaded.parent,
         loaded.pooling,
         loaded.draft,
+        loaded.images,
     )
 
 

@@ -20,6 +20,7 @@ from llm_quest.serve.batch import RunningBatch
 from llm_quest.serve.chat_prompts import ChatPrompts
 from llm_quest.serve.errors import ApiError
 from llm_quest.serve.grammar import GrammarCompiler
+from llm_quest.serve.images import ImageReader
 from llm_quest.serve.metrics import Samples, model_label, value_samples
 from llm_quest.serve.protocol import ChatBody, CompletionBody, GenerationFields
 from llm_quest.serve.requests import Deliver, GenerationRequest, Grammar
@@ -31,7 +32,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 @dataclass(eq=False)
 class ServedModel:
     """A model under its name. defaults: temperature, top_p and their like, where a request says nothing. pooling: of a
-    model that makes embeddings. draft: whose proposals the inside view shows."""
+    model that makes embeddings. draft: whose proposals the inside view shows. images: of a model that reads them."""
 
     name: str
     tokenizer: Tokenizer
@@ -41,11 +42,12 @@ class ServedModel:
     parent: str | None = None
     pooling: Pooling | None = None
     draft: DraftSource | None = None
+    images: ImageReader | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property
     def chat_prompts(self) -> ChatPrompts:
-        return ChatPrompts(self.tokenizer)
+        return ChatPrompts(self.tokenizer, self.images, self.max_model_len)
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
@@ -133,8 +135,10 @@ def chat_request(served: ServedModel, body: ChatBody, options: RequestOptions) -
     top = body.top_logprobs if body.logprobs else None
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    length = check_length(served, prompt, wanted, False, "messages")
-    return make_request(served, body, options, prompt, length, top)
+    length = check_length(served, prompt.ids, wanted, False, "messages")
+    request = make_request(served, body, options, prompt.ids, length, top)
+    request.images = prompt.images
+    return request
 
 
 def completion_requests(served: ServedModel, body: CompletionBody, options: RequestOptions) -> list[GenerationRequest]:

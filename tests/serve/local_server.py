@@ -82,12 +82,19 @@ def parse_answer(raw: bytes) -> tuple[int, Any, dict[str, str]]:
 
 @contextmanager
 def local_server(pooling: Pooling | None = None, draft: str | None = None, **options: Any) -> Iterator[LocalServer]:
-    """A server in this process, until the end of the block."""
+    """A server of the tiny models in this process, until the end of the block."""
     tokenizer = tiny_tokenizer()
     models = {
         "tiny": LoadedModel(tiny_model(tokenizer), tokenizer, pooling=pooling, draft=draft),
         "adapted": LoadedModel(tiny_adapter(tokenizer), tokenizer, parent="tiny"),
     }
+    with serving(models, **options) as server:
+        yield server
+
+
+@contextmanager
+def serving(models: Mapping[str, LoadedModel], **options: Any) -> Iterator[LocalServer]:
+    """A server of these models in this process, until the end of the block."""
     lines: list[str] = []
     settings = ServeOptions(**options)
     server = make_server(models, settings, settings.access_rules(), lines.append)
