@@ -12,7 +12,14 @@ from book.exercises import EXERCISES, PRACTISED
 from book.games import GAMES
 from book.markdown import colour_code
 from book.source import ROOT, code_of, mistakes_of
+from llm_quest.papers.card import COLOURS
 from tests.mutations import MUTATIONS, Mutation
+
+CARD_COLOURS = {
+    "fill: #ffffff": "fill: none", "#000000": "var(--ink)", "#888888": "var(--ink)", "#eeeeee": "var(--soft)",
+    **{colour: f"var(--s{number})" for number, colour in enumerate(COLOURS, start=1)},
+}  # fmt: skip
+"""What a card's plot is drawn with -> the variables of the page."""
 
 
 def code_block(words: str, body: str = "") -> str:
@@ -113,8 +120,10 @@ def exercises_block(words: str, file: str = "") -> str:
 
 
 def card_block(words: str, body: str = "") -> str:
-    """The plot of a paper's card."""
+    """The plot of a paper's card, in the colours of the page, light or dark."""
     svg = (ROOT / f"docs/papers/{words}.svg").read_text(encoding="utf-8")
+    for drawn, shown in CARD_COLOURS.items():
+        svg = svg.replace(drawn, shown)
     return f'<figure class="card" tabindex="0">{svg[svg.index("<svg") :]}</figure>'
 
 

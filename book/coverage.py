@@ -20,7 +20,7 @@ REQUIRED = {
     "objective": TAUGHT,
     "generation": TAUGHT,
     "recipe": (*TAUGHT, "Settings"),
-    "paper": (*SHARED, "Measure it"),
+    "paper": (*SHARED, "The experiment"),
 }
 """What a page of each kind has to have. A family's figure is the diagram of its blocks."""
 OPTIONAL = ("Equation", "Figure", "Measured here", "Exercises")

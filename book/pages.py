@@ -348,7 +348,6 @@ def paper_sections(subject: Subject, markdown: Renderer) -> Iterator[Section]:
         yield "Card", markdown(re.sub(r"^## ", "### ", before, flags=re.M)) + card_block(subject.name) + markdown(after)
     paper = paper_of(subject)
     source = f"https://arxiv.org/abs/{paper.arxiv}"
-    yield "Measure it", colour_code(f"$ quest reproduce {subject.name}", "console")
     text = (PACKAGE / subject.file).read_text(encoding="utf-8")
     row = re.search(rf"^{subject.name}:\n(?: .*\n)+", text, re.M)
     assert row is not None, "a claim is a row of its file"

@@ -412,6 +412,12 @@ def test_figures_are_drawn_in_the_colours_of_the_page_described_and_readable_on_
     assert "<figcaption>" in drawn
 
 
+@pytest.mark.parametrize("card", sorted((ROOT / "docs/papers").glob("*.svg")), ids=lambda file: file.stem)
+def test_a_cards_plot_has_the_colours_of_the_page(card: Path):
+    assert re.search(r"#[0-9a-f]{6}", card.read_text(encoding="utf-8")), "the picture beside the card has its own"
+    assert not re.search(r"(fill|stroke): #[0-9a-f]{3,6}", blocks.card_block(card.stem))
+
+
 def test_figures_show_what_the_layers_compute():
     from llm_quest.scope import Scope
 
