@@ -20,6 +20,7 @@ from llm_quest.papers.paper import CONFIRMS, judge
 from llm_quest.papers.reproduce import describe_cost, make_paper_plan
 from llm_quest.recipes.model_config import build_model_config
 from llm_quest.recipes.recipe import load_recipe
+from tests.papers import directions
 from tests.papers.made_up import made_result
 
 DOCS = Path(__file__).parents[2] / "docs" / "papers"
@@ -199,7 +200,8 @@ def test_papers_shows_shipped_verdicts_beside_those_measured_here(tmp_path: Path
 
 
 def test_a_strong_effect_has_its_direction_in_a_short_run(tmp_path: Path):
-    """Muon against AdamW in 30 steps. `python -m tests.papers.dry_run` runs all claims in short."""
+    """Muon against AdamW in 30 steps. `python -m tests.papers.dry_run` runs all claims in short, and
+    `python -m tests.papers.directions` the strong ones whole."""
     plan = make_paper_plan(load_paper("muon"), "0.3M", lambda text: None)
     short = ["max_steps=30", "warmup_steps=3", "batch_size=4", "learning_rate=0.01", "seed=1"]
     losses = {
@@ -209,6 +211,21 @@ def test_a_strong_effect_has_its_direction_in_a_short_run(tmp_path: Path):
         for arm in (plan.control, *plan.arms)
     }
     assert losses["muon"]["metrics"]["eval/loss"] < losses["control"]["metrics"]["eval/loss"] - 0.05
+
+
+def test_directions_that_one_pair_of_runs_shows_are_asked_again_others_every_day(monkeypatch: pytest.MonkeyPatch):
+    """`python -m tests.papers.directions`, a part of CI."""
+    assert directions.is_strong([-0.5, -0.51, -0.49, -0.5])
+    assert not directions.is_strong([0.0273, 0.0233, 0.0237, 0.0153]), "far from 0, for four differences, it is not"
+    known = directions.strong_directions()
+    assert {"muon", "post_norm"} <= {one.paper for one in known}
+    assert all((DOCS / f"{one.paper}.json").is_file() and set(one.rates) >= {one.arm, "control"} for one in known)
+    assert len({one.paper for one in directions.of_today(known, 2)}) == 2
+    monkeypatch.setattr(directions, "measure_difference", lambda one, seed, root: -one.sign)
+    assert directions.main([known[0].paper]) == 1
+    values = iter([-known[0].sign, known[0].sign, known[0].sign])
+    monkeypatch.setattr(directions, "measure_difference", lambda one, seed, root: next(values))
+    assert directions.main([known[0].paper]) == 0
 
 
 def test_generated_rows_are_what_they_say():
