@@ -220,7 +220,15 @@ def details(card: PaperCard) -> Iterator[str]:
             f"{result['runs']} runs, {result['cpu_seconds']:,} s of CPU, {result['machine']}, torch {result['torch']}, "
             f"code {result['code']}"
         )
+        yield from (f"{size}: {line}" for verdict in result["verdicts"] for line in secondary_lines(verdict))
         yield from (f"{size}: {note}" for note in result["notes"])
+
+
+def secondary_lines(verdict: Mapping[str, Any]) -> Iterator[str]:
+    """Differences in the metrics that decide nothing, where there are any."""
+    for metric, found in verdict["secondary"].items():
+        if found["mean"]:
+            yield f"{verdict['arm']}, {metric}, arm - control: mean {found['mean']:+.3g}, 95 % {describe_effect(found)}"
 
 
 def draw_differences(card: PaperCard) -> str:
