@@ -20,6 +20,7 @@ from llm_quest.models.parametrization import ROLES, parameter_roles, scale_first
 from llm_quest.models.resize import differing_sizes, replace_sizes, resize_config
 from llm_quest.train.optimizers import make_adamw, make_muon
 from tests.train.coordinates import MOST_SLOPE, MOST_SPREAD, Case, changes, slope, spread, tiny_configs
+from tests.train.rate_transfer import search_rates
 
 TINY = tiny_configs()
 NARROW_HEADS = replace(
@@ -178,3 +179,23 @@ def test_a_model_is_resized_by_its_heads():
     assert small.layer_types == config.layer_types * 2
     assert replace_sizes(small, differing_sizes(small, config)) == config
     build(small)(torch.zeros(1, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize(("true", "center", "cap"), [(-7.3, -6, False), (-11.0, -5, False), (1.5, -4, True)])
+def test_the_best_rate_is_found_wherever_the_search_begins(true: float, center: int, cap: bool):
+    """A parabola in the octaves, to which the second seed adds as much everywhere and moves its minimum by 0.2."""
+    asked: list[tuple[int, int]] = []
+
+    def measure(octave: int, seed: int) -> float:
+        asked.append((octave, seed))
+        return (octave - true - 0.2 * (seed - 1)) ** 2 + seed
+
+    grid = search_rates(measure, center, 2)
+    best = grid.best(2)
+    assert len(set(asked)) == len(asked), "no run is made twice"
+    if cap:
+        assert (best, max(octave for octave, _ in asked)) == (0, 0), "no rate above 1"
+    else:
+        assert grid.vertex() == pytest.approx(true + 0.1)
+        assert [len(grid.losses[best + step]) for step in (-1, 0, 1)] == [2, 2, 2]
+        assert len(asked) <= 5 + max(0, center - 1 - round(true)) + 4
