@@ -42,12 +42,12 @@ def newton_schulz(x: Tensor, steps: int) -> Tensor:
     a, b, c = COEFFICIENTS
     multiply_add = torch.addmm if x.ndim == 2 else torch.baddbmm
     tall = x.shape[-2] > x.shape[-1]
-    x = x.mT.contiguous() if tall else x  # products with a transposed matrix are 10 % slower
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=SMALLEST_NORM)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = multiply_add(x, multiply_add(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+        gram = x.mT @ x if tall else x @ x.mT
+        p = multiply_add(gram, gram, gram, beta=b, alpha=c)
+        x = multiply_add(x, *((x, p) if tall else (p, x)), beta=a)
+    return x
 
 
 def newton_schulz_by_eigenvalues(x: Tensor, steps: int) -> Tensor:
@@ -117,9 +117,9 @@ def orthogonalize(gradient: Tensor, rows: Sequence[int] | None = None, steps: in
     and up) are one batch."""
     one_form = MUON_FORMS[form or default_form(gradient.device)]
     runs = [(size, len(list(run))) for size, run in itertools.groupby(rows or gradient.shape[-2:-1])]
-    result, sizes = torch.empty_like(gradient), [size * count for size, count in runs]
-    for (size, count), part, target in zip(runs, gradient.split(sizes, -2), result.split(sizes, -2), strict=True):
-        factor = 0.2 * math.sqrt(max(size, part.shape[-1]))
+    done = []
+    for (size, count), part in zip(runs, gradient.split([size * count for size, count in runs], -2), strict=True):
         stack = part if part.ndim == 2 and count == 1 else part.unflatten(-2, (count, size)).flatten(0, -3)
-        target.copy_(one_form(stack, steps).reshape(target.shape)).mul_(factor)
-    return result
+        update = one_form(stack, steps).mul_(0.2 * math.sqrt(max(size, part.shape[-1])))
+        done.append(update.reshape(part.shape).to(gradient.dtype))
+    return done[0] if len(done) == 1 else torch.cat(done, -2)

@@ -29,7 +29,7 @@ from torch.optim import AdamW, Optimizer
 
 from llm_quest.contracts import ParameterScale
 from llm_quest.errors import UsageError
-from llm_quest.train.newton_schulz import orthogonalize
+from llm_quest.train.newton_schulz import default_form, orthogonalize
 
 RowSplits = Mapping[str, Sequence[int]]
 Scales = Mapping[str, ParameterScale]
@@ -140,22 +140,25 @@ class Muon(Optimizer):
     def _update_batch_(self, batch: list[tuple[Tensor, dict[str, Any]]]) -> None:
         """One step of matrices of one shape, orthogonalized together."""
         rows, steps = batch[0][1]["rows"], batch[0][1]["steps"]
-        ahead = [gather_matrix(self._look_ahead(p, group["momentum"])) for p, group in batch]
+        form = self.form or default_form(batch[0][0].device)
+        ahead = [gather_matrix(self._look_ahead(p, group["momentum"], form)) for p, group in batch]
         stacked = torch.stack(ahead) if len(ahead) > 1 else ahead[0]
-        updates = orthogonalize(stacked, rows, steps, self.form)
+        updates = orthogonalize(stacked, rows, steps, form)
         for (p, group), update in zip(batch, updates if len(ahead) > 1 else [updates], strict=True):
             if "part_scales" in group:
                 update = scale_parts(update, rows, group["part_scales"])
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(shard_like(update, p), alpha=-group["lr"])
 
-    def _look_ahead(self, p: Tensor, momentum: float) -> Tensor:
-        """The gradient moved towards the momentum, which it updates (Nesterov's form)."""
+    def _look_ahead(self, p: Tensor, momentum: float, form: str) -> Tensor:
+        """The gradient moved towards the momentum, which it updates (Nesterov's form), in the dtype of the form: what
+        is stacked, iterated on and added to the weights is half as much in bfloat16."""
         state, gradient = self.state[p], p.grad
         assert gradient is not None, "a batch holds parameters that have a gradient"
         if not state:
             state["momentum"] = torch.zeros_like(p)
-        return gradient.lerp(state["momentum"].lerp_(gradient, 1 - momentum), momentum)
+        ahead = gradient.lerp(state["momentum"].lerp_(gradient, 1 - momentum), momentum)
+        return ahead.to(torch.bfloat16) if form == "bfloat16" else ahead
 
 
 def batches_of_one_shape(

@@ -136,7 +136,10 @@ class EqualShapes(nn.Module):
             self.register_parameter(name, nn.Parameter(weight))
 
 
-@pytest.mark.parametrize(("form", "atol"), [("eigenvalues", 1e-11), ("gram", 1e-11), ("float32", 1e-4)])
+FORMS = [("eigenvalues", 1e-11), ("gram", 1e-11), ("float32", 1e-4), ("bfloat16", 5e-3)]
+
+
+@pytest.mark.parametrize(("form", "atol"), FORMS)
 @pytest.mark.parametrize("numbers", [400, 1 << 22])
 def test_matrices_of_one_shape_are_updated_together_as_each_alone(monkeypatch, form, atol, numbers):
     """Also where some have no gradient, and each has its own rate and factors."""
