@@ -56,6 +56,7 @@ class BlockDiagonalMask:
 MaskSpec = Tensor | CausalMask | SlidingWindow | BlockDiagonalMask
 """An attention mask: a tensor (B,T,S) bool, or how it is known."""
 
+NOT_CACHED = object()
 SCORES_PER_BLOCK = 8192
 """A block is worth a kernel call of its own if that saves so many scores of each head."""
 
@@ -188,9 +189,10 @@ class Scope:
 
     def cached(self, key: Hashable, compute: Callable[[], Value]) -> Value:
         """The value of `compute()`, computed once per pass: rotary tables, masks, slots."""
-        if key not in self._cached_values:
-            self._cached_values[key] = compute()
-        return self._cached_values[key]
+        value = self._cached_values.get(key, NOT_CACHED)
+        if value is NOT_CACHED:
+            value = self._cached_values[key] = compute()
+        return value  # type: ignore[no-any-return]
 
     def attention_mask(self, window: int | None = None) -> MaskSpec:
         """Which tokens of this pass each of its tokens sees: (B,T,T) bool, or how that is known."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llm_quest.layers.kv_cache import KVCache, extend_layer_cache
 from llm_quest.layers.linear import Linear, PackedLinear, require_unwrapped, scale_rows_
+from llm_quest.layers.norm import Identity
 from llm_quest.layers.scaled_dot_product import ScaledDotProduct, dense_mask
 from llm_quest.scope import CausalMask, MaskSpec, Scope
 
@@ -54,13 +55,13 @@ KEY_SHARE_RULES: dict[str, KeyShareRule] = {
 }
 
 
-class UngatedOutput(nn.Module):
+class UngatedOutput:
     """No output gate: all rows of a query head are the query."""
 
     def split(self, q: Float[Tensor, "B T H d"]) -> tuple[Tensor, Tensor]:
         return q, q
 
-    def forward(self, x: Float[Tensor, "B T H dv"], gate: Tensor) -> Float[Tensor, "B T H dv"]:
+    def __call__(self, x: Float[Tensor, "B T H dv"], gate: Tensor) -> Float[Tensor, "B T H dv"]:
         return x
 
 
@@ -129,8 +130,8 @@ class GroupedQueryAttention(nn.Module):
             )
         self.num_attention_heads, self.num_key_value_heads = num_attention_heads, num_key_value_heads
         self.head_dim, self.rotary, self.sliding_window = head_dim, rotary, sliding_window
-        self.q_norm, self.k_norm = q_norm or nn.Identity(), k_norm or nn.Identity()
-        self.v_norm: nn.Module = nn.Identity()
+        self.q_norm, self.k_norm = q_norm or Identity(), k_norm or Identity()
+        self.v_norm: nn.Module = Identity()
         self.query_scale: UnscaledQueries | PositionQueryScale = UnscaledQueries()
         self.attend = attend or ScaledDotProduct(head_dim**-0.5)
         self.output_gate: UngatedOutput | SigmoidOutputGate = UngatedOutput()
@@ -143,9 +144,10 @@ class GroupedQueryAttention(nn.Module):
     ) -> Float[Tensor, "B N D"]:
         """Attention over the tokens of this pass and the cached ones. num_queries: only the first N of T positions are
         queries (without a cache); all T are keys."""
-        head_counts = (self.num_attention_heads, self.num_key_value_heads, self.num_key_value_heads)
-        q, k, v = (part.unflatten(-1, (count, -1)) for part, count in zip(self.qkv(x), head_counts, strict=True))
-        q, gate = self.output_gate.split(q)
+        q, k, v = self.qkv(x)
+        rows, groups = x.shape[:2], self.num_key_value_heads
+        q, gate = self.output_gate.split(q.view(*rows, self.num_attention_heads, -1))
+        k, v = k.view(*rows, groups, -1), v.view(*rows, groups, -1)
         q, k, v = self.rotary(self.q_norm(q), scope), self.rotary(self.k_norm(k), scope), self.v_norm(v)
         q = self.query_scale(q, scope)
         cached, attention_mask = extend_layer_cache(scope, self.sliding_window, k=k, v=v)

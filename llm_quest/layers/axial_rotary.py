@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_quest.layers.rotary import RotaryEmbedding, apply_rotary_emb, default_inv_freq
+from llm_quest.layers.rotary import RotaryEmbedding, apply_rotary_emb, default_inv_freq, widen_tables
 from llm_quest.scope import Scope
 
 
@@ -26,7 +26,7 @@ class AxialRotary:
             raise ValueError(f"heads of {self.head_dim} numbers have no equal pairs for rows and columns: use 4, 8, 12")
 
     def __call__(self, x: Float[Tensor, "B T H d"], scope: Scope) -> Float[Tensor, "B T H d"]:
-        cos, sin = scope.cached((self, x.dtype), lambda: self.cos_sin(scope, x.dtype))
+        cos, sin = scope.cached((self, x.dtype), lambda: widen_tables(*self.cos_sin(scope, x.dtype)))
         return apply_rotary_emb(x, cos, sin)
 
     def cos_sin(self, scope: Scope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ class MultimodalRotary:
     mrope_section: tuple[int, ...]
 
     def __call__(self, x: Float[Tensor, "B T H d"], scope: Scope) -> Float[Tensor, "B T H d"]:
-        cos, sin = scope.cached((self, x.dtype), lambda: self.cos_sin(scope, x.dtype))
+        cos, sin = scope.cached((self, x.dtype), lambda: widen_tables(*self.cos_sin(scope, x.dtype)))
         return self.base.rotate(x, cos, sin)
 
     def cos_sin(self, scope: Scope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

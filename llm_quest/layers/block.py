@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 from llm_quest.contracts import LayerCache, Mixer
 from llm_quest.layers.kv_cache import NoCache
+from llm_quest.layers.norm import Identity
 from llm_quest.scope import Scope
 
 
-class Residual(nn.Module):
-    """x + branch(x). The branch is passed as a function, so that hyper-connections can replace this module."""
+class Residual:
+    """x + branch(x). The branch is passed as a function, so that hyper-connections can replace it.
+    Not a module: a module's call costs as much as a small operator of a decoded token."""
 
-    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    def __call__(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
         return x + branch(x)
 
 
@@ -44,9 +46,9 @@ class Sublayer(nn.Module):
         super().__init__()
         self.norm = norm
         self.layer = layer
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.post_norm = post_norm or nn.Identity()
-        self.residual = residual or Residual()
+        self.dropout = nn.Dropout(dropout) if dropout else Identity()
+        self.post_norm = post_norm or Identity()
+        self.residual: nn.Module | Residual = residual or Residual()
 
     def forward(self, x: Float[Tensor, "B T *streams D"], scope: Scope) -> Float[Tensor, "B T *streams D"]:
         return self.residual(x, lambda y: self.post_norm(self.dropout(self.layer(self.norm(y), scope))))

@@ -254,9 +254,10 @@ class NoCache:
 def extend_layer_cache(scope: Scope, window: int | None, **new: Tensor) -> tuple[dict[str, Tensor], MaskSpec]:
     """What this pass's queries may read, and its mask: the new tensors (B,T,...) alone without a cache, else with the
     tokens of earlier passes."""
-    if scope.layer_cache is None:
+    layer_cache = scope.layer_cache
+    if layer_cache is None:
         return new, scope.attention_mask(window)
-    return scope.layer_cache.extend(scope, **new)
+    return layer_cache.extend(scope, **new)
 
 
 def allocate_slots(like: Tensor, num_slots: int) -> Tensor:

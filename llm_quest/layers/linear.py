@@ -49,22 +49,25 @@ class Linear(nn.Linear):
     """nn.Linear that takes the fastest form for few rows where no gradient is needed."""
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
-        return fastest_product(x, self.weight)(x, self.weight, self.bias)
+        weight = self.weight
+        return fastest_product(x, weight)(x, weight, self.bias)
 
 
 def fastest_product(x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """The form of x W^T + b for so many rows. Under autocast the dtypes here are not those of the product, and the
     other order would return columns for which the next layer copies its weights."""
-    if x.dtype != weight.dtype or torch.is_grad_enabled() or not weight.is_contiguous():
+    if torch.is_grad_enabled():
         return F.linear
-    rows = x.shape[:-1].numel()
-    by_kernel = rows in KERNEL_ROWS.get(x.dtype, NO_ROWS) and weight.device.type == "cpu"
-    few = by_kernel or rows in FEW_ROWS.get(x.dtype, NO_ROWS)
-    if not few or torch.is_autocast_enabled(x.device.type):
+    rows, dtype = x.shape[:-1].numel(), x.dtype
+    by_kernel = rows in KERNEL_ROWS.get(dtype, NO_ROWS) and weight.device.type == "cpu"
+    few = rows in FEW_ROWS.get(dtype, NO_ROWS)
+    if not (by_kernel or few) or dtype != weight.dtype or not weight.is_contiguous():
+        return F.linear
+    if torch.is_autocast_enabled(x.device.type):
         return F.linear
     if by_kernel and not torch.compiler.is_exporting():  # an exported program does not depend on the library
         return linear_by_kernel
-    return linear_few_rows if rows in FEW_ROWS.get(x.dtype, NO_ROWS) else F.linear
+    return linear_few_rows if few else F.linear
 
 
 def linear_by_kernel(
@@ -127,7 +130,7 @@ class PackedLinear(Linear):
         self.parts = parts
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return super().forward(x).split(list(self.parts.values()), dim=-1)
+        return super().forward(x).split_with_sizes(list(self.parts.values()), dim=-1)  # type: ignore[no-any-return]
 
     def row_slice(self, name: str) -> slice:
         """The rows of one part."""

@@ -17,6 +17,7 @@ from llm_quest.layers.rotary import (
     YaRNScaling,
     apply_rotary_emb,
     default_inv_freq,
+    widen_tables,
 )
 from llm_quest.scope import Scope
 
@@ -233,9 +234,18 @@ def test_no_rotary_leaves_everything():
 
 def test_rotate_and_rotate_back_is_the_identity(generator: torch.Generator):
     x, angle = torch.randn(1, 1, 2, 6, generator=generator), torch.rand(1, 1, 1, 3, generator=generator)
-    torch.testing.assert_close(
-        apply_rotary_emb(apply_rotary_emb(x, angle.cos(), angle.sin()), angle.cos(), -angle.sin()), x
-    )
+    there, back = widen_tables(angle.cos(), angle.sin()), widen_tables(angle.cos(), -angle.sin())
+    torch.testing.assert_close(apply_rotary_emb(apply_rotary_emb(x, *there), *back), x)
+
+
+def test_rotation_in_fewer_operators_equals_the_definition_to_the_last_bit(generator: torch.Generator):
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, 3, 2, 64, generator=generator).to(dtype)
+        angle = torch.rand(2, 3, 1, 32, generator=generator) * 100
+        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        a, b = x.chunk(2, dim=-1)
+        expected = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        assert torch.equal(apply_rotary_emb(x, *widen_tables(cos, sin)), expected)
 
 
 PUBLISHED = {
