@@ -473,7 +473,7 @@ MUTATIONS = (
     Mutation("RPT: any beginning of the truth is right", "recipes/rpt/prompts.py", "and len(predicted) in token_boundaries(target_tokens)", "and len(predicted) > 0", MATCH),
     Mutation("RPT: an answer is searched for among others", "recipes/rpt/prompts.py", "ANSWER_PATTERN.fullmatch(text)", "ANSWER_PATTERN.search(text)", MATCH),
     Mutation("RPT: an answer cut off by the length is paid", "recipes/rpt/prompts.py", "None if sample.truncated else extract_answer", "extract_answer", MATCH),
-    Mutation("RPT: the entropy of 16 tokens that do not sum to one", "recipes/rpt/positions.py", "if renormalised else best", "if not renormalised else best", "tests/recipes/rpt/test_positions.py"),
+    Mutation("RPT: the entropy of 16 tokens that do not sum to one", "recipes/rpt/positions.py", "if renormalize else best", "if not renormalize else best", "tests/recipes/rpt/test_positions.py"),
     Mutation("RPT: a place at a threshold is the harder one's", "recipes/rpt/positions.py", "sum(entropy > threshold", "sum(entropy >= threshold", "tests/recipes/rpt/test_positions.py"),
     Mutation("RPT: places are thinned alike for every seed", "recipes/rpt/positions.py", "make_rng(\"positions\", seed)", "make_rng(\"positions\")", "tests/recipes/rpt/test_positions.py"),
     Mutation("RPT: the instruction takes no room", "recipes/rpt/prompts.py", "room = max_context - max_new_tokens - prompt_builder.num_instruction_tokens", "room = max_context - max_new_tokens", RPT_ASK),

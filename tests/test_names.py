@@ -128,6 +128,59 @@ def test_a_docstring_says_first_what_a_thing_is():
     assert not elliptic
 
 
+def members(node: ast.Module | ast.ClassDef) -> Iterator[str]:
+    """The names that a module or a class defines, its classes' members and their attributes included."""
+    for line in node.body:
+        match line:
+            case ast.ClassDef(name=name):
+                yield from (name, *members(line))
+            case ast.FunctionDef(name=name):
+                yield name
+            case _:
+                yield from (one.id for one in ast.walk(line) if isinstance(one, ast.Name))
+    for one in ast.walk(node):
+        if isinstance(one, ast.Attribute) and isinstance(one.ctx, ast.Store):
+            yield one.attr
+
+
+@functools.cache
+def definitions() -> dict[str, set[str]]:
+    """Package, module or class -> what it defines. A class with bases has names of theirs, and is left out."""
+    found = collections.defaultdict(set)
+    for file, tree in trees().items():
+        found[file.parent.name if file.stem == "__init__" else file.stem].update(members(tree))
+        found[file.parent.name].add(file.stem)
+        found[file.parent.parent.name].add(file.parent.name)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and not node.bases:
+                found[node.name].update(members(node))
+    return found
+
+
+OTHER_NAMES = ("gguf.quants", "tokenizer.ggml.pre", "experts.base_layer.lora_A", "experts.gate", "rewards.1.load")
+"""Names of other packages, of files, and of addresses in a model or a config."""
+FILE_ENDINGS = words("json jsonl yaml safetensors model bin gguf")
+
+
+def is_missing(reference: str) -> bool:
+    """Whether a name like `file.py`, `module.name` or `Class.method` is not in the package's file, module or class."""
+    if reference.endswith(".py"):
+        return not any(str(file).endswith(f"/{reference}") for file in (*trees(), *PACKAGE.parent.glob(reference)))
+    first, name, *_ = reference.split(".")
+    return first in definitions() and name not in (*FILE_ENDINGS, *definitions()[first])
+
+
+def test_what_a_docstring_refers_to_exists():
+    lost = []
+    for file, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
+                named = re.findall(r"`(\w[\w/]*\.\w[\w.]*)(?:\([^`]*\))?`", node.value.value)
+                found = [one for one in named if one not in OTHER_NAMES and is_missing(one)]
+                lost += [f"{file.relative_to(PACKAGE)}:{node.lineno}: {one}" for one in found]
+    assert lost == []
+
+
 def test_few_names_are_defined_in_three_files_or_more():
     files = collections.defaultdict(set)
     for file, tree in trees().items():

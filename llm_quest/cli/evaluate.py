@@ -181,8 +181,7 @@ def evaluate_with_lm_eval(
     dtype: str,
     log: LogFn,
 ) -> Any:
-    """The tasks of EleutherAI's harness, through the chat template where `chat.chat`. MissingError without its
-    package."""
+    """The tasks of EleutherAI's harness, through the chat template with --chat. MissingError without its package."""
     import_extra("lm_eval", install_command("harness"))
     if chat.template_kwargs and not chat.chat:
         raise UsageError("--chat-template-kwargs are read by a chat template: give --chat too")

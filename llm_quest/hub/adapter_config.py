@@ -1,7 +1,7 @@
-"""adapter_config.json: which of PEFT's settings are computed here, which are harmless, and that all others are refused.
+"""Reads adapter_config.json: which of PEFT's settings are supported, which are harmless; all others are refused.
 
-A setting changes the function, or it speaks of training, of files, of other libraries. Each one that this version knows
-is in a table below; one that it does not know stops loading unless its value says that it is off."""
+A setting changes the function, or it concerns training, files or other libraries. The known ones are in the tables
+below; an unknown one stops loading unless its value says that it is off."""
 
 from __future__ import annotations
 
@@ -29,22 +29,21 @@ HARMLESS = frozenset((
     *("megatron_core", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("init_v_bound", "qalora_group_size", "velora_config", "unsloth_version"),
 ))  # fmt: skip
-"""Settings that change nothing once the tensors are there. (What an initialisation did to the base is in
-init_lora_weights.)"""
+"""Settings without effect once the tensors exist. (What an initialization did to the base is in init_lora_weights.)"""
 OFF: tuple[Any, ...] = (None, False, [], {}, "none")
 """Values under which a setting that is not computed here changes nothing."""
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""Initialisations of A and B alone. The others change the base too."""
+"""Initializations of A and B alone. The others change the base too."""
 RESIDUAL_STARTS = ("pissa", "olora")
-"""Initialisations that subtract from each matrix what A and B begin with, which can be computed again from the base."""
+"""Initializations that subtract the initial B A from each matrix, which can be computed again from the base."""
 
 
 def read_adapter_config(file: Path) -> dict[str, Any]:
-    """adapter_config.json, if it asks for nothing that is not computed here."""
+    """Read adapter_config.json. DataError for a missing file and for a setting that is not supported."""
     if not file.parent.is_dir():
         raise DataError(f"{file.parent}: there is no such folder; give one with an adapter")
     if not file.exists():
-        hint = named_adapters_hint(file.parent) or "; quest export RUN FOLDER --adapter writes one"
+        hint = adapter_names_hint(file.parent) or "; quest export RUN FOLDER --adapter writes one"
         raise DataError(f"{file.parent} holds no adapter: it has no {file.name}{hint}")
     config = read_json(file)
     kind = config.get("peft_type")
@@ -65,7 +64,7 @@ def read_adapter_config(file: Path) -> dict[str, Any]:
 
 
 def check_numbers(file: Path, config: Mapping[str, Any]) -> None:
-    """DataError for an alpha that is no number, and for patterns that are no table of regular expressions."""
+    """Raise DataError for an alpha that is no number, and for patterns that are no table of regular expressions."""
     numbers = {"lora_alpha": config.get("lora_alpha", 8)}
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(name) or {}
@@ -84,8 +83,8 @@ def check_numbers(file: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_start(file: Path, start: Any) -> None:
-    """DataError for an initialisation that changed the base in a way that only its own run knows (LoftQ's quantisation,
-    CorDA's and LoRA-GA's data, the random numbers of a fast SVD)."""
+    """Raise DataError for an initialization that changed the base in a way that cannot be computed again (LoftQ's
+    quantization, CorDA's and LoRA-GA's data, the random numbers of a fast SVD)."""
     if start not in PLAIN_STARTS and str(start).lower() not in RESIDUAL_STARTS:
         raise DataError(
             f"{file}: init_lora_weights is {start!r}, which changed the base model too, in a way that cannot be "
@@ -93,23 +92,24 @@ def check_start(file: Path, start: Any) -> None:
         )
 
 
-def named_adapters(folder: Path) -> list[str]:
-    """The adapters in a folder that holds several, each in a folder of its own name."""
+def adapter_names(folder: Path) -> list[str]:
+    """The names of the adapters in a folder that holds several, each in a folder of its name."""
     return sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
 
 
-def named_adapters_hint(folder: Path) -> str:
-    names = named_adapters(folder)
+def adapter_names_hint(folder: Path) -> str:
+    names = adapter_names(folder)
     return f"; it holds several by name, {', '.join(names)}: give one, such as {folder / names[0]}" if names else ""
 
 
 def module_rank(config: Mapping[str, Any], module: str) -> int:
-    """r of one module, which rank_pattern may set."""
+    """The rank of one module: r, or that of rank_pattern."""
     return int(pattern_value(config.get("rank_pattern"), module, config["r"]))
 
 
 def module_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / r of one module of this rank, or alpha / sqrt(r) with use_rslora. alpha_pattern may set alpha."""
+    """The scale of one module of this rank: alpha / r, or alpha / sqrt(r) with use_rslora, with alpha by
+    alpha_pattern."""
     alpha = float(pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -121,11 +121,11 @@ def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any)
 
 
 def adapter_base(name_or_path: str | Path) -> str | None:
-    """The base that an adapter's folder names; None for anything that is not an adapter's folder alone."""
+    """The base model that an adapter's folder names; None for any other folder."""
     folder = Path(name_or_path).expanduser()
     if (folder / "config.json").exists() or not (folder / CONFIG).is_file():
-        if folder.is_dir() and named_adapters(folder) and not (folder / "config.json").exists():
-            raise UsageError(f"{folder} has no {CONFIG}{named_adapters_hint(folder)}")
+        if folder.is_dir() and adapter_names(folder) and not (folder / "config.json").exists():
+            raise UsageError(f"{folder} has no {CONFIG}{adapter_names_hint(folder)}")
         return None
     base = read_adapter_config(folder / CONFIG).get("base_model_name_or_path")
     if not base:

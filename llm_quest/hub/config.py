@@ -1,4 +1,4 @@
-"""The JSON beside the weights: config.json in both generations, generation_config.json, and our own model.json."""
+"""Reads and builds the JSON files beside the weights: config.json in both generations, and generation_config.json."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ ANY_MODELS_FIELDS = re.compile(
     r"_.*|.*_token_id|model_type|architectures|(torch_)?dtype|transformers_version|use_cache|initializer_range|.*drop.*"
     r"|id2label|label2id|problem_type|return_dict|output_.*|is_(encoder_)?decoder|add_cross_attention|chunk_size_feed.*"
 )
-"""Fields of every config.json, which say nothing about what a model computes when it generates."""
+"""Fields of every config.json, without effect on what a model computes when it generates."""
 
 
 def nearest_family_hint(hf_config: Mapping[str, Any]) -> str:
-    """Which family computes what is most like this model, by the fields that describe it, and what it does not have;
-    empty, where none shares more of them than it lacks. The name says little: 'mamba' is spelled like 'llama'."""
+    """A hint that names the family with the most similar fields, and the fields that it lacks; empty if every family
+    lacks more than it shares. The model_type is no measure: 'mamba' is spelled like 'llama'."""
     own = {name for name in hf_config if not ANY_MODELS_FIELDS.fullmatch(name)}
     fields = {family.model_type: set(family.publish(family.presets[0].config)) for family in FAMILIES}
     nearest = min(fields, key=lambda kind: (len(own - fields[kind]), len(fields[kind] - own)))
@@ -79,13 +79,13 @@ def nearest_family_hint(hf_config: Mapping[str, Any]) -> str:
 
 
 def sub_configs(hf_config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The configs of the parts of a model of several. (Old CLIPs have a second spelling, which comes first.)"""
+    """The configs of the parts of a multi-part model. (Old CLIPs have a second spelling, which is read first.)"""
     parts = [hf_config.get(f"{name}_dict") or hf_config.get(name) for name in ("text_config", "vision_config")]
     return [part for part in parts if isinstance(part, Mapping)]
 
 
 def list_unknown_fields(family: Family, hf_config: Mapping[str, Any], config: Any) -> list[str]:
-    """What is said of fields that nobody knows, of the model's and of its parts'."""
+    """Problems for unknown fields, of the model and of its parts."""
     found = refuse_unknown_fields(family, hf_config, config)
     for part in sub_configs(hf_config) if family in VISION_FAMILIES else []:
         inner = next((one for one in PART_FAMILIES if one.matches(part)), None)
@@ -94,10 +94,10 @@ def list_unknown_fields(family: Family, hf_config: Mapping[str, Any], config: An
 
 
 def parse_hf_config(family: Family, hf_config: Mapping[str, Any]) -> tuple[Any | None, list[str]]:
-    """The family's Config, or None and everything that is wrong with config.json.
+    """Parse config.json: the family's Config, or None and every problem.
 
     After each error the field read last is replaced (a missing one by 1, a refused one dropped), then reading
-    continues, unless the error is of a part, without which the rest says nothing true."""
+    continues, unless the error is of a part, without which later errors mean nothing."""
     problems: list[str] = []
     fields, dropped, replaced = FieldTracker(hf_config), set[str](), set[str]()
     while True:
@@ -110,7 +110,7 @@ def parse_hf_config(family: Family, hf_config: Mapping[str, Any]) -> tuple[Any |
                 return None, problems
             if fields.last in replaced:
                 return None, problems
-            if fields.last in dropped:  # that it is missing now says nothing true
+            if fields.last in dropped:  # that it is missing now is our doing
                 replaced.add(fields.last)
                 fields[fields.last] = 1
                 continue
@@ -136,7 +136,7 @@ MAY_BE_ZERO = (
 
 
 def implausible_fields(config: Any) -> list[str]:
-    """Sizes must be positive whole numbers (of some parts there may be none), the rest finite."""
+    """Problems for sizes that are no positive whole numbers (some may be 0), and numbers that are not finite."""
     found = []
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), field.type
@@ -151,8 +151,8 @@ def implausible_fields(config: Any) -> list[str]:
     return found
 
 
-def stored_dtype(hf_config: Mapping[str, Any]) -> torch.dtype | None:
-    """`dtype` (new) or `torch_dtype` (old)."""
+def config_dtype(hf_config: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype that config.json names, as `dtype` (new) or `torch_dtype` (old); None if it names none."""
     name = hf_config.get("dtype") or hf_config.get("torch_dtype")
     return DTYPES.get(str(name).removeprefix("torch."))
 
@@ -160,15 +160,15 @@ def stored_dtype(hf_config: Mapping[str, Any]) -> torch.dtype | None:
 def build_config_json(
     model: Decoder, family: Family, generation_config: GenerationConfig | None, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What config.json shall say: everything explicit, old and new spelling side by side."""
+    """Build config.json: every field explicit, with old and new spelling."""
     name = str(dtype).removeprefix("torch.")
     ids = {} if generation_config is None else special_token_ids(generation_config)
     return family.publish(model.config) | {"dtype": name, "torch_dtype": name} | ids
 
 
 def add_techniques(config: dict[str, Any], techniques: Sequence[Technique]) -> dict[str, Any]:
-    """config.json with the model's techniques. Where the published part alone is not the model, it is wrapped up whole
-    under a model_type that nobody else computes, so that no other reader takes the part for the whole."""
+    """Add the model's techniques to config.json. If the published part alone is not the model, it is nested under a
+    model_type of our own, so that no other reader loads it as the whole."""
     if not techniques:
         return config
     extra: dict[str, Any] = {"techniques": techniques_to_json(techniques, TECHNIQUES)}
@@ -185,7 +185,7 @@ def add_techniques(config: dict[str, Any], techniques: Sequence[Technique]) -> d
 
 
 def classifier_config(config: Mapping[str, Any], techniques: Sequence[Technique]) -> dict[str, Any]:
-    """What transformers' ForSequenceClassification reads, where a score head is all that was changed; else nothing."""
+    """The fields of transformers' ForSequenceClassification, if a score head is the only change; else empty."""
     heads = [one for one in techniques if isinstance(one, ScoreHead)]
     if not heads:
         return {}
@@ -221,7 +221,7 @@ def split_techniques(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[An
 
 
 def parse_generation_config(hf_config: Mapping[str, Any], generation_json: Mapping[str, Any]) -> GenerationConfig:
-    """From config.json and generation_config.json; the latter wins."""
+    """Parse a GenerationConfig from config.json and generation_config.json, which takes precedence."""
     ids = {
         name: generation_json.get(name, hf_config.get(name))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -249,7 +249,7 @@ def parse_generation_config(hf_config: Mapping[str, Any], generation_json: Mappi
 
 
 def build_generation_json(generation_config: GenerationConfig) -> dict[str, Any]:
-    """What generation_config.json shall say."""
+    """Build generation_config.json."""
     sampling = {name: getattr(generation_config, name) for name in SAMPLING_FIELDS}
     return special_token_ids(generation_config) | {name: value for name, value in sampling.items() if value is not None}
 

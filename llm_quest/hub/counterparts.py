@@ -1,4 +1,4 @@
-"""How each kind of model is compared with transformers: the inputs, and what either side makes of them."""
+"""Comparison of each kind of model with transformers: the inputs, and the outputs of both sides."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Inputs = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Counterpart:
-    """How a kind of model is compared. auto_class: transformers'. inputs(model, seed) -> tensors by transformers'
+    """The comparison of a kind of model. auto_class: transformers'. inputs(model, seed) -> tensors by transformers'
     names. ours, theirs(model, inputs) -> outputs. pad: the inputs with padding in the second row, and which outputs
     count."""
 
@@ -33,7 +33,7 @@ class Counterpart:
 
 
 def random_input_ids(model: Any, seed: int) -> Inputs:
-    """(2,T), long enough for scaled rotations to show."""
+    """Random ids (2,T), long enough for scaled rotary positions to matter."""
     length = min(model.config.max_position_embeddings, 96)
     generator = torch.Generator().manual_seed(seed)
     return {"input_ids": torch.randint(model.config.vocab_size, (2, length), generator=generator)}
@@ -46,25 +46,26 @@ def random_scored_ids(model: Any, seed: int) -> Inputs:
 
 
 def random_images(config: Any, seed: int) -> Tensor:
-    """(2,C,H,W), normalized."""
+    """Random normalized images (2,C,H,W)."""
     shape = (2, config.num_channels, config.image_size, config.image_size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def random_illustrated_ids(model: Any, seed: int) -> Inputs:
-    """A row for each of two images, its placeholders among random tokens."""
+def random_image_text_ids(model: Any, seed: int) -> Inputs:
+    """Random ids with image tokens, and two images (2,C,H,W)."""
     images = random_images(model.config.vision_config, seed)
     return {"input_ids": random_ids_with_images(model.config, images, seed), "pixel_values": images}
 
 
-def random_typed_ids(model: Any, seed: int) -> Inputs:
-    """Rows with image tokens for Gemma 3, which gets the types of tokens: those of one image attend to each other."""
-    inputs = random_illustrated_ids(model, seed)
+def random_gemma3_inputs(model: Any, seed: int) -> Inputs:
+    """Random ids with image tokens for Gemma 3, with token types: tokens of one image attend to each other."""
+    inputs = random_image_text_ids(model, seed)
     return {**inputs, "token_type_ids": (inputs["input_ids"] == model.config.image_token_id).long()}
 
 
-def random_gridded_ids(model: Any, seed: int) -> Inputs:
-    """Rows with image tokens for Qwen3.5: patches in blocks of neighbours, each twice in time, and their grids."""
+def random_qwen3_5_inputs(model: Any, seed: int) -> Inputs:
+    """Random ids with image tokens for Qwen3.5: patches in blocks of neighbours, each twice in time, and their
+    grids."""
     vision = model.config.vision_config
     side, merge, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
     rows, columns = 2 * merge, 4 * merge
@@ -84,7 +85,7 @@ def random_gridded_ids(model: Any, seed: int) -> Inputs:
 
 
 def random_ids_with_images(config: Any, images: Tensor, seed: int) -> Tensor:
-    """(2,T): a row for each of two images of one size."""
+    """Random ids (2,T) with the image tokens of one of two images in each row."""
     placeholders = config.num_image_tokens(*images.shape[2:])
     length = min(placeholders + 32, config.max_position_embeddings)
     generator = torch.Generator().manual_seed(seed)
@@ -133,7 +134,7 @@ def our_scores(model: Any, inputs: Inputs) -> Tensor:
     return model(inputs["input_ids"], scope)[torch.arange(len(last)), last]
 
 
-def our_illustrated_logits(model: Any, inputs: Inputs) -> Tensor:
+def our_image_text_logits(model: Any, inputs: Inputs) -> Tensor:
     features = model.get_image_features(inputs["images"] if "images" in inputs else inputs["pixel_values"])
     return model(inputs["input_ids"], image_features=features)
 
@@ -153,8 +154,8 @@ def their_class_vector(model: Any, inputs: Inputs) -> Tensor:
     return output.pooler_output if is_clip else output.last_hidden_state[:, 0]
 
 
-def random_ended_ids(config: Any, seed: int) -> Tensor:
-    """(3,T): texts that end at their last token but one, which is padded with the end token."""
+def random_ids_with_eos(config: Any, seed: int) -> Tensor:
+    """Random ids (3,T) whose last two are the end token."""
     generator = torch.Generator().manual_seed(seed)
     end = config.vocab_size - 1 if config.eos_token_id == LARGEST_ID else config.eos_token_id
     ids = torch.randint(config.vocab_size - 1, (3, config.max_position_embeddings), generator=generator)
@@ -164,13 +165,13 @@ def random_ended_ids(config: Any, seed: int) -> Tensor:
 
 
 def random_texts(model: Any, seed: int) -> Inputs:
-    return {"input_ids": random_ended_ids(model.config, seed)}
+    return {"input_ids": random_ids_with_eos(model.config, seed)}
 
 
 def random_texts_and_images(model: Any, seed: int) -> Inputs:
     """Three texts, and the images to which they may belong."""
     images = random_images(model.config.vision_config, seed)
-    return {"input_ids": random_ended_ids(model.config.text_config, seed), "pixel_values": images}
+    return {"input_ids": random_ids_with_eos(model.config.text_config, seed), "pixel_values": images}
 
 
 def our_text_embeds(model: Any, inputs: Inputs) -> Tensor:
@@ -181,7 +182,7 @@ def our_image_logits(model: Any, inputs: Inputs) -> Tensor:
     return model(inputs["input_ids"], inputs["pixel_values"])
 
 
-def output_called(name: str) -> Callable[[Any, Inputs], Tensor]:
+def read_output(name: str) -> Callable[[Any, Inputs], Tensor]:
     """The output of this name among transformers' outputs."""
     return lambda model, inputs: getattr(model(**inputs), name)  # type: ignore[no-any-return]
 
@@ -189,25 +190,25 @@ def output_called(name: str) -> Callable[[Any, Inputs], Tensor]:
 TEXT = Counterpart("AutoModelForCausalLM", random_input_ids, our_logits, their_logits, pad_left)
 SCORES = Counterpart("AutoModelForSequenceClassification", random_scored_ids, our_scores, their_scores, pad_right)
 TEXT_WITH_IMAGES = {
-    family: Counterpart("AutoModelForImageTextToText", inputs, our_illustrated_logits, their_logits)
+    family: Counterpart("AutoModelForImageTextToText", inputs, our_image_text_logits, their_logits)
     for family, inputs in {
-        "vision_language": random_illustrated_ids,
-        "gemma3": random_typed_ids,
-        "qwen3_5": random_gridded_ids,
+        "vision_language": random_image_text_ids,
+        "gemma3": random_gemma3_inputs,
+        "qwen3_5": random_qwen3_5_inputs,
     }.items()
 }
-"""By family: what each is told about its images differs."""
+"""By family: the inputs about images differ."""
 
 
 def counterpart_of(model: Any) -> Counterpart:
-    """How this model is compared."""
+    """The comparison for this model."""
     if isinstance(model, VisionLanguageModel):
         return TEXT_WITH_IMAGES[model.spec.family]
     if isinstance(model, CLIPModel):
-        return Counterpart("CLIPModel", random_texts_and_images, our_image_logits, output_called("logits_per_image"))
+        return Counterpart("CLIPModel", random_texts_and_images, our_image_logits, read_output("logits_per_image"))
     suffix = "WithProjection" if getattr(model.config, "projection_dim", 0) else ""
     if isinstance(model, TextEncoder):
-        theirs = output_called("text_embeds" if suffix else "pooler_output")
+        theirs = read_output("text_embeds" if suffix else "pooler_output")
         return Counterpart(f"CLIPTextModel{suffix}", random_texts, our_text_embeds, theirs)
     if not isinstance(model, ImageEncoder):
         return TEXT if find_score_head(model) is None else SCORES
@@ -216,6 +217,6 @@ def counterpart_of(model: Any) -> Counterpart:
     if getattr(model.config, "num_labels", 0):
         return Counterpart("AutoModelForImageClassification", inputs, ours, their_scores)
     if suffix:
-        return Counterpart("CLIPVisionModelWithProjection", inputs, ours, output_called("image_embeds"))
+        return Counterpart("CLIPVisionModelWithProjection", inputs, ours, read_output("image_embeds"))
     auto_class = "CLIPVisionModel" if model.spec.family == "clip" else "AutoModel"
     return Counterpart(auto_class, inputs, ours, their_class_vector)

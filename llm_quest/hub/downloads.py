@@ -1,5 +1,5 @@
-"""Downloads from the hub. A large file goes on where an earlier command ended, gets its name when it has its hash, and
-is given up where it trickles: a time limit for each read never ends that.
+"""Downloads from the hub. A large file resumes where an earlier command ended, gets its name once its hash is right,
+and is given up below a minimum rate (which a time limit for each read does not notice).
 
 `huggingface_hub` deletes its part at the end of a failed download, and compares sizes alone; what hf_xet fetches cannot
 be continued or watched. So files of more than one chunk are fetched here, by HTTP, into the cache that it uses."""
@@ -25,17 +25,17 @@ from llm_quest.atomic_dirs import SWEEP_SECONDS
 from llm_quest.files import file_sha256, replace_file
 
 TRIES, WORKERS = 6, 8
-"""How often a file is asked for without the gain of a chunk; how many files come at once."""
+"""Requests for a file without the progress of a chunk; files downloaded at once."""
 HASH_NAME = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-"""What the cache names a file by: git's hash, or the sha256 of a large one."""
+"""The name of a file in the cache: git's hash, or the sha256 of a large file."""
 
 MIN_BYTES_PER_SECOND = 1000.0
 WINDOW_SECONDS = 30.0
 
 
 def limit_rate(parts: Iterable[bytes], fail: Callable[[str], Exception]) -> Iterator[bytes]:
-    """The parts as they arrive. Raises what `fail` makes of a message, where fewer than MIN_BYTES_PER_SECOND have come
-    in WINDOW_SECONDS of waiting."""
+    """Yield the parts as they arrive. Raises `fail(message)` if fewer than MIN_BYTES_PER_SECOND arrive in
+    WINDOW_SECONDS of waiting."""
     waited, received, since = 0.0, 0, time.monotonic()
     for part in parts:
         waited, received = waited + time.monotonic() - since, received + len(part)
@@ -48,7 +48,7 @@ def limit_rate(parts: Iterable[bytes], fail: Callable[[str], Exception]) -> Iter
 
 
 def limit_response(response: Any) -> None:
-    """For an answer of the client that `huggingface_hub` uses: ReadTimeout makes it ask again for the rest."""
+    """Limit the rate of a response of `huggingface_hub`'s client: on ReadTimeout it requests the rest again."""
     http = importlib.import_module(type(response).__module__.partition(".")[0])  # httpx, or httpx2
     stream, request = response.stream, response.request
 
@@ -64,7 +64,7 @@ def limit_response(response: Any) -> None:
 
 @contextmanager
 def require_rate() -> Iterator[None]:
-    """Inside, what `huggingface_hub` downloads in Python has to come at a rate."""
+    """Require a minimum rate of the downloads that `huggingface_hub` makes in Python inside."""
     from huggingface_hub import get_session
 
     hooks = get_session().event_hooks["response"]
@@ -76,7 +76,7 @@ def require_rate() -> Iterator[None]:
 
 
 class OtherFileError(OSError):
-    """What arrives is not the file that was asked for."""
+    """The server sent another file than the requested one."""
 
 
 def fetch_snapshot(name: str, **options: Any) -> Path:
@@ -89,7 +89,7 @@ def fetch_snapshot(name: str, **options: Any) -> Path:
             super().__init__(*given, **settings | {"disable": True})
 
     with require_rate():
-        with suppress(DryRunError):  # the hub cannot be reached: the call below takes the cache, or says why
+        with suppress(DryRunError):  # the hub cannot be reached: the call below reads the cache, or raises
             plan = snapshot_download(name, dry_run=True, tqdm_class=NoProgressBar, **options)
             fetch_large_files(name, plan, options.get("repo_type"))
         began = time.time()
@@ -112,8 +112,7 @@ def fetch_large_files(name: str, plan: Iterable[Any], repo_type: str | None) -> 
 
 
 def fetch_file(name: str, file: Any, repo_type: str | None) -> None:
-    """Fetch a file of a dry run into the cache's blobs. One whose hash the server does not tell is left for
-    `huggingface_hub`."""
+    """Fetch a file of a dry run into the cache's blobs. A file without a hash is left to `huggingface_hub`."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, utils
     from huggingface_hub.file_download import repo_folder_name
 
@@ -131,8 +130,8 @@ def fetch_file(name: str, file: Any, repo_type: str | None) -> None:
 
 
 def claim_part(blob: Path, size: int, lock: Path) -> Path:
-    """What earlier downloads have left of a file, under a new name: the longest; the others are removed. They have
-    ended, for a download holds the lock. Where a file system grants it to all, they are left alone."""
+    """Rename the longest part that earlier downloads left of a file, and remove the others; return its new name. The
+    downloads have ended, for each holds the lock. On a file system that grants the lock to all, nothing is touched."""
     own, parts = new_part(blob), []
     with suppress(Timeout, NotImplementedError), FileLock(lock, timeout=0):
         return own
@@ -154,8 +153,8 @@ def new_part(blob: Path) -> Path:
 
 
 def fetch_blob(url: str, blob: Path, size: int, claimed: Path, shown: str) -> None:
-    """Complete a part of a file, and give it its name if it has its hash. A part for which the server gives no rest
-    stands until the whole file has come anew."""
+    """Complete a part of a file, and rename it once its hash is right. A part that the server cannot continue is kept
+    until the whole file has been downloaded again."""
     for part in (claimed, new_part(blob)):
         is_old = part.exists()
         try:
@@ -176,7 +175,8 @@ def fetch_blob(url: str, blob: Path, size: int, claimed: Path, shown: str) -> No
 
 
 def complete_part(url: str, part: Path, size: int, shown: str) -> None:
-    """Append what the part of a file lacks, and ask again where the line breaks. OtherFileError for another length."""
+    """Append the rest to a part of a file, and request again after a broken connection. OtherFileError for another
+    length."""
     from huggingface_hub import constants, get_session, utils
 
     http: Any = importlib.import_module(type(get_session()).__module__.partition(".")[0])  # httpx, or httpx2
@@ -197,8 +197,8 @@ def complete_part(url: str, part: Path, size: int, shown: str) -> None:
 
 
 def append_rest(url: str, part: Path, have: int, size: int, bar: Any) -> None:
-    """Ask once for what comes behind `have` bytes, and append it. OtherFileError for what is no rest of the file, such
-    as a portal's page."""
+    """Request the bytes after the first `have`, and append them. OtherFileError for another answer, such as the page of
+    a captive portal."""
     from huggingface_hub import constants, utils
 
     headers = utils.build_hf_headers() | {"Accept-Encoding": "identity"}
@@ -234,7 +234,7 @@ def remove_damaged(snapshot: Path, since: float) -> None:
 
 
 def sweep_partial_downloads(blobs: Path) -> None:
-    """Remove what downloads of other files have left that ended a day ago or longer."""
+    """Remove parts of downloads that ended a day ago or earlier."""
     for stray in blobs.glob("*.incomplete"):
         with suppress(OSError):
             if time.time() - stray.stat().st_mtime > SWEEP_SECONDS:
@@ -242,7 +242,7 @@ def sweep_partial_downloads(blobs: Path) -> None:
 
 
 def has_hash(file: Path, name: str) -> bool:
-    """Is its content what a name of the cache says?"""
+    """Whether the content of a file has the hash that is its name in the cache."""
     return (file_sha256(file) if len(name) == 64 else git_blob_sha1(file)) == name
 
 

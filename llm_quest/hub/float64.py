@@ -1,4 +1,4 @@
-"""Computing wholly in float64: what asks for float32 gets float64.
+"""Computing wholly in float64: float32 is replaced wherever it is requested.
 
 Models compute norms, softmax, routing, rotations and recurrences in float32 whatever the dtype of their weights, so
 that even a model of float64 weights rounds to 1e-7, and recurrences and norms magnify that to 1e-3. While `Float64` is
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Float64(TorchFunctionMode):
-    """Every call that names float32, or that is spelled so (`Tensor.float`), as if it named float64."""
+    """Mode that replaces float32 by float64 in every call, `Tensor.float` included."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -31,8 +31,8 @@ def widen(value: Any) -> Any:
 
 @contextmanager
 def computing_in_float64() -> Iterator[None]:
-    """Also what names no dtype is float64. Models are built and loaded in here too, from files of float64: frequencies
-    and embedding scales are computed at that time, and kept."""
+    """Compute in float64 inside, by default dtype and by `Float64`. Models must be built and loaded inside too, from
+    files of float64: frequencies and embedding scales are computed then."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -1,4 +1,4 @@
-"""What is found in a folder, and its configs: the first steps of `hub/validate.py`."""
+"""FolderReport: the content of a model folder; and the reading of its configs, the first step of `hub/validate.py`."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ TensorSource = StoredTensor | PackedTensor | Tensor
 
 @dataclass
 class FolderReport:
-    """What was found. sources: published name -> where its numbers are. model: on the meta device; None if the config
-    is unusable. weight_views: name in the files -> its place in the model. duplicates: tensors stored twice, (copy,
-    original). techniques: those its config says were applied. problems forbid loading; notes do not."""
+    """The content of a model folder and its problems. sources: published name -> the stored tensor. model: on the meta
+    device; None if the config is unusable. weight_views: name in the files -> its view of the model. duplicates:
+    tensors stored twice, (copy, original). techniques: those its config says were applied. problems forbid loading;
+    notes do not."""
 
     location: ModelLocation
     hf_config: Mapping[str, Any] = field(default_factory=dict)

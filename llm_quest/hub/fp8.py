@@ -6,8 +6,8 @@ q has 4 significant bits, so the product in float32 is exact up to its own round
 follows. The last blocks may be partial: DeepSeek's kv_a_proj (576 rows) has 5 rows of scales. A scale may also be
 one number for the matrix, or one for each row, and may be stored as a power of two (ue8m0).
 
-Commonly got wrong: the scale is called `weight_scale_inv`, and one multiplies by it nevertheless. What the serving
-engines do beside it, rounding activations to fp8 too, is not done here: this is the more exact model."""
+Commonly got wrong: the scale is called `weight_scale_inv`, and one multiplies by it nevertheless. Serving engines round
+activations to fp8 too; here they are not rounded, which is more exact."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llm_quest.hub.safetensors_io import FLOAT_DTYPES, StoredTensor, count_non_f
 
 SCALE_SUFFIX = "_scale_inv"
 ACTIVATION_SCALES = (".activation_scale", ".input_scale")
-"""How the names of numbers end that speak of activations, which stay in the model's dtype here."""
+"""Suffixes of the scales of activations, which stay in the model's dtype here."""
 FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 POWERS_OF_TWO = ("F8_E8M0", "U8")
 CHUNK_ROWS = 512
@@ -52,7 +52,7 @@ class ScaledTensor:
 
 
 def fp8_block(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
-    """weight_block_size of a quantization_config."""
+    """The weight_block_size of a quantization_config; None without one."""
     block = quantization.get("weight_block_size")
     if block is None:
         return None

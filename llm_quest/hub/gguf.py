@@ -1,4 +1,4 @@
-"""The GGUF format, version 3: what llama.cpp and all that is built on it read.
+"""The GGUF format, version 3, of llama.cpp and the programs built on it.
 
       | GGUF | version | tensors | pairs | key, type, value ... | name, dimensions, type, offset ... | pad | data ... |
 
@@ -25,13 +25,13 @@ from llm_quest.hub.safetensors_io import StoredTensor, refuse_lfs_pointer, regul
 
 MAGIC, VERSION, READ_VERSIONS = b"GGUF", 3, (2, 3)
 TOKENIZER = "tokenizer.ggml."
-"""How the keys of a tokenizer begin."""
+"""Prefix of the keys of a tokenizer."""
 ALIGNMENT_KEY, ALIGNMENT = "general.alignment", 32
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Value type -> how struct writes one."""
 MIN_PAIR_BYTES, MIN_TENSOR_BYTES, MAX_DIMENSIONS = 13, 32, 4
-NAME_LIMIT = 63  # bytes: what llama.cpp keeps of a tensor's name
+NAME_LIMIT = 63  # bytes of a tensor's name in llama.cpp
 
 
 class BlockType(NamedTuple):
@@ -99,7 +99,7 @@ Metadata = Mapping[str, Value]
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """What a file's header says. tensors: name -> type, shape (as torch has it) and place of the numbers."""
+    """The header of a file. tensors: name -> type, shape (as in torch) and place of the data."""
 
     file: Path
     metadata: Mapping[str, Value]
@@ -117,7 +117,7 @@ class GGUFFile:
 
 @dataclass(frozen=True)
 class TensorData:
-    """A tensor to write. shape: as torch has it. chunks: gives its bytes, in order and in pieces."""
+    """A tensor to write. shape: as in torch. chunks: yields its bytes in order."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -139,8 +139,8 @@ def align_up(size: int, alignment: int = ALIGNMENT) -> int:
 
 
 def write_gguf(file: Path, metadata: Metadata, tensors: Mapping[str, TensorData]) -> None:
-    """A new file, synced to disk; one piece of one tensor at a time is in memory. FileExistsError if something is
-    there."""
+    """Write a new file and sync it; one chunk of one tensor at a time is in memory. FileExistsError if the file
+    exists."""
     header = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     header += [encode_string(key) + struct.pack("<I", one.kind) + encode_value(one) for key, one in metadata.items()]
     offset = 0
@@ -161,15 +161,15 @@ def write_gguf(file: Path, metadata: Metadata, tensors: Mapping[str, TensorData]
 
 
 def reserve(handle: BinaryIO, nbytes: int) -> None:
-    """Take the file's room on the disk at once, where the system can. A full disk is found before anything is written,
-    and writing 500 MB costs a third of the processor time (ext4: 0.11 s against 0.35 s), for no block is looked for."""
+    """Allocate the file's space at once, where the system can. A full disk is found before anything is written, and
+    writing 500 MB takes a third of the processor time (ext4: 0.11 s against 0.35 s)."""
     try:
         os.posix_fallocate(handle.fileno(), 0, nbytes)
     except AttributeError:  # macOS, Windows
         return
     except OSError as error:
         if error.errno in DISK_REMEDIES:
-            raise  # a file system that has no such call refuses it otherwise, and is written to without it
+            raise  # other errors: the file system has no such call, and is written without it
 
 
 def number_of(dtype: str) -> int:
@@ -177,7 +177,7 @@ def number_of(dtype: str) -> int:
 
 
 def write_padded(handle: BinaryIO, chunks: Iterable[Any]) -> int:
-    """Write all pieces, then zeros up to the alignment; the number of bytes without these."""
+    """Write all chunks, then zeros up to the alignment; return the number of bytes without the zeros."""
     size = 0
     for chunk in chunks:
         size += memoryview(chunk).nbytes
@@ -203,7 +203,8 @@ def encode_value(one: Value) -> bytes:
 
 
 class Cursor:
-    """Reads one value after another from a file's bytes. DataError, naming the file, where they end or are none."""
+    """Reads one value after another from a file's bytes. DataError, with the file's name, if they end or are
+    invalid."""
 
     def __init__(self, file: Path, memory: Any):
         self.file, self.memory, self.at = file, memory, 0
@@ -216,7 +217,8 @@ class Cursor:
         return DataError(f"{self.file.name}: no GGUF file, or damaged: {reason}; copy or download it again")
 
     def require(self, nbytes: int, what: str) -> int:
-        """Where the next `nbytes` begin; the cursor moves behind them. Nothing is allocated on a file's word."""
+        """Return where the next `nbytes` begin, and move behind them. DataError if the file has fewer: sizes in a file
+        allocate nothing before they are checked."""
         if nbytes > self.left:
             raise self.fail(f"{what} needs {nbytes:,} bytes at {self.at:,}, {self.left:,} are left")
         self.at += nbytes
@@ -227,7 +229,7 @@ class Cursor:
         return struct.unpack_from(form, self.memory, self.require(struct.calcsize(form), what))
 
     def count(self, least: int, what: str) -> int:
-        """A number of things that have at least so many bytes each."""
+        """Read a count of items that have at least `least` bytes each."""
         (number,) = self.unpack("Q", what)
         if number * least > self.left:
             raise self.fail(f"{number:,} {what} are announced, {self.left:,} bytes are left")
@@ -260,8 +262,8 @@ class Cursor:
 
 
 def read_gguf(file: Path) -> GGUFFile:
-    """The header of a file. DataError for one that is not regular, is cut off, is of another version, repeats a key or
-    a name, or whose tensors are of an unknown type, overlap, leave gaps or have absurd shapes."""
+    """Read the header of a file. DataError for one that is not regular, is cut off, is of another version, repeats a
+    key or a name, or whose tensors are of an unknown type, overlap, leave gaps or have absurd shapes."""
     size = regular_file_size(file)
     refuse_lfs_pointer(file)
     if size < 24:
@@ -274,7 +276,7 @@ def read_gguf(file: Path) -> GGUFFile:
 
 
 def read_header_values(cursor: Cursor) -> tuple[dict[str, Value], list[tuple[str, str, tuple[int, ...], int]]]:
-    """The metadata, and of each tensor name, type, shape and offset."""
+    """Read the metadata, and name, type, shape and offset of each tensor."""
     magic, version = cursor.unpack("4sI", "header")
     if magic != MAGIC:
         raise cursor.fail(f"it begins with {magic!r}, not with GGUF")
@@ -318,7 +320,7 @@ def read_alignment(cursor: Cursor, metadata: Mapping[str, Value]) -> int:
 def place_tensors(
     cursor: Cursor, infos: Iterable[tuple[str, str, tuple[int, ...], int]], alignment: int
 ) -> dict[str, StoredTensor]:
-    """Where each tensor lies: behind the one before it, within the file."""
+    """The place of each tensor. DataError unless each follows the one before it, within the file."""
     data = align_up(cursor.at, alignment)
     found: dict[str, StoredTensor] = {}
     expected = 0

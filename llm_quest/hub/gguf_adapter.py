@@ -43,8 +43,8 @@ Pieces = dict[str, list[tuple[Tensor, Tensor]]]
 
 @torch.no_grad()
 def save_gguf_adapter(model: Any, file: str | Path, *, dtype: str | None = None, overwrite: bool = False) -> GGUFReport:
-    """The adapter alone. dtype: f32, f16 or bf16; None: f32. UsageError without an adapter, or for one that llama.cpp
-    does not apply: DoRA, whole parameters beside it, matrices that the base's file does not hold by rows."""
+    """Write the adapter alone. dtype: f32, f16 or bf16; None: f32. UsageError without an adapter, or for one that
+    llama.cpp does not apply: DoRA, whole parameters beside it, matrices that the base's file does not hold by rows."""
     main, layout = parse_float_type(dtype or "f32"), layout_for(model)
     if whole := whole_tensors(model):
         raise UsageError(
@@ -104,7 +104,7 @@ def in_file_order(place: Place, B: Tensor, address: str) -> Tensor:
 
 
 def rows_of_edit(model: Any, address: str) -> tuple[str, int, int]:
-    """The parameter that an address belongs to, the first of its rows there, and how many rows the parameter has."""
+    """(parameter, first row, rows of the parameter) of an address."""
     layers: Any = adapter_layers(model)
     if isinstance(layers.get(address), AdaptedLinear):
         return f"{address}.weight", 0, layers[address].base.weight.shape[0]

@@ -1,4 +1,4 @@
-"""The numbers of a GGUF file: plain floats, and two forms in blocks of 32 numbers of a row.
+"""Encoding of tensors in GGUF files: plain floats, and two formats of blocks of 32 numbers of a row.
 
       Q8_0   | d (float16) | q_0 ... q_31 (int8) |                        34 bytes    x = d q
       Q4_0   | d (float16) | q_16 q_0 | q_17 q_1 | ... | q_31 q_15 |      18 bytes    x = d (q - 8)
@@ -35,7 +35,7 @@ def split_scale(blocks: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_q8_0(blocks: Tensor) -> Tensor:
-    """(N,32) float32 -> (N,34) bytes."""
+    """Quantize blocks (N,32) of float32 to Q8_0, (N,34) bytes."""
     scaled, d = split_scale(blocks, blocks.abs().amax(dim=1, keepdim=True) / 127)
     magnitude = scaled.abs()
     whole = magnitude.floor()
@@ -44,7 +44,7 @@ def quantize_q8_0(blocks: Tensor) -> Tensor:
 
 
 def quantize_q4_0(blocks: Tensor) -> Tensor:
-    """(N,32) float32 -> (N,18) bytes."""
+    """Quantize blocks (N,32) of float32 to Q4_0, (N,18) bytes."""
     largest = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True))
     scaled, d = split_scale(blocks, largest / -8)
     q = (scaled + 8.5).trunc().clamp(0, 15).to(torch.uint8)
@@ -52,12 +52,12 @@ def quantize_q4_0(blocks: Tensor) -> Tensor:
 
 
 def dequantize_q8_0(data: Tensor) -> Tensor:
-    """(N,34) bytes -> (N,32) float32."""
+    """Dequantize Q8_0, (N,34) bytes, to (N,32) float32."""
     return data[:, 2:].view(torch.int8).float() * data[:, :2].view(torch.float16).float()
 
 
 def dequantize_q4_0(data: Tensor) -> Tensor:
-    """(N,18) bytes -> (N,32) float32."""
+    """Dequantize Q4_0, (N,18) bytes, to (N,32) float32."""
     halves = torch.cat((data[:, 2:] & 15, data[:, 2:] >> 4), dim=1)
     return (halves.to(torch.int8) - 8).float() * data[:, :2].view(torch.float16).float()
 
@@ -90,8 +90,8 @@ def tensor_data(tensor: Tensor, dtype: str) -> TensorData:
 
 @dataclass(frozen=True)
 class EncodedTensor:
-    """A tensor of a GGUF file that is not its numbers as they are: in blocks, or changed on the way. change: of the
-    decoded numbers."""
+    """A tensor of a GGUF file that is decoded while it is read: blocks, or floats that are changed. change: applied to
+    the decoded numbers."""
 
     stored: StoredTensor
     change: Callable[[Tensor], Tensor] | None = None
@@ -127,7 +127,7 @@ def read_encoded_into(source: EncodedTensor, out: Tensor) -> int:
 
 
 def decode(memory: Tensor, dtype: str) -> Tensor:
-    """Bytes -> float32."""
+    """Decode bytes of a tensor type to float32."""
     if dtype in PLAIN:
         return memory.view(PLAIN[dtype]).float()
     return DEQUANTIZE[dtype](memory.view(-1, TENSOR_TYPES[dtype].nbytes)).flatten()

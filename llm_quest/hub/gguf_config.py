@@ -1,4 +1,4 @@
-"""A model's numbers as GGUF keys, and back: `export_keys` and `read_hf_config`."""
+"""A model's config as GGUF keys (`export_keys`), and back (`read_hf_config`)."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ HARMLESS = frozenset((
     *("expert_group_count", "expert_group_used_count", "expert_weights_norm", "expert_weights_scale"),
     *("expert_gating_func", "attention.temperature_scale"),
 ))  # fmt: skip
-"""Keys of an architecture that other writers add, and that say what the layout has anyway."""
+"""Keys of an architecture that other writers add, and whose values follow from the layout."""
 
 
 def layout_for(model: nn.Module) -> Layout:
-    """How llama.cpp computes this model. UsageError, with what it lacks, where it does not."""
+    """The layout of this model in llama.cpp. UsageError if llama.cpp has none."""
     config: Any = model.config
     family = family_of(config)
     model_type = str(family.publish(config)["model_type"])
@@ -42,7 +42,7 @@ def layout_for(model: nn.Module) -> Layout:
 
 
 def refuse_inexpressible(model: Any, layout: Layout) -> None:
-    """UsageError naming everything that llama.cpp would compute otherwise."""
+    """Raise UsageError that names everything that llama.cpp would compute differently."""
     config, techniques = model.config, model.spec.techniques
     if techniques and not all_exportable(techniques):
         made = ", ".join(type(technique).__name__ for technique in techniques)
@@ -68,7 +68,7 @@ def value_at(config: Any, path: str, default: Any = None) -> Any:
 
 
 def layer_windows(model: Any) -> list[int | None]:
-    """How many tokens each layer sees, itself included; None: all."""
+    """The sliding window of each layer, in tokens; None: without a window."""
     return [getattr(mixer_of(block), "sliding_window", None) for block in model.blocks]
 
 
@@ -79,7 +79,7 @@ def window_problem(model: Any, layout: Layout) -> str:
 
 
 def pattern_period(windows: Sequence[int | None]) -> int | None:
-    """Every so many layers have no window (1: none has one); None where the layers follow no such rule."""
+    """The period p such that every p-th layer has no window and all others have one; None if there is no such p."""
     for period in range(1, len(windows) + 2):
         if all((window is None) == ((layer + 1) % period == 0) for layer, window in enumerate(windows)):
             return period
@@ -113,7 +113,7 @@ def export_keys(model: Any, layout: Layout) -> tuple[dict[str, Value], list[str]
 
 
 def read_layout(file: GGUFFile) -> Layout:
-    """Which of our families computes a file. DataError where none does."""
+    """The layout of a file. DataError if no family of ours computes it."""
     found = [one for one in LAYOUTS if one.architecture == file.architecture and one.reads]
     if not found:
         known = ", ".join(sorted({one.architecture for one in LAYOUTS}))
@@ -125,7 +125,7 @@ def read_layout(file: GGUFFile) -> Layout:
 
 
 def read_hf_config(file: GGUFFile) -> dict[str, Any]:
-    """What config.json would say of this model. DataError for a key that is missing, of another type, or unknown."""
+    """The config.json of a file's model. DataError for a key that is missing, of another type, or unknown."""
     layout = read_layout(file)
     found: dict[str, Any] = {"model_type": layout.model_type}
     for name, key in layout.keys.items():
@@ -149,7 +149,7 @@ def read_hf_config(file: GGUFFile) -> dict[str, Any]:
 
 
 def check_sizes(file: GGUFFile, found: dict[str, Any]) -> None:
-    """DataError for sizes that would cost memory or time before they are found to be wrong."""
+    """Raise DataError for sizes that would cost memory or time before other checks find them."""
     if found["num_hidden_layers"] > len(file.tensors):
         layers = f"{found['num_hidden_layers']:,} layers are announced"
         raise DataError(f"{file.file.name}: {layers}, and it has only {len(file.tensors)} tensors")
@@ -159,7 +159,7 @@ def check_sizes(file: GGUFFile, found: dict[str, Any]) -> None:
 
 
 def read_key(file: GGUFFile, name: str, key: Key) -> Any:
-    """One value; None where the file may leave it out. Equal values of all layers are one."""
+    """Read one value; None if it is optional and missing. A list of equal values (one a layer) is one value."""
     whole = f"{file.architecture}.{name}"
     if whole not in file.metadata:
         if name in OPTIONAL:
@@ -184,7 +184,7 @@ def equal_parts(found: dict[str, Any]) -> Any:
 
 
 def fill_defaults(file: GGUFFile, layout: Layout, found: dict[str, Any]) -> None:
-    """What llama.cpp assumes where a file does not say, and the vocabulary's size, which is that of the embedding."""
+    """Fill in llama.cpp's defaults for missing keys, and the vocabulary's size, which is that of the embedding."""
     if "attention.head_count_kv" in layout.keys:
         found.setdefault("num_key_value_heads", found["num_attention_heads"])
     if "attention.key_length" in layout.keys:
@@ -217,7 +217,7 @@ def read_windows(file: GGUFFile, layout: Layout, found: dict[str, Any]) -> dict[
 
 
 def refuse_unknown_keys(file: GGUFFile, layout: Layout) -> None:
-    """DataError for keys of the architecture that are not read and may change what is computed."""
+    """Raise DataError for keys of the architecture that are not read and may change what is computed."""
     prefix = f"{file.architecture}."
     known = {*layout.keys, *HARMLESS, *extra_keys(layout)}
     names = [key.removeprefix(prefix) for key in file.metadata if key.startswith(prefix)]

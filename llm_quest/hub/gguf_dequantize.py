@@ -1,4 +1,4 @@
-"""The block types of llama.cpp that are read and not written: Q4_K_M, Q5_K_M, Q6_K and their like, MXFP4.
+"""Block types of llama.cpp that are read and not written: Q4_K_M, Q5_K_M, Q6_K and their like, MXFP4.
 
 A K type has superblocks of 256 numbers: groups of 16 or 32 with a whole-number scale each, and a float16 for all.
 
@@ -41,12 +41,12 @@ def float16_scale(data: Tensor) -> Tensor:
 
 
 def scale_groups(scales: Tensor, q: Tensor) -> Tensor:
-    """Numbers (N,256) as (N,groups,size), and scales (N,groups) beside them: their products."""
+    """Scales (N,groups) times numbers (N,256), as (N,groups,size)."""
     return scales[:, :, None] * q.float().unflatten(1, (scales.shape[1], -1))
 
 
 def scales_and_minima(data: Tensor) -> tuple[Tensor, Tensor]:
-    """The 12 bytes of Q4_K and Q5_K: eight scales and eight minima."""
+    """Unpack the 12 bytes of Q4_K and Q5_K: eight scales and eight minima, each (N,8)."""
     low, middle, mixed = data.split(4, dim=1)
     scales = torch.cat((low & 63, (mixed & 15) | (low >> 2 & 48)), dim=1)
     return scales.float(), torch.cat((middle & 63, (mixed >> 4) | (middle >> 2 & 48)), dim=1).float()
@@ -114,7 +114,7 @@ def dequantize_q5_1(data: Tensor) -> Tensor:
 
 
 def decode_nibbles(table: Sequence[int], nibbles: Tensor) -> Tensor:
-    """The numbers of a table that 16 bytes name."""
+    """Look up the numbers of 16 bytes, two 4-bit indices each, in a table."""
     return torch.tensor(table, dtype=torch.float32)[unpack_fields(nibbles, 4, 16).long()]
 
 

@@ -35,7 +35,7 @@ EMBEDDINGS = ("token_embd.weight", "output.weight")
 
 @dataclass(frozen=True)
 class GGUFReport:
-    """What was written. notes: what llama.cpp computes otherwise, or what was left out."""
+    """The result of a GGUF export. notes: what llama.cpp computes differently, or what was left out."""
 
     architecture: str
     dtype: str
@@ -85,7 +85,7 @@ def can_be_gguf(model: Decoder, tokenizer: Tokenizer) -> bool:
 
 
 def choose_type(model: Decoder, quantize: str | None, dtype: str | None) -> str:
-    """The type of most matrices."""
+    """The tensor type of most matrices."""
     if quantize is not None and quantize not in QUANTIZE_NAMES:
         raise UsageError(f"--quantize {quantize!r} is not written; {', '.join(QUANTIZE_NAMES)} are")
     given = None if dtype is None else parse_float_type(dtype)
@@ -104,7 +104,8 @@ def parse_float_type(dtype: str) -> str:
 
 
 def safe_name(name: str) -> str:
-    """`general.name`. llama.cpp looks for tokens of Phi-3's vocabulary where the name has that word in it."""
+    """The value of `general.name`; empty if it has Phi-3 in it, for which llama.cpp expects tokens of Phi-3's
+    vocabulary."""
     return "" if "phi-3" in name.lower() or "phi3" in name.lower() else name
 
 
@@ -145,7 +146,8 @@ def part_chunks(parts: Sequence[Place], parameters: dict[str, Tensor], dtype: st
 
 
 def tensor_type(name: str, shape: tuple[int, ...], main: str) -> str:
-    """Vectors and what llama.cpp adds or compares are float32; a matrix whose rows no block divides is float16."""
+    """The type of a tensor: float32 for vectors and for what llama.cpp wants so, float16 for a matrix whose rows no
+    block divides."""
     if len(shape) == 1 or ALWAYS_FLOAT32.fullmatch(name) or not name.endswith(".weight"):
         return "F32"
     if main in PLAIN:

@@ -1,9 +1,9 @@
-"""How llama.cpp calls a model family, and what it always computes: the form of a `Layout` (`gguf_families.py`).
+"""`Layout`: names and fixed properties of a model family in llama.cpp (`gguf_families.py` lists them).
 
 A layout is read in both directions, for writing a file and for reading one. A model that llama.cpp would compute
 otherwise is refused by the field's name (`gguf_config.py`).
 
-Commonly got wrong: a window on the architecture `llama` loads without a word and is not computed.
+Commonly got wrong: a window on the architecture `llama` loads without an error and is not computed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Reads a GGUF file as a published folder is read: its numbers as a config.json, its tensors as sources of weights.
+"""Reads a GGUF file like a published folder: its keys as a config.json, its tensors as sources of weights.
 
-`hub/validate.py` calls this where a name leads to a .gguf file; what is missing, too much or of another shape is found
-there as for any folder.
+`hub/validate.py` calls this for a .gguf file, and finds missing, unexpected and mis-shaped tensors as in any folder.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ Matched = tuple[dict[str, Source], dict[str, WeightView]]
 
 
 def open_model_file(file: Path) -> GGUFFile:
-    """The header of a model's file. DataError for an adapter or another kind of file."""
+    """Read the header of a model's file. DataError for an adapter or another kind of file."""
     found = read_gguf(file)
     kind = found.get("general.type", "model")
     if kind != "model":
@@ -39,7 +38,7 @@ def open_model_file(file: Path) -> GGUFFile:
 
 
 def file_config(file: GGUFFile) -> tuple[dict[str, Any], GenerationConfig]:
-    """What config.json and generation_config.json would say."""
+    """The config.json and the GenerationConfig of a file."""
     ids = {name: token_id(file, f"{name}_token_id") for name in ("bos", "eos", "eot", "eom", "padding")}
     ends = tuple(number for name in ("eos", "eot", "eom") if (number := ids[name]) is not None)
     sampling = {ours: file.get(f"general.sampling.{theirs}") for ours, theirs in SAMPLING.items()}
@@ -67,8 +66,8 @@ def tensor_sources(file: GGUFFile) -> dict[str, StoredTensor]:
 
 
 def match_tensors(model: Decoder, stored: Mapping[str, StoredTensor]) -> Matched:
-    """Every tensor with its place in this model; a tensor of several views as one for each, cut by rows. What has no
-    place keeps its name, and what is missing has a place alone."""
+    """Match every tensor with its view of the model; a tensor of several views is split by rows. One without a view
+    keeps its name, and a missing one has a view alone."""
     parameters = dict(model.named_parameters())
     places = gguf_places(model, layout_for(model))
     sources: dict[str, Source] = {name: tensor for name, tensor in stored.items() if name not in places}
@@ -87,7 +86,7 @@ def match_tensors(model: Decoder, stored: Mapping[str, StoredTensor]) -> Matched
 
 
 def slice_stored_rows(stored: StoredTensor, start: int, shape: tuple[int, ...]) -> StoredTensor:
-    """Some rows of a stored matrix; all of it where they are beyond its end."""
+    """Some rows of a stored matrix; all of it if they are beyond its end."""
     if len(stored.shape) != len(shape) or start + shape[0] > stored.shape[0]:
         return stored
     row = tensor_nbytes(stored.dtype, stored.shape) // max(1, stored.shape[0])

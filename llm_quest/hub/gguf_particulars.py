@@ -1,4 +1,4 @@
-"""What is particular to some of llama.cpp's architectures: further keys, and what cannot be expressed."""
+"""Special cases of llama.cpp's architectures: further keys, and checks of what they cannot express."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def every_fourth_unrotated(config: Any) -> str:
 
 
 def gemma_query_width(layers: int, largest: int, hidden_size: int, heads: int, head_dim: int) -> float:
-    """The number whose root divides the scores: of the largest size D / H, of all others the head's width."""
+    """The number by whose root llama.cpp divides the scores: D / H for the largest model, else the head dimension."""
     return hidden_size / heads if layers == largest else head_dim
 
 
@@ -71,7 +71,7 @@ EXAONE_LAYERS = 64
 
 
 def exaone_check(config: Any) -> str:
-    """A model with windows has no rotation in the other layers."""
+    """A message if the model has windows that llama.cpp computes in the 64-layer model alone."""
     if config.sliding_window is None or config.num_hidden_layers == EXAONE_LAYERS:
         return ""
     return f"sliding_window is {config.sliding_window}, which llama.cpp computes in models of {EXAONE_LAYERS} layers; "
@@ -84,7 +84,7 @@ def softmax_group_check(config: Any) -> str:
 
 
 def latent_check(config: Any) -> str:
-    """What DeepSeek's models need beyond the keys."""
+    """A message if a DeepSeek model is not what llama.cpp computes; empty if it is."""
     if config.q_lora_rank is None and config.num_hidden_layers not in (26, 27):
         return "q_lora_rank is None, which llama.cpp reads in models of 26 or 27 layers alone; "
     if not config.rotary.interleaved:
@@ -138,7 +138,7 @@ def latent_notes(config: Any) -> Sequence[str]:
 
 
 def value_heads(config: Any) -> Mapping[str, Value]:
-    """Qwen3-Next's DeltaNet."""
+    """The keys of Qwen3-Next's DeltaNet."""
     net = config.delta_net
     sizes = {
         "ssm.conv_kernel": net.linear_conv_kernel_dim,
@@ -153,7 +153,7 @@ def value_heads(config: Any) -> Mapping[str, Value]:
 
 
 def attention_interval(layer_types: Sequence[str]) -> int:
-    """Every so many layers attend; 0 where the layers follow no such rule."""
+    """The period p such that every p-th layer is attention and no other; 0 if there is no such p."""
     count = len(layer_types)
     for interval in range(1, count + 2):
         if all((kind == FULL) == ((layer + 1) % interval == 0) for layer, kind in enumerate(layer_types)):

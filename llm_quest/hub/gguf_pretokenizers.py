@@ -1,7 +1,7 @@
-"""How byte-level BPE cuts words, by llama.cpp's name for each way (`tokenizer.ggml.pre`).
+"""Pre-tokenizers of byte-level BPE by llama.cpp's names (`tokenizer.ggml.pre`).
 
-llama.cpp runs no pattern of a tokenizer.json: it knows a list of names. Which name a tokenizer has follows from its
-pattern here, so that a tokenizer that was trained on the spot has one too.
+llama.cpp runs no pattern of a tokenizer.json: it has a list of names. Here the name is found by the pattern, so that a
+newly trained tokenizer has one too.
 
 Commonly got wrong: a file without the name, or with another one, loads and cuts words differently.
 """

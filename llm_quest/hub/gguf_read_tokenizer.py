@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file (`gguf_tokenizer.py` says what stands where)."""
+"""Reads the tokenizer of a GGUF file (`gguf_tokenizer.py` has the format)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from llm_quest.hub.gguf_tokenizer import (
 
 
 def read_tokenizer(file: GGUFFile) -> Tokenizer:
-    """The tokenizer of a file. DataError where it has none, or one of a kind that is not read."""
+    """Read the tokenizer of a file. DataError if it has none, or one of an unknown kind."""
     kind = file.get(f"{TOKENIZER}model")
     if kind not in READERS:
         raise DataError(
@@ -42,7 +42,7 @@ def read_tokenizer(file: GGUFFile) -> Tokenizer:
         backend, add_bos = READERS[kind](file, tokens, types)
     except DataError:
         raise
-    except Exception as error:  # the package raises bare Exception for every vocabulary that it refuses
+    except Exception as error:  # `tokenizers` raises bare Exception for a vocabulary that it refuses
         raise DataError(f"{file.file.name}: its tokenizer cannot be made: {str(error)[:200]}") from None
     add_marked_tokens(backend, tokens, types)
     names = {
@@ -104,7 +104,8 @@ def read_byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> tupl
 
 
 def read_sentencepiece_bpe(file: GGUFFile, tokens: list[str], types: list[int]) -> tuple[tokenizers.Tokenizer, bool]:
-    """Every way of cutting a normal token into two is a merge, in the order of the tokens' scores."""
+    """Read SentencePiece's BPE: every split of a normal token into two is a merge, in the order of the tokens'
+    scores."""
     scores = read_list(file, "scores", FLOAT32)
     if len(scores) < len(tokens):
         raise DataError(f"{file.file.name}: {len(tokens)} tokens have {len(scores)} scores")
@@ -145,7 +146,7 @@ def read_unigram(file: GGUFFile, tokens: list[str], types: list[int]) -> tuple[t
 
 
 def add_marked_tokens(backend: tokenizers.Tokenizer, tokens: list[str], types: list[int]) -> None:
-    """Control tokens, and tokens that are found in every text."""
+    """Add the control tokens and the user-defined tokens."""
     control = [
         AddedToken(t, normalized=False, special=True)
         for t, kind in zip(tokens, types, strict=False)

@@ -37,7 +37,7 @@ from llm_quest.models.rope_config import publish_rotary, publish_scaling
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 FACTOR_TENSORS = (FREQS, LONG, SHORT)
 OWN_SCALING = "llm_quest.rope_scaling"
-"""Our own key, which others ignore: the numbers from which the divisors were made."""
+"""Our own key, which others ignore: the parameters that the divisors were computed from."""
 LATENT_LOG = 0.1
 """DeepSeek's files have this times mscale_all_dim."""
 MAX_PAIRS = 4096
@@ -84,14 +84,13 @@ def yarn_keys(yarn: YaRNScaling, layout: Layout) -> dict[str, Value]:
 
 
 def rope_problem(config: Any, layout: Layout) -> str:
-    """Why this rotation cannot be written; empty if it can."""
+    """A message if llama.cpp cannot express this rotation; empty if it can."""
     rotary = getattr(config, "rotary", None)
     if not layout.rope or rotary is None:
         return ""
     kind = type(rotary.scaling).__name__
-    if isinstance(rotary.scaling, Llama3Scaling) and not layout.rope_factors:
-        return f"the rotation is stretched by {kind}, which llama.cpp does not read for {layout.architecture}; "
-    if isinstance(rotary.scaling, LongRoPEScaling) and not layout.longrope:
+    known = {Llama3Scaling: layout.rope_factors, LongRoPEScaling: layout.longrope}
+    if not known.get(type(rotary.scaling), True):
         return f"the rotation is stretched by {kind}, which llama.cpp does not read for {layout.architecture}; "
     local = getattr(config, "swa_rotary", None)
     if layout.window_period and local is not None and local.scaling is not None:
@@ -103,7 +102,7 @@ def rope_problem(config: Any, layout: Layout) -> str:
 
 
 def rope_notes(config: Any) -> list[str]:
-    """What llama.cpp computes otherwise."""
+    """Notes on what llama.cpp computes differently."""
     scaling = getattr(getattr(config, "rotary", None), "scaling", None)
     if not isinstance(scaling, YaRNScaling) or scaling.truncate:
         return []
@@ -187,8 +186,8 @@ def read_yarn_keys(file: GGUFFile, layout: Layout, get: Any) -> dict[str, Any]:
 
 
 def read_divisors(file: GGUFFile) -> dict[str, Any]:
-    """Llama 3's stretch, where our own key says from which numbers the divisors were made; otherwise the divisors
-    themselves, as LongRoPE with one list."""
+    """Llama 3's scaling, if our own key has its parameters; otherwise the divisors themselves, as LongRoPE with one
+    list."""
     divisors = read_vector(file.tensors[FREQS])
     if published := read_own_scaling(file, divisors):
         return published
@@ -197,7 +196,7 @@ def read_divisors(file: GGUFFile) -> dict[str, Any]:
 
 
 def read_own_scaling(file: GGUFFile, divisors: list[float]) -> dict[str, Any]:
-    """What our own key says, if the divisors follow from it; empty otherwise."""
+    """The scaling of our own key, if the divisors are computed from it; empty otherwise."""
     try:
         published = json.loads(str(file.get(OWN_SCALING, "{}")))
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -223,7 +222,8 @@ def read_vector(stored: StoredTensor) -> list[float]:
 
 
 def float_of(file: GGUFFile, value: Any) -> float:
-    """A float32 as the shortest number that it stands for: 1e-05, not 9.999999747378752e-06."""
+    """A float32 as the shortest decimal that rounds to it: 1e-05, not 9.999999747378752e-06. DataError for no
+    number."""
     if type(value) not in (int, float) or not math.isfinite(value):
         raise DataError(f"{file.file.name}: {str(value)[:40]!r} stands where a number is expected")
     return shortest_float32(float(value))

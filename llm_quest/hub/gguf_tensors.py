@@ -1,4 +1,4 @@
-"""Our parameters as GGUF tensors, and back: names, order of rows, and what is changed of the numbers.
+"""Our parameters as GGUF tensors, and back: names, order of rows, and changes of the numbers.
 
       ours                              in the file
       blocks.0.mixer.layer.qkv.weight   blk.0.attn_q.weight, attn_k, ...  rows of q, k in pairs (2i, 2i+1)
@@ -33,11 +33,11 @@ CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
     PLUS_ONE: (lambda x: x + 1, lambda x: x - 1),
     NEGATIVE_EXP: (lambda x: -x.exp(), lambda x: (-x).log()),
 }
-"""What is done to numbers when they are written, and when they are read."""
+"""Changes of numbers, when they are written and when they are read."""
 
 
 class Place(NamedTuple):
-    """Where a tensor's numbers, or some of its rows, are in our model. change: a key of CHANGES; empty: as they are."""
+    """The view of our model that holds a tensor, or some of its rows. change: a key of CHANGES; empty: as they are."""
 
     view: WeightView
     change: str = ""
@@ -91,7 +91,7 @@ ALWAYS_FLOAT32 = re.compile(r"(.*norm|.*\.(ffn_gate_inp|ffn_gate_inp_shexp|ssm_c
 
 
 def gguf_places(model: Any, layout: Layout) -> Places:
-    """Name in the file -> where its numbers are in this model, in the model's order."""
+    """Name in the file -> its places in this model, in the model's order."""
     sizes = packed_row_sizes(model)
     found: Places = {}
     for path, parameter in model.named_parameters():
@@ -128,7 +128,7 @@ def parameter_places(
 def usual_places(
     layout: Layout, mixer: Any, path: str, short: str, parameter: Tensor, sizes: tuple[int, ...]
 ) -> Iterator[tuple[str, Place]]:
-    """Attention and feed-forward layers."""
+    """The tensors of attention and feed-forward layers."""
     module, kind = split_kind(short)
     whole = layout.names.get(module) or MODULES.get(module)
     if whole is not None:
@@ -159,7 +159,7 @@ def rotation_order(view: View, layout: Layout, mixer: Any, rows: int) -> tuple[V
 
 
 def latent_places(mixer: Any, path: str, inner: str) -> Iterator[tuple[str, Place]]:
-    """Multi-head latent attention."""
+    """The tensors of multi-head latent attention."""
     module, kind = split_kind(inner)
     heads, nope = mixer.num_attention_heads, mixer.qk_nope_head_dim
     if module == "kv_up":
@@ -171,7 +171,7 @@ def latent_places(mixer: Any, path: str, inner: str) -> Iterator[tuple[str, Plac
 
 
 def delta_places(mixer: GatedDeltaNet, path: str, inner: str) -> Iterator[tuple[str, Place]]:
-    """A Gated DeltaNet. Qwen3.5's value heads are stored by their number within a key head first."""
+    """The tensors of a Gated DeltaNet. Qwen3.5's value heads are stored by their number within a key head first."""
     key, value = mixer.num_k_heads * mixer.head_k_dim, mixer.num_v_heads * mixer.head_v_dim
     if isinstance(mixer.inputs, FlatProjection):
         yield from flat_delta_places(mixer, path, inner, key, value)
@@ -181,7 +181,7 @@ def delta_places(mixer: GatedDeltaNet, path: str, inner: str) -> Iterator[tuple[
             yield f"{name}.weight", Place(WeightView(path, key_head_rows(mixer.num_k_heads, start, end), (0, 1)))
     else:
         names = {"inputs.ba.weight": "ssm_ba.weight", "out.weight": "ssm_out.weight"} | DELTA_VECTORS
-        view = first_channel if inner == "conv" else identity
+        view = squeeze_channel if inner == "conv" else identity
         yield names[inner], Place(WeightView(path, view), NEGATIVE_EXP if inner == "A_log" else "")
 
 
@@ -227,9 +227,6 @@ def squeeze_channel(parameter: Tensor) -> Tensor:
     return parameter[:, 0] if parameter.dim() == 3 else parameter
 
 
-first_channel = squeeze_channel
-
-
 def head_rows(width: int) -> View:
     return lambda parameter: parameter.unflatten(0, (-1, width))
 
@@ -246,7 +243,7 @@ def key_head_rows(heads: int, start: int, end: int | None) -> View:
 
 def short_path(inner: str) -> str:
     """A parameter's path within its block, the same for layers in sequence and in parallel; norms of queries and keys
-    without what they are wrapped in; experts as modules."""
+    without their wrappers; experts as modules."""
     for parallel, usual in PARALLEL:
         if inner.startswith(parallel):
             inner = usual + inner.removeprefix(parallel)
@@ -267,7 +264,7 @@ def owner(model: nn.Module, path: str) -> nn.Module:
 
 
 def mixer_of(block: Any) -> Any:
-    """What moves information between positions in a block."""
+    """The mixer (attention or recurrence) of a block."""
     return block.sublayer.layer.mixer if isinstance(block, SingleBlock) else block.mixer.layer
 
 

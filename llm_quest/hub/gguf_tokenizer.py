@@ -29,14 +29,14 @@ from llm_quest.models.decoder import GenerationConfig
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 META_SPACE = "\u2581"
 LOW_SCORE = -1e6
-"""Of tokens that no merge makes."""
+"""Score of tokens that no merge makes."""
 NORMALIZER_KEY = "llm_quest.tokenizer.normalizer"
-"""Our own key: the form of Unicode that text is brought into first, which llama.cpp leaves out."""
+"""Our own key: the Unicode normalization of text, which llama.cpp leaves out."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Every row of the embedding: its token and type. beyond: the tokens without a row."""
+    """The token and type of every row of the embedding. beyond: the tokens without a row."""
 
     tokens: list[str]
     types: list[int]
@@ -46,7 +46,7 @@ class Vocabulary:
 def tokenizer_keys(
     tokenizer: Tokenizer, rows: int, generation: GenerationConfig | None = None
 ) -> tuple[dict[str, Value], list[str]]:
-    """All keys of a tokenizer for an embedding of so many rows, and notes on what is lost. UsageError for a kind that
+    """The keys of a tokenizer for an embedding of `rows` rows, and notes on what is lost. UsageError for a kind that
     llama.cpp lacks."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = list_vocabulary(tokenizer, content, rows)
@@ -160,8 +160,8 @@ LEADING_SPACE = "llama.cpp puts a space before every text, here none is put befo
 
 
 def space_form(content: Mapping[str, Any]) -> tuple[bool, bool, list[str]]:
-    """How spaces become the meta space: whether one is put before a text, whether words are cut apart there, and notes.
-    UsageError for another form."""
+    """The treatment of spaces: whether one is put before a text, whether words are split at them, and notes. UsageError
+    for another form."""
     steps = list_normalizers(content.get("normalizer"))
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": META_SPACE}
     prepend = {"type": "Prepend", "prepend": META_SPACE}
@@ -200,7 +200,7 @@ def sentencepiece_keys(content: Mapping[str, Any], vocabulary: Vocabulary) -> tu
 
 
 def refuse_unmergeable(vocabulary: Vocabulary, pairs: Sequence[tuple[str, ...]], split: bool) -> None:
-    """UsageError where SentencePiece, which merges any two neighbours that make a token, merges others than these."""
+    """Raise UsageError if SentencePiece, which merges any two neighbours that make a token, would make other merges."""
     merges = {(left, right): rank for rank, (left, right) in enumerate(pairs)}
     normal = {token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == NORMAL}
     for token in normal:

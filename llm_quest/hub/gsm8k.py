@@ -1,4 +1,4 @@
-"""GSM8K from where it is stored: a file of JSON lines here, or `openai/gsm8k` on the hub, whose files are parquet.
+"""Loads GSM8K from a local file of JSON lines, or from `openai/gsm8k` on the hub, whose files are parquet.
 
 The hub's test file is for testing; `train` and `validation` are two parts of its training file, by the questions'
 hashes."""
@@ -18,12 +18,12 @@ FILES = {"train": "main/train-00000-of-00001.parquet", "test": "main/test-00000-
 
 
 def is_gsm8k(task: str) -> bool:
-    """Does a task's name mean GSM8K: a file of it, or the one of the hub?"""
+    """Whether a task's name means GSM8K: a local file, or the hub's."""
     return task == "gsm8k" or task.endswith(".jsonl")
 
 
 def load_gsm8k(task: str, part: str) -> list[Problem]:
-    """Load the problems of GSM8K. part: train, validation or test. A file is what it is: its test part is all of it."""
+    """Load the problems of GSM8K. part: train, validation or test. The test part of a file is all of it."""
     if part == "test":
         return gsm8k_from_hub(part) if task == "gsm8k" else read_gsm8k(task)
     learned, held = train_validation_split(task)

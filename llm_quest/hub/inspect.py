@@ -1,4 +1,4 @@
-"""Look at a folder without loading it: `quest inspect`."""
+"""Inspects a model folder without loading it (`quest inspect`)."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a folder holds. problems: why it cannot be loaded (none: it can). notes: what is odd but harmless.
-    flags: conditions in the chat template that look at what a message says, where a backdoor could hide."""
+    """The content of a model folder. problems: why it cannot be loaded (none: it can). notes: harmless oddities. flags:
+    conditions in the chat template that look at what a message says, where a backdoor could hide."""
 
     name: str
     model_type: str | None
@@ -79,8 +79,7 @@ class Inspection:
 
 
 def inspect_folder(name_or_path: str | Path, *, check_weights: bool = False) -> Inspection:
-    """Read the headers and the JSON, and with check_weights every number. Raises only where there is no folder to look
-    at."""
+    """Read the headers and the JSON, and with check_weights every number. Raises only if there is no folder."""
     location = locate_model(name_or_path)
     report = validate_folder(location, allow_pickle=os.environ.get(ALLOW_PICKLE) == "1", vision=True)
     lone = location.gguf_file
@@ -131,7 +130,7 @@ def dtype_name(source: TensorSource) -> str:
 
 
 def tokenizer_facts(report: FolderReport) -> dict[str, Any] | None:
-    """Kind, size, ends; a tokenizer that cannot be read is a problem of the folder."""
+    """Kind, size and end tokens of the tokenizer; one that cannot be read is a problem of the folder."""
     try:
         tokenizer = load_tokenizer(tokenizer_folder(report.location))
     except DataError as error:
@@ -147,7 +146,7 @@ def tokenizer_folder(location: ModelLocation) -> Path:
 
 
 def find_chat_template(report: FolderReport) -> str | None:
-    """From its own file (new), from tokenizer_config.json (old), or from a GGUF file."""
+    """The chat template: from its own file (new), from tokenizer_config.json (old), or from a GGUF file."""
     if report.location.gguf_file is not None:
         try:
             return load_tokenizer(report.location.gguf_file).chat_template
@@ -167,8 +166,7 @@ def find_chat_template(report: FolderReport) -> str | None:
 
 
 def content_conditions(template: str) -> tuple[str, ...]:
-    """Conditions on a message's content: a template may be honest about roles, and still change its mind at a magic
-    word."""
+    """Conditions on a message's content, where a template could react to a trigger word."""
     conditions = re.findall(r"\{%-?\s*(?:el)?if\s+(.*?)-?%\}", template, flags=re.DOTALL)
     inline = re.findall(r"\{\{.*?\bif\b(.*?)(?:\belse\b|\}\})", template, flags=re.DOTALL)
     suspicious = r"content[^%]*(==|!=|\bin\b|startswith|endswith|find|match)|(==|!=|\bin\b)[^%]*content"

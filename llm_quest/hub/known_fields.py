@@ -1,4 +1,4 @@
-"""The fields of config.json that may be there: an allow-list.
+"""The allow-list of fields of config.json.
 
 A field is known if the family reads it, now or in the absence of another one, or if a table below says that it changes
 nothing of what is computed. Any other field may change the computation, and stops loading by its name: transformers'
@@ -98,11 +98,11 @@ HARMLESS_NAMES = re.compile(
     r"|.*(version|date|commit|author|license|licence|description|comment|url|path|name|hash)|_attn_implementation.*"
     r"|(unsloth|wandb|train|training|trainer|optimizer|dataset|eval|learning_rate|warmup)_.*|learning_rate|epochs?"
 )
-"""Names that speak of ids, of a training or of its files."""
+"""Names of ids, of training settings and of files."""
 KNOWN_ROPE_KEYS = frozenset((
     *ROPE_KEYS, "type", "mrope_section", "mrope_interleaved", "finetuned", "full_attention", "sliding_attention",
 ))  # fmt: skip
-"""What may stand in rope_parameters and rope_scaling. (For text the sections of mrope hold one position.)"""
+"""Keys of rope_parameters and rope_scaling. (For text the sections of mrope hold one position.)"""
 PARTIAL = "partial_rotary_factor"
 ROPE_FIELDS = ("rope_parameters", "rope_scaling")
 
@@ -133,12 +133,12 @@ def fields_read(family: Family, hf_config: Mapping[str, Any]) -> set[str]:
     """The fields that reading this config.json looks at."""
     tracker = FieldTracker(hf_config)
     with suppress(DataError, ValueError, TypeError, AttributeError, ArithmeticError):
-        family.read(tracker)  # what is wrong with it is said where it is read
+        family.read(tracker)  # problems are reported where it is read
     return tracker.seen
 
 
 def known_fields(family: Family, hf_config: Mapping[str, Any]) -> set[str]:
-    """The fields that it looks at, or would in the absence of one that is there."""
+    """The fields that the family reads, now or in the absence of another one."""
     read = fields_read(family, hf_config)
     read |= {"rope_theta"} if read & {*ROPE_FIELDS} else set()  # which yields to rope_parameters
     without = ({name: value for name, value in hf_config.items() if name != absent} for absent in sorted(read))
@@ -146,8 +146,8 @@ def known_fields(family: Family, hf_config: Mapping[str, Any]) -> set[str]:
 
 
 def is_harmless(family: Family, name: str, value: Any) -> bool:
-    """Does this field, which nobody reads, change nothing of what is computed? A number beyond every size is a count of
-    something, such as parameters."""
+    """Whether a field that is not read changes nothing of what is computed. A number larger than any size is a count,
+    such as of parameters."""
     return (
         value in (None, "", [], {})
         or name in BOOKKEEPING | GENERATION | TRAINING | OF_FAMILY.get(family.name, frozenset())
@@ -159,8 +159,8 @@ def is_harmless(family: Family, name: str, value: Any) -> bool:
 
 
 def unknown_fields(family: Family, hf_config: Mapping[str, Any], config: Any = None) -> dict[str, Any]:
-    """The fields that nobody knows, with their values; those of rotary positions by their path. config: what was read;
-    a field that says what it has anyway (the bias that a family always has) is no news."""
+    """The unknown fields with their values; those of rotary positions by their path. config: the parsed one; a field
+    that agrees with it (the bias that a family always has) is known."""
     unread = {name: value for name, value in hf_config.items() if not is_harmless(family, name, value)}
     unread = {name: value for name, value in unread.items() if name not in ROPE_FIELDS}
     unread = {name: value for name, value in unread.items() if not matches_config(config, name, value)}
@@ -189,7 +189,7 @@ def rope_keys(hf_config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
 
 
 def refuse_unknown_fields(family: Family, hf_config: Mapping[str, Any], config: Any = None) -> list[str]:
-    """What to say of them, in one line."""
+    """A problem that lists the unknown fields, in a list; empty without any."""
     unknown = unknown_fields(family, hf_config, config)
     if not unknown:
         return []

@@ -1,4 +1,4 @@
-"""Published layouts: the same weights under other names than transformers' text class writes today.
+"""Published layouts: the same weights under other names than those of transformers' text class today.
 
     stored by                                     name                                 read as
     AutoModel.save_pretrained                     layers.0.mlp.up_proj.weight          model.layers.0.mlp...
@@ -25,17 +25,17 @@ from llm_quest.models.weight_names import ConcatRows, StackTensors, WeightMap, p
 Source = TypeVar("Source")
 
 WRAPPER_MODULES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Modules that torch puts around others, wherever they occur in a name."""
+"""Wrapper modules of torch, anywhere in a name."""
 TEXT_PREFIXES = (
     (r"(model\.)?language_model\.(lm_head|score)\.", r"\2."),
     (r"(model\.)?language_model\.(model\.)?", "model."),
 )
-"""How models of several parts name their language model, and what its own class calls it."""
+"""Prefix of the language model in multi-part models, and in its own class."""
 
 
 def part_of_several(hf_config: Mapping[str, Any], families: Iterable[Family]) -> tuple[dict[str, Any], str] | None:
-    """The config of the part that is read from a model of several (the text of Gemma 3, the images of CLIP), and a note
-    that says so. None for any other config.json. DataError where the part is missing."""
+    """The config of the part that is read from a multi-part model (the text of Gemma 3, the images of CLIP), and a note
+    about it. None for any other config.json. DataError if the part is missing."""
     kind = str(hf_config.get("model_type"))
     part = next((family.parts[kind] for family in families if kind in family.parts), None)
     if part is None:
@@ -45,11 +45,11 @@ def part_of_several(hf_config: Mapping[str, Any], families: Iterable[Family]) ->
         raise DataError(
             f"config.json: a {kind} has its numbers in {part.field!r}, which is {type(inner).__name__} here"
         )
-    return inherited_fields(hf_config, inner, part), f"of {kind} the {part.field.removesuffix('_config')} part is read"
+    return part_config(hf_config, inner, part), f"of {kind} the {part.field.removesuffix('_config')} part is read"
 
 
-def inherited_fields(hf_config: Mapping[str, Any], inner: Mapping[str, Any], part: SubConfig) -> dict[str, Any]:
-    """The part's config: its class's values where it says nothing, and from outside what stands there alone."""
+def part_config(hf_config: Mapping[str, Any], inner: Mapping[str, Any], part: SubConfig) -> dict[str, Any]:
+    """The part's config: its own fields, the defaults of its class, and fields that are only outside of it."""
     outside = {name: hf_config[name] for name in OUTSIDE_FIELDS if hf_config.get(name) is not None}
     inside = {name: value for name, value in inner.items() if value is not None or name not in outside}
     tied = (
@@ -69,13 +69,13 @@ OUTSIDE_FIELDS = (
 def canonical_sources(
     sources: Mapping[str, Source], family: Family, config: Any
 ) -> tuple[dict[str, Source], list[str]]:
-    """The tensors under the names that the family's weight map has, and notes on what was renamed or left out.
-    DataError where two tensors would have one name."""
+    """Rename the tensors to the names of the family's weight map; return notes on what was left out. DataError if two
+    tensors would have one name."""
     table = family.weight_map(config)
     known = set(published_names([*table.values(), *fused_experts(table).values()]))
     known |= {*family.duplicate_weights(config), SCORE}
     unwrapped = {name: strip_wrapper_modules(name) for name in sources}
-    rename = renamer(family, known, unwrapped.values())
+    rename = make_renamer(family, known, unwrapped.values())
     renamed = {name: rename(bare) for name, bare in unwrapped.items()}
     left = {name for name, new in renamed.items() if new not in known and belongs_to_other_part(new, family)}
     renamed = {name: new for name, new in renamed.items() if name not in left}
@@ -87,24 +87,24 @@ def canonical_sources(
     return {new: sources[name] for name, new in renamed.items()}, notes
 
 
-def renamer(family: Family, known: Collection[str], stored: Iterable[str]) -> Callable[[str], str]:
-    """Stored name -> the family's. Without any prefix (AutoModel) every name but a head's gets it, also one that is not
-    known, so that a message speaks of one layout."""
+def make_renamer(family: Family, known: Collection[str], stored: Iterable[str]) -> Callable[[str], str]:
+    """Make the function from stored names to the family's. Without any prefix (AutoModel) every name but a head's gets
+    it, also an unknown one, so that messages use one layout."""
     root, names = family.root_prefix(known), list(stored)
     is_bare = bool(root) and not any(n.startswith(root) for n in names) and any(root + n in known for n in names)
 
     def rename(name: str) -> str:
         if name in known:
             return name
-        found = next((one for one in spellings(name, family, root) if one in known), None)
+        found = next((one for one in candidate_names(name, family, root) if one in known), None)
         is_head = name.startswith(HEADS) or any(re.fullmatch(pattern, name) for pattern in family.keys_to_ignore)
         return found or (root + name if is_bare and not is_head and not belongs_to_other_part(name, family) else name)
 
     return rename
 
 
-def spellings(name: str, family: Family, root: str) -> Iterator[str]:
-    """What a stored name may stand for."""
+def candidate_names(name: str, family: Family, root: str) -> Iterator[str]:
+    """The names that a stored name may stand for."""
     for pattern, replacement in (*family.renames, *TEXT_PREFIXES):
         new, count = re.subn(f"^{pattern}", replacement, name)
         if count:
@@ -130,7 +130,8 @@ def strip_wrapper_modules(name: str) -> str:
 
 
 def belongs_to_other_part(name: str, family: Family) -> bool:
-    """Is this a tensor of a part that is not read (the image tower of a language model, the text tower of CLIP)?"""
+    """Whether this is a tensor of a part that is not read (the image tower of a language model, the text tower of
+    CLIP)."""
     return name.removeprefix("model.").startswith(family.other_parts) if family.other_parts else False
 
 

@@ -1,9 +1,9 @@
 """Loads an adapter in PEFT's format onto a model of ours.
 
-What one rank and one scale cannot express is brought exactly into a form that they can:
+Adapters beyond one rank and one scale are converted exactly:
 
 - rank_pattern, alpha_pattern: A and B are padded with zeros to the largest rank, and B is multiplied by the ratio of
-  the scales. Padding learns nothing, for either gradient is a product with the other's zeros.
+  the scales. Padding stays zero in training, for either gradient is a product with the other's zeros.
 - PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775): the base that they were trained on is W - s B0 A0, where A0 and
   B0 are computed from W (its largest singular directions; the first columns of its QR decomposition). So the adapter is
   the plain LoRA A' = [A; A0], B' = [B, -B0] of twice the rank.
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.adapter_config import CONFIG, TINY_LORA_TYPE, module_scale, read_adapter_config
-from llm_quest.hub.layouts import renamer
+from llm_quest.hub.layouts import make_renamer
 from llm_quest.hub.load_tiny_lora import load_tiny_lora
 from llm_quest.hub.published_matrices import (
     LoRAPair,
@@ -58,8 +58,8 @@ TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 
 @dataclass
 class AdapterTensors:
-    """What an adapter's file holds, under published names. pairs: module -> its low-rank matrices. rows: module -> new
-    rows of chosen tokens. whole: parameters that replace the base's."""
+    """The tensors of an adapter's file, under published names. pairs: module -> its low-rank matrices. rows: module ->
+    new rows of chosen tokens. whole: parameters that replace the base's."""
 
     pairs: dict[str, LoRAPair] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
@@ -67,11 +67,11 @@ class AdapterTensors:
 
 
 def load_adapter(model: Any, folder: str | Path, *, adapter_name: str | None = None) -> Any:
-    """The model, adapted as PEFT saved it: LoRA, rsLoRA, DoRA or TinyLoRA, ready to be trained on, merged or saved.
-    adapter_name: which one, in a folder that holds several by name.
+    """Load an adapter (LoRA, rsLoRA, DoRA or TinyLoRA) onto a model, which can then be trained, merged or saved.
+    adapter_name: of a folder that holds several.
 
-    Raises DataError for what is damaged, of another base or of a kind that is not computed here; UsageError where the
-    model has an adapter already."""
+    Raises DataError for an adapter that is damaged, of another base or of an unsupported kind; UsageError if the model
+    has an adapter already."""
     folder = Path(folder) / (adapter_name or "")
     config = read_adapter_config(folder / CONFIG)
     if config["peft_type"] == TINY_LORA_TYPE:
@@ -112,7 +112,7 @@ def apply_pairs(
     by_module: Mapping[str, Mapping[str, PublishedMatrix]],
     whole: WholeParameters,
 ) -> None:
-    """One technique for all matrices, and their numbers in it."""
+    """Apply one technique to all matrices, and copy the adapter's weights into it."""
     scales, parts = {}, {}
     for module, pair in pairs.items():
         check_base(folder, module, pair, next(iter(by_module[module].values())))
@@ -130,11 +130,11 @@ def apply_pairs(
 
 
 def read_tensors(folder: Path, config: Mapping[str, Any], family: Any, model_config: Any) -> AdapterTensors:
-    """The tensors of an adapter's file by what they are, under the names that the family's weight map has."""
+    """Read the tensors of an adapter's file, sorted by kind, under the names of the family's weight map."""
     places = {place.module: place for place in base_matrices(model_config).values()}
     stored = read_adapter_tensors(folder / WEIGHTS, lambda name: name.startswith(ROOT))
     bare = {name: name.removeprefix(ROOT).replace(".modules_to_save.", ".") for name in stored}
-    rename = renamer(
+    rename = make_renamer(
         family, {*places, *expert_places(model_config)}, [name.partition(".lora_")[0] for name in bare.values()]
     )
     stacks = experts_parameters([split_tensor_name(name)[0] for name in bare.values()], config)
@@ -164,7 +164,7 @@ def read_tensors(folder: Path, config: Mapping[str, Any], family: Any, model_con
 
 
 def split_tensor_name(name: str) -> tuple[str, str]:
-    """'h.0.attn.c_attn', 'lora_A.weight'."""
+    """Split a tensor's name into module and suffix: 'h.0.attn.c_attn', 'lora_A.weight'."""
     module, _, ending = name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector").partition(".lora_")
     return module, f"lora_{ending}"
 
@@ -179,7 +179,8 @@ def check_base(folder: Path, module: str, pair: LoRAPair, matrix: PublishedMatri
 
 
 def residual_pair(start: Any, pair: LoRAPair, scale: float, weight: Any) -> LoRAPair:
-    """The pair on the base as it is published. start: init_lora_weights. weight(): the matrix (out,in)."""
+    """The equivalent pair on the published base (PiSSA, OLoRA). start: init_lora_weights. weight(): the matrix
+    (out,in)."""
     if str(start).lower() not in ("pissa", "olora"):
         return pair
     W, rank = weight().to(torch.promote_types(weight().dtype, torch.float32)), pair.A.shape[0]
@@ -195,8 +196,8 @@ def residual_pair(start: Any, pair: LoRAPair, scale: float, weight: Any) -> LoRA
 
 
 def split_pair(pair: LoRAPair, matrices: Mapping[str, PublishedMatrix], rank: int) -> dict[str, LoRAPair]:
-    """A published matrix's adapter as those of our parts: as `save_adapter.join_parts` laid them, with one piece of A
-    for each; otherwise all have the same A."""
+    """Split a published matrix's adapter into those of our parts: the inverse of `save_adapter.join_parts`, or the same
+    A for all parts."""
     alike = {address: slice_pair(pair, pair.A, pair.B, place) for address, place in matrices.items()}
     if len(matrices) == 1 or pair.rank == rank or pair.rank % rank:
         return alike
@@ -215,7 +216,7 @@ def slice_pair(pair: LoRAPair, A: Tensor, B: Tensor, matrix: PublishedMatrix) ->
 
 
 def unify(pair: LoRAPair, rank: int, gain: float) -> LoRAPair:
-    """The same edit with this rank and another scale."""
+    """Pad a pair to a rank, and multiply B by a gain."""
     A, B = pair.A, pair.B if gain == 1 else pair.B * gain
     if missing := rank - pair.rank:
         A, B = nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))

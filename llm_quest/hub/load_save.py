@@ -1,8 +1,8 @@
-"""Load a model from a published folder, the hub, or a run of ours; save one so that transformers and vLLM load it.
+"""Loads a model from a published folder, the hub, or a run of ours; saves one so that transformers and vLLM load it.
 
-Loading: validate the folder, stop with one error that has everything wrong, else map each parameter into its file
-where possible (`mapped`), give the others memory and read each tensor into its place. Saving: write a staged folder,
-then one rename, so that a half-written model is never there under its name.
+Loading: validate the folder, stop with one error that has everything wrong, else map each parameter into its file where
+possible (`mmap.py`), give the others memory and read each tensor into its place. Saving: write a staged folder, then
+one rename, so that a half-written model is never there under its name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llm_quest.atomic_dirs import atomic_dir
 from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.files import atomic_write_json, write_json, write_text
 from llm_quest.hub.adapter_config import adapter_base
-from llm_quest.hub.config import add_techniques, build_config_json, build_generation_json, read_json, stored_dtype
+from llm_quest.hub.config import add_techniques, build_config_json, build_generation_json, config_dtype, read_json
 from llm_quest.hub.folder_report import FolderReport, TensorSource
 from llm_quest.hub.load_adapter import load_adapter
 from llm_quest.hub.locate import locate_model, offline_error
@@ -68,20 +68,19 @@ def load(
     aligned: bool = False,
     vision: bool = False,
 ) -> Decoder:
-    """A Decoder in eval mode, with `model.generation_config` as published.
+    """Load a model in eval mode, with `model.generation_config` as published.
 
     name_or_path: a folder with config.json, a run folder of ours (its newest checkpoint), one of its checkpoints, a
     PEFT adapter (with the base that it names), a GGUF file, or a hub id. dtype None: as config.json says, else as the
     weights are stored. On the host and in the stored dtype weights are mapped, not read: replace or delete their file
     as you like, but don't cut it short in place. aligned: weights that do not lie in row order from a 64-byte boundary
     on are copied until they do, as in a model that was built; then the same weights give the same bits, whatever file
-    they come from.
-    vision: of a model of several parts (Gemma 3, Qwen3.5) the whole, which reads images; otherwise, and with an
-    adapter, its text part.
-    allow_pickle: read pytorch_model.bin where there are no safetensors, with weights_only; None: as
-    `quest --allow-pickle` says. What is odd but harmless, such as a part that was left out, is logged as a note.
-    Raises DataError whose `problems` are *all* that is wrong (missing, unexpected, mis-shaped tensors; damaged files; a
-    config no family computes; in a folder where none of these is, non-finite numbers), MissingError offline."""
+    they come from. vision: of a model of several parts (Gemma 3, Qwen3.5) the whole, which reads images; otherwise, and
+    with an adapter, its text part. allow_pickle: read pytorch_model.bin where there are no safetensors, with
+    weights_only; None: as `quest --allow-pickle` says. Harmless oddities, such as a part that was left out, are logged
+    as notes. Raises DataError whose `problems` are *all* that is wrong (missing, unexpected, mis-shaped tensors;
+    damaged files; a config no family computes; in a folder where none of these is, non-finite numbers), MissingError
+    offline."""
     device, requested_dtype = require_device(device), parse_dtype(dtype)
     allow_pickle = os.environ.get(ALLOW_PICKLE) == "1" if allow_pickle is None else allow_pickle
     if (base := adapter_base(name_or_path)) is not None:
@@ -96,7 +95,7 @@ def load(
     assert report.model is not None
     for note in report.notes:
         logger.warning("note: %s: %s", location.name, note)
-    dtype = requested_dtype or stored_dtype(report.hf_config) or main_dtype(report.sources)
+    dtype = requested_dtype or config_dtype(report.hf_config) or main_dtype(report.sources)
     parameters = dict(report.model.named_parameters())
     on_host, wide = device.type == "cpu", float32_parameters(report.model)
     dtypes = {name: parameter_dtype(parameter, dtype, wide) for name, parameter in parameters.items()}
@@ -112,10 +111,10 @@ def load(
 
 
 def read_weights(report: FolderReport, mapped: Mapping[str, Tensor]) -> list[str]:
-    """Every tensor into its place, and what only the numbers can tell: which are not finite, which second copies
-    differ. mapped: parameters that are mapped into their files.
+    """Read every tensor into its place; return the problems that only numbers show: tensors that are not finite, second
+    copies that differ. mapped: parameters that are mapped into their files.
 
-    Two at once: one reads while the other checks; both are out of Python's hands."""
+    Two threads: one reads while the other checks; both release the GIL."""
     assert report.model is not None
     parameters = {name: parameter.detach() for name, parameter in report.model.named_parameters()}
     targets = {name: place.view(parameters[place.parameter]) for name, place in report.weight_views.items()}
@@ -136,7 +135,7 @@ def read_weights(report: FolderReport, mapped: Mapping[str, Tensor]) -> list[str
 
 
 def find_non_finite(sources: Mapping[str, TensorSource]) -> list[str]:
-    """Which stored tensors have numbers that are not finite, whatever else is wrong with their folder."""
+    """Find the stored tensors with numbers that are not finite, whatever else is wrong with their folder."""
     problems = []
     for name, source in sources.items():
         if isinstance(source, StoredTensor) and source.dtype not in FLOAT_DTYPES:
@@ -148,7 +147,7 @@ def find_non_finite(sources: Mapping[str, TensorSource]) -> list[str]:
 
 
 def read_source(source: TensorSource, out: Tensor) -> int:
-    """Fill one place; how many numbers are not finite."""
+    """Read a tensor into `out`; return how many of its numbers are not finite."""
     if isinstance(source, Tensor):
         out.copy_(source.reshape(out.shape))
         return count_non_finite(source)
@@ -156,7 +155,7 @@ def read_source(source: TensorSource, out: Tensor) -> int:
 
 
 def raise_problems(problems: Sequence[str], name: str, listed_by: str = "quest inspect") -> None:
-    """One error for all of them. listed_by: the command that lists them."""
+    """Raise one DataError for all problems. listed_by: the command that lists them."""
     if problems:
         head, *others = dict.fromkeys(" ".join(problem.split()) for problem in problems)
         text = "\n".join([f"{name} cannot be loaded: {head}", *(f"- {other}" for other in others)])
@@ -174,10 +173,10 @@ def save(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
 ) -> Path:
-    """A Hugging Face folder: config.json (old and new spelling), model.safetensors or shards with their index,
+    """Save a Hugging Face folder: config.json (old and new spelling), model.safetensors or shards with their index,
     generation_config.json, the tokenizer's files, preprocessor_config.json (preprocess: how its images are made),
-    README.md. A tied head is left out. generation None: the model's own, else the tokenizer's ids.
-    What techniques added goes to techniques.safetensors, their list to config.json (`hub.config.add_techniques`).
+    README.md. A tied head is left out. generation_config None: the model's own, else the tokenizer's ids. What
+    techniques added goes to techniques.safetensors, their list to config.json (`hub.config.add_techniques`).
 
     Raises UsageError for a folder that is not empty (overwrite=True replaces a saved model, and nothing else), for a
     model whose weights have no published form, for token ids beyond the vocabulary; ResourceError where the disk is
@@ -223,7 +222,7 @@ def save(
 
 
 def write_weights(stage: Path, tensors: Mapping[str, Tensor], limit: int) -> None:
-    """One file, or shards of at most `limit` bytes (a larger tensor has one to itself) and an index."""
+    """Write one file, or shards of at most `limit` bytes (a larger tensor has one to itself) and an index."""
     parts = list(split_shards(tensors, limit))
     if len(parts) == 1:
         return write_tensors(stage / "model.safetensors", tensors)
@@ -240,7 +239,7 @@ def write_weights(stage: Path, tensors: Mapping[str, Tensor], limit: int) -> Non
 
 
 def split_shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[list[str]]:
-    """Names in order, cut where the next one would exceed the limit."""
+    """Split the names, in order, into shards of at most `limit` bytes."""
     part: list[str] = []
     size = 0
     for name, tensor in tensors.items():
@@ -259,7 +258,7 @@ def load_model_and_tokenizer(
     dtype: torch.dtype | str | None = None,
     vision: bool = False,
 ) -> tuple[Decoder, Tokenizer]:
-    """A model that writes text, with its tokenizer; vision: see `load`. UsageError for a model whose head gives scores
+    """Load a language model with its tokenizer; vision: see `load`. UsageError for a model whose head gives scores
     instead."""
     model = require_language_model(load(name_or_path, device=device, dtype=dtype, vision=vision), name_or_path)
     tokenizer = load_tokenizer(name_or_path)
@@ -271,7 +270,7 @@ def load_model_and_tokenizer(
 
 
 def require_language_model(model: Any, name_or_path: str | Path) -> Any:
-    """The model. UsageError for one that reads no text token by token (an image encoder, a CLIP)."""
+    """Return the model; UsageError for one that is no language model (an image encoder, a CLIP)."""
     if not isinstance(model, Decoder | VisionLanguageModel):
         raise UsageError(
             f"{name_or_path} writes no text: it is a {model.spec.family}; quest show {model.spec.family} describes it"
@@ -293,7 +292,7 @@ def read_model_config(name_or_path: str | Path, *, revision: str | None = None) 
 
 
 def write_model_json(run: str | Path, model: Decoder) -> None:
-    """model.json of a run folder: which family and numbers its checkpoints belong to. `load(run)` reads it."""
+    """Write model.json of a run folder, the config of its checkpoints. `load(run)` reads it."""
     family = family_of(model.config)
     config = family.publish(model.config)
     generation = build_generation_json(model.generation_config or GenerationConfig())
@@ -303,7 +302,7 @@ def write_model_json(run: str | Path, model: Decoder) -> None:
 
 
 def require_device(device: torch.device | str) -> torch.device:
-    """The device, proved by putting one number there."""
+    """The device. MissingError if a tensor cannot be made on it."""
     try:
         return torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -318,7 +317,7 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes: 5000000, '5GB' (decimal) or '5GiB' (binary)."""
+    """Parse a size in bytes: 5000000, '5GB' (decimal) or '5GiB' (binary)."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
         raise UsageError(f"size {size!r} is not understood: a number of bytes, or like '5GB', '500MiB'")

@@ -1,11 +1,11 @@
-"""TinyLoRA as PEFT saves it (peft_type TINYLORA): of each matrix its frozen A and B and the fixed P; apart from them
-the vectors that learned, numbered by group.
+"""TinyLoRA as PEFT saves it (peft_type TINYLORA): of each matrix the frozen A and B and the fixed P; and the trained
+vectors, numbered by group.
 
       base_model.model.model.layers.0.mlp.down_proj.tinylora_A, _B, _P          base_model.tinylora_v.0
 
 Which matrix reads which vector is not in the file: it follows from the order of the modules in the published model. P
-tells whether that order is ours, for matrix number i draws it with the seed plus i. (What we save is the plain LoRA
-that it amounts to, `peft.py`: that form has a place for the parts of a matrix too.)
+shows whether that order is ours, for matrix number i draws it with the seed plus i. (What we save is the plain LoRA
+that it amounts to, `save_adapter.py`: that form has a place for the parts of a matrix too.)
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROJECTION_TOLERANCE = 0.02
 
 @torch.no_grad()
 def load_tiny_lora(model: Any, folder: Path, config: Mapping[str, Any]) -> Any:
-    """The model, adapted as PEFT saved it; DataError where that cannot be seen to be the same."""
+    """Load a TinyLoRA adapter onto a model; DataError if its vectors cannot be assigned with certainty."""
     tensors = read_adapter_tensors(
         folder / WEIGHTS, lambda name: name.startswith(VECTOR) or PART.fullmatch(name) is not None
     )
@@ -57,7 +57,7 @@ def load_tiny_lora(model: Any, folder: Path, config: Mapping[str, Any]) -> Any:
 
 
 def tensors_by_address(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Our address -> A, B and P."""
+    """Group the tensors: our address -> A, B and P."""
     addresses = {place.module: address for address, place in base_matrices(model.config).items() if place.is_whole}
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -96,7 +96,7 @@ def tiny_lora_from_peft(folder: Path, config: Mapping[str, Any], targets: Sequen
 def check_projections(
     folder: Path, technique: TinyLoRA, sites: Sequence[TargetMatrix], parts: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """The file's matrices are this model's, in our order."""
+    """Raise DataError unless the file's matrices are this model's, in our order."""
     for index, site in enumerate(sites):
         one, (rows, width), r = parts[site.address], site.weight.shape, technique.rank
         shapes = {"A": (r, width), "B": (rows, r), "P": (technique.u, r, r)}

@@ -1,4 +1,4 @@
-"""Loads what lies beside the weights: the tokenizer and the image processor."""
+"""Loads the tokenizer and the image processor beside the weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a published folder, a run, a GGUF file, or a hub id. DataError where there is none."""
+    """Load the tokenizer of a published folder, a run, a GGUF file, or a hub id. DataError if there is none."""
     from llm_quest.data.tokenizer import Tokenizer
     from llm_quest.data.tokenizer_files import has_tokenizer, other_format_hint
 
@@ -49,8 +49,8 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
 
 
 def load_preprocess(name_or_path: str | Path, *, revision: str | None = None) -> ImageProcessor:
-    """How the images of a published folder, a run, or a hub id are made: `image_processor` of processor_config.json
-    (transformers 5), otherwise preprocessor_config.json. DataError where neither says, or says what is not computed."""
+    """Load the image processor of a published folder, a run, or a hub id: `image_processor` of processor_config.json
+    (transformers 5), otherwise preprocessor_config.json. DataError if there is none, or an unsupported one."""
     processor = find_preprocess(name_or_path, revision=revision)
     if processor is None:
         raise DataError(
@@ -61,7 +61,7 @@ def load_preprocess(name_or_path: str | Path, *, revision: str | None = None) ->
 
 
 def find_preprocess(name_or_path: str | Path, *, revision: str | None = None) -> ImageProcessor | None:
-    """The image processor of a folder, as `load_preprocess`; None where no file says."""
+    """Load the image processor of a folder, as `load_preprocess`; None if it has none."""
     from llm_quest.data.preprocessor_config import parse_preprocessor_config
 
     location = locate_model(name_or_path, revision=revision)

@@ -1,4 +1,4 @@
-"""Where a name leads: to a folder here, to a run of ours, or to a model on the hub."""
+"""Locates a model by name: a local folder, a run of ours, or a model on the hub."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ POOLING_FILES = (
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 OTHER_WEIGHTS = ["*/*.safetensors", "*/*.bin"]
-"""Of folders within a repository, which `*` of the patterns would let through."""
+"""Weights in folders within a repository, which are not downloaded."""
 PICKLE_FILES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
 class ModelLocation:
-    """Where a model's files are. folder: holds the weights. run_dir: the run folder they belong to, if they are ours.
-    name: as the user gave it. gguf_file: a GGUF file that is the whole model; nothing else in its folder belongs to
-    it."""
+    """The location of a model's files. folder: holds the weights. run_dir: the run folder they belong to, if they are
+    ours. name: as the user gave it. gguf_file: a GGUF file that is the whole model; nothing else in its folder belongs
+    to it."""
 
     folder: Path
     name: str
@@ -48,7 +48,8 @@ class ModelLocation:
 
 
 def locate_model(name_or_path: str | Path, *, revision: str | None = None, allow_pickle: bool = False) -> ModelLocation:
-    """A folder with config.json; a run folder (its newest checkpoint) or one checkpoint; a GGUF file; else a hub id."""
+    """Locate a folder with config.json, a run folder (its newest checkpoint) or one checkpoint, a GGUF file, else a hub
+    id."""
     folder = resolve_checkpoint(name_or_path)
     if folder.is_dir():
         if revision is not None:
@@ -70,7 +71,7 @@ def locate_model(name_or_path: str | Path, *, revision: str | None = None, allow
 
 
 def locate_adapter(name_or_path: str | Path) -> Path:
-    """The folder of an adapter: one that is here (of a run its checkpoint), else a hub id's."""
+    """Locate the folder of an adapter: a local one (of a run its checkpoint), else that of a hub id."""
     folder = resolve_checkpoint(name_or_path)
     if folder.exists() or not HUB_ID.fullmatch(str(name_or_path)):
         return folder
@@ -78,9 +79,9 @@ def locate_adapter(name_or_path: str | Path) -> Path:
 
 
 def resolve_checkpoint(name_or_path: str | Path) -> Path:
-    """The folder that a name stands for: of `RUN@best` (by metric_for_best_model), `RUN@good` (before the run began to
-    go wrong; of one that is well the last), `RUN@last` and `RUN@120` a checkpoint of the run, of anything else itself.
-    DataError for one that is not there."""
+    """Resolve a name to its folder: a checkpoint for `RUN@best` (by metric_for_best_model), `RUN@good` (before the run
+    began to fail; the last of a healthy one), `RUN@last` and `RUN@120`, itself for any other. DataError for a missing
+    checkpoint."""
     folder = Path(name_or_path).expanduser()
     run, at, chosen = str(folder).rpartition("@")
     if not at or folder.is_dir():
@@ -108,11 +109,11 @@ def resolve_checkpoint(name_or_path: str | Path) -> Path:
 
 
 RESULT_FILE = "RESULT"
-"""In the folder of a run of several runs: which of them has the model that is the result, as a path from there."""
+"""A file in the folder of a run of several runs: the relative path of the one with the resulting model."""
 
 
 def result_run(run: Path) -> Path:
-    """The run whose model a run's name stands for: of a run of several (`iterative`) the one that RESULT names."""
+    """The run with the resulting model of a run: the one that RESULT names, of several (`iterative`); else itself."""
     file = run / RESULT_FILE
     if not file.is_file():
         return run
@@ -123,7 +124,7 @@ def result_run(run: Path) -> Path:
 
 
 def read_step(checkpoint: Path | None, which: str) -> int | None:
-    """The step of the best, or of the last good checkpoint, as the newest one knows it."""
+    """The step of the best, or of the last good checkpoint, by the state of the newest one."""
     if checkpoint is None:
         return None
     file = checkpoint / "state.json"
@@ -136,7 +137,7 @@ def read_step(checkpoint: Path | None, which: str) -> int | None:
 
 
 def locate_local(folder: Path) -> ModelLocation:
-    """A published folder, a run, or a checkpoint within a run."""
+    """Locate a published folder, a run, or a checkpoint within a run."""
     if (folder / "config.json").exists():
         return ModelLocation(folder, str(folder))
     if (folder / "model.json").exists():
@@ -150,7 +151,7 @@ def locate_local(folder: Path) -> ModelLocation:
 
 
 def require_whole(checkpoint: Path) -> Path:
-    """DataError for a checkpoint that lies in the parts of several processes."""
+    """Return the checkpoint; DataError for one in the shards of several processes."""
     if (checkpoint / "shards").is_dir():
         raise DataError(
             f"{checkpoint} is in shards, as FSDP2 wrote it; make it whole first: quest consolidate {checkpoint}"
@@ -175,7 +176,7 @@ def usable_checkpoint(run: Path) -> Path:
 
 
 def find_weights_fault(checkpoint: Path) -> str:
-    """What is wrong with the weights of a checkpoint, by its manifest; empty if nothing. One that came without its
+    """A message about damaged weights of a checkpoint, by its manifest; empty if they are right. One without its
     manifest (our writer never leaves such a folder) cannot be verified, which a warning says."""
     if not (checkpoint / MANIFEST_FILE).exists() and (checkpoint / "model.safetensors").exists():
         logger.warning("note: %s has no %s: its weights are read unverified", checkpoint, MANIFEST_FILE)
@@ -216,19 +217,24 @@ def download_snapshot(name: str, patterns: list[str], revision: str | None) -> P
 
 
 def describe_download_failure(error: Exception) -> str:
-    """What a download failed with, in a line."""
+    """The error of a failed download, in a line."""
     return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
 
 
+def is_hub_offline() -> bool:
+    """Whether HF_HUB_OFFLINE is set, as `huggingface_hub` reads it."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
 def unreachable_reason(reason: str) -> str:
-    """Why the hub gave nothing."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    """The reason why the hub was not reached, in words."""
+    if is_hub_offline():
         return "HF_HUB_OFFLINE is set"
     return f"the hub cannot be reached ({(reason or 'no network').splitlines()[0][:100]})"
 
 
 def offline_error(name: str, file: str, reason: str) -> MissingError:
-    """What to say when the network is needed and not there."""
+    """The error for a file that is not in the cache while the hub cannot be reached."""
     return MissingError(
         f"there is no folder {name!r} here, and the hub's {name} lacks {file} in the local cache while "
         f"{unreachable_reason(reason)}{preset_hint(name)}; run `hf download {name}` where there is a network (same "

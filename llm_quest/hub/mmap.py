@@ -1,17 +1,16 @@
-"""Memory-mapped weights: a parameter is its part of the file, mapped copy-on-write, instead of a copy that is read.
+"""Memory-mapped weights: a parameter is its part of the file, mapped copy-on-write, in place of a copy.
 
       file   | header | down | gate | up | k | o | q | v | ...        gate_up = [gate; up] lies there as we need it,
                                \________/                             qkv = [q; k; v] does not, and is read
 
-It can where the file holds its numbers in our order and dtype: alone, several published tensors one behind the other,
-or turned (then the parameter is a transposed view; only in float32, for the products of a decode step are a third
-slower on turned matrices in bfloat16, and no slower in float32). Whoever writes to it, an optimiser say, writes to
-memory of this process; the file never changes. `tensors.forward_hidden` is the definition, and what all else goes
-through.
+This needs a file with our order and dtype: one tensor, several published tensors one behind the other, or a transposed
+one (then the parameter is a transposed view; only in float32, for the products of a decode step are a third slower on
+transposed matrices in bfloat16, and no slower in float32). Writes to it, an optimizer's say, go to memory of this
+process; the file never changes. `safetensors_io.read_into` is the definition, and reads all other tensors.
 
-A file that is *replaced* by renaming another over it (as `save` does) or deleted lives on under the mapping. But one
-that is cut short in place takes the numbers away, and reading them ends the process (SIGBUS): true of every program
-that maps safetensors files. Windows lets nobody rename over a mapped file; there nothing is mapped.
+A file that is *replaced* by renaming another over it (as `save` does) or deleted lives on under the mapping. But
+reading numbers of a file that was truncated in place ends the process (SIGBUS): true of every program that maps
+safetensors files. Windows allows no renaming over a mapped file; there nothing is mapped.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def can_replace_mapped_files() -> bool:
                 os.replace(new, old)
             finally:
                 mapped.close()
-    except OSError:  # or there is no place for temporary files
+    except OSError:  # or no temporary files can be made
         return False
     return True
 
@@ -77,7 +76,7 @@ def memory_map_parameters(
 
 
 def map_file(file: Path) -> mmap.mmap:
-    """All of a file; who writes to it writes to a copy of that page."""
+    """Map a file copy-on-write."""
     with file.open("rb") as handle:
         return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
 
@@ -88,7 +87,7 @@ def map_parameter(
     maps: Mapping[Path, mmap.mmap],
     aligned: bool,
 ) -> Tensor | None:
-    """The parameter as a tensor over its file; None where the file holds it in another order."""
+    """Map a parameter as a tensor over its file; None if the file holds it in another order."""
     first = min((stored for stored, _ in parts), key=lambda stored: stored.start)
     dtype = FLOAT_DTYPES[first.dtype]
     nbytes = sum(stored.nbytes for stored, _ in parts if stored.file == first.file)
@@ -118,5 +117,5 @@ def reshape_memory(memory: Tensor, parameter: nn.Parameter, *, transposed: bool)
 
 
 def reads_stored_order(view: Tensor, address: int) -> bool:
-    """Does this view of the parameter read the numbers from there on, in their order?"""
+    """Whether this view of the parameter reads the numbers from an address on, in their order."""
     return view.is_contiguous() and view.data_ptr() == address

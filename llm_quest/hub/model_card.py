@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Readme:
-    """What only the maker of a model can say about it. datasets: names of the hub. data, training, results: name ->
-    value, a table each; limits: sentences."""
+    """The content of a model card that only the maker of the model knows. datasets: names of the hub. data, training,
+    results: name -> value, a table each; limits: sentences."""
 
     title: str = ""
     summary: str = ""
@@ -36,7 +36,7 @@ class Readme:
     limits: Sequence[str] = ()
 
     def render(self, model: Decoder, family: Family, tokenizer: Tokenizer | None = None) -> str:
-        """Markdown with a YAML head, as the hub reads it. tokenizer: the folder's, if it has one."""
+        """Render the card as Markdown with a YAML head, as the hub reads it. tokenizer: the folder's, if it has one."""
         published = family.publish(model.config)
         classifier = classifier_config(published, model.spec.techniques)
         exportable = bool(classifier) or all_exportable(model.spec.techniques)
@@ -57,7 +57,7 @@ class Readme:
         )
 
     def render_adapter(self, model: Decoder, base: str) -> str:
-        """The card of an adapter of this base, in PEFT's form."""
+        """Render the card of an adapter of this base, in PEFT's form."""
         size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         names = ", ".join(type(technique).__name__ for technique in model.spec.techniques)
         return join_parts(
@@ -70,7 +70,7 @@ class Readme:
         )
 
     def head(self) -> dict[str, Any]:
-        """What the YAML head says of the model's making."""
+        """The fields of the YAML head about the model's origin."""
         known = {"license": self.license, "base_model": self.base_model, "language": self.language}
         found: dict[str, Any] = {name: value for name, value in known.items() if value}
         return found | ({"datasets": list(self.datasets)} if self.datasets else {})
@@ -99,7 +99,7 @@ def join_parts(*parts: str) -> str:
 
 
 def adapter_usage(base: str) -> str:
-    """How PEFT and this package load an adapter."""
+    """Code that loads an adapter in PEFT, vLLM and this package."""
     peft = f'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained("{PLACE}")'
     return "\n\n".join(
         (code_block("python", peft), code_block("", f"vllm serve {base} --enable-lora --lora-modules name={PLACE}"),
@@ -108,7 +108,7 @@ def adapter_usage(base: str) -> str:
 
 
 def describe_outputs(model: Decoder) -> str:
-    """What a score head's numbers mean; empty for a model without one."""
+    """A sentence about the outputs of a score head; empty for a model without one."""
     head = find_score_head(model)
     if head is None:
         return ""
@@ -122,8 +122,7 @@ def describe_outputs(model: Decoder) -> str:
 
 
 def usage(task: str, model: Decoder, tokenizer: Tokenizer | None) -> str:
-    """How transformers, vLLM, llama.cpp and this package load it; vLLM where it writes text, llama.cpp where its format
-    holds the model."""
+    """Code that loads the model in transformers and this package, and in vLLM and llama.cpp if they can run it."""
     from llm_quest.hub.gguf_export import can_be_gguf
 
     auto = AUTO_CLASSES[task]
@@ -137,7 +136,7 @@ def usage(task: str, model: Decoder, tokenizer: Tokenizer | None) -> str:
 
 
 def quest_usage(model: Decoder) -> str:
-    """How this package loads it, and why others do not."""
+    """Code that loads the model in this package, with the reason why others cannot."""
     made = ", ".join(type(technique).__name__ for technique in model.spec.techniques)
     why = f"# made with {made}: the published tensors alone are not this model"
     return code_block("python", f'import llm_quest as quest\n\nmodel = quest.load("{PLACE}")  {why}')
@@ -148,7 +147,7 @@ def code_block(language: str, code: str) -> str:
 
 
 PLACE = "path/to/this/folder"
-"""What a card calls the folder; `quest push` writes the repository's name there."""
+"""Placeholder for the folder; `quest push` replaces it by the repository's name."""
 GGUF_FILE = "model.gguf"
 AUTO_CLASSES = {
     "text-generation": "AutoModelForCausalLM",
@@ -171,5 +170,5 @@ def markdown_table(title: str, values: Mapping[str, Any], note: str = "") -> str
 
 
 def table_cell(value: Any) -> str:
-    """A value as one cell of a table, whatever it holds."""
+    """Escape a value as one cell of a table."""
     return " ".join(str(value).split()).replace("|", r"\|").replace("<", "&lt;")

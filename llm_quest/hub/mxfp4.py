@@ -24,9 +24,9 @@ from llm_quest.hub.safetensors_io import StoredTensor, count_non_finite, read_ex
 
 BLOCKS, SCALES = "_blocks", "_scales"
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""Of the sixteen codes."""
+"""The values of the sixteen codes."""
 NUMBERS_OF_BYTE = torch.tensor([[VALUES[byte % 16], VALUES[byte // 16]] for byte in range(256)], device="cpu")
-"""(256,2): the two numbers in a byte."""
+"""The two numbers (256,2) in each byte."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class BlockTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Decoded."""
+        """The shape after decoding."""
         experts, rows, blocks, size = self.blocks.shape
         return experts, blocks * size * 2, rows
 
@@ -88,13 +88,14 @@ def read_blocks_into(source: BlockTensor, out: Tensor) -> int:
 
 
 def read_bytes(handle: BinaryIO, stored: StoredTensor) -> Tensor:
-    """The next matrix of a stack."""
+    """Read the next matrix of a stack, as bytes."""
     memory = torch.empty(stored.shape[1:], dtype=torch.uint8)
     read_exact(handle, memory, stored.file)
     return memory
 
 
 def decode_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """(...,blocks,16) and (...,blocks) uint8 -> (...,32 blocks) float32. The scale 255 stands for NaN."""
+    """Decode blocks (...,blocks,16) and scales (...,blocks) of uint8 to (...,32 blocks) float32. The scale 255 stands
+    for NaN."""
     numbers = torch.ldexp(NUMBERS_OF_BYTE[blocks.long()].flatten(-2), scales.to(torch.int32)[..., None] - 127)
     return numbers.masked_fill_(scales[..., None] == 255, float("nan")).flatten(-2)

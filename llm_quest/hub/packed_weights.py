@@ -1,5 +1,5 @@
-"""Quantized weights as published: the ways of quantizing that are decoded while they are read, in one table. (Weights
-that stay quantized in memory are in `layers/quantized.py`.)"""
+"""Published quantized weights: the methods that are decoded while they are read, in one table. (Weights that stay
+quantized in memory are in `layers/quantized.py`.)"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUANTIZATIONS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], dict[s
 
 
 def join_packed(sources: Mapping[str, Any], quantization: Any) -> dict[str, Any]:
-    """The tensors with each quantized matrix joined to its scales. DataError for other ways of quantizing."""
+    """The tensors with each quantized matrix joined to its scales. DataError for other methods."""
     is_known = isinstance(quantization, Mapping) and quantization.get("quant_method") in QUANTIZATIONS
     if not is_known:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
@@ -34,7 +34,7 @@ def join_packed(sources: Mapping[str, Any], quantization: Any) -> dict[str, Any]
 
 
 def read_packed_into(source: PackedTensor, out: Tensor) -> int:
-    """Decode into `out` (any device and dtype); how many numbers are not finite."""
+    """Decode a tensor into `out` (any device and dtype); return how many numbers are not finite."""
     if isinstance(source, EncodedTensor):
         return read_encoded_into(source, out)
     return read_blocks_into(source, out) if isinstance(source, BlockTensor) else read_scaled_into(source, out)

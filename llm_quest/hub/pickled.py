@@ -1,6 +1,5 @@
 """The one module that calls `torch.load`. Pickle can run code, so these files are read only when the user asks for it,
-and even then with `weights_only=True`, which builds tensors and nothing else. Nothing falls back to anything less
-safe.
+and even then with `weights_only=True`, which builds tensors and nothing else. There is no less safe fallback.
 
       pytorch_model.bin, a zip   | data.pkl: names, shapes, storages | data/0 | data/1 | ...     not compressed
 
@@ -22,9 +21,10 @@ from llm_quest.errors import DataError
 from llm_quest.hub.safetensors_io import FLOAT_DTYPES, StoredTensor, refuse_lfs_pointer, regular_file_size
 
 STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")
-"""Under which training code files the weights, beside its own state."""
+"""Keys of the weights in files of training code, which hold other state too."""
 LOCAL_HEADER_BYTES = 30
-"""Of a zip's entry, before its name and its extra field, whose lengths are its last two numbers."""
+"""Size of the local header of a zip entry, before its name and its extra field, whose lengths are its last two
+numbers."""
 
 
 def read_pickled(file: Path) -> dict[str, StoredTensor | Tensor]:
@@ -35,7 +35,7 @@ def read_pickled(file: Path) -> dict[str, StoredTensor | Tensor]:
     is_zip = is_whole_zip(file)
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip or None)
-    except Exception as error:  # what the unpickler meets in a damaged file: LookupError, struct.error, and others
+    except Exception as error:  # of a damaged file: LookupError, struct.error, and others
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise DataError(f"{file.name}: holds more than tensors, or is damaged: {reason}") from None
     if isinstance(loaded, dict):
@@ -66,8 +66,8 @@ def is_whole_zip(file: Path) -> bool:
 
 
 def places_in_zip(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor | Tensor]:
-    """Where each mapped tensor lies in the file. The mapping begins where the file does; every storage is one entry of
-    the zip, and if these do not agree, the tensors are taken as they are."""
+    """Locate each mapped tensor in the file. The mapping begins where the file does; every storage is one entry of the
+    zip, and if these do not agree, the tensors are returned as they are."""
     starts = {tensor.untyped_storage().data_ptr() for tensor in tensors.values() if tensor.numel()}
     entries = entry_starts(file)
     if not starts or not entries:
@@ -85,7 +85,7 @@ def places_in_zip(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Stored
 
 
 def entry_starts(file: Path) -> set[int]:
-    """Where the numbers of each storage begin in the file."""
+    """The offsets of the storages in the file."""
     with zipfile.ZipFile(file) as archive, file.open("rb") as handle:
         starts = set()
         for entry in archive.infolist():

@@ -1,4 +1,4 @@
-"""How a folder says that its model makes embeddings: the files of sentence-transformers, as Qwen3-Embedding has them.
+"""Reads the pooling of an embedding model: the files of sentence-transformers, as in Qwen3-Embedding.
 
       modules.json            [{"type": "X.Transformer"}, {"type": "X.Pooling", "path": "1_Pooling"}, ...]
       1_Pooling/config.json   {"pooling_mode": "lasttoken"}; older: {"pooling_mode_lasttoken": true, ...}
@@ -22,17 +22,17 @@ from llm_quest.files import load_json
 
 MODULES = "modules.json"
 TEXT_FILES = ("sentence_bert_config.json", "config_sentence_transformers.json")
-"""What they say of texts: their length and case; what stands before them."""
+"""Files about texts: their length and case, and the prompt before them."""
 POOLING_MODES: dict[str, Literal["lasttoken", "mean"]] = {
     "pooling_mode_lasttoken": "lasttoken",
     "pooling_mode_mean_tokens": "mean",
 }
-"""Field of 1_Pooling/config.json -> what is computed."""
+"""Field of 1_Pooling/config.json -> the mode of pooling."""
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """From the vectors of a text's tokens to its embedding. normalize: to length 1. max_tokens: of a text; None: the
+    """Pools the vectors of a text's tokens to its embedding. normalize: to length 1. max_tokens: of a text; None: the
     model's context."""
 
     mode: Literal["lasttoken", "mean"]
@@ -40,7 +40,7 @@ class Pooling:
     max_tokens: int | None = None
 
     def __call__(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, " D"]:
-        """In float32."""
+        """The embedding, in float32."""
         pooled = hidden[-1].float() if self.mode == "lasttoken" else hidden.float().mean(dim=0)
         return functional.normalize(pooled, dim=0) if self.normalize else pooled
 
@@ -78,7 +78,8 @@ def read_mode(file: Path) -> Literal["lasttoken", "mean"]:
 
 
 def read_text_limit(folder: Path) -> int | None:
-    """How many tokens of a text are read, where the folder says it. UsageError where its texts are changed first."""
+    """The maximum number of tokens of a text; None if the folder has no limit. UsageError if its texts are changed
+    first."""
     texts, prompts = (load_json(file) if (file := folder / name).is_file() else {} for name in TEXT_FILES)
     if texts.get("do_lower_case") is True:
         raise UsageError(f"{folder / TEXT_FILES[0]}: do_lower_case is on; texts are embedded as they are")

@@ -1,7 +1,7 @@
-"""The matrices that an adapter may edit, as published models have them: where each of our parts lies within them.
+"""The published matrices that an adapter may edit, and the place of each of our parts in them.
 
-Experts are one parameter a layer in transformers. PEFT lays the low-rank matrices of all of them into one linear layer
-each, the expert's number running slowest in A's rows and fastest in B's columns:
+Experts are one parameter a layer in transformers. PEFT stores the low-rank matrices of all of them as one linear layer
+each, with the expert as the slowest index of A's rows and the fastest of B's columns:
 
       A (E r,in) = [A_0; A_1; ...]      B (out,r E): column k E + e is column k of B_e
 """
@@ -63,7 +63,7 @@ class LoRAPair:
 
 
 def base_matrices(config: Any) -> dict[str, PublishedMatrix]:
-    """Address -> place, for every matrix of this family."""
+    """Address -> place in the published model, for every matrix that an adapter may edit."""
     family = family_of(config)
     if family not in FAMILIES:
         raise UsageError(f"adapters of {family.name} have no PEFT form here: merge, and save the whole model")
@@ -105,7 +105,7 @@ def locate_experts(site: TargetMatrix, experts: Any, table: WeightMap) -> Publis
     ours = f"{site.path}.{'down' if site.part == 'down' else 'gate_up'}"
     entry: Any = table[ours]
     name = fused_experts({ours: entry}).get(ours) or entry.name
-    module = name.replace(".block_sparse_moe.", ".mlp.")  # Mixtral's files keep a word that its class has given up
+    module = name.replace(".block_sparse_moe.", ".mlp.")  # Mixtral's files have an older name than its class
     if site.part == "down":
         return PublishedMatrix(module, slice(0, rows), rows, width, num_experts=num_experts)
     parts = expert_parts(experts)
@@ -116,7 +116,8 @@ def locate_experts(site: TargetMatrix, experts: Any, table: WeightMap) -> Publis
 
 
 def stack_experts_pair(pair: LoRAPair, num_experts: int) -> LoRAPair:
-    """PEFT's matrices of all experts as stacks. (As they are where they do not divide: they are of another base.)"""
+    """Unflatten PEFT's matrices of all experts into stacks; unchanged if the sizes do not divide (an adapter of another
+    base)."""
     if pair.A.shape[0] % num_experts or pair.B.shape[1] % num_experts:
         return pair
     return LoRAPair(
@@ -154,7 +155,7 @@ def experts_parameters(modules: Sequence[str], config: Mapping[str, Any]) -> dic
 
 
 def check_rank(folder: Path, config: Mapping[str, Any], module: str, pair: LoRAPair) -> None:
-    """The scale follows from the rank, so the file must have the one that the config gives."""
+    """Raise DataError if the file's rank is not the config's, from which the scale is computed."""
     said, found = module_rank(config, module), pair.rank
     if said != found:
         raise DataError(f"{folder}: {module} has rank {found}, r and rank_pattern make it {said}: the files do not fit")

@@ -1,10 +1,10 @@
-"""`quest push FOLDER OWNER/NAME`: a model folder becomes a repository of the hub, in one commit.
+"""Uploads a model folder to a repository of the hub, in one commit (`quest push FOLDER OWNER/NAME`).
 
-The token is that of `hf auth login` or of HF_TOKEN; it is no option, for options are seen by all who list processes."""
+The token is that of `hf auth login` or of HF_TOKEN. It is no option, because options are visible in the list of
+processes."""
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.hub.adapter_config import CONFIG as ADAPTER_CONFIG
 from llm_quest.hub.inspect import inspect_folder
 from llm_quest.hub.load_save import SAVED_FILES
-from llm_quest.hub.locate import describe_download_failure, unreachable_reason
+from llm_quest.hub.locate import describe_download_failure, is_hub_offline, unreachable_reason
 from llm_quest.hub.model_card import PLACE
 from llm_quest.hub.save_adapter import WEIGHTS as ADAPTER_WEIGHTS
 
@@ -23,12 +23,12 @@ REPOSITORY = re.compile(r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}")
 OTHER_FILES = re.compile(
     rf"{re.escape(ADAPTER_CONFIG)}|{re.escape(ADAPTER_WEIGHTS)}|.*\.gguf|LICENSE(\.\w+)?|tokenizer\.model"
 )
-"""What belongs to a model's folder besides the files that `save` writes."""
+"""Files of a model's folder besides those that `save` writes."""
 
 
 @dataclass(frozen=True)
 class PushReport:
-    """What was uploaded. left_out: files of the folder that belong to no model."""
+    """The result of an upload. left_out: files of the folder that belong to no model."""
 
     url: str
     files: dict[str, int]
@@ -46,13 +46,13 @@ class PushReport:
 
 
 def push_folder(folder: Path, repository: str, *, private: bool = False) -> PushReport:
-    """Upload a model folder. A repository that does not exist is made; one that exists gets a commit.
+    """Upload a model folder: one commit to a repository, which is created if it does not exist.
 
     Raises UsageError for a name that is none, DataError for a folder that does not load or may not be written to,
     MissingError where the hub cannot be reached."""
     if not REPOSITORY.fullmatch(repository):
         raise UsageError(f"{repository!r} is no repository: give OWNER/NAME, such as me/my-model")
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    if is_hub_offline():
         raise UsageError("HF_HUB_OFFLINE is set: unset it to push")
     files, left_out = files_to_push(folder)
     url = upload_files(files, repository, private=private)
@@ -77,8 +77,8 @@ def is_model_file(name: str) -> bool:
 
 
 def upload_files(files: list[Path], repository: str, *, private: bool) -> str:
-    """Make the repository and commit the files; its address. The card names the repository where it named the
-    folder."""
+    """Create the repository if needed and commit the files; return its URL. The card names the repository in place of
+    the folder."""
     import huggingface_hub
     from huggingface_hub import CommitOperationAdd, errors
 
@@ -107,7 +107,7 @@ def upload_files(files: list[Path], repository: str, *, private: bool) -> str:
 
 
 def file_content(file: Path, repository: str) -> Path | bytes:
-    """What is uploaded of a file."""
+    """The content to upload for a file."""
     if file.name != CARD:
         return file
     return file.read_text(encoding="utf-8").replace(PLACE, repository).encode()

@@ -3,9 +3,9 @@
 
       | N (u64) | {"name": {"dtype": "F32", "shape": [2,3], "data_offsets": [0,24]}, ...} | data |
 
-Read by offset with plain file reads straight into the memory that will hold them, not by way of a mapping, which counts
-twice while it is copied. What needs no copy at all is mapped (`mapped.py`). The header is believed only
-after every number in it has been checked against the file's size, so nothing is allocated because a file says so.
+Tensors are read by offset, with plain file reads, into the memory that will hold them; copying from a mapping would
+need the memory twice. Tensors that need no copy are mapped (`mmap.py`). Every number of the header is checked against
+the file's size before anything is allocated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CHUNK_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor in a file: `tensor_nbytes` bytes from `start` on."""
+    """One tensor in a file: `nbytes` bytes from `start` on."""
 
     file: Path
     dtype: str
@@ -41,8 +41,8 @@ class StoredTensor:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a file. Raises DataError for a file that is not regular, is truncated, has a header that is too
-    large, repeats a name, or whose tensors overlap, leave gaps or have absurd shapes."""
+    """Read the header: every tensor of a file. Raises DataError for a file that is not regular, is truncated, has a
+    header that is too large, repeats a name, or whose tensors overlap, leave gaps or have absurd shapes."""
     size = regular_file_size(file)
     refuse_lfs_pointer(file)
     with file.open("rb") as handle:
@@ -74,7 +74,7 @@ def read_entry(file: Path, name: str, entry: Any, data: int) -> StoredTensor:
 
 
 def check_layout(file: Path, stored: Mapping[str, StoredTensor], data: int, size: int) -> None:
-    """The tensors must fill the file from the header to the end, without gap or overlap."""
+    """Raise DataError unless the tensors fill the file from the header to the end, without gap or overlap."""
     end = data
     for name, tensor in sorted(stored.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if tensor.start != end:
@@ -87,9 +87,9 @@ def check_layout(file: Path, stored: Mapping[str, StoredTensor], data: int, size
 
 
 def read_into(stored: StoredTensor, out: Tensor) -> int:
-    """Copy a stored tensor into `out_features` (any device, dtype and strides, the stored shape); returns how many of
-    its numbers are not finite. Plain host memory of the stored dtype is read into directly, anything else by way of a
-    small buffer."""
+    """Copy a stored tensor into `out` (any device, dtype and strides, the stored shape); returns how many of its
+    numbers are not finite. Plain host memory of the stored dtype is read into directly, anything else by way of a small
+    buffer."""
     dtype = (FLOAT_DTYPES | INT_DTYPES)[stored.dtype]
     direct = out.device.type == "cpu" and out.dtype == dtype and out.is_contiguous()
     bad, buffer = 0, None
@@ -107,7 +107,7 @@ def read_into(stored: StoredTensor, out: Tensor) -> int:
 
 
 def equal_tensors(a: Any, b: Any) -> bool:
-    """Do two tensors, of files or in memory, hold the same numbers? Read in pieces, up to the first that differs."""
+    """Whether two tensors, of files or in memory, hold the same numbers. Reads pieces up to the first that differs."""
     if tuple(a.shape) != tuple(b.shape) or a.dtype != b.dtype:
         return False
     if isinstance(a, Tensor):
@@ -120,7 +120,7 @@ def equal_tensors(a: Any, b: Any) -> bool:
 
 
 def row_chunks(out: Tensor, nbytes: int) -> Iterator[Tensor]:
-    """Views of consecutive rows, of about CHUNK bytes each; a tensor that will be transposed stays whole."""
+    """Views of consecutive rows, of about CHUNK_BYTES each; a tensor that will be transposed stays whole."""
     if not out.numel():
         return
     whole = (out.dim() != 1 and not out.is_contiguous()) or out.dim() == 0
@@ -138,7 +138,7 @@ def read_exact(handle: Any, memory: Tensor, file: Path) -> None:
 
 
 def count_non_finite(memory: Tensor) -> int:
-    """How many numbers are infinite or NaN. A sum is finite for good data and costs a tenth of looking at each.
+    """Count the numbers that are infinite or NaN. A sum is finite for good data and costs a tenth of looking at each.
 
     Commonly got wrong: a sum with a wider dtype writes the whole tensor out in that dtype first, three times as slow;
     bfloat16 is summed in float32 anyway, only float16 must be widened lest its sum overflow."""
@@ -149,14 +149,15 @@ def count_non_finite(memory: Tensor) -> int:
 
 
 def copy_tensor(source: Tensor, target: Tensor) -> None:
-    """target <- source; where the target is a transposed view, both are turned, which is the order torch copies
-    fast."""
+    """Copy source to target; if the target is a transposed view, both are transposed first, which torch copies
+    faster."""
     is_transposed = target.dim() == 2 and target.stride(0) == 1
     (target.T if is_transposed else target).copy_(source.T if is_transposed else source)
 
 
 def regular_file_size(file: Path) -> int:
-    """Its size in bytes. DataError if it is not there or is no regular file (a device or a pipe would never end)."""
+    """The size of a file in bytes. DataError if it is missing or no regular file (a device or a pipe would never
+    end)."""
     try:
         status = file.stat()
     except OSError as error:
@@ -176,7 +177,7 @@ def refuse_lfs_pointer(file: Path) -> None:
 
 
 def parse_json(text: bytes) -> dict[str, Any]:
-    """A JSON object. Names that appear twice are refused: readers disagree on which one counts."""
+    """Parse a JSON object. DataError for duplicate names, which readers resolve differently."""
     try:
         value = json.loads(text.decode(), object_pairs_hook=reject_duplicate_keys)
     except DataError:

@@ -45,12 +45,12 @@ from llm_quest.tensor_files import write_tensors
 
 WEIGHTS, ROOT, CARD = "adapter_model.safetensors", "base_model.model.", "README.md"
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
-"""How token embeddings are called in published files."""
+"""Names of token embeddings in published files."""
 
 
 def read_adapter_tensors(file: Path, known: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Every tensor of an adapter's file, by name. DataError where there is none, for names that are not known and for
-    numbers that are not finite."""
+    """Read the tensors of an adapter's file, by name. DataError for no tensors, unknown names and numbers that are not
+    finite."""
     if not file.exists():
         raise DataError(f"{file.parent} has no {file.name}; save the adapter with safe_serialization=True")
     header = read_header(file)
@@ -72,8 +72,8 @@ def read_adapter_tensors(file: Path, known: Callable[[str], bool]) -> dict[str, 
 def save_adapter(
     model: Any, folder: str | Path, *, base: str | None = None, overwrite: bool = False, card: str | None = None
 ) -> Path:
-    """The adapter alone, as PEFT's `PeftModel.from_pretrained` reads it. base: where the model underneath is (a folder
-    or hub id), for readers who want to find it. card: the text of README.md.
+    """Save the adapter alone, as PEFT's `PeftModel.from_pretrained` reads it. base: the folder or hub id of the base
+    model, which the files name. card: the text of README.md.
 
     Raises UsageError without an adapter, or for one that PEFT has no form for: DoRA of experts, of models that see."""
     pairs = adapter_pairs(model)
@@ -92,7 +92,7 @@ def save_adapter(
 
 
 def head_metadata(model: Any) -> dict[str, str]:
-    """What a classifier's scores mean, in the header of the file: PEFT's config has no key for it."""
+    """The labels of a classifier, for the header of the file: PEFT's config has no key for them."""
     head = find_score_head(model)
     if head is None or head.outputs == 1:
         return {}
@@ -112,7 +112,7 @@ def adapter_pairs(model: Any) -> dict[str, LoRAPair]:
 
 
 def whole_tensors(model: Any) -> dict[str, Tensor]:
-    """What learned whole beside the adapter, and a score head, by published names."""
+    """The tensors that were trained whole beside the adapter, and a score head, by published names."""
     modules = [name for one in model.spec.techniques for name in whole_modules(one)]
     modules += ["head"] if find_score_head(model) is not None else []
     if not modules:
@@ -129,7 +129,7 @@ def whole_tensors(model: Any) -> dict[str, Tensor]:
 
 
 def is_tied_whole(model: Any, whole: Mapping[str, Tensor]) -> bool:
-    """Did a matrix learn that is embedding and head in one? PEFT stores it under both names."""
+    """Whether a tied embedding was trained whole, which PEFT stores under both names."""
     return model.head.weight is model.embed.token.weight and any(
         name.rpartition(".")[0].endswith(EMBEDDINGS) for name in whole
     )
@@ -142,7 +142,7 @@ def whole_name(name: str, pairs: Mapping[str, LoRAPair]) -> str:
 
 
 def whole_config(model: Any, whole: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What adapter_config.json says of the tensors that are stored whole."""
+    """The fields of adapter_config.json about the tensors that are stored whole."""
     modules = sorted(name.removesuffix(".weight") for name in whole if name.endswith(".weight"))
     names = [module.rpartition(".")[2] if module.endswith(EMBEDDINGS) else module for module in modules]
     biases = any(name.endswith(".bias") and name.removesuffix(".bias") not in modules for name in whole)
@@ -155,7 +155,7 @@ def whole_config(model: Any, whole: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def adapter_edits(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """Address, edit, and the layer's whole matrix."""
+    """Yield address, edit and the layer's whole matrix of every adapted matrix."""
     for path, wrapper in require_adapters(model).items():
         if isinstance(wrapper, AdaptedLinear):
             yield path, wrapper.edit, wrapper.base.weight
@@ -166,7 +166,7 @@ def adapter_edits(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
 
 
 def join_parts(parts: Sequence[tuple[PublishedMatrix, nn.Module, Tensor]]) -> LoRAPair:
-    """One published matrix's adapter, or a stack's, from those of its parts."""
+    """Join the adapters of the parts of a published matrix, or of a stack."""
     if parts[0][0].is_whole:
         return to_lora_pair(parts[0][1])
     ours, first = [to_lora_pair(edit) for _, edit, _ in parts], parts[0][0]
@@ -189,7 +189,7 @@ def join_magnitudes(parts: Sequence[tuple[PublishedMatrix, nn.Module, Tensor]], 
 
 
 def to_lora_pair(edit: nn.Module) -> LoRAPair:
-    """A plain A and B: what is between them goes into B."""
+    """The plain LoRA pair of an edit: the core of LoRA-XS and TinyLoRA goes into B."""
     low: Any = edit.low if isinstance(edit, DoRAUpdate) else edit
     assert isinstance(low, LowRankUpdate)
     identity = torch.eye(low.A.shape[-2], dtype=low.A.dtype, device=low.A.device)
@@ -208,7 +208,7 @@ def peft_tensors(module: str, pair: LoRAPair, modules: Container[str]) -> Iterat
 
 
 def peft_config(model: Any, pairs: Mapping[str, LoRAPair], base: str | None) -> dict[str, Any]:
-    """adapter_config.json."""
+    """Build adapter_config.json."""
     technique: Any = next(one for one in model.spec.techniques if is_adapter(one))
     rank, use_rslora = technique.rank, isinstance(technique, RsLoRA)
     rank_pattern = {module: one.rank for module, one in pairs.items() if one.rank != rank}
@@ -245,8 +245,8 @@ LORA_ALPHA = {
 
 
 def shortest_names(config: Any, names: Sequence[str], *, stacked: bool) -> list[str]:
-    """Short names where all modules (or, with stacked, all experts' stacks) of that name are adapted, as PEFT's users
-    write them; else every module's own."""
+    """Short names, as PEFT's users write them, if all modules (or, with stacked, all experts' stacks) of those names
+    are adapted; else the full names."""
     places = base_matrices(config).values()
     parts = 3 if stacked else 1  # mlp.experts.down_proj
     last = {one.module: ".".join(one.module.split(".")[-parts:]) for one in places if bool(one.num_experts) == stacked}

@@ -1,6 +1,6 @@
 """Adapters of single experts. Where experts are modules of their own (transformers 4: `mlp.experts.3.up_proj`,
 Mixtral's `block_sparse_moe.experts.3.w1`), PEFT writes a pair for each; here one layer's experts are a stack, so their
-pairs become one: padded to the largest rank, and brought to one scale."""
+pairs are stacked: padded to the largest rank, and rescaled to one scale."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def expert_places(config: Any) -> dict[str, Place]:
 def stack_experts(
     folder: Path, config: Mapping[str, Any], pairs: Mapping[str, LoRAPair], places: Mapping[str, Place]
 ) -> dict[str, LoRAPair]:
-    """The pairs of single experts among these as stacks, by address. An expert without a pair has zeros. DataError for
-    one that does not fit, and for what cannot be stacked."""
+    """Stack the pairs of single experts, by address. An expert without a pair has zeros. DataError for one that does
+    not fit, and for what cannot be stacked."""
     stacks: dict[str, dict[int, tuple[LoRAPair, float]]] = {}
     matrices = {address: matrix for address, _, matrix in places.values()}
     for module in pairs.keys() & places.keys():
@@ -50,7 +50,7 @@ def stack_experts(
 
 
 def require_fit(folder: Path, config: Mapping[str, Any], module: str, pair: LoRAPair, matrix: PublishedMatrix) -> None:
-    """DataError for a pair of another base or rank, and for forms that are not computed for experts."""
+    """Raise DataError for a pair of another base or rank, and for forms that are not supported for experts."""
     start = str(config.get("init_lora_weights")).lower()
     if pair.magnitude is not None or start in ("pissa", "olora"):
         kind = "DoRA" if pair.magnitude is not None else start
@@ -66,7 +66,7 @@ def require_fit(folder: Path, config: Mapping[str, Any], module: str, pair: LoRA
 
 
 def stack_pairs(single: Mapping[int, tuple[LoRAPair, float]], matrix: PublishedMatrix) -> LoRAPair:
-    """One pair (E,r,in), (E,out,r) of those of some experts."""
+    """Stack the pairs of some experts to one pair (E,r,in), (E,out,r)."""
     (first, scale), rank = next(iter(single.values())), max(pair.rank for pair, _ in single.values())
     A = torch.zeros(matrix.num_experts, rank, matrix.in_features, dtype=first.A.dtype)
     B = torch.zeros(matrix.num_experts, matrix.out_features, rank, dtype=first.B.dtype)

@@ -1,7 +1,7 @@
-"""Find out what a folder holds, and everything that is wrong with it, before a byte of weights is read.
+"""Validates a model folder: finds its content and all of its problems before any weights are read.
 
-Loading believes a folder only if this finds no problem; `inspect` prints what this found. Nothing is allocated here:
-shapes come from the files' headers and from a model assembled on the meta device.
+Loading requires a folder without problems; `inspect` prints them. Nothing is allocated here: shapes come from the
+files' headers and from a model assembled on the meta device.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ LM_HEAD = "lm_head.weight"
 
 
 def validate_folder(location: ModelLocation, *, allow_pickle: bool = False, vision: bool = False) -> FolderReport:
-    """Look at everything; problems are collected, never raised. vision: a language model that reads images is the
-    whole, not its text part."""
+    """Validate a folder; problems are collected, never raised. vision: keep the image part of a language model that has
+    one."""
     report = FolderReport(location)
     steps = (
         read_configs,
@@ -66,8 +66,7 @@ def validate_folder(location: ModelLocation, *, allow_pickle: bool = False, visi
 
 
 def build_report_model(report: FolderReport, vision: bool) -> None:
-    """The family, its config, and the model on the meta device. Every layer has tensors of its own, so there are more
-    tensors."""
+    """Find the family, its config, and the model on the meta device. DataError for more layers than stored tensors."""
     if not report.hf_config:
         return  # read_configs said why
     if quantization := report.hf_config.get("quantization_config"):
@@ -90,7 +89,7 @@ def build_report_model(report: FolderReport, vision: bool) -> None:
     if is_published:
         report.sources, notes = canonical_sources(report.sources, report.family, config)
         report.notes += notes
-    exact = not is_published or report.techniques  # our own format, which says exactly what is there
+    exact = not is_published or report.techniques  # our own format, which is explicit
     if not exact:
         config = untie_own_head(report, report.family.resolve_config(config, report.sources))
         report.techniques = find_published_score_head(report)
@@ -116,8 +115,8 @@ def find_published_score_head(report: FolderReport) -> list[Technique]:
 
 
 def untie_own_head(report: FolderReport, config: Any) -> Any:
-    """The config without a tied head where the files hold a head of its own beside the embedding, as transformers
-    decides; and where they hold the head alone, it is the embedding too."""
+    """Untie the config if the files hold a head that differs from the embedding, as transformers does. If they hold the
+    head alone, it becomes the embedding."""
     if not getattr(config, "tie_word_embeddings", False) or LM_HEAD not in report.sources:
         return config
     assert report.family is not None
@@ -134,13 +133,13 @@ def untie_own_head(report: FolderReport, config: Any) -> Any:
 
 
 def replay_on_meta(model: Decoder, techniques: Sequence[Technique]) -> Decoder:
-    """The techniques, applied again on the meta device."""
+    """Apply the recorded techniques on the meta device."""
     with torch.device("meta"), SkipInit():
         return replay_techniques(model, techniques)
 
 
 def match_names(report: FolderReport) -> None:
-    """Every published tensor to its place: what is missing, what is too much."""
+    """Match every published tensor with its view of the model; missing and unexpected ones are problems."""
     if report.model is None or report.family is None:
         return
     if report.location.gguf_file is not None:
@@ -162,7 +161,7 @@ def match_names(report: FolderReport) -> None:
 
 
 def compare_names(report: FolderReport, views: Mapping[str, WeightView]) -> None:
-    """What is missing of these tensors, and what is too much."""
+    """Add problems for missing and unexpected tensors."""
     assert report.family is not None
     missing = [name for name in views if name not in report.sources]
     report.weight_views = {name: place for name, place in views.items() if name in report.sources}
@@ -179,7 +178,7 @@ def compare_names(report: FolderReport, views: Mapping[str, WeightView]) -> None
 
 
 def headless_hint(missing: Sequence[str], hf_config: Mapping[str, Any]) -> str:
-    """What to do where a whole file lacks nothing but its head."""
+    """A hint for files in which only the head is missing."""
     if missing != [LM_HEAD]:
         return ""
     kinds = ", ".join(map(str, hf_config.get("architectures") or ())) or "a class without a head"
@@ -187,7 +186,8 @@ def headless_hint(missing: Sequence[str], hf_config: Mapping[str, Any]) -> str:
 
 
 def find_duplicates(report: FolderReport) -> tuple[tuple[str, str], ...]:
-    """A tied head may be stored a second time; it must then be equal, which is checked when its numbers are read."""
+    """(copy, original) of tensors that are stored twice, such as a tied head; that they are equal is checked when they
+    are read."""
     assert report.model is not None
     assert report.family is not None
     copies = tuple(
@@ -207,7 +207,7 @@ def is_ignored(name: str, family: Family) -> bool:
 
 
 def check_shapes(report: FolderReport) -> None:
-    """Each stored tensor must have the shape and kind its place has."""
+    """Add problems for stored tensors of another shape or kind than the model's."""
     if report.model is None:
         return
     parameters = dict(report.model.named_parameters())
@@ -239,7 +239,7 @@ def dtype_problems(sources: Iterable[TensorSource]) -> list[str]:
 
 
 def check_vocabulary_size(report: FolderReport) -> None:
-    """The embedding needs a row for every token id."""
+    """Add problems for token ids without a row in the embedding."""
     if report.model is None or isinstance(report.model, ImageEncoder):
         return
     rows = report.model.config.vocab_size

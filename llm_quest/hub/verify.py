@@ -1,8 +1,8 @@
-"""`quest verify FOLDER`: the same folder loaded here and in transformers, the same three inputs, the outputs compared.
+"""Compares a folder loaded here and in transformers, on the same three inputs (`quest verify FOLDER`).
 
-What is allowed is the reference's own error: transformers computes once more, wholly in float64, and the bound is three
-times the distance of its float32 outputs from these. A tolerance chosen by hand is too small where a model amplifies
-rounding and proves nothing where it does not.
+The bound is the reference's own error: transformers computes once more, wholly in float64, and three times the distance
+of its float32 outputs from these is allowed. A tolerance chosen by hand is too small where a model amplifies rounding
+and proves nothing where it does not.
 
     text                             logits of random tokens, whole and padded on the left
     ...ForSequenceClassification     scores at the last token, whole and padded on the right
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 NUM_INPUTS = 3
 """The error of one input is a poor estimate: a recurrence on random weights makes ten times as much on another."""
 MARGIN = 3.0
-"""Of the reference's own error."""
+"""Allowed difference, in units of the reference's own error."""
 ROUNDING = 8 * torch.finfo(torch.float32).eps
-"""Of the largest output: the least that is allowed, where the reference happens to make no error."""
+"""Least allowed difference, relative to the largest output: the reference may make no error by chance."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """How far our outputs are from transformers' (float32, CPU). difference_padded: None for images. reference_error:
-    of transformers' float32 outputs from its float64 ones. allowed: three times that."""
+    """Differences of our outputs from transformers' (float32, CPU). difference_padded: None for images.
+    reference_error: of transformers' float32 outputs from its float64 ones. allowed: three times that."""
 
     name: str
     difference: float
@@ -116,7 +116,8 @@ def compare_with_transformers(name_or_path: str | Path, *, seed: int = 0) -> Ver
 
 
 def load_in_transformers(auto_class: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """transformers' model, and what it says of the keys. UsageError with its reason where it refuses the folder."""
+    """Load a folder in transformers: its model, and its report about keys. UsageError with its reason if it refuses the
+    folder."""
     try:
         theirs, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # its checks have errors of many kinds
@@ -126,7 +127,7 @@ def load_in_transformers(auto_class: Any, folder: Path) -> tuple[Any, dict[str, 
 
 
 def refuse_unpublished_techniques(model: Any, name: str) -> None:
-    """UsageError for a model that transformers does not compute."""
+    """Raise UsageError for a model that transformers does not compute."""
     if not all_exportable(one for one in model.spec.techniques if not isinstance(one, ScoreHead)):
         made = ", ".join(type(technique).__name__ for technique in model.spec.techniques)
         raise UsageError(
@@ -135,7 +136,7 @@ def refuse_unpublished_techniques(model: Any, name: str) -> None:
 
 
 def difference_with_padding(kind: Counterpart, ours: Any, theirs: Any, inputs: Inputs) -> float:
-    """The largest difference of the outputs that count, with padding in the second row."""
+    """The largest difference of the compared outputs, with padding in the second row."""
     assert kind.pad is not None
     padded, counted = kind.pad(ours, inputs)
     return float((kind.ours(ours, padded) - kind.theirs(theirs, padded))[counted].abs().max())
@@ -152,7 +153,7 @@ def float64_outputs(kind: Counterpart, theirs: Any, several: Sequence[Inputs]) -
         choose_experts("eager")  # the other forms know no float64
     theirs = theirs.double()
     wide = [{name: x.double() if x.is_floating_point() else x for name, x in inputs.items()} for inputs in several]
-    with computing_in_float64():  # else what it always computes in float32 would round alike in both
+    with computing_in_float64():  # else norms and softmax would still be computed in float32
         return [kind.theirs(theirs, inputs).double() for inputs in wide]
 
 
@@ -169,7 +170,7 @@ def import_transformers() -> Any:
 
 
 def compare_tokenizers(location: ModelLocation, transformers: Any) -> str:
-    """Ids of the sample texts, here and there."""
+    """Compare the ids of the sample texts; the result in words."""
     if not has_tokenizer(location.folder):
         return "none in this folder"
     ours, theirs = load_tokenizer(location.folder), transformers.AutoTokenizer.from_pretrained(location.folder)

@@ -1,5 +1,5 @@
-"""Which tensors a folder's weight files hold, and where: one file, shards with their index, pickled files, a GGUF file.
-Headers are read, no weights."""
+"""Lists the tensors of a folder's weight files: one file, shards with their index, pickled files, a GGUF file. Only
+headers are read."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ FIRST_VERSION_MODULES = {"ffn": "feed_forward", "lookahead": "mtp_modules", "lay
 """Modules that the first version's own files (checkpoints, techniques.safetensors) name differently: theirs -> ours."""
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 TRAINING_STATES = r"optimizer|optim|scheduler|scaler|training_args|rng_state|random_states|trainer|zero_pp_rank|mp_rank"
-"""How the files begin that trainers write beside the weights."""
+"""Prefixes of files that trainers write beside the weights."""
 
 
 def read_sources(report: FolderReport, allow_pickle: bool) -> None:
-    """Single file, or shards with their index; pickled ones only if allowed. What techniques added is in a file of
-    its own."""
+    """List the tensors of a single file, or of shards with their index; of pickled files only if allowed. Tensors that
+    techniques added are in a file of their own."""
     folder = report.location.folder
     if report.location.gguf_file is not None:
         from llm_quest.hub.gguf_load import open_model_file, tensor_sources
@@ -69,7 +69,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def shard_files(report: FolderReport, folder: Path, weight_map: Mapping[str, str]) -> Iterator[Path]:
-    """The files an index names, which must be in the same folder."""
+    """Yield the files that an index names, which must be in the same folder."""
     for name in sorted({str(file) for file in weight_map.values()}):
         if not re.fullmatch(r"[\w.\-]{1,255}", name) or name in (".", ".."):
             report.problems.append(
@@ -97,7 +97,7 @@ def missing_from_shards(report: FolderReport, weight_map: Mapping[str, str]) -> 
 
 
 def read_pickles(report: FolderReport, allow_pickle: bool) -> None:
-    """The old format, or the reason why nothing is read."""
+    """Read pickled weights. DataError if there are none, or if they are not allowed."""
     folder = report.location.folder
     files = find_pickled_weights(folder)
     if not files:
@@ -116,14 +116,14 @@ def read_pickles(report: FolderReport, allow_pickle: bool) -> None:
 
 
 def find_pickled_weights(folder: Path) -> list[Path]:
-    """pytorch_model.bin or its shards; without any, whatever else is pickled and no state of a training."""
+    """The files pytorch_model.bin or its shards; without them, any other pickled files but training states."""
     pickled = sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     usual = [p for p in pickled if re.fullmatch(r"pytorch_model(-\d+-of-\d+)?\.bin", p.name)]
     return usual or [p for p in pickled if not re.match(TRAINING_STATES, p.stem)]
 
 
 def lone_weights_hint(folder: Path) -> str:
-    """What else lies there that may be the weights."""
+    """A hint that names other files that may be the weights."""
     others = sorted(
         p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
     )

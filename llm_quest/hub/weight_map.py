@@ -3,8 +3,8 @@
     published  q_proj (4,6)   k_proj (2,6)   v_proj (2,6)            c_attn (6,18)
     ours       qkv[0:4]       qkv[4:6]       qkv[6:8]                qkv.T
 
-Importing copies into the view, exporting copies out of it: one description, both ways, so neither can drift from the
-other. A new kind of table entry is one more case in `entry_views`.
+Importing copies into the view, exporting copies out of it: one description for both directions. A new kind of table
+entry is one more case in `entry_views`.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ from llm_quest.techniques.model_spec import strip_wrapper_names
 from llm_quest.techniques.score_head import find_score_head
 
 HEAD, SCORE = "head.weight", "score.weight"
-"""A score head's tensor, as we and as transformers call it."""
+"""The tensor of a score head, by our name and by transformers'."""
 
 View = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class WeightView:
-    """The place of a stored tensor in our model: `view(parameter)` shares our memory and reads the stored numbers in
-    their order. Its shape is the stored one; but of the dimensions in `merged` (first to last) the file makes one."""
+    """The view of a stored tensor in our model: `view(parameter)` shares our memory and has the stored order of
+    numbers. Its shape is the stored one, except that the file merges the dimensions `merged` (first to last) into
+    one."""
 
     parameter: str
     view: View
@@ -64,9 +65,8 @@ class WeightView:
 
 
 def weight_views(model: nn.Module, table: WeightMap) -> dict[str, WeightView]:
-    """Published name -> its place in this model. A tied matrix appears once, under the name its first user gives it.
-
-    Raises UsageError where model and table do not cover each other (a model edited without a technique)."""
+    """Published name -> its view of this model. A tied matrix appears once, under the name of its first user. Raises
+    UsageError if model and table do not cover each other (a model edited without a technique)."""
     ours = dict(model.named_parameters())
     unmatched = [*(ours.keys() - table.keys()), *(table.keys() - ours.keys())]
     if unmatched:
@@ -108,7 +108,7 @@ def entry_views(published: PublishedWeight, sizes: tuple[int, ...]) -> Iterator[
 
 
 MERGED = {RowsByHead: (0, 2), AlternatingRows: (-2, -1)}
-"""Dimensions of an entry's view that are one in the file."""
+"""Dimensions of an entry's view that the file merges."""
 
 
 def alternating_view(parameter: Tensor) -> Tensor:
@@ -139,8 +139,8 @@ def packed_row_sizes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def export_weight_map(model: nn.Module, table: WeightMap) -> WeightMap:
-    """The family's weight map, for a model after its techniques: what they wrapped is published under the name it had
-    before; what they added has no published name and keeps ours."""
+    """The family's weight map for a model with techniques: wrapped parameters keep their published names; added ones
+    have none and keep ours."""
     if not model.spec.techniques:  # type: ignore[union-attr]
         return table
     found = {name: table.get(strip_wrapper_names(name), name) for name, _ in model.named_parameters()}
@@ -161,8 +161,8 @@ MOST_NAMES = 12
 
 
 def compact_names(names: Iterable[str]) -> str:
-    """Names for a message, layers drawn together: 'h.{0-11}.ln_1.bias, wte.weight'; of more than MOST_NAMES such names
-    the first, and how many there are besides."""
+    """Compress names for a message, with layers merged: 'h.{0-11}.ln_1.bias, wte.weight'; at most MOST_NAMES of them,
+    and the number of the rest."""
     numbers: dict[str, set[int]] = {}
     for name in names:
         first = re.search(r"(?<=\.)\d+(?=\.)", name)

@@ -1,8 +1,8 @@
 """Parameters that an adapter replaces whole: PEFT's modules_to_save (embedding, output matrix, norms), biases, rows of
 chosen tokens, and the embedding's and the head's own low-rank edits, merged.
 
-In a model with tied matrices PEFT edits copies: whoever replaces one of the two unties them. Rows of chosen tokens are
-an exception, both uses see them; so is ensure_weight_tying."""
+In a model with tied matrices PEFT edits copies: replacing one of the two unties them. Exceptions are rows of chosen
+tokens, which both uses share, and ensure_weight_tying."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ VOCABULARY = ("lm_head.weight", "embed_tokens.weight", "wte.weight")
 
 
 class WholeParameters:
-    """The parameters of a base model that an adapter changes. folder: of the adapter, for messages. tie: what is done
-    to the embedding is done to a tied head too."""
+    """The parameters of a base model that an adapter changes. folder: of the adapter, for messages. tie: changes of the
+    embedding apply to a tied head too."""
 
     def __init__(self, model: Any, folder: Path, *, tie: bool):
         self.model, self.folder, self.tie = model, folder, tie
@@ -81,13 +81,14 @@ class WholeParameters:
             self.touched.add(place.parameter)
 
     def add_score_head(self, tensors: Mapping[str, Tensor]) -> None:
-        """A reward model's or classifier's adapter brings the head that its base lacks."""
+        """Add the score head of a reward model's or classifier's adapter, which its base lacks."""
         if SCORE in tensors and find_score_head(self.model) is None:
             read_score_head(self.folder / WEIGHTS, tensors[SCORE].shape[0])(self.model)
 
     @torch.no_grad()
     def replace_rows(self, rows: Mapping[str, Tensor], indices: Any) -> None:
-        """trainable_token_indices: a list of ids for the embedding, or one for each module by its name."""
+        """Copy rows of chosen tokens. indices: trainable_token_indices, a list of ids for the embedding, or one for
+        each module by its name."""
         for module, values in rows.items():
             chosen = (
                 indices.get(module.rpartition(".")[2], indices.get(module)) if isinstance(indices, dict) else indices
@@ -146,7 +147,7 @@ class WholeParameters:
         model.spec = replace(model.spec, config=config)
 
     def changed(self) -> tuple[str, ...]:
-        """Our names of what was changed, in the model's order."""
+        """Our names of the changed parameters, in the model's order."""
         names = [name for name, _ in self.model.named_parameters() if name in self.touched]
         assert len(names) == len(self.touched), f"{self.touched} are not all parameters; {HEAD} is one"
         return tuple(names)

@@ -1,5 +1,5 @@
-"""The files of wllama (llama.cpp in WebAssembly), with which a page runs a GGUF file: from a package of npm, checked by
-their hashes."""
+"""Loads the files of wllama (llama.cpp in WebAssembly), which runs a GGUF file in a page: from a package of npm,
+checked by their hashes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llm_quest.files import atomic_file, cache_dir
 
 VERSION = "3.13.0"
 NPM_FIELDS = ("code", "syscall", "errno", "path", "dest")
-"""What lines of npm's errors that are no sentences begin with."""
+"""First words of lines of npm's errors that are no sentences."""
 PACKAGE = f"@wllama/wllama@{VERSION}"
 MAX_MEMBER_BYTES = 64_000_000
 NPM_SECONDS = 300.0
@@ -28,7 +28,7 @@ REMEDY = f"get it once where npm and a network are: {ONCE}; then give --wllama w
 
 @dataclass(frozen=True)
 class PackageFile:
-    """A file of the package: where it lies in there, and the SHA-256 of its bytes."""
+    """A file of the package: its path there, and the SHA-256 of its bytes."""
 
     path: str
     sha256: str
@@ -45,8 +45,8 @@ FILES = {
 
 
 def load_wllama(given: Path | None = None) -> dict[str, bytes]:
-    """The files by their names in a page's folder. given: the package as a .tgz, or as a folder; None: from the cache,
-    otherwise through npm, whose package is kept in the cache.
+    """Load the files by their names in a page's folder. given: the package as a .tgz, or as a folder; None: from the
+    cache, otherwise through npm, whose package is kept in the cache.
 
     Raises DataError where a file is not that of version 3.13.0; MissingError where npm or its registry is not there."""
     if given is not None:

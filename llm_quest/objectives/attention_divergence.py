@@ -6,8 +6,8 @@ answers better than their group is kept; attention of worse answers is changed:
 p_t excludes the token itself and is normalized to 1. JSD is the Jensen-Shannon divergence, 0 to ln 2.
 
 Commonly got wrong: at p = p_old it has neither value nor gradient, so it acts from the second update of a batch on; the
-diagonal must go before the row is renormalised; fused kernels do not return attention weights (`techniques.taps`
-computes them in the tapped layer)."""
+diagonal must go before the row is renormalised; fused kernels do not return attention weights (`AttentionTaps` computes
+them in the tapped layer)."""
 
 from __future__ import annotations
 
@@ -64,8 +64,7 @@ class AttentionPolicyBatch:
 
 class AttentionDivergenceLoss(nn.Module):
     """`AttentionDivergenceLoss(model)(batch) -> Loss`: the sum over learned tokens of A_t JSD_t, count = learned
-    tokens. Added, times lambda, to a policy gradient over the same tokens. The model has one tap
-    (`techniques.taps.AttentionTaps`).
+    tokens. Added, times lambda, to a policy gradient over the same tokens. The model has one tap (`AttentionTaps`).
 
     metrics: divergence, the mean JSD."""
 

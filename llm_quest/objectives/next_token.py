@@ -42,11 +42,10 @@ class AuxiliaryLoss(Protocol):
 class NextTokenLoss(nn.Module):
     """`NextTokenLoss(model)(batch) -> Loss`: total in nats, count = learned tokens.
 
-    form: how the cross-entropy is computed (`cross_entropy.FORMS`); auto takes the one that fits size and
-    device. router_coefs: names in `routing.ROUTER_LOSSES` -> coefficient, added for models with routers, each weighed
-    by the batch's tokens. mtp_weight: lambda of the multi-token loss (DeepSeek-V3 eq. 24-25), for models with such
-    modules: lambda / K
-    * sum_k of module k's loss, all over the main loss's count, as the paper divides; 0 leaves the modules out
+    form: how the cross-entropy is computed (`CROSS_ENTROPY_FORMS`); auto takes the one that fits size and device.
+    router_coefs: names in `routing.ROUTER_LOSSES` -> coefficient, added for models with routers, each weighed by the
+    batch's tokens. mtp_weight: lambda of the multi-token loss (DeepSeek-V3 eq. 24-25), for models with such modules:
+    lambda/K sum_k of module k's loss, all over the main loss's count, as the paper divides; 0 leaves the modules out
     (evaluation). auxiliary: further terms (`number_token.NumberTokenLoss`, `distillation.DistillationLoss`); their sums
     are divided by the main loss's count too, so that a batch's halves add up. What is added to the main loss stands
     among the metrics, and then the main loss itself, as "next_token".

@@ -77,13 +77,13 @@ def off_policy_mask(terms: SurrogateInputs, delta: float) -> Bool[Tensor, "B T"]
 class PolicyGradientLoss(nn.Module):
     """`PolicyGradientLoss(model, surrogate, count=...)(batch) -> Loss`.
 
-    count: what the loss is divided by (`WEIGHTS`), samples without an advantage included; horizon: the constant length
-    that count "horizon" multiplies by. temperature: what the samples were drawn at. off_policy_delta: delta of the
-    off-policy sequence mask. entropy_coef: coefficient of the bonus. attention_coef: lambda of Reinforced Attention
+    count: what the loss is divided by (`TOKEN_WEIGHTS`), samples without an advantage included; horizon: the constant
+    length that count "horizon" multiplies by. temperature: what the samples were drawn at. off_policy_delta: delta of
+    the off-policy sequence mask. entropy_coef: coefficient of the bonus. attention_coef: lambda of Reinforced Attention
     Learning (`attention_divergence_loss`), for batches with attention maps and a model with one tap. value_loss: of
-    PPO, for batches with values and returns and a model with a value head. The policy is put
-    into evaluation mode and stays there: dropout between sampling and scoring makes the ratio wrong, and a backward
-    that computes a block again must find the mode of the forward.
+    PPO, for batches with values and returns and a model with a value head. The policy is put into evaluation mode and
+    stays there: dropout between sampling and scoring makes the ratio wrong, and a backward that computes a block again
+    must find the mode of the forward.
 
     metrics: ratio (before clipping), log_ratio (mean of its absolute value), clipped, kl (k3), and the metrics of the
     batch. `ratio_range` holds the smallest and largest ratio since it was last reset."""

@@ -123,8 +123,8 @@ class UnclippedSurrogate:
 
 @dataclass(frozen=True)
 class PolicyVariant:
-    """A method of the literature: its surrogate, what its loss is divided by (`policy_gradient.WEIGHTS`), and how its
-    advantages are made (`rollouts.advantages.ADVANTAGE_ESTIMATORS`, `rollouts.gae.VALUE_ESTIMATORS`)."""
+    """A method of the literature: its surrogate, what its loss is divided by (`policy_gradient.TOKEN_WEIGHTS`), and how
+    its advantages are made (`rollouts.advantages.ADVANTAGE_ESTIMATORS`, `rollouts.gae.VALUE_ESTIMATORS`)."""
 
     surrogate: Surrogate
     count: str

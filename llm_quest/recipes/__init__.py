@@ -18,4 +18,4 @@ RECIPES = {
     "vit": "llm_quest.recipes.vit",
     "vlm": "llm_quest.recipes.vlm",
 }
-"""What `recipe:` may say -> the module that holds it as `RECIPE`; imported when it is needed."""
+"""Value of `recipe:` -> the module with its `RECIPE`, imported when it is needed."""

@@ -1,5 +1,5 @@
-"""The steps that recipes share when they assemble a job: the text becomes numbers on disk, the techniques edit the
-model, a batch is cut into micro-batches."""
+"""Steps that recipes share when they assemble a job: tokenizing text, applying techniques, splitting a batch into
+micro-batches."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ ConfigT = TypeVar("ConfigT", bound=Any)
 
 @dataclass(frozen=True)
 class TextData:
-    """What a run reads. split: the documents themselves, None where only numbers were given or another process
-    prepared them."""
+    """The tokens that a run reads. split: the documents themselves, None where only numbers were given or another
+    process prepared them."""
 
     tokens: TokenFolder
     tokenizer: Tokenizer
@@ -58,7 +58,7 @@ class TextData:
 
 
 def load_text_data(data: TextDataConfig, choice: TokenizerConfig, parallel: DistributedContext, log: LogFn) -> TextData:
-    """The text of a run, for every process."""
+    """Load the text of a run; the main process prepares it for all."""
     text = prepare_text_data(data, choice, log) if parallel.is_main_process else None
     where, facts = parallel.broadcast((str(text.tokens.path), text.facts) if text is not None else None)
     if text is not None:
@@ -68,7 +68,7 @@ def load_text_data(data: TextDataConfig, choice: TokenizerConfig, parallel: Dist
 
 
 def prepare_text_data(data: TextDataConfig, choice: TokenizerConfig, log: LogFn) -> TextData:
-    """From documents, or from a token folder that was prepared before."""
+    """Prepare the text of a run from documents, or open a folder of tokens that was prepared before."""
     if (prepared := token_folder(data)) is not None:
         folder = open_token_folder(prepared)
         if choice.load is not None and Tokenizer.load(choice.load).hash != folder.load_tokenizer().hash:
@@ -95,8 +95,8 @@ def prepare_text_data(data: TextDataConfig, choice: TokenizerConfig, log: LogFn)
 
 
 PREPARED: dict[str, TextData] = {}
-"""The builtin text of this process's last run, by its settings: it can't change, so a process that makes many runs
-reads it once. No other text is kept: its files may change."""
+"""The builtin text of the last run of this process, by its settings: it can't change, so a process of many runs reads
+it once. Other text may change, and is read for each."""
 
 
 def prepare_documents(data: TextDataConfig, choice: TokenizerConfig, log: LogFn) -> TextData:
@@ -147,7 +147,7 @@ def iter_config_records(
 def load_config_rows(
     config: RowsConfig, read: Any, drop_report: DropReport, *, builtin: Builtin | None = None, limit: int | None = None
 ) -> list[Any]:
-    """What `read` makes of the rows that a config names. DataError where none is left."""
+    """Read the rows that a config names by `read`. DataError if none is left."""
     named = partial(load_rows, data_sources(config), read, drop_report, builtin=builtin, limit=limit)
     return named(columns=config.columns, strict=config.strict)
 
@@ -178,7 +178,7 @@ def load_split_rows(
 
 @contextmanager
 def report_skipped_rows(drop_report: DropReport) -> Iterator[None]:
-    """An error about too few rows names those that were skipped: they may be the reason."""
+    """Add the skipped rows to an error about too few rows: they may be the reason."""
     try:
         yield
     except DataError as error:
@@ -189,7 +189,7 @@ def report_skipped_rows(drop_report: DropReport) -> Iterator[None]:
 
 
 def log_remarks(drop_report: DropReport, log: LogFn) -> None:
-    """Says once what of the rows is not used."""
+    """Log the parts of the rows that are not used."""
     for line in drop_report.remarks():
         log(line)
 
@@ -220,7 +220,7 @@ def load_any_tokenizer(name_or_path: str) -> Tokenizer:
 
 
 def train_or_load_tokenizer(parts: CorpusSplit, vocab: int, log: LogFn) -> Tokenizer:
-    """A BPE trained on the training documents alone, remembered by what it was trained on."""
+    """Train a BPE on the training documents alone, or load it from the cache."""
     cache_key = json.dumps([[document.hash for document in parts.train], vocab, version("tokenizers")])
     cache_dir = default_cache_dir().parent / "tokenizers" / hashlib.sha256(cache_key.encode()).hexdigest()[:32]
     if (cache_dir / "tokenizer.json").is_file():
@@ -237,7 +237,7 @@ def train_or_load_tokenizer(parts: CorpusSplit, vocab: int, log: LogFn) -> Token
 
 
 def text_facts(folder: TokenFolder) -> dict[str, Any]:
-    """What the report tells about the data."""
+    """Facts about the data, for the report."""
     counted = {
         f"{name}_{what}": number
         for name, tokens in (("train", folder.train), ("val", folder.val))
@@ -292,15 +292,15 @@ def make_sharded_loader(
 
 
 def require_run_exists(name_or_path: str, key: str, command: str) -> None:
-    """UsageError for a run that is not there, which would be looked for on the hub. key: of the recipe; command: the
-    command that trains one."""
+    """Raise UsageError for a run that does not exist (it would be searched on the hub). key: of the recipe; command:
+    the command that trains one."""
     if name_or_path.startswith("runs/") and not resolve_checkpoint(name_or_path).is_dir():
         raise UsageError(f"there is no run {name_or_path}: train one first ({command}), or give {key}=FOLDER")
 
 
 def count_epochs(config: ConfigT, settings: RawConfig, rows: int | None, log: LogFn) -> ConfigT:
-    """The config with max_steps, where it asks for epochs. rows: of an epoch (a policy's prompts); None: they are drawn
-    without end. A warm-up that comes with the recipe keeps its share of a shorter run."""
+    """Replace num_train_epochs of a config by max_steps. rows: of an epoch (a policy's prompts); None: they are drawn
+    without end. A warm-up that the user did not set keeps its share of a shorter run."""
     epochs = config.num_train_epochs
     if epochs is None:
         return config
@@ -317,8 +317,8 @@ def count_epochs(config: ConfigT, settings: RawConfig, rows: int | None, log: Lo
 
 
 def fit_sequence_length(config: ConfigT, settings: RawConfig, context: int, log: LogFn = lambda text: None) -> ConfigT:
-    """The config with rows no longer than the model's context. UsageError for a length that was asked for; the one that
-    comes with a recipe gives way."""
+    """Limit sequence_length of a config to the model's context. UsageError for a longer one that the user set; the
+    recipe's own is lowered."""
     length = config.sequence_length
     if length <= context:
         return config
@@ -333,8 +333,8 @@ def fit_sequence_length(config: ConfigT, settings: RawConfig, context: int, log:
 def apply_techniques(
     entries: Sequence[Mapping[str, Any]], model: Any, log: LogFn, *, scores: bool = False
 ) -> list[Callback]:
-    """Edit the model in place by each in turn, and say what became trainable; returns those that act after every
-    step. scores: whether the recipe trains a score head; the others need the head over the vocabulary."""
+    """Apply techniques to the model, in place and in order, and log what became trainable; returns those that act after
+    every step. scores: whether the recipe trains a score head; the others need the head over the vocabulary."""
     callbacks: list[Callback] = []
     told = trainable_summary(model) if entries else ""
     for entry in entries:
@@ -359,7 +359,7 @@ def apply_techniques(
 
 
 def trainable_summary(model: Any) -> str:
-    """Which matrices have adapters, and how much of the model is trained now, where that is not all of it."""
+    """A phrase that names the adapted matrices, and the trained share of the model if it is not all of it."""
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in model.parameters())
     found = adapter_addresses(model)

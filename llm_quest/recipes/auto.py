@@ -1,7 +1,7 @@
-"""What `auto` means for a run: decided once, by the main process, from the machine's profile.
+"""Resolves every `auto` of a run: once, on the main process, from the machine's profile.
 
 The choices decide the last bits of what a run computes. They are written to its config.yaml, and a run that is resumed
-keeps them, on another machine too; what cannot be kept there is said."""
+keeps them, on another machine too; what cannot be kept there is logged."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from llm_quest.train.checkpoint import list_checkpoints
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 PRECISION_ALIASES = {"float32": "fp32", "bfloat16": "bf16"}
-"""Other names of the same things."""
+"""Other name of a precision -> ours."""
 KEPT = "as when this run began"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a choice is made for. flops: of the whole run on one process; None where compiling is not worth deciding
-    (`auto` is then no)."""
+    """The device that choices are made for. flops: of the whole run on one process; None for a run that `auto` does not
+    compile."""
 
     device: torch.device
     flops: float | None
@@ -52,12 +52,13 @@ class Machine:
 
     @property
     def profile(self) -> MachineProfile | None:
-        """None where products are not the CPU's."""
+        """The profile of the CPU; None on another device."""
         return load_profile(self.log) if self.device.type == "cpu" else None
 
 
 def resolve_auto(config: ConfigT, context: Context, flops: float | None = None) -> ConfigT:
-    """The config without any `auto`, before anything reads it; what holds for the whole process is set."""
+    """Resolve every `auto` of a config, before anything reads it, and set what holds for the whole process
+    (threads)."""
     parallel = context.parallel
     chosen = parallel.broadcast(
         choose_all(config, recorded_choices(config, context), Machine(parallel.device, flops, context.log))
@@ -94,7 +95,7 @@ def recorded_config(config: ConfigT, context: Context) -> ConfigT | None:
 
 
 def choose_all(config: RunConfig, recorded: Mapping[str, Any], machine: Machine) -> dict[str, Any]:
-    """Every choice, each said with its reason."""
+    """Resolve every key of RESOLVERS, and log each value with its reason."""
     chosen: dict[str, Any] = {}
     for key, (label, resolve) in RESOLVERS.items():
         value, reason = getattr(config, key), "asked for"
@@ -108,15 +109,15 @@ def choose_all(config: RunConfig, recorded: Mapping[str, Any], machine: Machine)
 
 
 def describe_value(value: Any) -> str:
-    """A choice on the screen."""
+    """A resolved value in words."""
     if isinstance(value, dict):
         return ", ".join(f"{dtype} {first} to {end - 1}" for dtype, (first, end) in value.items()) or "none"
     return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
 def resolve_threads(given: Resolved[int], machine: Machine, config: RunConfig) -> Resolved[int]:
-    """The number of threads: one for each core that other programs leave idle, unless a number is given. A resumed run
-    keeps its own on a CPU, where last bits follow from it, and it is said where fewer are faster."""
+    """Resolve the number of threads: one for each core that other programs leave idle, unless a number is given. A
+    resumed run keeps its own on a CPU, where last bits follow from it; a log line says so where fewer are faster."""
     if given.reason == KEPT and machine.device.type != "cpu":
         given = Resolved(0, "")
     idle = find_idle_threads(given.value or torch.get_num_threads())
@@ -131,20 +132,21 @@ def resolve_threads(given: Resolved[int], machine: Machine, config: RunConfig) -
 
 
 def find_idle_threads(most: int) -> Resolved[int]:
-    """How many of these threads have a core that other programs leave idle. All, without a reason, where a number was
-    given by OMP_NUM_THREADS, and where there are more threads than cores."""
+    """Count the threads, of so many, that have a core which other programs leave idle. All of them if OMP_NUM_THREADS
+    gives a number, and if there are more threads than cores."""
     if most == 1 or most > usable_cores() or not are_threads_automatic():
         return Resolved(most, "")
     return choices.choose_threads(most, affinity(), count_busy_cores())
 
 
 def resolve_precision(name: str, device: torch.device, log: LogFn = lambda text: None) -> Resolved[str]:
-    """fp32 or bf16 (autocast, with masters in float32): auto takes bf16 where training is measured to be faster."""
+    """Resolve a precision: fp32 or bf16 (autocast; the weights stay float32). auto: bf16 where training in it is
+    measured to be faster."""
     return decide_precision(Resolved(name, "asked for"), Machine(device, None, log))
 
 
 def decide_precision(given: Resolved[str], machine: Machine, config: RunConfig | None = None) -> Resolved[str]:
-    """The precision, as `resolve_precision` chooses it. What was asked for is kept where it is slow, with a warning."""
+    """Resolve the key `precision`, as `resolve_precision`. A given value is kept where it is slow, with a warning."""
     name, profile = PRECISION_ALIASES.get(given.value, given.value), machine.profile
     if name == "auto" and profile is None:
         fast, why = bf16_support(machine.device)
@@ -156,8 +158,8 @@ def decide_precision(given: Resolved[str], machine: Machine, config: RunConfig |
 
 
 def resolve_compile(given: Resolved[bool | str], machine: Machine, config: RunConfig) -> Resolved[bool]:
-    """Compiling takes time first and saves some with every step: auto does it where the run is long enough. Without a
-    compiler that works no run is compiled."""
+    """Resolve the key `compile`: auto compiles where the run is long enough to repay it. Without a working compiler no
+    run is compiled."""
     if given.value == "auto" and machine.flops is None:
         return Resolved(False, "")
     if given.value is False:
@@ -176,7 +178,7 @@ def resolve_compile(given: Resolved[bool | str], machine: Machine, config: RunCo
 
 
 def resolve_muon_form(given: Resolved[str], machine: Machine, config: RunConfig) -> Resolved[str]:
-    """The form of Muon's iterations."""
+    """Resolve the key `muon_form`."""
     if given.value != "auto":
         found = given
     elif machine.profile is None:
@@ -188,14 +190,15 @@ def resolve_muon_form(given: Resolved[str], machine: Machine, config: RunConfig)
 
 
 def resolve_few_rows(given: Resolved[Any], machine: Machine, config: RunConfig) -> Resolved[choices.FewRows]:
-    """The form of products with few rows, which sampling and evaluation have."""
+    """Resolve the key `few_row_products`: the form of products with few rows (sampling, evaluation)."""
     if given.value != "auto":
         return given
     return Resolved({}, "") if machine.profile is None else choices.choose_few_rows(machine.profile)
 
 
 def resolve_few_row_kernel(given: Resolved[Any], machine: Machine, config: RunConfig) -> Resolved[choices.FewRows]:
-    """Where the loop in C++ is taken; a run does not build and measure it, since few of its products are small."""
+    """Resolve the key `few_row_kernel`: the sizes for which the loop in C++ is taken. A run does not build and measure
+    it, since few of its products are small."""
     if given.value != "auto":
         return Resolved(given.value, given.reason if given.value else "")
     return Resolved({}, "") if machine.profile is None else choices.choose_few_row_kernel(machine.profile)
@@ -210,11 +213,12 @@ RESOLVERS: dict[str, tuple[str, Resolver]] = {
     "few_row_products": ("products of few rows in the other order", resolve_few_rows),
     "few_row_kernel": ("products of few rows in C++", resolve_few_row_kernel),
 }
-"""Keys that are decided in this order, each with its label on the screen."""
+"""Key -> its label in the log and its resolver, in the order of resolving."""
 
 
 class CompileTimer:
-    """Keeps in the machine's profile what compiling took: the seconds of the first step beyond those of a later one."""
+    """Callback that records the seconds of compiling in the machine's profile: those of the first step beyond a later
+    one."""
 
     def __init__(self) -> None:
         self.moments = [time.perf_counter()]
@@ -230,14 +234,14 @@ class CompileTimer:
 
 
 FIRST_STEPS, SLOW_FACTOR, SLOW_STREAK = 8, 5.0, 3
-"""Steps whose median is the usual time; how much longer others take that are slow; so many of them in a row."""
+"""Steps whose median is the usual time; the factor of a slow step; slow steps in a row before the notice."""
 
 
 class SlowStepNotice:
-    """Says once that other programs have taken cores which this run's threads need: steps then take many times as long,
-    and fewer threads are faster. Their number is not changed: last bits follow from it.
+    """Callback that logs once that other programs take cores which this run's threads need: steps then take many times
+    as long, and fewer threads are faster. The number is not changed: last bits follow from it.
 
-    Commonly got wrong: a slow step taken for a busy machine; an evaluation or a checkpoint is one too."""
+    Commonly got wrong: one slow step is no busy machine: it may hold an evaluation or a checkpoint."""
 
     def __init__(self, log: LogFn) -> None:
         self.log, self.usual, self.streak = log, list[float](), 0

@@ -1,5 +1,5 @@
 """Losses besides the next token's: routers of experts, multi-token prediction modules, distances between numbers, and a
-teacher's distributions. A coefficient of a part that the model does not have is an error: it would have no effect.
+teacher's distributions. A coefficient for a part that the model lacks is an error.
 
 Routers that choose by sigmoid and a bias (DeepSeek-V3, MiMo) are balanced by that bias, with the paper's small loss
 within sequences; routers that choose by softmax (Mixtral, Qwen3) by the load-balancing loss.
@@ -51,7 +51,7 @@ class AuxiliaryLosses:
     router_aux_loss_pooled: bool = False
 
     def resolve(self, model: Decoder) -> AuxiliaryLosses:
-        """With the defaults of this model written out. UsageError for a coefficient that would have no effect."""
+        """Fill in the defaults of this model. UsageError for a coefficient that would have no effect."""
         self.require_effect(model)
         by_softmax = [one.aux_loss_coef for one in model.modules() if isinstance(one, SoftmaxRouter)]
         by_bias = any(isinstance(one, SigmoidRouter) for one in model.modules())
@@ -76,7 +76,7 @@ class AuxiliaryLosses:
         return AuxiliaryLosses(balance, within, self.router_z_loss_coef, speed, mtp, self.router_aux_loss_pooled)
 
     def require_effect(self, model: Decoder) -> None:
-        """UsageError for a coefficient of a part that the model does not have."""
+        """Raise UsageError for a coefficient of a part that the model does not have."""
         family = family_of(model.config).name
         softmax, sigmoid = (
             any(isinstance(one, kind) for one in model.modules()) for kind in (SoftmaxRouter, SigmoidRouter)
@@ -104,17 +104,17 @@ class AuxiliaryLosses:
         return {name: value for name, value in coefs.items() if value}
 
     def build_objective(self, model: Decoder, extra_terms: Sequence[AuxiliaryLoss] = ()) -> NextTokenLoss:
-        """Next-token prediction with what the parts add, and further terms."""
+        """The next-token loss with the model's auxiliary losses and further terms."""
         return NextTokenLoss(
             model, router_coefs=self.router_coefs, mtp_weight=self.mtp_loss_weight or 0.0, auxiliary=extra_terms
         )
 
     def build_callbacks(self) -> list[Callback]:
-        """The balancing step, where there is one."""
+        """The callback that balances experts by their bias, if the model has one."""
         return [ExpertBiasBalancer(self.expert_bias_update_speed)] if self.expert_bias_update_speed else []
 
     def initial_loss(self, model: Decoder) -> float:
-        """The loss of random weights: ln V, and the multi-token modules' share of as much again."""
+        """The expected loss of random weights, in nats: ln V (1 + mtp_loss_weight)."""
         return math.log(model.config.vocab_size) * (1 + (self.mtp_loss_weight or 0.0))
 
 
@@ -131,7 +131,7 @@ class NumberTokenLossConfig(StrictModel):
 def number_token_terms(
     numbers: NumberTokenLossConfig | None, tokenizer: Tokenizer, model: Any
 ) -> list[NumberTokenLoss]:
-    """The term, if there is one."""
+    """The Number Token Loss as a list of one term; empty without it."""
     if numbers is None:
         return []
     values = number_values(tokenizer, model.head.weight.shape[0], multi_digit=numbers.multi_digit)
@@ -155,7 +155,7 @@ class TeacherConfig(StrictModel):
 
 
 class LearnsFromTeacher(Protocol):
-    """What distillation reads of a recipe's config."""
+    """The keys of a recipe's config that distillation reads."""
 
     @property
     def teacher(self) -> TeacherConfig | None: ...
@@ -170,7 +170,8 @@ class LearnsFromTeacher(Protocol):
 def build_distillation_terms(
     config: LearnsFromTeacher, tokenizer: Tokenizer, vocab: int, parallel: DistributedContext, log: LogFn
 ) -> list[DistillationLoss]:
-    """The term, if there is a teacher, which every process holds whole. vocab: the model's."""
+    """Build the distillation loss as a list of one term; empty without a teacher. Every process holds the teacher
+    whole. vocab: the model's."""
     if config.teacher is None:
         return []
     where = config.teacher.load
@@ -185,8 +186,9 @@ def build_distillation_terms(
 def build_distillation(
     teacher: TeacherConfig, config: LearnsFromTeacher, *, ids: int, vocab: int, device: torch.device
 ) -> DistillationLoss:
-    """The term itself. ids: how many tokens the tokenizer has; vocab: how many the model knows. A teacher whose
-    vocabulary is padded as the model's is has learned that padding never comes, and teaches it."""
+    """Load a teacher and build its distillation loss. ids: tokens of the tokenizer; vocab: rows of the model's
+    vocabulary. A teacher whose vocabulary is padded like the model's teaches the padding too: a probability of about
+    0."""
     where = teacher.load
     require_run_exists(where, "teacher.load", f"quest train pretrain --out {where}")
     auto = "bfloat16" if resolve_precision(config.precision, device).value == "bf16" else "float32"
@@ -210,8 +212,8 @@ def build_distillation(
 
 
 def require_same_tokenizer(name_or_path: str, tokenizer: Tokenizer, start: str | None) -> None:
-    """What a teacher says of token 17 is of use where 17 is the same token. start: the model that a run goes on
-    from."""
+    """Raise UsageError if the teacher has another tokenizer: its probabilities would be of other tokens. start: the
+    model that the run starts from."""
     require_run_exists(name_or_path, "teacher.load", f"quest train pretrain --out {name_or_path}")
     theirs = load_tokenizer(name_or_path)
     if theirs.hash != tokenizer.hash:

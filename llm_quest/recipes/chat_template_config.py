@@ -1,4 +1,4 @@
-"""The chat template of a recipe: its file, its arguments, and the date that it is told."""
+"""The chat template of a recipe: its file, its arguments, and the date that it writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llm_quest.recipes.schema import LocalPath, StrictModel
 
 
 class ChatTemplateConfig(StrictModel):
-    """How conversations become text."""
+    """The chat template by which conversations become text."""
 
     chat_template_path: LocalPath | None = Field(
         default=None, min_length=1, description="a file with a chat template, in place of the model's own"
@@ -29,13 +29,13 @@ class ChatTemplateConfig(StrictModel):
     chat_template_date: str | None = Field(
         default=None,
         pattern=r"^\d{4}-\d{2}-\d{2}$",
-        description="the date that a template which writes it is told, YYYY-MM-DD; null: the day the run begins",
+        description="the date given to a template that writes one, YYYY-MM-DD; null: the day the run begins",
     )
 
     @field_validator("chat_template_kwargs")
     @classmethod
     def check_arguments(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """ValueError for a name that the template gets from us."""
+        """ValueError for an argument that every template is given anyway."""
         if name := find_reserved_argument(given):
             raise ValueError(f"{name!r} is given to every chat template; leave it out")
         return given
@@ -43,7 +43,7 @@ class ChatTemplateConfig(StrictModel):
     @field_validator("chat_template_date")
     @classmethod
     def check_date(cls, given: str | None) -> str | None:
-        """ValueError for a day that no calendar has."""
+        """ValueError for a date that does not exist."""
         if given is not None:
             datetime.date.fromisoformat(given)
         return given
@@ -70,7 +70,7 @@ def read_chat_template(config: ChatTemplateConfig) -> str | None:
 
 
 def fix_template_date(config: Any, context: Context, tokenizer: Tokenizer | None = None) -> Any:
-    """The config with the day of the run's beginning, where its chat template writes a date: a run that is resumed on
+    """Set the date of a chat template that writes one to the day of the run's start, so that a run that is resumed on
     another day has the same rows. config: of a recipe whose `data` may have a chat template. tokenizer: None before the
     model is read, and the date is then fixed in any case."""
     data = config.data

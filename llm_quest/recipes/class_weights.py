@@ -1,4 +1,4 @@
-"""`class_weights=balanced`: how much each class of a classifier counts in its loss."""
+"""Class weights of a classifier's loss (`class_weights=balanced`)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def make_class_weights(
 
 
 def balance_weights(counts: Sequence[int], rows: int, multi_label: bool) -> list[float]:
-    """See `make_class_weights`."""
+    """Balanced weights, as `make_class_weights` defines them."""
     if multi_label:
         return [max(1, rows - count) / count if count else 1.0 for count in counts]
     used = sum(count > 0 for count in counts)

@@ -1,8 +1,8 @@
 """`quest train classify`: texts with labels -> a classifier: a model's head is replaced by one number for each class,
 read at a text's last token. Rows with lists of labels make a multi-label classifier.
 
-Commonly got wrong: macro F1 weighs classes alike, however common they are; an export of several labels has to say that
-they are, or a reader takes a softmax over them."""
+Commonly got wrong: macro F1 weighs classes alike, however common they are; an export of a multi-label classifier has to
+say so, or its reader takes a softmax over the labels."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ def build_classify(config: ClassifyConfig, context: Context) -> Job:
 
 
 def attach_score_head(model: Decoder, texts: Sequence[LabeledText], wanted: str | None, seed: int) -> ScoreHead:
-    """The model's head, with the names of the classes in the order of its outputs; one is put on where there is none.
-    wanted: the problem type, where the config names it."""
+    """Return the model's score head, with the names of the classes in the order of its outputs; attach one if there is
+    none. wanted: the problem type, where the config names it."""
     labels, head = collect_label_names(texts), find_score_head(model)
     if head is None:
         head = ScoreHead(len(labels), labels, seed=seed, problem_type=problem_type_of(texts, wanted))  # type: ignore[arg-type]
@@ -160,7 +160,7 @@ def attach_score_head(model: Decoder, texts: Sequence[LabeledText], wanted: str 
 
 
 def note_unmeasured(names: Sequence[str], train: Sequence[int], held: Sequence[int], drop_report: DropReport) -> None:
-    """Notes the labels that are on one side alone."""
+    """Report the labels that occur only in training, or only in the held-out rows."""
     for counts, others, what in ((held, train, "held out, so that it is never measured"),
                                  (train, held, "trained on, so that it is never learned")):  # fmt: skip
         absent = [name for name, here, there in zip(names, counts, others, strict=True) if there and not here]

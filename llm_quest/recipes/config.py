@@ -1,9 +1,9 @@
-"""From settings to a recipe's typed config: all mistakes are reported at once, each with its place and the nearest
+"""Parses settings into a recipe's typed config: all mistakes are reported at once, each with its place and the nearest
 known name.
 
-A recipe's config is a tree of frozen pydantic models that refuse unknown keys. `resolve` reads a recipe's name or a
-file and `key=value` pairs; `config_to_yaml` writes a config such that `resolve` gives it back, so a run folder's
-config.yaml is itself a recipe.
+A recipe's config is a tree of frozen pydantic models that refuse unknown keys. `load_raw_config` reads a recipe's name
+or a file and `key=value` pairs, `parse_config` types them; `config_to_yaml` writes a config that both read back, so a
+run folder's config.yaml is itself a recipe.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llm_quest.recipes.dependent_defaults import (
     replace_task,
     replace_toy_settings,
 )
-from llm_quest.recipes.old_keys import OLD_VALUES, new_key, with_new_keys
+from llm_quest.recipes.old_keys import OLD_VALUES, new_key, rename_old_keys
 from llm_quest.recipes.schema import ConfigT, StrictModel, describe_field, did_you_mean, short_repr, suggest_choice
 from llm_quest.recipes.yaml_io import (
     ConfigProblem,
@@ -43,8 +43,8 @@ RECIPES_DIR = File(__file__).parent
 
 
 def parse_sources(entry: type[ConfigT], given: Any) -> str | tuple[ConfigT, ...]:
-    """Where data comes from: a name, or a list of names and groups of keys. Files get their absolute path. entry: the
-    schema of a group. ValueError in words for anything else."""
+    """Parse the sources of data: a name, or a list of names and groups of keys. Files get their absolute path. entry:
+    the schema of a group. ValueError in words for anything else."""
     if isinstance(given, str) and given:
         return given if given.partition(":")[0] == "builtin" else absolute_source(given)
     if isinstance(given, list | tuple) and given:
@@ -56,8 +56,7 @@ def parse_sources(entry: type[ConfigT], given: Any) -> str | tuple[ConfigT, ...]
 
 
 def hold_nothing_out(given: Any) -> Any:
-    """A group of data with rows to evaluate on: all of its source is trained on. ValueError for a part that is held out
-    beside them."""
+    """Set held_out to 0 in a group of data that has `validation`. ValueError for a held-out part beside it."""
     if not isinstance(given, dict) or given.get("validation") is None:
         return given
     if given.get("held_out"):
@@ -94,9 +93,9 @@ def find_recipe_file(recipe: str) -> File:
         return RECIPES_DIR / f"{recipe}.yaml"
     if (given / "config.yaml").is_file():
         return given / "config.yaml"
-    from llm_quest.recipes.other_names import command_of_method
+    from llm_quest.recipes.other_names import method_command
 
-    if (command := command_of_method(recipe.lower())) is not None:
+    if (command := method_command(recipe.lower())) is not None:
         raise UsageError(f"no recipe is called {recipe!r}; that method is quest train {command}")
     near = did_you_mean(recipe, recipe_names())
     raise UsageError(
@@ -105,7 +104,7 @@ def find_recipe_file(recipe: str) -> File:
 
 
 def load_raw_config(recipe: str, overrides: Sequence[str] = ()) -> RawConfig:
-    """The settings of a recipe with the pairs on top; mistakes are noted, not raised."""
+    """Read the settings of a recipe, with the pairs on top; mistakes are collected in `problems`, not raised."""
     if recipe in RECIPES and recipe not in recipe_names():
         settings = RawConfig({"recipe": recipe}, recipe)  # a recipe without a file runs with its schema's defaults
     else:
@@ -117,20 +116,20 @@ def load_raw_config(recipe: str, overrides: Sequence[str] = ()) -> RawConfig:
         replace_model(settings, override_paths(overrides), own_family)
         replace_data(settings, override_paths(overrides))
         replace_task(settings, override_paths(overrides))
-        if recipe in RECIPES:  # a file of somebody's own says what it means
+        if recipe in RECIPES:  # a user's own file is taken as it is
             replace_toy_settings(settings, override_paths(overrides))
     return settings
 
 
 def load_run_config(run: File) -> RawConfig:
-    """What a run was trained with, from its folder; a run of an earlier version under the present keys."""
+    """Read the settings of a run from its folder; those of an earlier version under the present keys."""
     settings = read_yaml_file(run / "config.yaml")
-    settings.tree = with_new_keys(settings.tree)
+    settings.tree = rename_old_keys(settings.tree)
     return settings
 
 
 BEFORE_THE_KEY: dict[str, Any] = {"few_row_kernel": {}}
-"""What a run that began before a key existed goes on with, where the default would decide anew."""
+"""Key -> its value in a run from before the key existed, where the default would be another."""
 
 
 def parse_recorded_config(schema: type[ConfigT], settings: RawConfig) -> ConfigT:
@@ -142,7 +141,7 @@ def parse_recorded_config(schema: type[ConfigT], settings: RawConfig) -> ConfigT
 
 
 def parse_config(schema: type[ConfigT], settings: RawConfig, more: Sequence[ConfigProblem] = ()) -> ConfigT:
-    """The typed config; UsageError with one line per mistake. more: mistakes that are not the schema's to find."""
+    """The typed config; UsageError with one line per mistake. more: mistakes that the schema cannot find."""
     if settings.problems:
         raise config_error(settings.problems)
     problems = list(find_implausible_numbers(schema, settings))
@@ -167,11 +166,11 @@ LARGEST = {
     "micro_batch_size": 2**20,
 }
 LARGEST |= {"num_generations": 2**16, "sequence_length": 2**27, "prompts_per_rollout": 2**20, "save_total_limit": 10**6}
-"""Whole numbers above these are typing mistakes, which would fill the memory or never end."""
+"""Whole numbers above these are taken for typing mistakes: they would fill the memory or never end."""
 
 
 def find_implausible_numbers(schema: type[StrictModel], settings: RawConfig) -> Iterator[ConfigProblem]:
-    """`true` where a number is expected (it would count as 1), and whole numbers that no run can have."""
+    """Find `true` where a number is expected (it would count as 1), and whole numbers that no run can have."""
     for key, value in flatten_tree(settings.tree):
         path = tuple(key.split("."))
         field, most = schema_field(schema, path), LARGEST.get(path[-1], LARGEST_NUMBER)
@@ -196,7 +195,7 @@ def takes_number(annotation: Any) -> bool:
 
 
 def refuse_earlier_version(error: ValidationError, settings: RawConfig) -> None:
-    """UsageError, in one line, for a run folder whose config.yaml has the keys of an earlier version."""
+    """Raise UsageError, in one line, for a run folder whose config.yaml has the keys of an earlier version."""
     file = File(settings.source)
     paths = [".".join(map(str, one["loc"])) for one in error.errors() if one["type"] == "extra_forbidden"]
     old = [path for path in paths if new_key(path) and settings.location(tuple(path.split("."))).startswith(str(file))]
@@ -213,13 +212,12 @@ def config_error(problems: Sequence[ConfigProblem]) -> UsageError:
 
 
 def config_to_yaml(config: StrictModel) -> str:
-    """The text of a config; `resolve` reads the same config from it."""
+    """The config as YAML text, which reads back as the same config."""
     return dump_yaml(config.model_dump(mode="json"))
 
 
 def config_differences(old: StrictModel, new: StrictModel, ignored: Sequence[str] = ()) -> list[str]:
-    """`key: old -> new` for every key with another value, but for those (or parts of the tree) that are free to
-    change."""
+    """`key: old -> new` for every key with another value, except the ignored keys and groups."""
     before, after = dict(flatten_tree(old.model_dump(mode="json"))), dict(flatten_tree(new.model_dump(mode="json")))
     changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     bound = [key for key in changed if not any(key == name or key.startswith(f"{name}.") for name in ignored)]
@@ -229,8 +227,8 @@ def config_differences(old: StrictModel, new: StrictModel, ignored: Sequence[str
 def explain_validation_error(
     error: ValidationError, schema: type[StrictModel], settings: RawConfig
 ) -> Iterator[ConfigProblem]:
-    """Pydantic's findings in our words."""
-    from llm_quest.recipes.other_names import value_of
+    """Translate pydantic's findings into problems with their place and a remedy."""
+    from llm_quest.recipes.other_names import our_value
 
     findings = error.errors()
     for finding in findings:
@@ -243,7 +241,7 @@ def explain_validation_error(
             continue
         if (new_value := OLD_VALUES.get((".".join(path), str(finding["input"])))) is not None:
             what = f"{finding['input']} is now {new_value}"
-        elif (ours := value_of(recipe_name(schema), ".".join(path), str(finding["input"]))) is not None:
+        elif (ours := our_value(recipe_name(schema), ".".join(path), str(finding["input"]))) is not None:
             what = f"{finding['input']} is called {ours} here"
         elif finding["type"] == "extra_forbidden":
             what = explain_unknown_key(schema, path, list(fields))
@@ -261,8 +259,8 @@ MAX_LISTED_KEYS = 150  # characters
 
 
 def explain_unknown_key(schema: type[StrictModel], path: KeyPath, known: Sequence[str]) -> str:
-    """What to write instead of a key that the schema does not have."""
-    from llm_quest.recipes.other_names import remark_on, setting_of
+    """A message for an unknown key: the key to write instead, or the nearest ones."""
+    from llm_quest.recipes.other_names import our_setting, setting_remark
 
     def knows(key: str) -> bool:
         *group, last = key.split(".")
@@ -270,10 +268,10 @@ def explain_unknown_key(schema: type[StrictModel], path: KeyPath, known: Sequenc
         is_open = holder is not None and get_origin(holder.annotation) is dict  # its keys are not the schema's
         return is_open or last in schema_fields(schema, tuple(group))
 
-    if (ours := setting_of(path[-1], knows)) is not None:
+    if (ours := our_setting(path[-1], knows)) is not None:
         return f"unknown key; here it is {ours}"
     recipe = recipe_name(schema)
-    if (remark := remark_on(path[-1], recipe)) is not None:
+    if (remark := setting_remark(path[-1], recipe)) is not None:
         return f"unknown key; {remark}"
     if ":" in path[-1]:
         return f"no key; a space is missing behind its colon: {path[-1].replace(':', ': ', 1)}"
@@ -290,12 +288,12 @@ def recipe_name(schema: type[StrictModel]) -> str:
 
 
 def has_findings_below(place: tuple[int | str, ...], findings: Sequence[Any]) -> bool:
-    """Whether one of pydantic's findings is about a part of what stands at a place."""
+    """Whether one of pydantic's findings is about a part of the value at a place."""
     return any(len(one["loc"]) > len(place) and one["loc"][: len(place)] == place for one in findings)
 
 
 def renamed_keys(path: KeyPath, value: Any, settings: RawConfig) -> Iterator[ConfigProblem]:
-    """Every key at a path, or in the group there, that has another name now."""
+    """The problems of keys at a path, or in the group there, that were renamed."""
     leaves = [".".join((*path, key)) for key, _ in flatten_tree(value)] if isinstance(value, dict) and value else []
     for key in leaves or [".".join(path)]:
         if (new := new_key(key)) is not None:

@@ -1,4 +1,4 @@
-"""The keys that recipes have in common, as typed settings: what each takes and what it is for. A default is a
+"""Schemas of the keys that recipes share: the type, the meaning and the default of each. A default is a
 recommendation."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FewRowProducts = dict[Annotated[str, Choice(DTYPES)], tuple[PositiveInt, Positiv
 
 
 class TextDataConfig(RowsConfig):
-    """Where the text comes from, and how much of it is held out (whole documents, chosen by their content)."""
+    """The text to train on, and the part of it that is held out (whole documents, chosen by their content)."""
 
     forms = TEXT_FORMS
     source: Sources = Field(
@@ -40,7 +40,7 @@ class TextDataConfig(RowsConfig):
 
     @field_validator("source")
     @classmethod
-    def known_parts(cls, source: Any) -> Any:
+    def check_builtin_parts(cls, source: Any) -> Any:
         for path in [source] if isinstance(source, str) else [one.path for one in source]:
             if path.partition(":")[0] == "builtin":
                 builtin_parts(path)
@@ -125,11 +125,11 @@ bits of what it computes."""
 
 
 class RunConfig(StrictModel):
-    """How a run goes on, whatever it learns. Each recipe's config is one of these."""
+    """Keys of every recipe: steps, optimizer, precision, checkpoints, logging. Each recipe's config is one of these."""
 
     recipe: str = Field(description="what is trained: one of the recipes")
     seed: NonNegativeInt = Field(
-        default=0, description="decides first values, data order, dropout and samples, each by a stream of its own"
+        default=0, description="decides initial weights, data order, dropout and samples, each by a stream of its own"
     )
     max_steps: PositiveInt = Field(
         default=1000, description="optimiser steps of the whole run; more of them make a finished run longer"
@@ -271,7 +271,7 @@ class RunConfig(StrictModel):
 
     @property
     def trackers(self) -> tuple[str, ...]:
-        """What `report_to` names, in either spelling."""
+        """The trackers of `report_to` and `tensorboard`, each once."""
         return tuple(dict.fromkeys((*self.report_to, *(("tensorboard",) if self.tensorboard else ()))))
 
     @property

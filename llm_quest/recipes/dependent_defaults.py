@@ -1,5 +1,5 @@
-"""Settings of a recipe that give way to what the command line gives: a model that is chosen there takes the place of
-the recipe's own, and a shorter run shortens its warm-up. What is given on the command line itself stays."""
+"""Settings of a recipe that depend on the command line: a model given there replaces the recipe's own, and a shorter
+run shortens its warm-up. What is given on the command line itself stays."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from llm_quest.recipes.yaml_io import KeyPath, RawConfig
 
 ALTERNATIVES = ("preset", "family", "load")
-"""What a model may come from; one of them is given."""
+"""The keys that name a model; one of them is given."""
 
 
 def require_at_most_one(model: Any) -> None:
@@ -27,9 +27,9 @@ def override_paths(overrides: Sequence[str]) -> set[KeyPath]:
 
 
 def replace_model(settings: RawConfig, given: Collection[KeyPath], own_family: Any) -> None:
-    """A model that is chosen on the command line (`model.preset=NAME`, `model.family=NAME`, `model.load=FOLDER`) takes
-    the place of the recipe's own, with what belongs to that one: its sizes, and for a model that is loaded the training
-    that a fresh one needs and a tokenizer. own_family: the recipe's own."""
+    """Replace the recipe's model by one given on the command line (`model.preset=NAME`, `model.family=NAME`,
+    `model.load=FOLDER`), and remove what belongs to the recipe's own: its sizes and, if the new one is loaded, the
+    warm-up and the tokenizer of a fresh model. own_family: the recipe's own."""
     model = settings.tree.get("model")
     if not isinstance(model, dict):
         return
@@ -47,8 +47,8 @@ def replace_model(settings: RawConfig, given: Collection[KeyPath], own_family: A
 
 
 def replace_task(settings: RawConfig, given: Collection[KeyPath]) -> None:
-    """Rows or an environment that are named on the command line (`data.source=FILE`, `environment=NAME`) take the place
-    of a policy's task, and a task that of its rows."""
+    """Replace a policy's task by rows or an environment given on the command line (`data.source=FILE`,
+    `environment=NAME`), and its rows by a task given there."""
     if settings.tree.get("recipe") not in ("grpo", "iterative"):
         return
     chosen = {path[0] for path in given} & {"task", "data", "environment"}
@@ -62,12 +62,13 @@ OPEN_ANSWERS = {
     "max_new_tokens": 64, "learning_rate": 2e-4, "lr_scheduler_type": "cosine", "kl_coef": 0.05,
     "kl_estimator": "unbiased",
 }  # fmt: skip
-"""Of answers that a model judges: room for a sentence or three, a policy that stays near its beginning."""
+"""Defaults for answers that a model judges: room for one to three sentences, and a policy that stays near its
+reference."""
 
 
 def replace_toy_settings(settings: RawConfig, given: Collection[KeyPath]) -> None:
-    """The settings of the toy task of `grpo` give way where the command line names prompts and a model that judges the
-    answers; `OPEN_ANSWERS` holds instead."""
+    """Replace the settings of `grpo`'s toy task by `OPEN_ANSWERS` where the command line gives prompts and a model that
+    judges the answers."""
     rewards = settings.tree.get("rewards")
     judged = isinstance(rewards, list) and any(
         isinstance(one, Mapping) and one.get("name") in ("model", "judge") for one in rewards
@@ -80,13 +81,13 @@ def replace_toy_settings(settings: RawConfig, given: Collection[KeyPath]) -> Non
 
 
 BELONGS_TO = {"validation": "held_out", "source": "num_documents"}
-"""A key of `data` -> what of the recipe's own belongs to another value of it: the part that is held out, the number of
-a task's documents."""
+"""A key of `data` -> the recipe's own key that is removed with it: the held-out part, the number of a task's
+documents."""
 
 
 def replace_data(settings: RawConfig, given: Collection[KeyPath]) -> None:
-    """Data that are named on the command line take the place of the recipe's own, with what belongs to those; a path is
-    a folder's."""
+    """Remove the recipe's settings of data that the command line replaces; a path without a source is that of a
+    folder."""
     data = settings.tree.get("data")
     if not isinstance(data, dict):
         return
@@ -105,8 +106,8 @@ def drop_sizes(model: dict[str, Any], given: Collection[KeyPath]) -> None:
 
 
 def shorten_warmup(settings: RawConfig, given: Collection[KeyPath], own: Mapping[str, Any], default: WarmupOf) -> None:
-    """A warm-up that is not given beside a shorter `max_steps` keeps its share of the run: of 50 steps in 1,000 one is
-    left in 20. own: what the file says; default: what holds where it says nothing."""
+    """Shorten the warm-up in proportion to a shorter `max_steps`, unless it is given: of 50 steps in 1,000 one is left
+    in 20. own: the file's settings; default: those of the schema."""
     before = WarmupOf(own["warmup_steps"], own.get("max_steps", default.steps)) if "warmup_steps" in own else default
     steps = settings.tree.get("max_steps", before.steps)
     if ("warmup_steps",) in given or not all(type(one) is int for one in (steps, before.steps, before.warmup)):
@@ -117,14 +118,14 @@ def shorten_warmup(settings: RawConfig, given: Collection[KeyPath], own: Mapping
 
 @dataclass(frozen=True)
 class WarmupOf:
-    """A number of warm-up steps, and of steps of the run that it was chosen for."""
+    """Warm-up steps, and the number of steps of the run that they were chosen for."""
 
     warmup: Any
     steps: Any
 
 
 def is_own_choice(settings: RawConfig, key: str, packaged: str) -> bool:
-    """Did the user write this key: on the command line, or in a file that is not one of ours? packaged: the folder of
+    """Whether the user set this key: on the command line, or in a file that is not one of ours. packaged: the folder of
     the recipes that come with the package."""
     place = settings.locations.get((key,))
     return place is not None and not place.startswith(packaged)

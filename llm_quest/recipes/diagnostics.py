@@ -1,7 +1,7 @@
-"""Signs that a supervised run fails while it looks healthy, each with its remedy: overfitting, a classifier or a reward
-model at chance, answers that lose probability on both sides, steps that are not finite.
+"""Symptoms of supervised runs that fail while they look healthy, each with its remedy: overfitting, a classifier or a
+reward model at chance, skipped steps.
 
-`rollouts/diagnostics.py` has those of reinforcement learning, and says each once until its sign is gone;
+`rollouts/diagnostics.py` has those of reinforcement learning, and reports each once until it is gone;
 `train/divergence.py` finds a loss that rises."""
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from llm_quest.rollouts.diagnostics import MetricsRow, Symptom, metric_value
 WINDOW = 3
 """Rows whose mean stands for one number."""
 EVALUATIONS = 3
-"""Evaluations in a row that show the same before it is said."""
+"""Evaluations in a row that show a symptom before it is reported."""
 OVERFIT_RISE = 0.01
 SKIPPED_FRACTION = 0.01
 CHANCE_MARGIN = 0.02
 
 
 def main_loss(row: MetricsRow) -> float:
-    """The loss that the run is about, without router, look-ahead and teacher terms."""
+    """The next-token loss of a row, without auxiliary terms; the loss where there is none."""
     return metric_value(row, "next_token", metric_value(row, "loss"))
 
 
@@ -50,13 +50,13 @@ def pairs_at_chance(rows: Sequence[MetricsRow]) -> bool:
 
 
 def classes_at_chance(rows: Sequence[MetricsRow]) -> bool:
-    """Always saying the commonest class would be right as often."""
+    """Accuracy is that of always predicting the most common class."""
     accuracy = last_evaluations(rows, "eval/accuracy", EVALUATIONS)
     commonest = last_evaluations(rows, "eval/commonest", EVALUATIONS)
     return bool(commonest) and all(a <= c + CHANCE_MARGIN for a, c in zip(accuracy, commonest, strict=True))
 
 
-def steps_were_skipped(rows: Sequence[MetricsRow]) -> bool:
+def has_skipped_steps(rows: Sequence[MetricsRow]) -> bool:
     skipped = metric_value(rows[-1], "skipped_steps", 0.0)
     return skipped >= 2 and skipped > SKIPPED_FRACTION * rows[-1]["step"]
 
@@ -76,20 +76,20 @@ SUPERVISED_SYMPTOMS: tuple[Symptom, ...] = (
         pairs_at_chance,
         lambda row: (
             f"held-out accuracy {metric_value(row, 'eval/accuracy'):.1%} is what guessing gets: raise max_steps or "
-            "learning_rate, or read the pairs; labels that are turned round look the same"
+            "learning_rate, or read the pairs; swapped labels look the same"
         ),
     ),
     Symptom(
         "classes at chance",
         classes_at_chance,
         lambda row: (
-            f"held-out accuracy {metric_value(row, 'eval/accuracy'):.1%} is no better than always saying the commonest "
+            f"held-out accuracy {metric_value(row, 'eval/accuracy'):.1%} is that of always predicting the commonest "
             f"class ({metric_value(row, 'eval/commonest'):.1%}): raise max_steps or learning_rate, or read the labels"
         ),
     ),
     Symptom(
         "skipped steps",
-        steps_were_skipped,
+        has_skipped_steps,
         lambda row: (
             f"{metric_value(row, 'skipped_steps'):.0f} of {row['step']} updates were left out, because their numbers "
             "were not finite: lower learning_rate, or set precision=fp32"

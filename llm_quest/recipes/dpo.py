@@ -198,18 +198,18 @@ def build_synced_reference(config: DpoConfig, loader: Any, model: Decoder, conte
         sync_steps=config.ref_model_sync_steps,
         mixup_alpha=config.ref_model_mixup_alpha,
         save_total_limit=config.save_total_limit,
-        leader=context.parallel.is_main_process,
+        is_main_process=context.parallel.is_main_process,
     )
 
 
 def initial_log_probs(initial: ReferenceContext, batch: PreferenceBatch) -> Tensor:
-    """The log-probability that the model as the run found it gives each row."""
+    """The log-probability of each row by the initial model."""
     with initial() as reference:
         return sequence_log_probs(reference, batch)
 
 
 def both_answers_fall(rows: Sequence[MetricsRow]) -> bool:
-    """Both answers have become less probable than at first, by a fifth, and the margin is half its best or less."""
+    """Both answers have lost a fifth of their log-probability, and the margin is half its best or less."""
     if len(rows) < 2 * WINDOW:
         return False
     first, last = rows[:WINDOW], rows[-WINDOW:]
@@ -220,7 +220,7 @@ def both_answers_fall(rows: Sequence[MetricsRow]) -> bool:
 
 
 def chosen_falls(rows: Sequence[MetricsRow]) -> bool:
-    """The better answers have lost half as much again of their log-probability as they had at first."""
+    """The log-probability of the chosen answers has fallen to 1.5 times its first (negative) value."""
     if len(rows) < 2 * WINDOW:
         return False
     before, after = (mean_metric(some, "logps/chosen") for some in (rows[:WINDOW], rows[-WINDOW:]))

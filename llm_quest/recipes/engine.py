@@ -1,4 +1,4 @@
-"""Runs a job in a run folder: one engine for every recipe. It knows no recipe.
+"""Runs a job in a run folder: one engine for every recipe, which knows none of them.
 
 In the order of a run: processes and device, the job, its folder, optimizer and schedule, the loop, the outcome."""
 
@@ -65,20 +65,20 @@ def run_recipe(
 
 
 def run_job(job: Job, context: Context, callbacks: Sequence[Callback] = ()) -> RunOutcome:
-    """The loop over an assembled job, in its run folder. callbacks: after the job's own."""
+    """Train an assembled job in its run folder. callbacks: called after the job's own."""
     config, folder, parallel = job.config, context.run_dir, context.parallel
     parameters = count_parameters(job.model)
     context.log(
         f"model: {family_of(job.model.config).name}-style, {parameters:,} parameters, {describe_place(context)}"
     )
     require_matching_run(config, folder, context.accept)
-    tell_new_length(job, folder, context.log)
+    log_new_length(job, folder, context.log)
     if config.freeze:
         freeze_parameters(job.model, config.freeze, context.log)
     with phase("preparing the reference"):
         save_prepared = job.prepare()
     with phase("evaluating before the first step"):
-        before = job.before() if parallel.broadcast(starts_anew(context)) else {}
+        before = job.before() if parallel.broadcast(is_new_run(context)) else {}
     parallel.parallelize(job.objective, list(job.model.blocks if job.blocks is None else job.blocks))
     optimizer = build_optimizer(config, job.model, job.adamw_parameters, job.parameter_scales)
     logger = make_display(job, folder, parallel, context.quiet)
@@ -109,11 +109,11 @@ def run_job(job: Job, context: Context, callbacks: Sequence[Callback] = ()) -> R
         baselines = job.baselines() if finished and job.with_baselines else {}
     if finished:
         consolidate_last_checkpoint(result, context.log)
-    return finish_run(config, folder, result, parameters, leader=parallel.is_main_process, baselines=baselines)
+    return finish_run(config, folder, result, parameters, is_main_process=parallel.is_main_process, baselines=baselines)
 
 
-def tell_new_length(job: Job, folder: Path, log: LogFn) -> None:
-    """Say what changes where a run is resumed with another number of steps."""
+def log_new_length(job: Job, folder: Path, log: LogFn) -> None:
+    """Log what changes if a run is resumed with another number of steps."""
     if list_checkpoints(folder / "checkpoints"):
         before = parse_recorded_config(type(job.config), load_raw_config(str(folder / "config.yaml")))
         if before.max_steps != job.config.max_steps:
@@ -121,24 +121,24 @@ def tell_new_length(job: Job, folder: Path, log: LogFn) -> None:
             describe_new_length(folder, before.max_steps, job.config.max_steps, schedules, log)
 
 
-def starts_anew(context: Context) -> bool:
-    """Whether the run begins with its first step here."""
+def is_new_run(context: Context) -> bool:
+    """Whether the run starts at its first step."""
     return context.resume in ("auto", "never") and not list_checkpoints(context.run_dir / "checkpoints")
 
 
 def compile_timers(config: RunConfig, parallel: DistributedContext) -> list[Callback]:
-    """What measures the time of compiling, where the run is compiled on the CPU."""
+    """The callback that measures the time of compiling, in a list; empty for a run that is not compiled on the CPU."""
     return [CompileTimer()] if config.compile and parallel.is_main_process and parallel.device.type == "cpu" else []
 
 
 def slow_step_notices(context: Context) -> list[Callback]:
-    """What sees other programs take the cores, where several threads of one process share them."""
+    """The callback that notices busy cores, in a list; empty for one thread, several processes or a GPU."""
     alone = context.parallel.world_size == 1 and context.parallel.device.type == "cpu"
     return [SlowStepNotice(context.log)] if alone and torch.get_num_threads() > 1 else []
 
 
 def consolidate_last_checkpoint(result: TrainResult, log: LogFn) -> None:
-    """What FSDP2 left in shards gets the plain form, which all commands read."""
+    """Convert a last checkpoint in shards (FSDP2) to the plain form, which all commands read."""
     if not (Path(result.checkpoint_path) / SHARDS_DIR).is_dir():
         return
     from llm_quest.train.sharded_checkpoint import consolidate_checkpoint
@@ -158,8 +158,8 @@ def describe_place(context: Context) -> str:
 
 @contextmanager
 def init_distributed(config: RunConfig, batch_size: int) -> Iterator[DistributedContext]:
-    """Threads, device and the other processes, for as long as a run takes. batch_size: of one step, over all of
-    them."""
+    """Set the number of threads and join the other processes of a run, until the context ends. batch_size: rows of a
+    step, over all processes."""
     if config.threads:
         torch.set_num_threads(config.threads)
     parallel = DistributedContext.from_environment(config.device, config.parallel)
@@ -181,8 +181,8 @@ def build_optimizer(
     adamw_parameters: Sequence[str] = ("embed.", "head."),
     scales: Mapping[str, ParameterScale] = NO_SCALES,
 ) -> torch.optim.Optimizer:
-    """AdamW or Muon over what is trained; Muon gets the rows that are matrices of their own and the names of AdamW's
-    parameters. scales: of a parametrization."""
+    """Build AdamW or Muon for the trainable parameters. adamw_parameters: name prefixes that Muon leaves to AdamW.
+    scales: of a parametrization."""
     common: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": config.adam_betas,
@@ -214,8 +214,8 @@ def build_lr_schedule(config: RunConfig) -> LRSchedule:
 def train_settings(
     config: RunConfig, *, expected_loss: float | None = None, watch_loss: bool = True
 ) -> TrainingArguments:
-    """The engine's view of the config, whose `auto`s are decided: what both have a name for, and what is another thing
-    there."""
+    """The arguments of the training loop from a config without `auto`: fields of the same name, and those that
+    differ."""
     shared = {field.name for field in fields(TrainingArguments)} & type(config).model_fields.keys()
     differing: dict[str, Any] = {
         "save_seconds": 60 * config.save_minutes,
@@ -230,7 +230,7 @@ def train_settings(
 
 
 def make_logger(rank: int = 0, *, quiet: bool = False, unit: str = "tokens") -> Logger:
-    """The logger that suits where stderr goes; none for ranks other than 0."""
+    """Make the logger for stderr: a bar on a terminal, lines elsewhere; none for ranks other than 0."""
     if quiet or rank:
         return NullLogger()
     if not is_terminal(sys.stderr):
@@ -256,10 +256,10 @@ def finish_run(
     result: TrainResult,
     parameters: int,
     *,
-    leader: bool,
+    is_main_process: bool,
     baselines: Mapping[str, float] | None = None,
 ) -> RunOutcome:
-    """The outcome, left in the run folder as summary.json."""
+    """Make the outcome of a run and write it to summary.json in its folder."""
     outcome = RunOutcome(
         run=str(folder),
         status=result.status,
@@ -273,6 +273,6 @@ def finish_run(
         peak_memory_bytes=peak_memory_bytes(),
         baselines=baselines or {},
     )
-    if leader:
+    if is_main_process:
         atomic_write_json(folder / "summary.json", outcome.as_json())
     return outcome

@@ -1,4 +1,4 @@
-"""The environment of a policy recipe: from its keys to episodes in place of single answers."""
+"""The environment of a policy recipe: its keys, and episodes in place of single answers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HELD_OUT_GAMES = 10
 
 
 class EpisodeConfig(PolicyConfig):
-    """The keys of a policy that is answered by an environment, over several turns."""
+    """Keys of a policy that acts in an environment, over several turns."""
 
     environment: str | None = Field(
         default=None,
@@ -41,21 +41,21 @@ class EpisodeConfig(PolicyConfig):
     )
     environment_kwargs: dict[str, Any] = Field(default_factory=dict, description="the environment's own options")
     environment_timeout: PositiveFloat = Field(default=60.0, description="seconds for a turn of all episodes")
-    max_turns: PositiveInt = Field(default=4, description="of the policy in an episode, each of max_new_tokens at most")
+    max_turns: PositiveInt = Field(default=4, description="turns of the policy, each of max_new_tokens at most")
     max_episode_tokens: PositiveInt | None = Field(
-        default=None, description="of policy and environment together; null: what the context holds"
+        default=None, description="tokens of policy and environment together; null: the context"
     )
 
     @model_validator(mode="before")
     @classmethod
-    def paid_by_the_environment(cls, given: Any) -> Any:
+    def default_rewards(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("environment") is not None and given.get("rewards") is None:
             return {**given, "rewards": [{"name": "environment"}]}
         return given
 
     @field_validator("environment")
     @classmethod
-    def known_environment(cls, environment: str | None) -> str | None:
+    def check_environment_name(cls, environment: str | None) -> str | None:
         return None if environment is None else check_environment(environment)
 
     @model_validator(mode="after")
@@ -111,8 +111,8 @@ def check_environment_options(environment: str, options: Mapping[str, Any]) -> N
         options["folder"] = absolute_path(options["folder"])  # type: ignore[index]
 
 
-def hash_of_environment(environment: str | None, options: Mapping[str, Any]) -> dict[str, str]:
-    """What a resumed run may not change."""
+def environment_hashes(environment: str | None, options: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> hash of each file that decides the environment, which a resumed run may not change."""
     if environment == "functions":
         return {f"environment.{one}": hash_of_file(one) for one in options.get("functions", ())}
     if environment == "file_search":
@@ -126,7 +126,7 @@ def hash_of_environment(environment: str | None, options: Mapping[str, Any]) -> 
 def start_environment(
     environment: str, options: Mapping[str, Any], *, timeout_seconds: float, log: LogFn
 ) -> EnvironmentClient:
-    """The included ones live in this process, a user's class or functions in one that can be killed."""
+    """Start an environment: an included one in this process, a user's class or functions in one that can be killed."""
     if environment not in ENVIRONMENTS or environment == "functions":
         return start_user_environment(environment, options, timeout_seconds=timeout_seconds, log=log)
     make = partial(ENVIRONMENTS[environment], **options)
@@ -138,12 +138,13 @@ def start_environment(
 
 
 def environment_failures(environments: EnvironmentClient | None) -> list[str]:
-    """What the environment's failures were, for the end of a run."""
+    """Lines about the failures of the environment, for the end of a run."""
     return [] if environments is None else environments.failure_lines()
 
 
-def games(number: int, seed: int) -> ProblemSet:
-    """For an environment that needs no rows: {"index": 0}, {"index": 1} and so on, one in HELD_OUT_GAMES held out."""
+def game_problems(number: int, seed: int) -> ProblemSet:
+    """Problems for an environment that needs no rows: {"index": 0}, {"index": 1} and so on, one in HELD_OUT_GAMES held
+    out."""
 
     def game(index: int) -> Problem:
         return Problem("", "", "equal", str(index), columns={"index": index, "seed": seed})
@@ -155,8 +156,8 @@ def games(number: int, seed: int) -> ProblemSet:
     )
 
 
-def row_of(problem: Problem) -> dict[str, Any]:
-    """What an environment's `reset` is given: the row's columns; of a task, its prompt and answer."""
+def reset_row(problem: Problem) -> dict[str, Any]:
+    """The arguments of an environment's `reset`: the row's columns, or a task's prompt and answer."""
     if problem.columns:
         messages = {"messages": [dict(one) for one in problem.messages]} if problem.messages else {}
         return {**messages, "prompt": problem.prompt, "answer": problem.answer, **problem.columns}
@@ -165,8 +166,8 @@ def row_of(problem: Problem) -> dict[str, Any]:
 
 @dataclass
 class EnvironmentProblems:
-    """Problems that begin with an environment's first messages. keep_answers: the answers are compared with by a
-    reward besides the environment's. Rows on which `reset` fails are passed over."""
+    """Problems that begin with an environment's first messages. keep_answers: whether a reward besides the
+    environment's compares with the answers. Rows on which `reset` fails are skipped."""
 
     problems: ProblemSet
     environments: EnvironmentClient
@@ -182,8 +183,8 @@ class EnvironmentProblems:
         return range(index, index + RESETS_AT_ONCE)
 
     def begin(self, problems: Sequence[Problem]) -> list[Problem]:
-        """The problems as the environment begins them; in place of one that fails, the next that does not."""
-        first = self.environments.reset([row_of(problem) for problem in problems])
+        """Reset the environment for each problem; one that fails is replaced by the next that does not."""
+        first = self.environments.reset([reset_row(problem) for problem in problems])
         begun = [
             None if isinstance(messages, EpisodeFailure) or not messages else self.begin_problem(problem, messages)
             for problem, messages in zip(problems, first, strict=True)
@@ -204,7 +205,7 @@ class EnvironmentProblems:
             prompt="".join(message["content"] for message in messages),
             messages=tuple(messages),
             is_conversational=True,
-            columns=row_of(problem),
+            columns=reset_row(problem),
             answer=problem.answer if self.keep_answers else "",
             tools=self.environments.tools or problem.tools,
         )
@@ -214,11 +215,11 @@ class EnvironmentProblems:
         return replace(self.problems, train_problem=self.train_problem, held_out=held_out, is_conversational=True)
 
 
-def episodes_in_place_of_answers(
+def episode_sampler_wrapper(
     environments: EnvironmentClient, tokenizer: Tokenizer, encode: PromptEncoder, *, max_turns: int,
     max_episode_tokens: int | None,
 ) -> Callable[[Sampler], EpisodeSampler]:  # fmt: skip
-    """What makes a sampler of episodes from one of answers."""
+    """A function that makes a sampler of episodes from a sampler of answers."""
     turns = TurnEncoder(tokenizer, encode.chat)
     return lambda sampler: EpisodeSampler(
         sampler=sampler, environments=environments, encode_turns=turns, max_turns=max_turns,
@@ -230,7 +231,7 @@ def draw_episodes(
     sampler: EpisodeSampler, encode: PromptEncoder, model: Decoder, problems: Sequence[Problem],
     sampling: SamplingParams, n: int, seed: int,
 ) -> list[list[Sample]]:  # fmt: skip
-    """n episodes of each problem."""
+    """Play n episodes of each problem."""
     ids = encode.encode_problems(problems)
     prompts = [PolicyPrompt(tuple(one), problem) for one, problem in zip(ids, problems, strict=True)]
     return sampler.play(model, prompts, copy_numbers([one.prompt_ids for one in prompts]), sampling, n, seed)

@@ -1,5 +1,5 @@
-"""What recipes that start from a trained model share: the model with its tokenizer, and conversations or preferences as
-data."""
+"""Steps shared by recipes that start from a trained model: loading it with its tokenizer, and preparing conversations
+or preferences."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ class StartModelConfig(ModelConfig):
         default=(), description="tokens to add to its tokenizer, such as [<think>, </think>]; their rows begin as means"
     )
     add_special_tokens: tuple[str, ...] = Field(
-        default=(), description="the same for control tokens, which nobody's text spells"
+        default=(), description="the same for control tokens, which are never read from a user's text"
     )
 
 
 class ConversationDataConfig(RowsConfig, ChatTemplateConfig):
-    """Conversations, and how they are laid out."""
+    """Conversations and their chat template."""
 
     forms: ClassVar[Sequence[RowForm]] = CONVERSATION_FORMS
     held_out: float = Field(
@@ -110,9 +110,9 @@ def load_for_finetuning(config: StartModelConfig) -> tuple[Decoder, Tokenizer]:
 def begin_finetuning(
     config: Any, context: Context, builtin_rows: Callable[[], Iterator[Record]]
 ) -> tuple[Any, Decoder, Tokenizer]:
-    """The config without any `auto`, the model to go on from, and its tokenizer; UsageError for rows longer than its
-    context. config: of a recipe with `model`, `tokenizer` and `sequence_length`. builtin_rows: the recipe's own, from
-    which the tokenizer of a fresh model is trained where data.source says builtin."""
+    """Resolve the config, and load or build the model with its tokenizer. UsageError for rows longer than its context.
+    config: of a recipe with `model`, `tokenizer` and `sequence_length`. builtin_rows: the recipe's own, from which the
+    tokenizer of a fresh model is trained where data.source says builtin."""
     config = resolve_auto(config, context)
     require_trained_token_rows(config)
     if config.model.load is None:
@@ -151,7 +151,7 @@ def row_texts(value: Any) -> Iterator[str]:
 
 
 def require_no_tokenizer(config: Any) -> None:
-    """UsageError for a tokenizer beside a model that brings its own."""
+    """Raise UsageError for a tokenizer beside a loaded model, which has its own."""
     if config.tokenizer is not None:
         raise UsageError(
             f"tokenizer has no effect on a model that is loaded: {config.model.load} brings its own; leave it out"
@@ -159,7 +159,7 @@ def require_no_tokenizer(config: Any) -> None:
 
 
 def require_trained_token_rows(config: Any) -> None:
-    """UsageError for new tokens whose rows an adapter would freeze."""
+    """Raise UsageError for new tokens whose rows an adapter would freeze."""
     if not (config.model.add_tokens or config.model.add_special_tokens):
         return
     for entry in config.techniques:
@@ -172,7 +172,7 @@ def require_trained_token_rows(config: Any) -> None:
 
 
 def set_generation_eos(model: Decoder, tokenizer: Tokenizer, ends: Iterable[int]) -> None:
-    """The model's own files say what ends an answer: the tokens that did in training, and the tokenizer's ends."""
+    """Set the model's end tokens: those that ended answers in training, and the tokenizer's."""
     known = {int(end) for end in ends} | set(tokenizer.eos_token_ids)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_ids=tuple(sorted(known)), pad_token_id=tokenizer.pad_token_id
@@ -182,7 +182,7 @@ def set_generation_eos(model: Decoder, tokenizer: Tokenizer, ends: Iterable[int]
 def data_facts(
     config: ConversationDataConfig, chat: ChatTemplate, drop_report: DropReport, train: int, held_out: int, log: LogFn
 ) -> dict[str, Any]:
-    """What the report tells about the rows, and a line for the screen."""
+    """Facts about the rows, for the report; logs a line about them."""
     dropped = {reason: count for reason, (count, _) in sorted(drop_report.dropped.items())}
     lost = "".join(f"; dropped, {reason}: {count:,}" for reason, count in dropped.items())
     log(f"rows: {train:,} to train on, {held_out:,} held out{lost}")
@@ -193,13 +193,13 @@ def data_facts(
 
 
 def can_share_prompts(config: RunConfig) -> bool:
-    """May rows share a beginning? It is read into a cache, in which a checkpointed block must not file twice, and whose
-    shapes a compiled step would follow with ever new graphs."""
+    """Whether rows may share a prompt that is read once into a cache. Not with gradient checkpointing, which would
+    write the cache twice, nor compiled, where every shape would be another graph."""
     return config.compile is not True and all(one["name"] != "checkpointing" for one in config.all_techniques)
 
 
 def apply_config_techniques(config: RunConfig, model: Decoder, log: LogFn, *, scores: bool = False) -> list[Callback]:
-    """The recipe's techniques, applied (`apply_techniques`)."""
+    """Apply the techniques of a recipe (`apply_techniques`)."""
     return apply_techniques(config.all_techniques, model, log, scores=scores)
 
 
@@ -218,19 +218,22 @@ class PreferenceDataConfig(ConversationDataConfig):
 
     forms: ClassVar[Sequence[RowForm]] = PREFERENCE_FORMS
     label_flip_fraction: float = Field(
-        default=0.0, ge=0, lt=0.5, description="turn round this part of the training pairs, to see what noise does"
+        default=0.0,
+        ge=0,
+        lt=0.5,
+        description="fraction of training pairs with chosen and rejected swapped, to test noise",
     )
 
 
 def prepare_preferences(config: PreferenceDataConfig, tokenizer: Tokenizer, length: int, seed: int) -> PreferenceData:
-    """From a source to pairs; what is left out is in the drop report. seed: decides which labels are flipped."""
+    """Prepare the pairs of a source; what is left out is in the drop report. seed: decides which labels are flipped."""
     chat = open_chat_template(config, tokenizer)
     drop_report = DropReport()
     train, held = load_split_rows(config, read_preferences, drop_report, builtin=builtin, limit=config.max_samples)
     train = flip_labels(train, config.label_flip_fraction, seed)
     if config.label_flip_fraction:
         drop_report.note(
-            f"{round(config.label_flip_fraction * len(train))} of the training pairs are turned round on purpose"
+            f"{round(config.label_flip_fraction * len(train))} of the training pairs are swapped on purpose"
         )
     train = repeat_by_weight(train)
     return PreferenceData(
@@ -242,7 +245,7 @@ def prepare_preferences(config: PreferenceDataConfig, tokenizer: Tokenizer, leng
 
 
 def flip_labels(pairs: Sequence[Preference], fraction: float, seed: int) -> list[Preference]:
-    """This part of the pairs with the worse answer called the better one."""
+    """Swap chosen and rejected in a fraction of the pairs."""
     flipped = set(shuffle_indices(len(pairs), seed)[: round(fraction * len(pairs))].tolist())
     return [replace(one, answers=one.answers[::-1]) if n in flipped else one for n, one in enumerate(pairs)]
 

@@ -1,20 +1,18 @@
-"""`quest train gkd`: a model and a teacher -> a model that writes as the teacher would, learned on its own answers
+"""`quest train gkd`: a model and a teacher -> a model that answers as the teacher would, trained on its own answers
 (on-policy distillation, GKD, arXiv:2306.13649).
 
-Commonly got wrong: a question is cut so far that the data's answer and the model's own both have room; the teacher is a
-part of the run's identity, so that a resumed run does not change it."""
+Commonly got wrong: a question is truncated such that the data's answer and the model's own both fit; the teacher is a
+part of the run's identity, so that a resumed run has the same one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
 
 from llm_quest.data.builtin_qa import builtin_instructions
 from llm_quest.data.conversations import Conversation, read_conversations
@@ -66,7 +64,7 @@ class GkdConfig(BatchedConfig):
         default=0.5, description="how often a step's answers are the model's own; 0: those of the data, 1: always"
     )
     max_new_tokens: PositiveInt = Field(default=64, description="tokens of an answer that the model writes, at most")
-    temperature: PositiveFloat = Field(default=1.0, description="that the model samples its answers at")
+    temperature: PositiveFloat = Field(default=1.0, description="of the answers that the model samples")
     sequence_length: int = Field(default=256, ge=4, description="tokens of a question with its answer, at most")
     eval_steps: NonNegativeInt = Field(default=50, description="steps between evaluations; 0: only at the end")
 
@@ -95,7 +93,7 @@ def build_gkd(config: GkdConfig, context: Context) -> Job:
         model, data.train, sampler, lmbda=config.lmbda, batch_size=config.batch_size,
         micro_batch_size=micro_batch_rows(config, parallel, config.sequence_length),
         seed=derive_seed(config.seed, "order"), shard=parallel.data_shard,
-        student_context=partial(whole_student, parallel, objective),
+        student_context=partial(parallel.gather_model, objective),
     )  # fmt: skip
     evaluator = TeacherEvaluator(data.held_out, config.eval_steps, terms, sampler, derive_seed(config.seed, "answers"))
     facts = data_facts(config.data, data.chat, data.drop_report, len(data.train), len(data.held_out), log)
@@ -108,8 +106,8 @@ def build_gkd(config: GkdConfig, context: Context) -> Job:
 
 
 def prepare_questions(config: GkdConfig, tokenizer: Tokenizer) -> PreferenceData:
-    """From a source to questions with one answer each, and held-out ones. A question is cut on its left so far that the
-    data's answer and the model's own both have room."""
+    """Prepare the questions of a source, with one answer each, and held-out ones. A question is truncated on its left
+    such that the data's answer and the model's own both fit."""
     data, drop_report = config.data, DropReport()
     chat = open_chat_template(data, tokenizer)
     learned, held_out = load_split_rows(
@@ -124,7 +122,7 @@ def prepare_questions(config: GkdConfig, tokenizer: Tokenizer) -> PreferenceData
 
 
 def last_turn(conversation: Conversation) -> Preference:
-    """The last answer, and all before it as its question."""
+    """A conversation's last answer, with all before it as its prompt."""
     return Preference(
         conversation.messages[:-1], (conversation.answer,), where=conversation.where, tools=conversation.tools
     )
@@ -141,14 +139,8 @@ def answer_sampler(config: GkdConfig, model: Decoder, tokenizer: Tokenizer, para
     )
 
 
-@contextmanager
-def whole_student(parallel: DistributedContext, objective: nn.Module) -> Iterator[None]:
-    with parallel.gather_model(objective):
-        yield
-
-
 class TeacherEvaluator:
-    """On held-out questions: loss, the divergence from the teacher on the data's answers; next_token, their
+    """Evaluates held-out questions: loss, the divergence from the teacher on the data's answers; next_token, their
     cross-entropy; on_policy, the divergence on answers that the model writes, always with the same seed."""
 
     name = "eval"

@@ -1,4 +1,4 @@
-"""`quest train grpo`: a model and prompts, rewards for what it answers -> a model that earns more of them.
+"""`quest train grpo`: a model, prompts and rewards -> a model whose answers earn more of them.
 
       prompts -> samples -> rewards -> advantages -> policy gradient, with held-out reward and accuracy before, during
                                                      and after
@@ -36,9 +36,9 @@ from llm_quest.recipes.environment_setup import (
     EnvironmentProblems,
     EpisodeConfig,
     environment_failures,
-    episodes_in_place_of_answers,
-    games,
-    hash_of_environment,
+    environment_hashes,
+    episode_sampler_wrapper,
+    game_problems,
     start_environment,
 )
 from llm_quest.recipes.finetuning import StartModelConfig, load_for_finetuning
@@ -63,9 +63,9 @@ from llm_quest.recipes.reward_specs import (
     RewardSpec,
     build_rewards,
     check_labels,
-    failures_of,
-    hash_of_reward_files,
     load_process_reward_model,
+    reward_failures,
+    reward_file_hashes,
 )
 from llm_quest.recipes.schema import Choice, LocalPath
 from llm_quest.recipes.sft_warmup import WarmupConfig, require_demonstrations_fit, run_sft_warmup
@@ -100,7 +100,7 @@ class GrpoConfig(EpisodeConfig):
         description="arguments of the chat template for a task's prompts, such as {enable_thinking: false}",
     )
     answer_form: Annotated[str, Choice(ANSWER_FORMS)] | None = Field(
-        default=None, description="where the answer stands in a completion; null: as the task has it"
+        default=None, description="the form of the answer in a completion; null: the task's own"
     )
     grading: Annotated[str, Choice(GRADINGS)] = Field(
         default="strict", description="tolerant: the last thing that looks like the answer is read"
@@ -108,10 +108,10 @@ class GrpoConfig(EpisodeConfig):
     model: ModelConfig
     warmup: WarmupConfig | None = Field(default=None, description="for a fresh model: demonstrations first")
     rewards: tuple[RewardSpec, ...] = Field(
-        default=(RewardSpec(name="correct"),), min_length=1, description="the first one says what is right"
+        default=(RewardSpec(name="correct"),), min_length=1, description="the first one decides which answers are right"
     )
     normalize_rewards_separately: bool = Field(
-        default=False, description="each reward made an advantage by itself (GDPO)"
+        default=False, description="advantages of each reward by itself, then their sum (GDPO)"
     )
     process_supervision: bool = Field(default=False, description="reward every step of the answer (chained)")
     process_reward_model: LocalPath | None = Field(
@@ -132,14 +132,14 @@ class GrpoConfig(EpisodeConfig):
 
     @field_validator("task")
     @classmethod
-    def known_task(cls, task: str | None) -> str | None:
+    def check_task(cls, task: str | None) -> str | None:
         if task is not None and not is_gsm8k(task):
             parse_task(task)
         return task
 
     @field_validator("rewards")
     @classmethod
-    def distinct_labels(cls, rewards: tuple[RewardSpec, ...]) -> tuple[RewardSpec, ...]:
+    def check_reward_labels(cls, rewards: tuple[RewardSpec, ...]) -> tuple[RewardSpec, ...]:
         check_labels(rewards)
         return rewards
 
@@ -163,7 +163,7 @@ class GrpoConfig(EpisodeConfig):
         if self.environment is not None and self.eval_refinement is not None:
             raise ValueError("eval_refinement is for single answers; leave it out, or environment")
         if self.environment is None and any(spec.name == "environment" for spec in self.rewards):
-            raise ValueError("the reward environment is paid by an environment: name one, or leave it out")
+            raise ValueError("the reward environment comes from an environment: name one, or leave it out")
         if self.environment in NEED_ROWS and self.task is None and self.data is None:
             raise ValueError(f"{self.environment} needs questions with answers: give task=addition or data.source=FILE")
         if self.grading != "strict" and self.answer_form is None and self.data is None:
@@ -198,7 +198,7 @@ class GrpoConfig(EpisodeConfig):
 
 
 def build_step_rewards(config: GrpoConfig, tokenizer: Tokenizer, parallel: DistributedContext) -> StepRewards | None:
-    """Under process supervision: what the steps of a sample are worth, by a model or by the task's program."""
+    """The rewards of a sample's steps, by a model or by the task's program; None without process supervision."""
     if not config.process_supervision:
         return None
     if config.process_reward_model is not None:
@@ -225,18 +225,18 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
         config, model, tokenizer, partial(make_prompt, problems, encode), rewards, parallel, log,
         normalize_rewards_separately=config.normalize_rewards_separately,
         steps=build_step_rewards(config, tokenizer, parallel),
-        wrap_sampler=sampler_of(config, environments, tokenizer, encode),
+        wrap_sampler=sampler_wrapper(config, environments, tokenizer, encode),
     )  # fmt: skip
     evaluator = held_out_evaluator(config, context, policy, problems, encode, tokenizer)
-    report = HeldOutLog(evaluator, model, log, lambda: [*failures_of(rewards), *environment_failures(environments)])
+    report = HeldOutLog(evaluator, model, log, lambda: [*reward_failures(rewards), *environment_failures(environments)])
     return Job(
         config,
         policy.objective,
         policy.rollouts,
         [evaluator, RatioRangeEvaluator(policy.objective, config.logging_steps, parallel.all_gather)],
         {
-            "tokenizer": tokenizer.hash, **encode.identity(problems), **hash_of_reward_files(config.rewards),
-            **hash_of_environment(config.environment, config.environment_kwargs),
+            "tokenizer": tokenizer.hash, **encode.identity(problems), **reward_file_hashes(config.rewards),
+            **environment_hashes(config.environment, config.environment_kwargs),
         },
         {
             "task": source_name(config.data) if config.data else config.task or config.environment or "reverse",
@@ -256,7 +256,7 @@ def held_out_evaluator(
     config: GrpoConfig, context: Context, policy: PolicySetup, problems: ProblemSet, encode: PromptEncoder,
     tokenizer: Tokenizer,
 ) -> PolicyEvaluator:  # fmt: skip
-    """Every reward on the held-out problems, answered as in a rollout, but greedily."""
+    """The evaluator of held-out problems: every reward, on greedy answers."""
     sampler, pipeline = policy.rollouts.sampler, policy.rollouts.reward_pipeline
     return PolicyEvaluator(
         problems.held_out,
@@ -272,7 +272,7 @@ def held_out_evaluator(
 
 
 def open_environment(config: GrpoConfig, log: LogFn) -> EnvironmentClient | None:
-    """The environment, where the config names one."""
+    """Start the environment that the config names; None if it names none."""
     if config.environment is None:
         return None
     return start_environment(
@@ -280,22 +280,23 @@ def open_environment(config: GrpoConfig, log: LogFn) -> EnvironmentClient | None
     )
 
 
-def sampler_of(
+def sampler_wrapper(
     config: GrpoConfig, environments: EnvironmentClient | None, tokenizer: Tokenizer, encode: PromptEncoder
 ) -> Callable[[Sampler], RolloutSampler]:
-    """What makes the recipe's sampler from one of single answers."""
+    """A function that makes the recipe's sampler from one of single answers."""
     if environments is None:
         return lambda sampler: sampler
-    return episodes_in_place_of_answers(
+    return episode_sampler_wrapper(
         environments, tokenizer, encode, max_turns=config.max_turns, max_episode_tokens=config.max_episode_tokens
     )
 
 
 def load_problems(config: GrpoConfig, log: LogFn) -> ProblemSet:
-    """The problems of the task, or of the rows. DataError where no row has the answer that a reward compares with."""
+    """Load the problems of the task, or of the rows. DataError where no row has the answer that a reward compares
+    with."""
     seed, number, form = derive_seed(config.seed, "order"), config.eval_problems, config.answer_form or ""
     if config.environment is not None and config.data is None and config.task is None:
-        return games(number, seed)
+        return game_problems(number, seed)
     if config.data is None:
         return problems_of_task(config.task_name, form, config.grading, number, seed)
     problems = problems_of_rows(config.data, form, config.grading, number, seed, log)
@@ -309,7 +310,7 @@ def load_problems(config: GrpoConfig, log: LogFn) -> ProblemSet:
 
 
 def init_policy(config: GrpoConfig, context: Context) -> tuple[Decoder, Tokenizer]:
-    """The model that is loaded, or a fresh one that has been warmed up (for a plan it has not)."""
+    """Load the policy, or build it and run its warm-up (not for a plan)."""
     if config.model.load is not None:
         return load_for_finetuning(StartModelConfig(load=config.model.load))
     assert config.warmup is not None
@@ -326,7 +327,7 @@ def init_policy(config: GrpoConfig, context: Context) -> tuple[Decoder, Tokenize
 
 
 def prompt_encoder(config: GrpoConfig, tokenizer: Tokenizer, problems: ProblemSet) -> PromptEncoder:
-    """From a problem to the ids of its prompt."""
+    """The encoder of problems as ids of prompts."""
     own = "" if config.environment is not None and config.system_prompt is None else config.system_prompt
     return make_prompt_encoder(
         tokenizer, problems, config.prompt_template, apply_chat_template=config.apply_chat_template, system_prompt=own
@@ -334,7 +335,7 @@ def prompt_encoder(config: GrpoConfig, tokenizer: Tokenizer, problems: ProblemSe
 
 
 def check_warmup(config: GrpoConfig, settings: RawConfig) -> GrpoConfig:
-    """The config. UsageError for a warm-up whose demonstrations do not fit into max_new_tokens."""
+    """Return the config; UsageError for a warm-up whose demonstrations do not fit into max_new_tokens."""
     if config.warmup is not None:
         task = parse_task(config.task_name)
         tokenizer = character_tokenizer(task.alphabet)

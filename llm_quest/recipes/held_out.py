@@ -1,7 +1,7 @@
-"""`quest eval RUN`: what a run measures on its held-out data, on the model of one of its checkpoints.
+"""`quest eval RUN`: the evaluations of a run on its held-out data, with the model of one of its checkpoints.
 
-The job is assembled again from the run's config.yaml, so each recipe brings its own measure and its own data, and the
-numbers are those that the run printed at its end."""
+The job is assembled again from the run's config.yaml, with the recipe's own evaluators and data, so the numbers are
+those that the run printed at its end."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class HeldOutReport:
 
 
 def find_run(name_or_path: str) -> Path | None:
-    """The run folder that a folder is or that a checkpoint belongs to; None for anything else."""
+    """The run folder of a run or of one of its checkpoints; None for anything else."""
     folder = resolve_checkpoint(name_or_path).resolve()
     folder = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     return folder if (folder / "config.yaml").is_file() else None
@@ -66,7 +66,7 @@ def find_run(name_or_path: str) -> Path | None:
 
 def evaluate_run(name_or_path: str, overrides: Sequence[str] = (), *, log: LogFn) -> HeldOutReport:
     """Evaluate the newest checkpoint of a run, or one of its checkpoints. overrides: settings in place of the run's,
-    such as `device=cpu`. DataError where the run's data are no longer what they were."""
+    such as `device=cpu`. DataError if the run's data have changed."""
     run_dir = find_run(name_or_path)
     if run_dir is None:
         raise UsageError(
@@ -91,7 +91,7 @@ def evaluate_run(name_or_path: str, overrides: Sequence[str] = (), *, log: LogFn
 
 
 def require_same_data(job: Job, checkpoint: Path, run_dir: Path) -> None:
-    """DataError where what decides the data is not what it was when the run was trained."""
+    """Raise DataError if the data are not those that the run was trained with."""
     saved = read_manifest(checkpoint)["identity"]
     changed = [name for name, value in job.identity.items() if saved.get(name, value) != value]
     if changed:
@@ -102,7 +102,7 @@ def require_same_data(job: Job, checkpoint: Path, run_dir: Path) -> None:
 
 
 def measure(job: Job, context: Context, name: str, checkpoint: Path) -> HeldOutReport:
-    """The numbers of the job's evaluators as after its last step, in the precision of the run."""
+    """Run the job's evaluators as after its last step, in the precision of the run."""
     config, device = job.config, context.parallel.device
     with phase("preparing the reference"):
         job.prepare()

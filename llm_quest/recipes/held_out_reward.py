@@ -1,5 +1,5 @@
-"""The held-out part of a policy's run: how its answers are drawn, and what is said before the first step and after the
-last."""
+"""Held-out problems of a policy's run: sampling their answers, refining them, and the log lines before the first step
+and after the last."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from llm_quest.train.arguments import TrainResult
 def draw_held_out(
     sampler: RolloutSampler, tokenizer: Tokenizer, encode: PromptEncoder, max_new_tokens: int
 ) -> DrawAnswers:
-    """Draws answers as the rollouts do: episodes where there is an environment."""
+    """A function that samples answers as the rollouts do: episodes if there is an environment."""
     if isinstance(sampler, EpisodeSampler):
         return partial(draw_episodes, sampler, encode)
     return partial(draw_answers, tokenizer, encode, max_new_tokens)
@@ -40,7 +40,7 @@ def draw_answers(
     tokenizer: Tokenizer, encode: PromptEncoder, max_new_tokens: int, model: Decoder, problems: Sequence[Problem],
     sampling: SamplingParams, n: int, seed: int,
 ) -> list[list[Sample]]:  # fmt: skip
-    """n answers of each problem, in one turn."""
+    """Sample n answers of each problem, in one turn."""
     encode.encode_problems(problems)
     return sample_answers(
         model, tokenizer, problems, sampling, encode_prompt=encode, max_new_tokens=max_new_tokens, n=n, seed=seed
@@ -82,7 +82,7 @@ def complete_greedily(
 
 @dataclass(frozen=True)
 class HeldOutLog:
-    """What is said of the held-out problems before the first step and after the last. failure_lines: of rewards and
+    """Logs the scores of held-out problems before the first step and after the last. failure_lines: of rewards and
     environments."""
 
     evaluator: PolicyEvaluator

@@ -1,4 +1,4 @@
-"""The settings that the recipes of images share: which images, their pixels, and how training ones are varied."""
+"""Schemas that the image recipes share: the images, their pixels, and the augmentation of training images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EvalFraction = Annotated[float, Field(ge=0, lt=0.9)]
 
 
 class VisionConfig(BatchedConfig):
-    """A run on images."""
+    """Keys of every image recipe."""
 
     micro_batch_size: PositiveInt | None = Field(default=None, description="images at once on each process; null: all")
 
@@ -34,8 +34,7 @@ class AugmentConfig(StrictModel):
 
 
 class ImageDataConfig(StrictModel):
-    """Which images, and the numbers they become: brightness 0..1, less mean, divided by std, one of each per
-    channel."""
+    """The images of a run and their normalization: (brightness 0..1 - mean) / std for each channel."""
 
     source: Literal["digits", "folder", "cifar10"] = Field(
         default="digits", description="digits come with scikit-learn"
@@ -72,7 +71,7 @@ class ImageDataConfig(StrictModel):
     hold_nothing_out = model_validator(mode="before")(hold_nothing_out)
 
     @model_validator(mode="after")
-    def one_mean_and_std_per_channel(self) -> ImageDataConfig:
+    def check_channels(self) -> ImageDataConfig:
         if (channels := self.channels) is not None:
             ImageProcessor(1, self.image_mean or (0.5,) * channels, self.image_std or (0.5,) * channels)
         return self

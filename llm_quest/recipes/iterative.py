@@ -6,8 +6,8 @@
 
 Every stage is a run of its own in the folder, so the whole goes on where it was interrupted. In the metrics of a policy
 `rewards/model` is what it is trained for and `rewards/correct` (or `rewards/environment`) is what it is worth: where
-they part, the policy exploits the reward model.
-Not said in the paper: the policy's optimiser begins anew in every iteration.
+they part, the policy exploits the reward model. Not in the paper: the policy's optimizer starts anew in every
+iteration.
 
 Commonly got wrong: the reference of an iteration is the policy that it began with, not the first one, so its divergence
 begins at 0; each reward model learns from earlier comparisons too."""
@@ -44,7 +44,7 @@ from llm_quest.recipes.grpo import (
     load_problems,
     open_environment,
     prompt_encoder,
-    sampler_of,
+    sampler_wrapper,
 )
 from llm_quest.recipes.policy_setup import policy_sampler
 from llm_quest.recipes.recipe import Context, Recipe, RunOutcome, no_single_job
@@ -77,7 +77,7 @@ class RewardModelConfig(StrictModel):
 
 
 class IterativeConfig(GrpoConfig):
-    """GRPO with a reward model that learns from what the policy has become (DeepSeekMath, algorithm 1)."""
+    """GRPO with a reward model that is trained on the samples of each new policy (DeepSeekMath, algorithm 1)."""
 
     recipe: Literal["iterative"]  # type: ignore[assignment]
     num_outer_iterations: PositiveInt = Field(
@@ -87,7 +87,7 @@ class IterativeConfig(GrpoConfig):
 
     @property
     def gold_reward(self) -> str:
-        """What labels the comparisons: the environment, or the verifier."""
+        """The reward that labels comparisons: the environment's, or the verifier's."""
         return "correct" if self.environment is None else "environment"
 
     @model_validator(mode="after")
@@ -131,7 +131,7 @@ def run_iterative(config: IterativeConfig, context: Context) -> RunOutcome:
 
 
 def require_same_length(config: IterativeConfig, out: Path) -> None:
-    """UsageError for another number of steps than the policies that are there have been trained for."""
+    """Raise UsageError for another number of steps than that of the policies that exist."""
     if not (out / "config.yaml").is_file() or not (out / "iteration-0").exists():
         return
     before = parse_config(IterativeConfig, load_raw_config(str(out / "config.yaml")))
@@ -163,8 +163,8 @@ def train_reward_model_stage(
     parallel: DistributedContext,
     log: LogFn,
 ) -> Path:
-    """Trains this iteration's reward model; its folder. Of several processes each holds the whole model and learns from
-    the whole batch. StoppedBySignal where a signal ended it, after a checkpoint."""
+    """Train this iteration's reward model; return its folder. Of several processes each holds the whole model and
+    learns from the whole batch. StoppedBySignal where a signal ended it, after a checkpoint."""
     parallel = parallel.replicate()
     folder, part = out / f"iteration-{number}" / "judge", config.reward_model
     file = out / f"iteration-{number}" / "comparisons.json"
@@ -179,7 +179,7 @@ def train_reward_model_stage(
         one for earlier in range(number) for one in read_comparisons(out / f"iteration-{earlier}" / "comparisons.json")
     ]
     if not new and reward_model is not None:
-        log(f"judge {number}: no question has both right and wrong answers any more; it stays what it was")
+        log(f"reward model {number}: no question has both right and wrong answers any more; it stays what it was")
         return Path(reward_model)
     model, tokenizer = init_reward_model(reward_model or policy, derive_seed(config.seed, "judge"))
     objective = parallel.parallelize(RewardModelLoss(model))
@@ -200,16 +200,16 @@ def train_reward_model_stage(
             parallel=parallel,
         )  # fmt: skip
     if result.status == "interrupted":
-        log(f"Interrupted; the judge is saved at step {result.step}. quest train {out} goes on with it.")
+        log(f"Interrupted; the reward model is saved at step {result.step}. quest train {out} goes on with it.")
         raise StoppedBySignal(result.exit_code - 128)
     parallel.wait_for_main_process()
     right = result.metrics["rewards/accuracy"]
-    log(f"judge {number}: {len(new)} new comparisons, {len(history)} earlier ones; {right:.0%} of the last batch right")
+    log(f"reward model {number}: {len(new)} new comparisons, {len(history)} earlier; last batch {right:.0%} right")
     return folder
 
 
 def init_reward_model(name_or_path: str, seed: int) -> tuple[Decoder, Tokenizer]:
-    """A reward model; a language model's head is replaced."""
+    """Load a reward model; the head of a language model is replaced."""
     model = require_language_model(load(name_or_path, dtype="float32", aligned=True), name_or_path)
     return (model if find_score_head(model) is not None else ScoreHead(1, seed=seed)(model)), load_tokenizer(
         name_or_path
@@ -219,7 +219,7 @@ def init_reward_model(name_or_path: str, seed: int) -> tuple[Decoder, Tokenizer]
 def collect_comparisons(
     config: IterativeConfig, policy: str, number: int, parallel: DistributedContext, log: LogFn
 ) -> Sequence[TokenizedPreference]:
-    """Comparisons of the newest policy's samples, or episodes, labelled by the verifier or the environment."""
+    """Sample answers or episodes of the newest policy, and pair them by the verifier's or the environment's labels."""
     model, tokenizer = load(policy, dtype="float32", aligned=True).to(parallel.device), load_tokenizer(policy)
     problems = load_problems(config, lambda line: None)
     environments = open_environment(config, log)
@@ -233,7 +233,7 @@ def collect_comparisons(
         PolicyPrompt(tuple(ids), problem) for ids, problem in zip(encode.encode_problems(asked), asked, strict=True)
     ]
     seed = derive_seed(config.seed, f"comparisons {number}")
-    make_sampler = sampler_of(config, environments, tokenizer, encode)
+    make_sampler = sampler_wrapper(config, environments, tokenizer, encode)
     sampler = make_sampler(policy_sampler(config, model, tokenizer, parallel))
     mine = sampler(model, questions, config.num_generations, seed, parallel.data_shard)
     groups = [group for part in parallel.all_gather(mine) for group in part]
@@ -245,7 +245,7 @@ def comparison_to_json(one: TokenizedPreference) -> list[list[int]]:
 
 
 def read_comparisons(file: Path) -> list[TokenizedPreference]:
-    """Comparisons from their file; none where there is none (a reward model that was loaded had no iteration 0)."""
+    """Read comparisons; none if there is no file (iteration 0 of a loaded reward model)."""
     if not file.is_file():
         return []
     remedy = "remove its reward model's folder, and both are made again"

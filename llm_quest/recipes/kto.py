@@ -73,9 +73,7 @@ class KtoConfig(PairBatchedConfig):
     recipe: Literal["kto"]
     model: StartModelConfig
     data: UnpairedDataConfig = UnpairedDataConfig()
-    loss_type: Annotated[str, Choice(UNPAIRED_LOSSES)] = Field(
-        default="kto", description="which loss of single answers"
-    )
+    loss_type: Annotated[str, Choice(UNPAIRED_LOSSES)] = Field(default="kto", description="loss of single answers")
     beta: PositiveFloat = Field(default=0.1, description="how strongly the policy is held to the reference")
     desirable_weight: PositiveFloat = Field(default=1.0, description="weight of the loss of desirable answers")
     undesirable_weight: PositiveFloat = Field(default=1.0, description="weight of the loss of undesirable answers")
@@ -95,18 +93,18 @@ class KTOLoader:
 
     def __init__(
         self,
-        feed: ShardedLoader[PreferenceDataset],
+        loader: ShardedLoader[PreferenceDataset],
         model: nn.Module,
         parallel: DistributedContext,
         *,
         policy_context: PolicyContext,
         needs_kl: bool,
     ):
-        self.feed, self.model, self.parallel = feed, model, parallel
+        self.loader, self.model, self.parallel = loader, model, parallel
         self.policy_context, self.needs_kl = policy_context, needs_kl
 
     def batches(self, step: int) -> list[UnpairedBatch]:
-        batches = self.feed.batches(step)
+        batches = self.loader.batches(step)
         known = all(batch.reference_log_probs is not None for batch in batches)
         z = self.estimate_kl(batches) if self.needs_kl and known else torch.zeros(())
         return [own_rows(batch, z) for batch in batches]
@@ -117,15 +115,16 @@ class KTOLoader:
         return reference_point(self.parallel.all_gather(mine))
 
     def state_dict(self) -> dict[str, Any]:
-        return self.feed.state_dict()
+        return self.loader.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.feed.load_state_dict(state)
+        self.loader.load_state_dict(state)
 
 
 class UnpairedEvaluator:
-    """The loss on held-out rows, its metrics, margin: what the rewards of desirable and undesirable answers differ by,
-    and auc: how often a desirable answer has the larger one. Held-out rows have a reference point of their own."""
+    """Evaluates held-out rows: the loss, its metrics, margin: what the rewards of desirable and undesirable answers
+    differ by, and auc: how often a desirable answer has the larger one. Held-out rows have a reference point of their
+    own."""
 
     name = "eval"
 
@@ -171,9 +170,9 @@ def build_kto(config: KtoConfig, context: Context) -> Job:
     make_objective = partial(
         KTOLoss, loss=loss, desirable_weight=config.desirable_weight, undesirable_weight=config.undesirable_weight
     )
-    objective, feed = make_objective(model), pairs_loader(config, rows, parallel)
+    objective, row_loader = make_objective(model), pairs_loader(config, rows, parallel)
     loader = KTOLoader(
-        feed, model, parallel, needs_kl=loss.needs_kl,
+        row_loader, model, parallel, needs_kl=loss.needs_kl,
         policy_context=partial(policy_context, config, parallel, objective),
     )  # fmt: skip
     evaluator = UnpairedEvaluator(rows.held_out, config.eval_steps, make_objective)
@@ -181,21 +180,21 @@ def build_kto(config: KtoConfig, context: Context) -> Job:
     def compute_reference() -> Callable[[Path], None]:
         every = [*rows.train, *rows.held_out]
         found = reference_log_probs(model, every, out, parallel, config.precision, log)
-        feed.source.reference_log_probs = found.log_probs[: len(rows.train)]
+        row_loader.source.reference_log_probs = found.log_probs[: len(rows.train)]
         evaluator.rows.reference_log_probs = found.log_probs[len(rows.train) :]
         return found.save
 
     facts = data_facts(config.data, rows.chat, rows.drop_report, len(rows.train), len(rows.held_out), log)
     return Job(
         config, objective, loader, [evaluator] if rows.held_out else [],
-        {"tokenizer": tokenizer.hash, "data": feed.source.hash, "held_out": evaluator.rows.hash}, facts,
+        {"tokenizer": tokenizer.hash, "data": row_loader.source.hash, "held_out": evaluator.rows.hash}, facts,
         tokenizer, callbacks=callbacks, watchers=[Diagnostics(symptoms=SUPERVISED_SYMPTOMS)],
         prepare=compute_reference,
     )  # fmt: skip
 
 
 def prepare_unpaired(config: KtoConfig, tokenizer: Tokenizer, loss: UnpairedLoss, log: LogFn) -> PreferenceData:
-    """From a source to labelled rows with mismatched answers, and held-out ones."""
+    """Prepare the labelled rows of a source with mismatched answers, and held-out ones."""
     data, drop_report = config.data, DropReport()
     chat = open_chat_template(data, tokenizer)
     learned, held_out = load_split_rows(
@@ -218,7 +217,7 @@ def prepare_unpaired(config: KtoConfig, tokenizer: Tokenizer, loss: UnpairedLoss
 
 @contextmanager
 def policy_context(config: KtoConfig, parallel: DistributedContext, objective: nn.Module) -> Iterator[None]:
-    """The policy whole, in the precision of the step."""
+    """Gather the policy whole, in the precision of the step."""
     with parallel.gather_model(objective), autocast(config.precision, parallel.device):
         yield
 

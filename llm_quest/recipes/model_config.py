@@ -1,10 +1,10 @@
-"""From settings to a model's config: a preset, or a family and the fields of its Config.
+"""Builds a model's config from settings: a preset, or a family and the fields of its Config.
 
-Fields that follow from others need not be given: `vocab_size` is the tokenizer's, `num_key_value_heads` are as many as
+Fields that can be derived need not be given: `vocab_size` is the tokenizer's, `num_key_value_heads` are as many as
 `num_attention_heads`, `head_dim` is hidden_size / num_attention_heads, `max_position_embeddings` is the length of the
-training rows, `tie_word_embeddings` is true. Rotary settings are given as config.json spells them:
-`rotary: {rope_theta: 500000, rope_type: llama3, factor: 8, ...}`. A part of a config (Qwen3's `moe`, Qwen3-Next's
-`delta_net`) is a group of keys; a pattern of layers (`layer_types`) is a list, by default the family's own.
+training rows, `tie_word_embeddings` is true. Rotary settings are given as config.json spells them: `rotary:
+{rope_theta: 500000, rope_type: llama3, factor: 8, ...}`. A part of a config (Qwen3's `moe`, Qwen3-Next's `delta_net`)
+is a group of keys; a pattern of layers (`layer_types`) is a list, by default the family's own.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ DERIVED_DEFAULTS: dict[str, Callable[[ConfigValues], Any]] = {
 
 
 def build_model_config(config: ModelConfig, settings: RawConfig, *, vocab: int, context: int) -> Any:
-    """The config of the model to build; UsageError with every mistake. vocab: the tokenizer's; context: the length of
-    a row."""
+    """Build the config of a model; UsageError with every mistake. vocab: the tokenizer's; context: the length of a
+    row."""
     plan = resolve_sizes(config, settings, vocab, context)
     if mistakes := list(find_size_problems(plan, settings)):
         raise config_error(mistakes)
@@ -58,7 +58,7 @@ def build_model_config(config: ModelConfig, settings: RawConfig, *, vocab: int, 
 
 
 def make_config(plan: ModelSizes) -> Any:
-    """The Config of these sizes; ValueError for what the family refuses."""
+    """Make the Config of these sizes; ValueError for what the family refuses."""
     rotary = {key: build_rotary(key, plan.sizes, plan.base) for key in rotary_fields(plan.family)}
     return plan.family.Config(**{**convert_values(plan), **rotary})
 
@@ -68,8 +68,8 @@ WARMUP_CONTEXT = 128
 
 
 def model_config_problems(schema: type[StrictModel], settings: RawConfig) -> list[ConfigProblem]:
-    """What is wrong with `model.config` of a model that is to be built. Its tokenizer is not there yet, so a vocabulary
-    of no consequence stands in."""
+    """The problems of `model.config` of a model that is to be built. Its tokenizer does not exist yet: a vocabulary of
+    512 is assumed."""
     field = schema.model_fields.get("model")
     part = None if field is None else nested_schema(field.annotation)
     if part is None or not issubclass(part, ModelConfig) or settings.problems:
@@ -82,14 +82,14 @@ def model_config_problems(schema: type[StrictModel], settings: RawConfig) -> lis
         if chosen.load is not None:
             return []
         return list(find_size_problems(resolve_sizes(chosen, settings, 512, context), settings))
-    except ValidationError:  # the schema's to tell
+    except ValidationError:  # reported by the schema
         return []
     except ModelConfigError as error:
         return [error.problem]
 
 
 class ModelConfigError(UsageError):
-    """One mistake, raised because nothing can be said of what depends on it."""
+    """One mistake after which nothing that depends on it can be checked."""
 
     def __init__(self, problem: ConfigProblem):
         super().__init__(str(problem))
@@ -107,7 +107,7 @@ class ModelSizes:
 
 
 def resolve_sizes(part: ModelConfig, settings: RawConfig, vocab: int, context: int) -> ModelSizes:
-    """The family, and the sizes with those that follow from others. A family without sizes takes those of its `-tiny`
+    """Resolve the family and its sizes, derived ones included. A family without sizes takes those of its `-tiny`
     preset."""
     if part.preset is not None:
         try:
@@ -131,13 +131,13 @@ def resolve_sizes(part: ModelConfig, settings: RawConfig, vocab: int, context: i
     sizes = {"vocab_size": vocab, "max_position_embeddings": context, **part.config}
     for key, derive in DERIVED_DEFAULTS.items():
         if key in config_fields(family) and key not in sizes:
-            with suppress(KeyError, TypeError, ZeroDivisionError):  # what it follows from is missing or wrong
+            with suppress(KeyError, TypeError, ZeroDivisionError):  # what it is derived from is missing or wrong
                 sizes[key] = derive(sizes)
     return ModelSizes(family, None, part.config, {**sizes, **derive_patterns(family, sizes)})
 
 
 def derive_patterns(family: Family, sizes: ConfigValues) -> ConfigValues:
-    """The family's own pattern of layers, where none is given and there are not more layers than is plausible."""
+    """The family's own pattern of layers, if none is given; empty for an implausible number of layers."""
     layers = sizes.get("num_hidden_layers")
     if type(layers) is not int or layers > LARGEST_SIZES["num_hidden_layers"]:
         return {}
@@ -145,7 +145,7 @@ def derive_patterns(family: Family, sizes: ConfigValues) -> ConfigValues:
 
 
 def find_size_problems(plan: ModelSizes, settings: RawConfig) -> Iterator[ConfigProblem]:
-    """Every number that is unknown, missing, of the wrong type or at odds with another."""
+    """Find every number that is unknown, missing, of the wrong type or inconsistent with another."""
     wrong = dict(check_config_keys(plan))
     found = [*wrong.items(), *(pair for pair in check_relations(plan) if pair[0] not in wrong)]
     reported = {key for key, _ in found}
@@ -162,7 +162,8 @@ def find_size_problems(plan: ModelSizes, settings: RawConfig) -> Iterator[Config
 
 
 def check_config(plan: ModelSizes) -> list[tuple[str, str]]:
-    """What the family's own class refuses in sizes that are right by themselves: the field that it names first."""
+    """The error of the family's own class for sizes that are valid by themselves, with the field that it names
+    first."""
     try:
         make_config(plan)
     except ValueError as error:
@@ -172,13 +173,13 @@ def check_config(plan: ModelSizes) -> list[tuple[str, str]]:
 
 
 def recompute_derived(base: Any, changed: ConfigValues) -> dict[str, Any]:
-    """Numbers of a preset that follow from those that are changed, such as head_dim from hidden_size."""
+    """Recompute the derived numbers of a preset, such as head_dim from hidden_size."""
     before = field_values(base)
     after = {**before, **changed}
     found = {}
     for key, derive in DERIVED_DEFAULTS.items():
         if key in before:
-            with suppress(KeyError, TypeError, ZeroDivisionError):  # what it follows from is wrong
+            with suppress(KeyError, TypeError, ZeroDivisionError):  # what it is derived from is wrong
                 if before[key] == derive(before):
                     found[key] = derive(after)
     return found
@@ -222,7 +223,7 @@ def make_generation_config(tokenizer: Tokenizer) -> GenerationConfig:
 
 
 def check_config_keys(plan: ModelSizes) -> Iterator[tuple[str, str]]:
-    """Every number that is unknown, missing or of the wrong type."""
+    """Find every number that is unknown, missing or of the wrong type."""
     family, fields = plan.family, config_fields(plan.family)
     for key, value in plan.own.items():
         if key == "vocab_size":
@@ -262,7 +263,7 @@ head_dim is a number of its own."""
 
 
 def check_relations(plan: ModelSizes) -> Iterator[tuple[str, str]]:
-    """The rules that numbers keep among themselves."""
+    """Find numbers that are inconsistent with each other."""
     sizes = {key: value for key, value in plan.sizes.items() if type(value) is int and value > 0}
     for key in ("num_key_value_heads", "swa_num_key_value_heads"):
         if {"num_attention_heads", key} <= sizes.keys() and sizes["num_attention_heads"] % sizes[key]:
@@ -298,7 +299,7 @@ def config_fields(family: Family) -> dict[str, Any]:
 
 
 def convert_values(plan: ModelSizes) -> dict[str, Any]:
-    """The numbers with lists as tuples, and groups of keys as the parts they stand for."""
+    """Convert lists to tuples, and groups of keys to nested configs."""
     kinds, fitted = config_fields(plan.family), dict(plan.sizes)
     for key, value in plan.sizes.items():
         part = nested_config(kinds[key])
@@ -317,7 +318,7 @@ def rotary_fields(family: Family) -> list[str]:
 
 
 def check_rotary(key: str, plan: ModelSizes) -> list[str]:
-    """What is wrong with rotary settings."""
+    """The problems of rotary settings."""
     given = plan.sizes[key]
     unknown = [name for name in given if name not in ROPE_KEYS]
     if unknown:
@@ -334,7 +335,7 @@ def check_rotary(key: str, plan: ModelSizes) -> list[str]:
 
 
 def build_rotary(key: str, sizes: ConfigValues, base: Any) -> RotaryEmbedding:
-    """A field's rotary positions, from the published spelling or a preset's."""
+    """Build the rotary positions of a field, from config.json's spelling or the preset."""
     given = sizes[key]
     before: RotaryEmbedding | None = None if base is None else getattr(base, key)
     if isinstance(given, RotaryEmbedding):
@@ -345,7 +346,7 @@ def build_rotary(key: str, sizes: ConfigValues, base: Any) -> RotaryEmbedding:
 
 
 def rotary_dim(sizes: ConfigValues, given: ConfigValues, before: RotaryEmbedding | None, base: Any) -> int:
-    """How much of a head is rotated: what is said, else as large a part as in the preset, else all of it."""
+    """The rotated dimensions of a head: as given, else the same part as in the preset, else all."""
     if "qk_rope_head_dim" in sizes:
         return int(sizes["qk_rope_head_dim"])
     if "partial_rotary_factor" in given or before is None:

@@ -1,4 +1,4 @@
-"""What the fields of a family's Config take, and why a value that was given is not of that kind."""
+"""Types of the fields of a family's Config, and messages for values of another type."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llm_quest.recipes.schema import did_you_mean
 
 
 def missing_inside(value: Any, kind: Any, before: Any) -> list[str]:
-    """What a part of a config, given as a group of keys, leaves out. before: the preset's."""
+    """The required keys that a nested config lacks. before: the preset's."""
     part = nested_config(kind)
     if part is None or not isinstance(value, dict):
         return []
@@ -21,7 +21,7 @@ def missing_inside(value: Any, kind: Any, before: Any) -> list[str]:
 
 
 def describe_type_error(value: Any, kind: Any, least: int = 1) -> str | None:
-    """Why a value is not of a field's kind; None if it is."""
+    """A message for a value that is not of a field's type; None if it is."""
     if value is None and type(None) in get_args(kind):
         return None
     if get_origin(kind) is Literal:
@@ -42,7 +42,7 @@ def describe_type_error(value: Any, kind: Any, least: int = 1) -> str | None:
 
 
 def describe_nested_type_error(value: Any, part: type) -> str | None:
-    """What is wrong with the type of a part of a config, given as a group of keys."""
+    """A message for a nested config with a key or a value of the wrong type; None if it is right."""
     kinds = get_type_hints(part)
     if not isinstance(value, dict):
         return f"{value!r} is not {describe_expected(part)}"

@@ -222,9 +222,9 @@ def new_key(old: str) -> str | None:
     return None
 
 
-def with_new_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A config of an earlier version under the present keys, for reading what a run was trained on. A group that was
-    null, and a key that several replace, is left out."""
+def rename_old_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename the keys of an earlier version's config, to read what a run was trained on. A group that was null, and a
+    key that several replace, is left out."""
     translated: dict[str, Any] = {}
     for old, value in flatten_tree(tree):
         key = new_key(old) or old

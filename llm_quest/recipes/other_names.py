@@ -149,7 +149,8 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "d_model": ("model.config.hidden_size", "model.hidden_size"),
     "vocab_size": ("tokenizer.vocab_size", "language_model.vocab_size"),
 }  # fmt: skip
-"""Another name -> settings of ours, the first that a recipe has is meant; options of the command begin with --."""
+"""Name elsewhere -> our settings, of which the first that the recipe has is meant; options of the command begin with
+--."""
 
 
 PACKED = "whole documents and conversations always share rows, and do not attend to one another; leave it out"
@@ -190,13 +191,13 @@ OTHER_VALUES: dict[tuple[str, ...], str] = {
 """(recipe, where one alone is meant,) key and value of other programs -> our value."""
 
 
-def remark_on(name: str, recipe: str) -> str | None:
-    """What is done in place of a setting that other programs have; None if the name is not known."""
+def setting_remark(name: str, recipe: str) -> str | None:
+    """A remark on a setting that other programs have and no recipe does; None for an unknown name."""
     found = NO_SETTING.get(name, {})
     return found.get(recipe, found.get(""))
 
 
-def value_of(recipe: str, key: str, value: str) -> str | None:
+def our_value(recipe: str, key: str, value: str) -> str | None:
     """Our name for another program's value of a setting."""
     return OTHER_VALUES.get((recipe, key, value)) or OTHER_VALUES.get((key, value))
 
@@ -206,12 +207,12 @@ ONLY_WITH = {
     "simpo_gamma": "label_smoothing",
     **dict.fromkeys(("epsilon", "epsilon_high", "cliprange", "clip_range"), "num_generations"),
 }
-"""A name that is answered in recipes alone that have this key: policies are trained without noise, and
-preference losses alone have SimPO's margin, policies' alone a clip range."""
+"""Name elsewhere -> a key without which the recipe has no such setting: only preference losses have SimPO's margin,
+only policy losses a clip range."""
 
 
-def setting_of(name: str, knows: Callable[[str], bool]) -> str | None:
-    """The setting that is meant by another name; None if there is none. knows: whether the recipe has a key."""
+def our_setting(name: str, knows: Callable[[str], bool]) -> str | None:
+    """Our setting for a name that other programs use; None if there is none. knows: whether the recipe has a key."""
     if name in ONLY_WITH and not knows(ONLY_WITH[name]):
         return None
     for ours in OTHER_NAMES.get(name, ()):
@@ -225,10 +226,10 @@ METHODS = {
     "finetune": "sft", "full": "sft", "pt": "pretrain", "rm": "reward", "rlhf": "grpo", "distillation": "gkd",
     "online_dpo": "iterative", "rloo": "grpo advantage_estimator=leave_one_out", "vision": "vit",
 }  # fmt: skip
-"""What other programs call a recipe -> ours, with what makes it that method."""
+"""Method -> our recipe, with the settings that make it that method."""
 
 
-def command_of_method(name: str) -> str | None:
+def method_command(name: str) -> str | None:
     """The recipe and setting of a method that other programs have a trainer for: dpo loss_type=orpo."""
     from llm_quest.objectives.kto import UNPAIRED_LOSSES
     from llm_quest.objectives.policy_gradient import POLICY_VARIANTS

@@ -1,4 +1,4 @@
-"""Plans of assembled jobs (`quest plan`): what `cost.plan` must know of a job, and the measured plan of a policy."""
+"""Plans of assembled jobs (`quest plan`): the workload of a job for `cost.plan`, and the measured plan of a policy."""
 
 from __future__ import annotations
 
@@ -48,18 +48,23 @@ from llm_quest.techniques.lora import ADAPTERS
 from llm_quest.train.rng_state import derive_seed
 
 SAMPLED_STEPS = 8
-"""So many steps show how long rows are."""
+"""Steps from which the lengths of rows are sampled."""
 TIMED_ROLLOUTS = 2
 
 
 @contextmanager
 def open_job(recipe: Recipe, config: RunConfig, settings: RawConfig, log: LogFn, folder: Path) -> Iterator[Job]:
-    """A job on this process alone, to count its cost or to look at its batches. folder: an empty one to use."""
+    """Assemble a job on this process alone, to look at its batches. folder: an empty one to use."""
     with init_distributed(config, 1) as parallel:
-        job = recipe.build(config, Context(folder, parallel, log, settings, planning=True))
-        if config.freeze:
-            freeze_parameters(job.model, config.freeze, log)
-        yield job
+        yield build_job(recipe, config, Context(folder, parallel, log, settings, planning=True))
+
+
+def build_job(recipe: Recipe, config: RunConfig, context: Context) -> Job:
+    """Build a job whose model has the frozen parameters of a run."""
+    job = recipe.build(config, context)
+    if config.freeze:
+        freeze_parameters(job.model, config.freeze, context.log)
+    return job
 
 
 def plan_recipe(recipe: Recipe, config: Any, settings: RawConfig, folder: Path, *, measure: bool, log: LogFn) -> Plan:
@@ -69,9 +74,7 @@ def plan_recipe(recipe: Recipe, config: Any, settings: RawConfig, folder: Path, 
         context = Context(folder, parallel, log, settings, planning=True)
         if recipe.name in WITHOUT_DATA:
             return WITHOUT_DATA[recipe.name](config, context, measure=measure)
-        job = recipe.build(config, context)
-        if config.freeze:
-            freeze_parameters(job.model, config.freeze, log)
+        job = build_job(recipe, config, context)
         plan_it = plan_policy if isinstance(job.objective, PolicyGradientLoss) else plan_job
         return plan_it(job, context, measure=measure)
 
@@ -126,8 +129,8 @@ def plan_job(job: Job, context: Context, *, measure: bool) -> Plan:
 
 
 def job_workload(job: Job, context: Context) -> Workload:
-    """A job as planning sees it. Rows are of all lengths, so a step is as many tokens as the first steps have on
-    average."""
+    """The workload of a job. Rows differ in length, so a step counts the mean tokens of the first SAMPLED_STEPS
+    steps."""
     config: Any = job.config
     steps = [job.loader.batches(step) for step in range(min(SAMPLED_STEPS, config.max_steps))]
     count: Callable[[Any], int] = count_tokens if job.preprocessor is None else count_images
@@ -136,7 +139,7 @@ def job_workload(job: Job, context: Context) -> Workload:
     units = world * sum(count(batch) for step in steps for batch in step) / len(steps)
     rows = config.rows_per_step
     words = f"{rows:,} rows, about {units:,.0f} tokens" if job.preprocessor is None else f"{rows:,} images"
-    inner: Any = job.loader.feed if isinstance(job.loader, SyncedReference | KTOLoader) else job.loader
+    inner: Any = job.loader.loader if isinstance(job.loader, SyncedReference | KTOLoader) else job.loader
     source = inner.source if isinstance(inner, ShardedLoader) and job.preprocessor is None else None
     epochs = config.max_steps * rows / len(source) if isinstance(source, Sized) else None  # drawn rows have no end
     return Workload(
@@ -162,7 +165,7 @@ def count_images(batch: Any) -> int:
 
 
 def without_reference(batch: Any) -> Any:
-    """What the reference says of preferences makes no difference to the cost."""
+    """The batch with log-probabilities of 0 for the reference: they do not change the cost."""
     if not isinstance(batch, PreferenceBatch):
         return batch
     return replace(batch, reference_log_probs=torch.zeros(len(batch.input_ids)))
@@ -229,7 +232,7 @@ def plan_policy(job: Job, context: Context, *, measure: bool) -> Plan:
 
 
 def reward_randomly(rollouts: Any, seed: int) -> None:
-    """The first reward is random, reward models stay, and every row is read."""
+    """Replace the rewards by a random one and the reward models, and train on every row."""
     random = WeightedReward("random", RandomReward(derive_seed(seed, "random reward")))
     models = [one for one in rollouts.reward_pipeline.rewards if isinstance(one.reward_fn, ModelReward)]
     rollouts.reward_pipeline = replace(rollouts.reward_pipeline, rewards=(random, *models))
@@ -268,7 +271,7 @@ def time_rollouts(job: Job, rollouts: Any, meter: FlopsMeter) -> tuple[tuple[flo
         for step in range(number * per_rollout, (number + 1) * per_rollout):
             batches = rollouts.batches(step)
             meter.count_training(rollouts.rows_to_read(rollouts.minibatch(step % per_rollout)))
-            training += time_call(partial(update, job.objective, optimizer, batches, config.precision), device)
+            training += time_call(partial(train_step, job.objective, optimizer, batches, config.precision), device)
             largest = max([*batches, *([largest] if largest else [])], key=lambda batch: batch.num_tokens)
         meter.count_sampling(rollouts.rollout.groups)
         metrics = rollouts.rollout.metric_sums
@@ -279,7 +282,7 @@ def time_rollouts(job: Job, rollouts: Any, meter: FlopsMeter) -> tuple[tuple[flo
     return (sampling, scoring, learning), largest, tokens / samples
 
 
-def update(objective: Any, optimizer: torch.optim.Optimizer, batches: list[Any], precision: str) -> None:
+def train_step(objective: Any, optimizer: torch.optim.Optimizer, batches: list[Any], precision: str) -> None:
     """An optimizer step over micro-batches."""
     device = next(objective.parameters()).device
     for batch in batches:

@@ -75,10 +75,10 @@ class PolicyConfig(RunConfig):
         "cap, floor",
     )
     loss_aggregation: Annotated[str, Choice(TOKEN_WEIGHTS)] | None = Field(
-        default=None, description="what the loss is divided by; null: as the loss has it"
+        default=None, description="what the loss is divided by; null: the loss's own"
     )
     advantage_estimator: Annotated[str, Choice({**ADVANTAGE_ESTIMATORS, **VALUE_ESTIMATORS})] | None = Field(
-        default=None, description="how rewards become advantages; null: as the loss has it"
+        default=None, description="how advantages are computed from rewards; null: the loss's own"
     )
     prompts_per_rollout: PositiveInt = Field(default=16, description="prompts in a rollout")
     num_generations: PositiveInt = Field(default=8, description="completions of each prompt (the group)")
@@ -163,7 +163,7 @@ class PolicyConfig(RunConfig):
         return self
 
     @model_validator(mode="after")
-    def groups_and_budget(self) -> PolicyConfig:
+    def check_groups_and_budget(self) -> PolicyConfig:
         if self.overlong_buffer_tokens and self.overlong_buffer_tokens >= self.max_new_tokens:
             raise ValueError(
                 f"overlong_buffer_tokens is {self.overlong_buffer_tokens}: give fewer tokens than the budget of "
@@ -204,7 +204,7 @@ class PolicyConfig(RunConfig):
 
     @property
     def by_steps(self) -> bool:
-        """Is every step of an answer rewarded by itself?"""
+        """Whether every step of an answer has a reward of its own (process supervision)."""
         return False
 
     @model_validator(mode="after")
@@ -270,7 +270,7 @@ class PolicyConfig(RunConfig):
         return self
 
     def build_surrogate(self) -> Surrogate:
-        """The variant's, with the numbers that were given."""
+        """The surrogate of the variant, with the numbers of `loss_kwargs`."""
         base: Any = POLICY_VARIANTS[self.loss_type].surrogate
         known = [field.name for field in dataclasses.fields(base) if field.name != "importance_ratio"]
         for name in self.loss_kwargs:

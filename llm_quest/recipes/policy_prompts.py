@@ -1,4 +1,4 @@
-"""What a policy is asked: problems of a task or of rows, as the ids of prompts.
+"""Prompts of a policy: problems of a task or of rows, encoded as ids.
 
 Prompts go through the model's chat template, with a system prompt that asks for the form of the answer, or are plain
 text after the start token."""
@@ -49,7 +49,7 @@ class PromptDataConfig(ConversationDataConfig):
     @model_validator(mode="after")
     def check_held_out(self) -> PromptDataConfig:
         if not self.held_out and self.validation is None:
-            raise ValueError("a policy is watched on held-out prompts: give data.validation, or data.held_out above 0")
+            raise ValueError("a policy needs held-out prompts: give data.validation, or data.held_out above 0")
         return self
 
 
@@ -74,7 +74,8 @@ class ProblemSet:
 
 
 def problems_of_task(task: str, answer_form: str, grading: str, number: int, seed: int) -> ProblemSet:
-    """A task's own splits, or GSM8K's: its training part in a new order every epoch, a part of it held out."""
+    """The problems of a task by its own splits, or of GSM8K: its training part in a new order every epoch, a part of it
+    held out."""
     form = partial(with_answer_form, answer_form=answer_form, grading=grading)
     if not is_gsm8k(task):
         made = parse_task(task)
@@ -95,7 +96,7 @@ def problems_of_task(task: str, answer_form: str, grading: str, number: int, see
 
 
 def with_answer_form(problem: Problem, *, answer_form: str, grading: str) -> Problem:
-    """The problem, its answer wanted in this form; "": as the task has it. GSM8K's own form gives way."""
+    """The problem with this form of answer; "": the task's own. It replaces the form of GSM8K."""
     if not answer_form:
         return problem
     verifier = "number" if problem.verifier == "gsm8k" else problem.verifier
@@ -105,7 +106,7 @@ def with_answer_form(problem: Problem, *, answer_form: str, grading: str) -> Pro
 def problems_of_rows(
     data: PromptDataConfig, answer_form: str, grading: str, number: int, seed: int, log: LogFn
 ) -> ProblemSet:
-    """The rows of a file, held out by their prompts, the others in a new order every epoch."""
+    """The problems of rows: a part held out by prompt, the others in a new order every epoch."""
     report = DropReport()
     train, held = load_split_rows(data, read_prompt_rows, report, limit=data.max_samples)
     rows, train = [*train, *held], repeat_by_weight(train)
@@ -126,7 +127,7 @@ def problems_of_rows(
 
 
 def shuffled_problem(problems: Sequence[Problem], seed: int, index: int) -> Problem:
-    """Every problem once per epoch, in an order of its own."""
+    """Problem number `index` of an endless list: each once per epoch, in an order of its own."""
     epoch, place = divmod(index, len(problems))
     return problems[epoch_order(len(problems), seed, epoch)[place]]
 
@@ -168,7 +169,7 @@ class PromptEncoder:
         return self.chat is None or repr((self.messages(problem), problem.tools)) in self.known
 
     def identity(self, problems: ProblemSet) -> dict[str, str]:
-        """What a resumed run may not find changed of its prompts."""
+        """Name -> hash of the prompts and the template, which a resumed run may not change."""
         content = {"problems": problems.content} if problems.content else {}
         template = "" if self.chat is None else self.chat.template or ""
         return {"task": problems.identity, **content, "chat_template": hashlib.sha256(template.encode()).hexdigest()}
@@ -181,7 +182,7 @@ class PromptEncoder:
         return [self.tokenizer.start_token_id, *self.tokenizer.encode(text, add_special_tokens=False)]
 
     def messages(self, problem: Problem) -> Messages:
-        """The prompt as messages; a system prompt goes below the one that a row has."""
+        """The prompt as messages; the system prompt is appended to one that the row has."""
         turns = [dict(one) for one in problem.messages] or [{"role": "user", "content": problem.prompt}]
         wanted = answer_instruction(problem) if self.system_prompt is None else self.system_prompt
         if not wanted:
@@ -192,7 +193,7 @@ class PromptEncoder:
 
 
 def answer_instruction(problem: Problem) -> str:
-    """How a model is asked for the form of the answer; "" for a row that says it itself."""
+    """The instruction about the form of the answer; "" for rows, which say it themselves."""
     if problem.answer_form and problem.answer_form != "plain":
         return ANSWER_FORMS[problem.answer_form].instruction
     return TASK_INSTRUCTIONS.get(problem.verifier, "")
@@ -237,8 +238,7 @@ def log_tools(problems: ProblemSet, encode: PromptEncoder, log: LogFn) -> None:
 
 
 def drop_long_prompts(problems: ProblemSet, encode: PromptEncoder, max_prompt_length: int, log: LogFn) -> ProblemSet:
-    """Without the held-out problems whose prompt has more than `max_prompt_length` tokens. DataError where none is
-    left."""
+    """Drop the held-out problems whose prompt has more than `max_prompt_length` tokens. DataError if none is left."""
     lengths = [len(ids) for ids in encode.encode_problems(problems.held_out)]
     kept = [one for one, length in zip(problems.held_out, lengths, strict=True) if length <= max_prompt_length]
     longer = f"more than {max_prompt_length:,} tokens"
@@ -250,7 +250,7 @@ def drop_long_prompts(problems: ProblemSet, encode: PromptEncoder, max_prompt_le
 
 
 def log_long_prompts(source: PromptSource, max_prompt_length: int, log: LogFn) -> PromptSource:
-    """The same prompts. The first of more than `max_prompt_length` tokens is logged: rollouts skip such prompts."""
+    """Wrap a source of prompts: it logs the first of more than `max_prompt_length` tokens, which rollouts skip."""
     was_logged = False
 
     def next_prompt(index: int) -> PolicyPrompt:
@@ -258,7 +258,7 @@ def log_long_prompts(source: PromptSource, max_prompt_length: int, log: LogFn) -
         found = source(index)
         if not was_logged and (length := len(found.prompt_ids)) > max_prompt_length:
             was_logged = True
-            what = f"prompts of more than {max_prompt_length:,} tokens leave no room for an answer and are passed over"
+            what = f"prompts of more than {max_prompt_length:,} tokens leave no room for an answer and are skipped"
             log(f"{what}; the first has {length:,}")
         return found
 

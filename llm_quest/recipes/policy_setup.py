@@ -1,7 +1,6 @@
-"""What recipes that train a policy on its own samples share: rollouts and objective.
+"""Rollouts and objective of recipes that train a policy on its own samples.
 
-The reference of a KL term is the model as it began: a frozen copy, or with LoRA the same memory with the adapters
-off."""
+The reference of a KL term is the initial model: a frozen copy, or with LoRA the same memory with the adapters off."""
 
 from __future__ import annotations
 
@@ -47,8 +46,7 @@ PolicyConfigT = TypeVar("PolicyConfigT", bound=PolicyConfig)
 
 
 def open_policy_run(config: PolicyConfigT, context: Context) -> PolicyConfigT:
-    """The config without any `auto`; it is written to the run folder, where warm-ups run before the policy's own run
-    begins."""
+    """Resolve the config and write it to the run folder, where warm-ups run before the policy's own run."""
     if config.precision == "auto" and config.loss_type.startswith("gspo"):
         config = config.model_copy(update={"precision": "fp32"})  # its clip range is finer than bfloat16's rounding
     config = resolve_auto(config, context)
@@ -68,7 +66,7 @@ class PolicySetup:
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """What FSDP shards one by one."""
+        """The modules that FSDP shards one by one."""
         model: Any = self.objective.model
         own = find_value_model(model)
         return [*model.blocks, *(own.blocks if own is not None else ())]
@@ -88,9 +86,9 @@ def build_policy_setup(
     read_all: bool = False,
     wrap_sampler: Callable[[Sampler], RolloutSampler] = lambda sampler: sampler,
 ) -> PolicySetup:
-    """From a model that stands on its device. rewards, normalize_rewards_separately, steps: see `RewardPipeline`.
-    read_all: see `RolloutLoader`; an entropy bonus wants it in any case. wrap_sampler: makes a sampler of episodes from
-    the one of answers."""
+    """Build rollouts and objective for a model on its device. rewards, normalize_rewards_separately, steps: see
+    `RewardPipeline`. read_all: see `RolloutLoader`; an entropy bonus sets it. wrap_sampler: makes a sampler of episodes
+    from the one of answers."""
     if normalize_rewards_separately and config.has_value_head:
         raise UsageError(
             "normalize_rewards_separately compares samples within a group, which gae does not: leave one out"
@@ -153,8 +151,8 @@ def policy_objective(config: PolicyConfig, model: Decoder) -> PolicyGradientLoss
 
 
 def rollout_plan(config: PolicyConfig, parallel: DistributedContext) -> RolloutPlan:
-    """Prompts that are shared leave no whole rows of attention to learn, and pass every block twice, which FSDP2 shards
-    again after the first time."""
+    """The plan of a rollout. Prompts are not shared where whole rows of attention are trained, nor under FSDP2, which
+    shards a block again after its first pass."""
     share_prompts = (
         can_share_prompts(config)
         and not (config.attention_coef or config.router_replay)
@@ -174,7 +172,7 @@ def rollout_plan(config: PolicyConfig, parallel: DistributedContext) -> RolloutP
 
 
 def policy_sampler(config: PolicyConfig, model: Decoder, tokenizer: Tokenizer, parallel: DistributedContext) -> Sampler:
-    """Samples as they are scored: same temperature, same precision; ends at every end that the model knows."""
+    """The sampler of a policy: with the temperature and the precision of scoring, and every end token of the model."""
     return Sampler(
         tokenizer=tokenizer,
         eos_token_ids=end_token_ids(model, tokenizer),
@@ -186,7 +184,7 @@ def policy_sampler(config: PolicyConfig, model: Decoder, tokenizer: Tokenizer, p
 
 
 def tap_last_layer(model: Decoder) -> None:
-    """Records the attention of the last layer, which is trained."""
+    """Attach a tap to the last layer, whose attention is trained."""
     try:
         AttentionTaps((-1,))(model)
     except ValueError as error:
@@ -194,7 +192,7 @@ def tap_last_layer(model: Decoder) -> None:
 
 
 def routing_scorer(model: Decoder) -> RowScorer:
-    """The experts that the routers choose for every token."""
+    """A scorer of the experts that the routers choose for every token."""
 
     def score(batch: Any) -> torch.Tensor:
         with record_routing(model) as chosen:
@@ -209,7 +207,7 @@ def attention_scorer(model: Decoder) -> RowScorer:
 
 
 def log_prob_scorer(scored: ReferenceContext, config: PolicyConfig) -> RowScorer:
-    """Log-probabilities at the sampling temperature. scored: gives the model."""
+    """A scorer of log-probabilities at the sampling temperature. scored: a context that gives the model."""
 
     def score(batch: Any) -> torch.Tensor:
         with scored() as model:

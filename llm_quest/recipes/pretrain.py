@@ -5,8 +5,8 @@
 
 The same command again resumes the run and ends with the bits of a run that was never interrupted.
 
-Commonly got wrong: a model that goes on from weights, or learns from a teacher, does not begin at a loss of ln V; a run
-with another teacher is another run, even where the teachers' folders have one name.
+Commonly got wrong: a model that starts from trained weights, or learns from a teacher, does not begin at a loss of ln
+V; a run with another teacher is another run, even if its folder has the same name.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ MAX_BASELINE_BYTES = 20_000_000
 
 
 class ParametrizationConfig(StrictModel):
-    """How first values and rates follow from the model's size, so that a rate tuned on a base holds for it
+    """Scaling of initial weights and learning rates with the model's size, so that a rate tuned on a base holds for it
     (`models/parametrization.py`)."""
 
     name: Annotated[str, Choice(PARAMETRIZATIONS)] = Field(
@@ -142,8 +142,8 @@ class PretrainConfig(TextBatchedConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def tokenizer_of_the_model(cls, given: Any) -> Any:
-        """A model that is loaded brings its tokenizer."""
+    def default_tokenizer(cls, given: Any) -> Any:
+        """Set the tokenizer of a loaded model."""
         model = given.get("model") if isinstance(given, dict) else None
         if isinstance(model, dict) and model.get("load") and "tokenizer" not in given:
             return {**given, "tokenizer": {"load": model["load"]}}
@@ -208,7 +208,7 @@ def build_pretrain(config: PretrainConfig, context: Context) -> Job:
 
 
 def init_pretrain_model(config: PretrainConfig, settings: RawConfig, text: TextData) -> Decoder:
-    """The model before the first step: loaded, or built, its first values from a seed of their own."""
+    """Load the model, or build it with initial weights from a seed of their own."""
     if config.model.load is None:
         length = config.sequence_length
         return init_model(
@@ -227,7 +227,7 @@ def init_pretrain_model(config: PretrainConfig, settings: RawConfig, text: TextD
 
 
 def parametrize(part: ParametrizationConfig, model: Decoder) -> dict[str, ParameterScale]:
-    """Scale the first values of a new model; what its optimizer is to scale."""
+    """Scale the initial weights of a new model; return the scales for its optimizer."""
     if part.name == "standard":
         return {}
     scales = scale_parameters(model, build_meta_model(replace_sizes(model.config, part.base)), part.name)
@@ -236,7 +236,7 @@ def parametrize(part: ParametrizationConfig, model: Decoder) -> dict[str, Parame
 
 
 def require_scaled(scales: Mapping[str, ParameterScale], model: Decoder) -> None:
-    """UsageError for parameters that a technique has added or renamed: the table says nothing of them."""
+    """Raise UsageError for parameters that a technique added or renamed: they have no scale."""
     unknown = [name for name, one in model.named_parameters() if one.requires_grad and name not in scales]
     if scales and unknown:
         raise UsageError(
@@ -276,7 +276,7 @@ def document_intervals(evaluators: Sequence[Evaluator], model: Decoder) -> dict[
 
 
 def baseline_bits_per_byte(text: TextData, log: LogFn) -> dict[str, float]:
-    """Bits per byte of the baselines, where the documents are at hand and few enough to count."""
+    """Bits per byte of the baselines; empty if the documents are not loaded or too many."""
     parts = text.split
     if parts is None or not parts.val or parts.corpus.nbytes > MAX_BASELINE_BYTES:
         return {}
@@ -287,14 +287,15 @@ def baseline_bits_per_byte(text: TextData, log: LogFn) -> dict[str, float]:
 
 
 def resolve_model_config(config: PretrainConfig, settings: RawConfig) -> Any:
-    """The model's config without preparing the data: a tokenizer to be trained counts with the size it is to have."""
+    """Resolve the model's config without preparing the data: a tokenizer that is to be trained has its configured
+    size."""
     if config.model.load is not None:
         return require_language_model(load(config.model.load, device="meta"), config.model.load).config
     return build_model_config(config.model, settings, vocab=resolve_vocab_size(config), context=config.sequence_length)
 
 
 def resolve_vocab_size(config: PretrainConfig) -> int:
-    """How many tokens the tokenizer has, or will have."""
+    """The number of tokens that the tokenizer has, or will have."""
     if (prepared := token_folder(config.data)) is not None:
         return int(open_token_folder(prepared, verify="size").manifest["vocab_size"])
     part = config.tokenizer
@@ -302,8 +303,8 @@ def resolve_vocab_size(config: PretrainConfig) -> int:
 
 
 def check_pretrain(config: PretrainConfig, settings: RawConfig) -> PretrainConfig:
-    """The config with rows that fit. UsageError for rows longer than the model's context, and for coefficients of parts
-    that it does not have."""
+    """Return the config with a sequence_length that fits. UsageError for rows longer than the model's context, and for
+    coefficients of parts that it lacks."""
     numbers = resolve_model_config(config, settings)
     if config.parametrization.base:
         base = replace_sizes(numbers, config.parametrization.base)

@@ -1,8 +1,8 @@
 """`quest train prm`: solutions whose steps are labelled -> a process reward model, which scores the end of every
 step.
 
-Commonly got wrong: a step's label stands at the separator that ends it, not before; separators of the question end no
-step; steps without a label are not judged."""
+Commonly got wrong: a step's label is at the separator that ends it, not before; separators in the question end no step;
+steps without a label have no loss."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ def no_builtin_rows() -> Any:
 
 
 def plain_prompt_ids(tokenizer: Tokenizer) -> list[int]:
-    """What stands before a prompt that is plain text."""
+    """The ids before a prompt of plain text."""
     return [tokenizer.start_token_id]
 
 
 def prepare_steps(
     config: PrmConfig, tokenizer: Tokenizer
 ) -> tuple[list[TokenizedSteps], list[TokenizedSteps], DropReport]:
-    """From a source to rows of ids to train on, and held-out ones."""
+    """Prepare the rows of ids of a source, and held-out ones."""
     drop_report = DropReport()
     data = config.data
     learned, held_back = load_split_rows(
@@ -115,7 +115,7 @@ def prepare_steps(
 
 
 def add_step_head(model: Any, tokenizer: Tokenizer, config: PrmConfig) -> None:
-    """A head of one number that knows what ends a step; one that the model has already must be the same."""
+    """Add a score head that reads the ends of steps. UsageError for a model whose score head reads others."""
     separator = tuple(tokenizer.encode(config.data.step_separator, add_special_tokens=False))
     head = find_score_head(model)
     if head is None:
@@ -129,7 +129,7 @@ def add_step_head(model: Any, tokenizer: Tokenizer, config: PrmConfig) -> None:
 
 
 class StepEvaluator:
-    """Held-out steps: loss, accuracy, the mean score of right and of wrong ones."""
+    """Evaluates held-out steps: loss, accuracy, the mean score of right and of wrong ones."""
 
     name = "eval"
 

@@ -1,7 +1,7 @@
 """The contract between recipes and what runs, plans and inspects them.
 
-A recipe is a schema and a function that assembles a `Job`; it knows no loop and no run folder. `engine.run`, `plan` and
-`inspect-batch` read a job; they know no recipe. `recipes.RECIPES` lists the recipes by name."""
+A recipe is a schema and a function that assembles a `Job`; it knows no loop and no run folder. `engine.run_job`, `quest
+plan` and `quest inspect-batch` read a job; they know no recipe. `recipes.RECIPES` lists the recipes by name."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """How a run ended, and what it reached. peak_memory_bytes: the most that this process held, on a GPU what torch
-    allocated there; None where the system does not say. baselines: bits per byte of other methods on the same held-out
-    bytes."""
+    """The outcome of a run. peak_memory_bytes: the most that this process held, on a GPU what torch allocated there;
+    None if the system does not report it. baselines: bits per byte of other methods on the same held-out bytes."""
 
     run: str
     status: str
@@ -52,7 +51,7 @@ class RunOutcome:
 
     @property
     def scores(self) -> dict[str, float]:
-        """What was measured on held-out data, by name."""
+        """The scores on held-out data, by name."""
         return {name[5:]: value for name, value in self.metrics.items() if name.startswith("eval/")}
 
     def as_json(self) -> dict[str, Any]:
@@ -77,10 +76,10 @@ class RunOutcome:
 
 @dataclass(frozen=True)
 class Context:
-    """What surrounds a run. settings: where each key was written, for messages. resume: auto, never or a checkpoint.
-    accept: what of the run's identity may have changed since its checkpoint.
-    env: facts about the machine. planning: the job is built to count its cost or to look at a batch: nothing is
-    trained before the loop (no warm-up) and nothing is written."""
+    """The context in which a job is built and run. settings: where each key was written, for messages. resume: auto,
+    never or a checkpoint. accept: names of the run's identity that may have changed since its checkpoint. env: facts
+    about the machine. planning: the job is built to count its cost or to look at a batch: nothing is trained before the
+    loop (no warm-up) and nothing is written."""
 
     run_dir: Path
     parallel: DistributedContext
@@ -94,12 +93,12 @@ class Context:
 
     @property
     def samples_dir(self) -> Path | None:
-        """Where samples are kept; None on the processes that keep none."""
+        """The folder of samples; None on processes that save none."""
         return self.run_dir / "samples" if self.parallel.is_main_process and not self.planning else None
 
 
 def save_nothing(folder: Path) -> None:
-    """Nothing was prepared that belongs into the run folder."""
+    """Save nothing: the job prepared nothing for the run folder."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +108,12 @@ class Job:
     config: without any `auto`; it is written to the run folder. lr_schedule: None for the config's own. blocks: what
     FSDP shards one by one; None for `model.blocks`. watch_loss: of TrainingArguments. adamw_parameters: prefixes of
     what Muon leaves to AdamW. identity: name -> hash of what a resumed run may not change. facts: about the data, for
-    the report. expected_loss: of random weights. prepare: what the loss and the evaluators need of the model before
-    the first step (a reference), while it is whole, before it is sharded; what it returns is called with the run
-    folder once that is open. before: measures the model that a new run begins with, by name. finish: after the
-    loop; the lines that it returns are told, and kept in the run's events. baselines: what other methods reach on the
-    held-out data; with_baselines: whether a run that has finished asks.
-    intervals: name -> 95 % confidence interval of a held-out number. parameter_scales: of a parametrization, for the
-    optimizer."""
+    the report. expected_loss: of random weights. prepare: what the loss and the evaluators need of the model before the
+    first step (a reference), while it is whole, before it is sharded; what it returns is called with the run folder
+    once that is open. before: measures the model that a new run begins with, by name. finish: called after the loop;
+    the lines that it returns are logged. baselines: bits per byte of other methods on the held-out data;
+    with_baselines: whether a finished run computes them. intervals: name -> 95 % confidence interval of a held-out
+    number. parameter_scales: of a parametrization, for the optimizer."""
 
     config: RunConfig
     objective: nn.Module
@@ -146,16 +144,16 @@ class Job:
 
 
 def no_further_rules(config: Any, settings: RawConfig) -> Any:
-    """The schema holds every rule."""
+    """Return the config: the schema checks every rule."""
     return config
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A recipe. name: what `recipe:` says in YAML. Config: the schema. build(config, context): assembles a job.
-    check(config, settings): the config as the model's own config makes it, or UsageError for what only that can show,
-    so that a dry run refuses what the run refuses. run: for a recipe of several jobs, in place of the engine's single
-    one; result_dir(run folder): the one of its runs whose model is the result."""
+    check(config, settings): the config after the checks that need the model's own config, or UsageError, so that a dry
+    run refuses what the run refuses. run: for a recipe of several jobs, in place of the engine's single one;
+    result_dir(run folder): the one of its runs whose model is the result."""
 
     name: str
     Config: type[RunConfig]
@@ -166,7 +164,7 @@ class Recipe:
 
 
 def no_single_job(config: Any, context: Context) -> Job:
-    """For a recipe of several jobs, which gives `run`."""
+    """`build` of a recipe of several jobs, which has `run` instead."""
     raise UsageError(f"{config.recipe} is a recipe of several runs: it has no single one to plan or to look at")
 
 
@@ -177,7 +175,7 @@ def get_recipe(name: str) -> Recipe:
 
 
 def conflicting_lengths(settings: RawConfig) -> list[ConfigProblem]:
-    """What is wrong where both `num_train_epochs` and `max_steps` were written on the command line, or in one file."""
+    """The problem of `num_train_epochs` and `max_steps` that are both given on the command line, or in one file."""
     epochs, steps = (settings.locations.get((key,)) for key in ("num_train_epochs", "max_steps"))
     if settings.tree.get("num_train_epochs") is None or epochs is None or steps is None:
         return []

@@ -1,6 +1,5 @@
-"""The reference that a policy is held to: the model as the run found it (its log-probabilities computed once and kept
-in the run folder, or the model itself), or a copy that follows the policy (TR-DPO, Gorbatovski et al. 2024,
-arXiv:2404.09656)."""
+"""The reference model of a policy: the initial model (its log-probabilities computed once and saved in the run folder,
+or the model itself), or a copy that follows the policy (TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656)."""
 
 from __future__ import annotations
 
@@ -42,17 +41,16 @@ ReferenceContext = Callable[[], AbstractContextManager[Any]]
 
 
 def has_adapter(model: Any) -> bool:
-    """Whether the model stands with an adapter that was not merged."""
+    """Whether the model has an adapter that was not merged."""
     return any(map(is_adapter, model.spec.techniques))
 
 
 def make_initial_reference(model: Any, *, adapted_before: bool) -> ReferenceContext:
-    """A context that gives the model as the run found it, after the run's techniques were applied: the same memory with
-    the adapters off where this run added them, else a frozen copy. adapted_before: `has_adapter` before they were
-    applied.
+    """Make a context that gives the initial model, after the run's techniques were applied: the same memory with the
+    adapters off if this run added them, else a frozen copy. adapted_before: `has_adapter` before they were applied.
 
-    Commonly got wrong: a run that goes on from a model with adapters (SFT with LoRA, then DPO or GRPO on it) finds them
-    there; with those off it is the model before SFT, and the loss of step 1 is not ln 2."""
+    Commonly got wrong: a run that starts from a model with adapters (SFT with LoRA, then DPO or GRPO) has them from the
+    start; with those off it is the model before SFT, and the loss of step 1 is not ln 2."""
     if has_adapter(model) and not adapted_before:
         return lambda: reference_without_adapters(model)
     frozen = copy_module(model).eval().requires_grad_(False)
@@ -75,7 +73,7 @@ class CachedLogProbs:
     is_new: bool
 
     def save(self, folder: Path) -> None:
-        """In the run folder, for the next start."""
+        """Save them in the run folder, unless they are there."""
         if self.is_new:
             save_tensors(
                 folder / REFERENCE_FILE,
@@ -88,9 +86,9 @@ def reference_log_probs(
     model: nn.Module, pairs: Sequence[TokenizedPreference], folder: Path, parallel: DistributedContext, precision: str,
     log: LogFn, *, share_prompts: bool = False,
 ) -> CachedLogProbs:  # fmt: skip
-    """The log-probability that a model gives each answer, as it is now: from the run folder if they were computed for
-    this model, these pairs and this precision; else computed, each question once if they share it. Before the model is
-    shared out: a part of it cannot be called alone."""
+    """The log-probability of each answer by the model as it is now: from the run folder if they were computed for this
+    model, these pairs and this precision; else computed, with each shared prompt read once. Call it before the model is
+    sharded."""
     key_parts = {"model": weights_hash(model), "pairs": PreferenceDataset(pairs).hash, "precision": precision}
     key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()
     flat = parallel.broadcast(load_log_probs(folder / REFERENCE_FILE, key) if parallel.is_main_process else None)
@@ -108,7 +106,7 @@ def reference_log_probs(
 
 
 def compute_log_probs(model: nn.Module, source: PreferenceDataset, device: torch.device) -> list[np.ndarray]:
-    """In float32, answers of like length together."""
+    """Compute the log-probability of each answer, in float32, in batches of like length."""
     pairs = source.preferences
     found: list[np.ndarray] = [np.empty(0)] * len(pairs)
     for numbers in track(length_grouped_indices(source, REFERENCE_BATCH_SIZE), "scoring answers, batch"):
@@ -120,7 +118,7 @@ def compute_log_probs(model: nn.Module, source: PreferenceDataset, device: torch
 
 
 def load_log_probs(file: Path, key: str) -> np.ndarray | None:
-    """What the file holds, if it is of this key."""
+    """The log-probabilities of a file; None if it is missing, damaged or of another key."""
     if not file.is_file():
         return None
     try:
@@ -132,7 +130,7 @@ def load_log_probs(file: Path, key: str) -> np.ndarray | None:
 
 
 def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Whole or not at all."""
+    """Write a safetensors file atomically."""
     with atomic_file(file) as stage:
         write_tensors(stage, tensors, metadata)
 
@@ -146,8 +144,9 @@ def weights_hash(model: nn.Module) -> str:
 
 
 class SyncedReference:
-    """A reference model that follows the policy: every `every` steps it becomes mix x policy + (1 - mix) x reference.
-    It is the loader too, so that the loader's state in a checkpoint names the reference's file.
+    """A reference model that follows the policy: every `sync_steps` steps it becomes mixup_alpha x policy + (1 -
+    mixup_alpha) x reference. It is the loader too, so that the loader's state in a checkpoint names the reference's
+    file.
 
     save_total_limit: the newest save_total_limit + 1 files stay, and every file that a checkpoint needs (one kept by
     `keep_every` or as the best may be older)."""
@@ -161,10 +160,11 @@ class SyncedReference:
         sync_steps: int,
         mixup_alpha: float,
         save_total_limit: int,
-        leader: bool,
+        is_main_process: bool,
     ):
-        self.feed, self.folder, self.every, self.mix = loader, folder / "reference", sync_steps, mixup_alpha
-        self.files, self.leader, self.synced = save_total_limit + 1, leader, 0
+        self.loader, self.folder = loader, folder / "reference"
+        self.sync_steps, self.mixup_alpha = sync_steps, mixup_alpha
+        self.max_files, self.is_main_process, self.synced = save_total_limit + 1, is_main_process, 0
         self.model = copy_module(model).eval().requires_grad_(False)
 
     def __call__(self, batch: PreferenceBatch) -> Tensor:
@@ -173,28 +173,28 @@ class SyncedReference:
 
     @torch.no_grad()
     def on_step_end(self, model: nn.Module, step: int) -> None:
-        if step % self.every == 0:
+        if step % self.sync_steps == 0:
             self.synced = step
             for mine, policy in zip(self.model.parameters(), model.parameters(), strict=True):
-                mine.lerp_(policy.to(mine), self.mix)
+                mine.lerp_(policy.to(mine), self.mixup_alpha)
 
     def on_step_skipped(self, model: nn.Module) -> None:
         """A skipped step leaves nothing to undo."""
 
     def batches(self, step: int) -> list[PreferenceBatch]:
-        return self.feed.batches(step)
+        return self.loader.batches(step)
 
     def state_dict(self) -> dict[str, Any]:
         """The loader's state and the step of the reference, which is written to its file."""
-        if self.leader and self.synced and not self.file_at(self.synced).exists():
+        if self.is_main_process and self.synced and not self.file_at(self.synced).exists():
             self.folder.mkdir(exist_ok=True)
             save_tensors(self.file_at(self.synced), dict(self.model.named_parameters()), {"step": str(self.synced)})
             self.prune_files()
-        sha256 = file_sha256(self.file_at(self.synced)) if self.synced and self.leader else ""
-        return self.feed.state_dict() | {"reference": self.synced, "reference_sha256": sha256}
+        sha256 = file_sha256(self.file_at(self.synced)) if self.synced and self.is_main_process else ""
+        return self.loader.state_dict() | {"reference": self.synced, "reference_sha256": sha256}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.feed.load_state_dict(state)
+        self.loader.load_state_dict(state)
         self.synced = int(state.get("reference", 0))
         if self.synced:
             file = self.file_at(self.synced)
@@ -212,7 +212,7 @@ class SyncedReference:
         files = sorted(self.folder.glob("step-*.safetensors"))
         steps = map(checkpoint_step, list_checkpoints(self.folder.parent / "checkpoints"))
         needed = {max((file for file in files if file <= self.file_at(step)), default=None) for step in steps}
-        for old in files[: -self.files]:
+        for old in files[: -self.max_files]:
             if old not in needed:
                 old.unlink()
 

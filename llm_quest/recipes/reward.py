@@ -1,8 +1,8 @@
-"""`quest train reward`: preferences -> a model that gives an answer one number. It goes on from a model that answers;
-its head is replaced.
+"""`quest train reward`: preferences -> a model that gives an answer one number. It starts from a model that answers,
+whose head is replaced.
 
 Commonly got wrong: the reward is read at a text's last token, not at its padding; K ranked answers are K(K-1)/2 pairs
-that weigh as one question; a model with a head of several classes is a classifier, and refused."""
+that weigh as one question; a model with a head of several classes is a classifier and is refused."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The rewards of a recipe: what `rewards:` may hold, and how each entry becomes a reward function.
+"""The rewards of a recipe: the entries of `rewards:`, and the reward function of each.
 
       rewards: [{name: correct}, {name: model, load: FOLDER, weight: 0.5}]         one of REWARDS
       rewards: [{function: my_rewards.py:score}]                                   a function of a Python file
       rewards: [{judge: http://localhost:8000/v1, model: NAME, prompt: FILE}]      a language model behind a URL
 
-Each has a `weight`, and a curve of its own under its name."""
+Each has a `weight`, and its own metric under its name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from llm_quest.train.rng_state import derive_seed
 
 @dataclass(frozen=True)
 class RewardContext:
-    """What rewards are built from besides their entries."""
+    """The arguments of rewards besides their entries."""
 
     seed: int
     tokenizer: Tokenizer
@@ -51,7 +51,7 @@ class RewardContext:
 
 
 def load_reward_model(spec: RewardSpec, context: RewardContext) -> Reward:
-    """A reward model that reads the policy's ids, by its own read-out or another one."""
+    """Load a reward model that reads the policy's ids, by its own read-out or another one."""
     model = load_scoring_model(str(spec.load), context.tokenizer, context.parallel)
     own = find_readout(model)
     chosen = spec.readout or own
@@ -66,7 +66,7 @@ def load_reward_model(spec: RewardSpec, context: RewardContext) -> Reward:
 
 
 def load_scoring_model(name_or_path: str, tokenizer: Tokenizer, parallel: DistributedContext) -> Any:
-    """A model with a score head and the policy's tokenizer, in float32."""
+    """Load a model with a score head and the policy's tokenizer, in float32. UsageError for any other."""
     model = load(name_or_path, dtype="float32", aligned=True).to(parallel.device)
     if find_score_head(model) is None:
         raise UsageError(f"{name_or_path} is no reward model; train one (quest train reward)")
@@ -78,7 +78,7 @@ def load_scoring_model(name_or_path: str, tokenizer: Tokenizer, parallel: Distri
 
 
 def load_process_reward_model(name_or_path: str, tokenizer: Tokenizer, parallel: DistributedContext) -> StepRewards:
-    """The rewards of a sample's steps by a process reward model."""
+    """Load a process reward model as the rewards of a sample's steps."""
     model = load_scoring_model(name_or_path, tokenizer, parallel)
     if not find_step_token_ids(model):
         raise UsageError(f"{name_or_path} is no process reward model; train one (quest train prm)")
@@ -91,7 +91,7 @@ def find_step_token_ids(model: Any) -> tuple[int, ...]:
 
 
 def start_function_reward(spec: RewardSpec, context: RewardContext) -> Reward:
-    """A user's function; UsageError where its file cannot be run."""
+    """Start a user's function in its process; UsageError if its file cannot be run."""
     reward = FunctionReward(str(spec.function), timeout_seconds=spec.timeout_seconds, log=context.log)
     try:
         reward.worker.start()
@@ -103,8 +103,8 @@ def start_function_reward(spec: RewardSpec, context: RewardContext) -> Reward:
 READOUTS_OF_STEPS = tuple(name for name in READOUTS if name not in ROW_READOUTS)
 
 
-def ask_judge(spec: RewardSpec, context: RewardContext) -> Reward:
-    """A language model behind a URL; its key is what the environment variable OPENAI_API_KEY holds."""
+def make_judge_reward(spec: RewardSpec, context: RewardContext) -> Reward:
+    """Make the reward of a language model behind a URL. Its key is in the environment variable OPENAI_API_KEY."""
     return JudgeReward(
         str(spec.judge), str(spec.model), read_judge_prompt(str(spec.prompt)), low=spec.score_range[0],
         high=spec.score_range[1], timeout_seconds=spec.timeout_seconds, max_retries=spec.max_retries,
@@ -122,15 +122,15 @@ REWARDS: dict[str, RewardBuilder] = {
     "model": load_reward_model,
     "math_verify": lambda spec, context: MathVerifyReward(),
 }
-"""Name -> how a reward of that name is made."""
+"""Name -> the function that builds the reward."""
 
 NEED_ANSWERS = ("correct", "format", "math_verify")
 """Rewards that compare with the answer of a problem."""
 
 
 class RewardKind(NamedTuple):
-    """A form of entry. build: how its reward is made; keys: what it takes besides its own key and weight; per_batch:
-    see `WeightedReward`."""
+    """A form of entry. build: makes its reward; keys: allowed besides its own key and weight; per_batch: see
+    `WeightedReward`."""
 
     build: RewardBuilder
     keys: tuple[str, ...]
@@ -141,7 +141,7 @@ REWARD_KINDS = {
     "name": RewardKind(lambda spec, context: REWARDS[str(spec.name)](spec, context), ("load", "readout")),
     "function": RewardKind(start_function_reward, ("timeout_seconds",), per_batch=True),
     "judge": RewardKind(
-        ask_judge,
+        make_judge_reward,
         ("model", "prompt", "score_range", "timeout_seconds", "max_retries", "max_tokens", "concurrency"),
         per_batch=True,
     ),
@@ -170,12 +170,12 @@ class RewardSpec(StrictModel):
 
     @field_validator("function")
     @classmethod
-    def function_exists(cls, function: str | None) -> str | None:
+    def check_function(cls, function: str | None) -> str | None:
         return None if function is None else check_reference(function)
 
     @field_validator("prompt")
     @classmethod
-    def prompt_exists(cls, prompt: str | None) -> str | None:
+    def check_prompt(cls, prompt: str | None) -> str | None:
         if prompt is None:
             return None
         read_judge_prompt(prompt)
@@ -216,27 +216,27 @@ class RewardSpec(StrictModel):
 
     @property
     def label(self) -> str:
-        """What its curve is called."""
+        """The name of its metric."""
         return self.name or (split_reference(self.function)[1] if self.function else self.kind)
 
 
 def reward_labels(specs: Sequence[RewardSpec]) -> list[str]:
-    """What the curve of each is called; a second one of a name is NAME_2."""
+    """The name of each reward's metric; a second one of a name is NAME_2."""
     labels = [spec.label for spec in specs]
     earlier = [labels[:n].count(label) for n, label in enumerate(labels)]
     return [f"{label}_{number + 1}" if number else label for label, number in zip(labels, earlier, strict=True)]
 
 
 def check_labels(specs: Sequence[RewardSpec]) -> None:
-    """ValueError for a reward that is given twice, and for two whose curves would have one name."""
+    """Raise ValueError for a reward that is given twice, and for two whose metrics would have one name."""
     labels, kinds = reward_labels(specs), [spec.model_copy(update={"weight": 1.0}) for spec in specs]
     for n, spec in enumerate(specs):
         if kinds[n] in kinds[:n] or labels[n] in labels[:n]:
-            raise ValueError(f"two rewards are called {spec.label}, and their curves could not be told apart")
+            raise ValueError(f"two rewards are called {spec.label}, and their metrics would have one name")
 
 
 def build_rewards(specs: Sequence[RewardSpec], context: RewardContext) -> list[WeightedReward]:
-    """The rewards in their order."""
+    """Build the rewards, in order."""
     return [
         WeightedReward(label, kind.build(spec, context), spec.weight, kind.per_batch)
         for label, spec in zip(reward_labels(specs), specs, strict=True)
@@ -244,7 +244,7 @@ def build_rewards(specs: Sequence[RewardSpec], context: RewardContext) -> list[W
     ]
 
 
-def hash_of_reward_files(specs: Sequence[RewardSpec]) -> dict[str, str]:
+def reward_file_hashes(specs: Sequence[RewardSpec]) -> dict[str, str]:
     """Name -> hash of each file that decides a reward, code or a judge's prompt: what a resumed run may not change."""
     found = {}
     for label, spec in zip(reward_labels(specs), specs, strict=True):
@@ -255,7 +255,7 @@ def hash_of_reward_files(specs: Sequence[RewardSpec]) -> dict[str, str]:
     return found
 
 
-def failures_of(rewards: Sequence[WeightedReward]) -> list[str]:
-    """A line for each reward that failed at times."""
+def reward_failures(rewards: Sequence[WeightedReward]) -> list[str]:
+    """A line for each reward that failed on some samples."""
     counted = [(one.name, one.reward_fn.summary()) for one in rewards if isinstance(one.reward_fn, CountsFailures)]
     return [f"the reward {name} failed, {summary}" for name, summary in counted if summary]

@@ -1,5 +1,5 @@
-"""The keys of every `data` group that name rows: where they come from, which columns hold what, and what becomes of
-rows that cannot be used."""
+"""Keys of every `data` group of rows: their sources, their columns, and whether rows that cannot be used are
+skipped."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Sources = Annotated[str | tuple[SourceEntry, ...], BeforeValidator(partial(parse
 
 
 class RowsConfig(StrictModel):
-    """Rows of data."""
+    """Keys of every `data` group of rows."""
 
     forms: ClassVar[Sequence[RowForm]] = ()
     source: Sources = Field(

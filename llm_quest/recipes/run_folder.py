@@ -1,13 +1,13 @@
-"""The folder of a run: whether this run may use it, what decides its numbers, and the files beside its checkpoints.
+"""The folder of a run: whether a run may use it, its identity, and the files beside its checkpoints.
 
-What decides the numbers of a run besides its code are its settings and what it loads: models, tokenizers, templates.
-Every checkpoint holds their hashes; a resumed run that finds another one is refused, is told which, and can accept it
-by name (`--accept model.load`).
+The identity of a run is its settings and the hashes of what it loads: models, tokenizers, templates. Every checkpoint
+holds it; a resumed run with another one is refused with the name of what differs, and can accept it (`--accept
+model.load`).
 
 A run may be made longer or shorter in place: `quest train RUN max_steps=2000`. The learning rate is a function of the
-step and of the length of the whole run, so from the next step on it is that of a run of the new length: of a cosine or
-a line it rises again, of a constant rate nothing changes, and of wsd the decay begins anew. The warm-up is not
-repeated. What is learned at each step, the order of the data, stays."""
+step and of the length of the whole run, so from the next step on it is that of a run of the new length: a cosine or a
+line rises again, a constant rate does not change, and the decay of wsd begins anew. The warm-up is not repeated. The
+order of the data stays."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ REFUSALS = {error.exit_code for error in (UsageError, DataError, MissingError)}
 
 
 def write_run_files(job: Job, folder: Path) -> None:
-    """What loading, exporting and the report need beside the checkpoints."""
+    """Write the files that loading, exporting and the report need beside the checkpoints."""
     write_model_json(folder, job.model)
     if job.tokenizer is not None:
         length = read_length(job.model, job.tokenizer.model_max_length)
@@ -54,7 +54,7 @@ def write_run_files(job: Job, folder: Path) -> None:
 
 @contextmanager
 def remove_if_refused(folder: Path) -> Iterator[None]:
-    """A run that is refused leaves no new folder, unless it holds a checkpoint by then (of a warm-up)."""
+    """Remove the new folder of a run that is refused inside, unless it holds a checkpoint by then (of a warm-up)."""
     new = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         yield
@@ -71,7 +71,7 @@ def remove_if_refused(folder: Path) -> Iterator[None]:
 
 
 def require_matching_run(config: RunConfig, folder: Path, accept: Sequence[str] = ()) -> None:
-    """A folder that holds something else, or a run of other settings, is left alone."""
+    """Raise UsageError for a folder that holds something else, BusyError for one with a run of other settings."""
     old = folder / "config.yaml"
     if not old.is_file():
         if folder.is_dir() and not all(map(is_left_by_start, folder.iterdir())):
@@ -84,7 +84,7 @@ def require_matching_run(config: RunConfig, folder: Path, accept: Sequence[str] 
         before = parse_recorded_config(type(config), settings)
         if before.max_steps != config.max_steps and not counts_epochs(config):
             check_new_length(folder, config.max_steps)
-        changed = config_differences(before, config, (*KEYS_FREE_ON_RESUME, "max_steps", "num_train_epochs"))
+        changed = config_differences(before, config, FREE_SETTINGS)
         if changed and "settings" not in accept:
             listing = "; ".join(changed[:6]) + (f"; and {len(changed) - 6} more" if len(changed) > 6 else "")
             raise BusyError(
@@ -94,21 +94,21 @@ def require_matching_run(config: RunConfig, folder: Path, accept: Sequence[str] 
 
 
 def counts_epochs(config: RunConfig) -> bool:
-    """Whether max_steps is not known yet: it follows from the rows (`assembly.count_epochs`)."""
+    """Whether max_steps is not known yet, because it is computed from the rows (`assembly.count_epochs`)."""
     return getattr(config, "num_train_epochs", None) is not None
 
 
 def is_left_by_start(entry: Path) -> bool:
-    """Whether a run that was killed before it wrote its config.yaml has left this: such a folder is begun again."""
+    """Whether this was left by a run that was killed before it wrote its config.yaml: such a folder may be used."""
     if entry.is_dir():
         return entry.name in ("samples", "checkpoints") and not any(entry.iterdir())
     return entry.name == "run.lock" or entry.name.startswith(".tmp-config.yaml-")
 
 
 def init_run_dir(config: RunConfig, context: Context) -> None:
-    """The run's folder with its config, for recipes that write into it before their run begins. All look before the
-    leader writes, and none goes on before that. BusyError while another process trains here. A config whose length is
-    not known yet leaves that of a run that is there."""
+    """Make the run's folder with its config, for recipes that write into it before their run begins. Every process
+    checks it before the main process writes, and waits until it has. BusyError while another process trains here. A
+    config whose length is not known yet does not replace that of an existing run."""
     folder, parallel = context.run_dir, context.parallel
     require_matching_run(config, folder, context.accept)
     parallel.all_gather(None)
@@ -121,7 +121,7 @@ def init_run_dir(config: RunConfig, context: Context) -> None:
 
 
 def open_run_dir(job: Job, context: Context) -> RunDir:
-    """The run's folder, to be entered."""
+    """The run's folder, as a context that locks it."""
     identity = {**job.identity, **run_identity(job.config)}
     hashes = {name: value for name, value in identity.items() if name != "settings"}
     return RunDir(
@@ -137,17 +137,17 @@ def open_run_dir(job: Job, context: Context) -> RunDir:
 
 FREE_SETTINGS = (*KEYS_FREE_ON_RESUME, "max_steps", "num_train_epochs")
 READ_AS_ROWS = ("source", "path", "validation")
-"""Keys that name rows, texts or images: the recipe compares what it read there, wherever that lies."""
+"""Keys that name rows, texts or images: the recipe compares their content, wherever it lies."""
 WEIGHTS_GLOBS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
 BESIDE_WEIGHTS = ("generation_config.json", *IMAGE_FILES)
-"""What decides where a sample ends and how an image is read. The tokenizer has a hash of its own."""
+"""Files that decide where a sample ends and how an image is read. The tokenizer has a hash of its own."""
 SAMPLED_BLOCKS, BLOCK_BYTES = 32, 1 << 16
 
 
 def run_identity(config: RunConfig) -> dict[str, str]:
-    """Name -> what a resumed run may not find changed: `settings`, and a key for each model, tokenizer or template that
-    is loaded from a folder or file (`model.load`, `rewards.1.load`), with `.base` for the base of an adapter and
-    `.files` for what lies beside the weights."""
+    """The identity of a run, which a resumed run may not change: `settings`, and a key for each model, tokenizer or
+    template that is loaded from a folder or file (`model.load`, `rewards.1.load`), with `.base` for the base of an
+    adapter and `.files` for what lies beside the weights."""
     tree = without_paths(config, config.model_dump(mode="json"))
     found = {"settings": json.dumps({k: v for k, v in flatten_tree(tree) if not is_free(k)}, sort_keys=True)}
     for name, value in iter_paths(config):
@@ -185,7 +185,8 @@ def iter_paths(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, s
 
 
 def fingerprint_parts(name_or_path: str) -> Iterator[tuple[str, str]]:
-    """What a path's name is followed by in the identity, and the hash of that part; empty where there is none."""
+    """(suffix of the name in the identity, hash) of each part of a path; the hash is empty for a part that does not
+    exist."""
     place = find_here(name_or_path)
     yield "", fingerprint_path(place)
     yield ".files", fingerprint_beside(place)
@@ -195,7 +196,7 @@ def fingerprint_parts(name_or_path: str) -> Iterator[tuple[str, str]]:
 
 
 def find_here(name_or_path: str) -> Path:
-    """The file or folder here that a name stands for: of a hub id the snapshot in the hub's cache."""
+    """The local file or folder of a name: for a hub id the snapshot in the hub's cache."""
     place = resolve_checkpoint(name_or_path)
     if place.exists():
         return place
@@ -252,7 +253,7 @@ def sample_bytes(file: Path) -> bytes:
 
 
 def check_new_length(folder: Path, max_steps: int) -> None:
-    """UsageError for fewer steps than the run has done."""
+    """Raise UsageError for fewer steps than the run has done."""
     done = max(map(checkpoint_step, list_checkpoints(folder / "checkpoints")), default=0)
     if max_steps < done:
         raise UsageError(
@@ -264,7 +265,7 @@ def check_new_length(folder: Path, max_steps: int) -> None:
 def describe_new_length(
     folder: Path, before: int, after: int, schedules: tuple[LRSchedule, LRSchedule], log: LogFn
 ) -> None:
-    """What changes with another number of steps. schedules: of the old and of the new length."""
+    """Log what changes with another number of steps. schedules: of the old and of the new length."""
     done = checkpoint_step(list_checkpoints(folder / "checkpoints")[-1])
     old, new = (schedule(done) for schedule in schedules)
     log(

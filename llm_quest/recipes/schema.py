@@ -1,5 +1,5 @@
-"""What recipes write their schemas with, and what a schema says of a key in words: the choices, the bounds, the
-nearest known name."""
+"""Building blocks of recipe schemas, and descriptions of their keys in words: the choices, the bounds, the nearest
+known name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llm_quest.files import absolute_path
 
 
 class Choice:
-    """Annotation of a key whose value is a name in a table, so that nothing lists the names a second time.
+    """Annotation of a key whose value is a name in a table, which is the only list of the names.
 
     loss_type: Annotated[str, Choice(PREFERENCE_LOSSES)] = "dpo"
     """
@@ -38,14 +38,14 @@ def find_choices(annotation: Any, metadata: Iterable[Any] = ()) -> list[Choice]:
 
 
 class StrictModel(BaseModel):
-    """What every part of a config has in common: it is frozen, and a key it does not know is a mistake."""
+    """Base class of every part of a config: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 ConfigT = TypeVar("ConfigT", bound=StrictModel)
 LocalPath = Annotated[str, AfterValidator(absolute_path)]
-"""A file, a folder or a hub id. What exists here gets its absolute path, so that a run resumes from anywhere."""
+"""A file, a folder or a hub id. A local path is made absolute, so that a run resumes from anywhere."""
 
 
 def is_local_path(field: Any) -> bool:
@@ -57,7 +57,7 @@ def is_local_path(field: Any) -> bool:
 
 
 def describe_field(field: FieldInfo | None) -> str:
-    """What a field takes, in words: the choices, or the type with its bounds, and what it is for."""
+    """Describe the values of a field: the choices, or the type with its bounds, and its description."""
     if field is None:
         return "allowed here"
     own = find_choices(None, field.metadata)
@@ -123,6 +123,6 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 
 
 def short_repr(value: Any) -> str:
-    """A value as it came, cut to a readable length."""
+    """The repr of a value, cut to 60 characters."""
     shown = re.sub(r"\s+", " ", repr(value))
     return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -1,4 +1,4 @@
-"""The reference of a recipe's settings, made from its schema: name, what it takes, default, what it is for.
+"""The reference of a recipe's settings, generated from its schema: name, allowed values, default, description.
 
 `quest train RECIPE --help` prints it, and `quest settings --write docs/settings` writes one page for each recipe."""
 
@@ -29,8 +29,8 @@ ARXIV = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A key of a recipe. takes: what it may be, in words; default: as YAML writes it, or `required`; is_group: it holds
-    the keys that follow."""
+    """A key of a recipe. takes: its allowed values, in words; default: as YAML writes it, or `required`; is_group:
+    whether it holds the keys that follow."""
 
     key: str
     takes: str
@@ -129,7 +129,7 @@ def make_setting(key: str, field: FieldInfo, given: Any, inner: type[StrictModel
 
 
 def describe_group(field: FieldInfo, inner: type[StrictModel]) -> str:
-    """What a group of keys is for."""
+    """The description of a group of keys."""
     return field.description or re.sub(r"\s+", " ", (inner.__doc__ or "").strip())
 
 
@@ -150,7 +150,7 @@ def show_value(value: Any) -> str:
 
 @dataclass(frozen=True)
 class SettingsIndex:
-    """The recipes and files that have a page. written: the files of pages that were written."""
+    """The recipes that have a page. written: the files that were written."""
 
     names: tuple[str, ...]
     written: tuple[str, ...] = ()

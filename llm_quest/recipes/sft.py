@@ -1,9 +1,8 @@
-"""`quest train sft`: conversations -> a model that answers. The loss is of the answers alone, each with its end; whole
-conversations share rows and do not attend to one another.
+"""`quest train sft`: conversations -> a model that answers. The loss is over the answers alone, each with its end
+token; whole conversations are packed into rows and do not attend to one another.
 
-Commonly got wrong: the token that ends an answer is learned too, or the model never stops; prompt and answer are
-encoded as pieces of one text, so that no token lies across their border; what a user types is never read as a control
-token."""
+Commonly got wrong: the end token of an answer has a loss too, or the model never stops; prompt and answer are encoded
+as pieces of one text, so that no token spans their border; a user's text is never read as a control token."""
 
 from __future__ import annotations
 
@@ -120,7 +119,7 @@ def build_sft(config: SftConfig, context: Context) -> Job:
 
 @dataclass(frozen=True)
 class ConversationData:
-    """Conversations as rows of ids. questions: the held-out ones, as they were said."""
+    """Conversations as rows of ids. questions: the held-out conversations as messages."""
 
     chat: ChatTemplate
     train: PackedExamples
@@ -130,7 +129,7 @@ class ConversationData:
 
 
 def prepare_conversations(config: ConversationDataConfig, tokenizer: Tokenizer, length: int) -> ConversationData:
-    """From a source to rows; what is left out is in the drop report."""
+    """Prepare the conversations of a source as rows; what is left out is in the drop report."""
     chat = open_chat_template(config, tokenizer)
     drop_report = DropReport()
     train, held = load_split_rows(
@@ -145,7 +144,7 @@ def prepare_conversations(config: ConversationDataConfig, tokenizer: Tokenizer, 
 
 
 class AnswerLossEvaluator:
-    """loss in nats per token of held-out answers, and its perplexity."""
+    """Evaluates held-out answers: the loss in nats per token, and its perplexity."""
 
     name = "eval"
 
@@ -163,7 +162,7 @@ class AnswerLossEvaluator:
 
 
 class AnswerSampler:
-    """Answers to the first held-out questions: samples/step-00000100.json."""
+    """Samples answers to the first held-out questions, into samples/step-00000100.json."""
 
     name = "samples"
 
@@ -174,7 +173,7 @@ class AnswerSampler:
         self.prompts = data.chat.encode_prompts([one.prompt for one in self.questions])
 
     def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
-        """Every process answers (parts of the model may lie on each); only one with a folder keeps it."""
+        """Sample on every process (each may hold a part of the model); only one with a folder saves them."""
         room = model.config.max_position_embeddings
         asked = [(one, ids) for one, ids in zip(self.questions, self.prompts, strict=True) if len(ids) < room]
         done = generate(

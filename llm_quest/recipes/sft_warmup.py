@@ -1,5 +1,4 @@
-"""The supervised warm-up of a fresh policy on demonstrations, before rewards can tell it anything: a run of its own
-inside the run folder."""
+"""The supervised warm-up of a fresh policy on demonstrations: a run of its own inside the run folder."""
 
 from __future__ import annotations
 
@@ -33,8 +32,8 @@ CHECK_PROBLEMS, CHECK_SAMPLES, CHECK_DEMONSTRATIONS = 50, 4, 200
 
 
 class WarmupConfig(StrictModel):
-    """Fine-tuning on the task's demonstrations, which a fresh model needs before rewards can tell it anything. Best
-    stopped where samples are right now and then: with too little no group is mixed, with too much none either."""
+    """Fine-tuning on the task's demonstrations, without which a fresh model earns no reward. Best stopped where some
+    samples are right: before that all rewards of a group are 0, long after it all are 1, and both give no gradient."""
 
     max_steps: PositiveInt = Field(default=400, description="at most")
     target_accuracy: float = Field(
@@ -46,7 +45,7 @@ class WarmupConfig(StrictModel):
 
 @dataclass(frozen=True)
 class StopRule:
-    """When a warm-up ends: after max_steps, or when the accuracy (measured every CHECK_EVERY steps) reaches its
+    """The end of a warm-up: after max_steps, or when the accuracy (measured every CHECK_EVERY steps) reaches its
     target."""
 
     max_steps: int
@@ -58,15 +57,15 @@ class StopRule:
 def require_demonstrations_fit(
     warmup: WarmupConfig, task: Task, tokenizer: Tokenizer, max_new_tokens: int, log: LogFn
 ) -> None:
-    """UsageError where fewer demonstrations than the warm-up's target end within max_new_tokens: the rest are cut off
-    and never right, so that all its steps would run without reaching it. Where some do not fit, a line."""
+    """Raise UsageError if fewer demonstrations than the warm-up's target accuracy fit into max_new_tokens: the rest are
+    cut off and never right, so that the target cannot be reached. Logs a line if some do not fit."""
     demonstrations = Demonstrations(task, tokenizer)
     lengths = [len(demonstrations.encode_example(n, 0)[1]) for n in range(CHECK_DEMONSTRATIONS)]
     require_lengths_fit(lengths, max_new_tokens, warmup.target_accuracy, "warmup.target_accuracy", log)
 
 
 def require_lengths_fit(lengths: Sequence[int], max_new_tokens: int, target: float, key: str, log: LogFn) -> None:
-    """UsageError for demonstrations that do not fit, as `require_demonstrations_fit`. lengths: tokens of
+    """Raise UsageError for demonstrations that do not fit, as `require_demonstrations_fit`. lengths: tokens of
     demonstrations. key: of the target in the config."""
     longest = max(lengths)
     fit = sum(length <= max_new_tokens for length in lengths) / len(lengths)
@@ -88,8 +87,8 @@ def run_sft_warmup(
     parallel: DistributedContext,
     log: LogFn,
 ) -> None:
-    """Fine-tunes a fresh model on the task's demonstrations, until some of its samples are right. Done already: read
-    from its checkpoint."""
+    """Fine-tune a fresh model on the task's demonstrations, until some of its samples are right; a finished warm-up is
+    loaded from its checkpoint."""
     loader = ShardedLoader(
         Demonstrations(task, tokenizer),
         batch_size=warmup.batch_size,
@@ -112,9 +111,9 @@ def train_until(
     config: RunConfig, model: Decoder, tokenizer: Tokenizer, loader: Loader, stop_rule: StopRule, folder: Path,
     parallel: DistributedContext, log: LogFn,
 ) -> tuple[int, float]:  # fmt: skip
-    """Trains the model in a run folder: steps done, and the accuracy it reached. Of several processes each holds the
-    whole model and learns from the whole batch. StoppedBySignal where a signal ended it, after a
-    checkpoint."""
+    """Train the model in a run folder until the stop rule holds; return the steps and the accuracy. Of several
+    processes each holds the whole model and learns from the whole batch. StoppedBySignal where a signal ended it, after
+    a checkpoint."""
     parallel = parallel.replicate()
     objective = parallel.parallelize(NextTokenLoss(model))
     every = CHECK_EVERY if stop_rule.measure_accuracy is not None else stop_rule.max_steps
@@ -147,7 +146,7 @@ def train_until(
             log(f"Interrupted; the warm-up is saved at step {step}. quest train {folder.parent} goes on with it.")
             raise StoppedBySignal(result.exit_code - 128)
         if step % every and step < stop_rule.max_steps:
-            continue  # an interrupted warm-up goes on; it is looked at where it would have been
+            continue  # a resumed warm-up is measured at the same steps as one that was never interrupted
         model.eval()
         accuracy = stop_rule.measure_accuracy() if stop_rule.measure_accuracy is not None else 0.0
     return step, accuracy

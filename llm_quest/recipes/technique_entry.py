@@ -1,4 +1,4 @@
-"""An entry of `techniques` in a recipe: a name, or a group of its options, written out in full and checked."""
+"""Parses an entry of `techniques` in a recipe: a name, or a group with its options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llm_quest.techniques.model_spec import FORMER_NAMES
 
 
 def parse_technique_entry(given: Any) -> dict[str, Any]:
-    """One entry with all its options written out; ValueError in words for a name, option or value that is not known."""
+    """Parse one entry and fill in all its options. ValueError, in words, for an unknown name, option or value."""
     if isinstance(given, str):
         given = {"name": given}
     if not isinstance(given, Mapping) or "name" not in given:
@@ -42,7 +42,7 @@ def parse_technique_entry(given: Any) -> dict[str, Any]:
 
 
 def describe_option_error(found: Any, technique: type) -> str:
-    """One of pydantic's findings, about one option, in our words."""
+    """Translate one of pydantic's findings about an option."""
     if found["type"] == "value_error":
         return str(found["ctx"]["error"])
     kind = get_type_hints(technique, include_extras=True)[str(found["loc"][0])]
@@ -54,7 +54,7 @@ def join_names(names: Sequence[str]) -> str:
 
 
 def known_techniques() -> dict[str, type]:
-    """What a recipe may name."""
+    """Name -> class of every technique that a recipe may name."""
     return TECHNIQUES | TRAINING_TECHNIQUES
 
 

@@ -1,4 +1,4 @@
-"""What PPO estimates values with: a head on the policy's own trunk, or a value model of its own (`value_model`)."""
+"""The value estimate of PPO: a head on the policy's own trunk, or a separate value model (`value_model`)."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from llm_quest.techniques.value_head import (
 
 
 def value_scorer(model: Decoder) -> RowScorer:
-    """The value of each position, before its target is written."""
+    """A scorer of the value of each position, before its target is sampled."""
     return lambda batch: token_values(model, batch)
 
 
 def init_value_model(config: PolicyConfig, model: Decoder, tokenizer: Tokenizer) -> Decoder | None:
-    """The value model of its own, where the config asks for one: loaded, or a copy of the policy with its adapters
-    merged; before the run's techniques are applied. A value head that the policy brings and the run does not want is
-    taken off it. UsageError for a value model that does not read what the policy writes."""
+    """Make the separate value model of a config: loaded, or a copy of the policy with its adapters merged; None without
+    one. Call it before the run's techniques are applied. A value head of the policy that the run does not use is
+    removed. UsageError for a value model that does not read what the policy writes."""
     part = config.value_model
     brought = find_value_head(model)
     if brought is not None and (not config.has_value_head or part is not None or find_value_model(model) is not None):
@@ -47,7 +47,7 @@ def init_value_model(config: PolicyConfig, model: Decoder, tokenizer: Tokenizer)
 
 
 def load_value_model(name_or_path: str, model: Decoder, tokenizer: Tokenizer) -> Decoder:
-    """A reward model, or a language model, in float32."""
+    """Load a reward model or a language model, in float32, without its value head."""
     own = load(name_or_path, dtype="float32", aligned=True)
     if not isinstance(own, Decoder) or load_tokenizer(name_or_path).hash != tokenizer.hash:
         raise UsageError(
@@ -60,8 +60,8 @@ def load_value_model(name_or_path: str, model: Decoder, tokenizer: Tokenizer) ->
 
 
 def add_value_estimate(config: PolicyConfig, model: Decoder, own: Decoder | None) -> None:
-    """Where the config wants values: the value model with its head, or a head on the model itself, where it has none
-    yet."""
+    """Attach the separate value model, or a value head to the policy, if the config needs values and the policy has
+    none."""
     if own is not None:
         attach_value_model(model, own)
     elif config.has_value_head and find_value_head(model) is None:

@@ -1,5 +1,5 @@
-"""`quest train vit`: images -> a Vision Transformer -> classes. Held-out accuracy is measured at the end, and nothing
-is chosen by it."""
+"""`quest train vit`: images -> a Vision Transformer -> classes. Held-out accuracy is measured at the end; no choice
+depends on it."""
 
 from __future__ import annotations
 
@@ -52,8 +52,7 @@ DEFAULT_PROCESSORS = {"folder": ImageProcessor(224), "digits": ImageProcessor(8,
 
 
 class VitModelConfig(StrictModel):
-    """A ViT of your own numbers, or one to go on from: its sizes are then its own, and a head of other classes is made
-    anew."""
+    """A ViT of these sizes, or one to load: it keeps its sizes, and gets a new head for other classes."""
 
     patch_size: PositiveInt = Field(default=2, description="pixels of a patch's side")
     hidden_size: PositiveInt = Field(default=64, description="width of a block")
@@ -92,7 +91,7 @@ class VitConfig(VisionConfig):
     label_smoothing: float = Field(default=0.1, ge=0, lt=1, description="label smoothing")
 
     @model_validator(mode="after")
-    def images_fit(self) -> VitConfig:
+    def check_image_size(self) -> VitConfig:
         part, images = self.model, self.data
         native = NATIVE_SHAPES.get(images.source, (images.image_size, images.channels))
         size = native[0] if images.image_size is None else images.image_size
@@ -159,7 +158,7 @@ def build_vit(config: VitConfig, context: Context) -> Job:
 
 
 def make_image_processor(config: VitConfig, log: LogFn) -> ImageProcessor:
-    """The image processor: as the folder of model.load says, or plain squares; what the config gives holds instead."""
+    """Make the image processor: that of model.load, or plain squares; keys of the config override it."""
     part, base = config.data, DEFAULT_PROCESSORS.get(config.data.source, DEFAULT_PROCESSORS["folder"])
     if config.model.load is not None:
         loaded = find_preprocess(config.model.load)
@@ -187,14 +186,14 @@ def resize_processor(processor: ImageProcessor, size: int) -> ImageProcessor:
 
 
 def fsdp_blocks(model: Any) -> list[nn.Module]:
-    """What FSDP shards one by one: every block of every part."""
+    """The modules that FSDP shards one by one: every block of every part."""
     return [block for name, part in model.named_modules() if name.endswith("blocks") for block in part]
 
 
 def load_images(
     config: ImageDataConfig, preprocess: ImageProcessor, drop_report: DropReport, problem_type: str | None = None
 ) -> ImageSplits:
-    """The source's images, in two sides. drop_report: what of a folder was used."""
+    """Load the images of the source, training and held-out ones. drop_report: collects files that are left out."""
     if problem_type == MULTI_LABEL and config.source != "folder":
         raise UsageError(
             f"problem_type={MULTI_LABEL} is for data.source=folder: {config.source} has one label an image"
@@ -218,7 +217,7 @@ def load_images(
 
 
 def init_vit(config: VitConfig, images: ImageDataset) -> ImageEncoder:
-    """The model before the first step: loaded, or built, its first values from a seed of their own."""
+    """Load the model, or build it with initial weights from a seed of their own."""
     part, seed = config.model, derive_seed(config.seed, "init")
     channels, size = images.pixels.shape[1], images.pixels.shape[2]
     labels = () if config.data.source == "digits" else images.names
@@ -250,7 +249,8 @@ def init_vit(config: VitConfig, images: ImageDataset) -> ImageEncoder:
 
 
 def adapt_to_images(model: ImageEncoder, images: ImageDataset, labels: tuple[str, ...], seed: int) -> ImageEncoder:
-    """A trained model for these images: positions stretched to their size, and a head of their classes."""
+    """Adapt a trained model to these images: interpolate its positions to their size, and give it a head of their
+    classes."""
     if not isinstance(model, ImageEncoder) or not isinstance(model.config, vit.Config):
         raise UsageError("model.load must name a ViT")
     if images.pixels.shape[1] != model.config.num_channels:
@@ -271,9 +271,10 @@ def adapt_to_images(model: ImageEncoder, images: ImageDataset, labels: tuple[str
 def replace_head(
     model: ImageEncoder, known: tuple[str, ...], wanted: tuple[str, ...], labels: tuple[str, ...], seed: int
 ) -> None:
-    """A head of the wanted classes: those that the model knows by name keep their rows, the others begin anew.
+    """Replace the head by one of the wanted classes: classes of the same name keep their rows, the others are
+    initialized.
 
-    Commonly got wrong: as many classes taken for the same classes; the old names then stay, and an apple is a cat."""
+    Commonly got wrong: as many classes are not the same classes; without a new head the old names stay."""
     config, before = replace(model.config, num_labels=len(wanted), label_names=labels), cast(nn.Linear, model.head)
     head = nn.Linear(config.hidden_size, config.num_labels)
     nn.init.normal_(head.weight, std=0.02, generator=torch.Generator().manual_seed(seed))

@@ -1,7 +1,7 @@
 """`quest train vlm`: images with words -> an image encoder, an adapter and a Llama -> captions and answers.
 
-Held-out images (of scenes: combinations never trained on) are asked about one question at a time; an answer counts if
-it is right word for word."""
+Held-out images (of scenes: combinations never trained on) are evaluated one question at a time; an answer is right if
+every word is."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def build_vlm(config: VlmConfig, context: Context) -> Job:
 
 
 def load_or_make_preprocess(config: VlmConfig, log: LogFn) -> ImageProcessor:
-    """How images are made: as the loaded model or tower wants them; scenes so that nothing is 0; others scaled to
+    """Make the image processor: that of the loaded model or tower; for scenes one without zeros; else scaling to
     -1..1."""
     where = config.model.load or config.vision_tower.load
     if where is not None:
@@ -134,14 +134,14 @@ def load_or_make_preprocess(config: VlmConfig, log: LogFn) -> ImageProcessor:
 
 
 def default_preprocess(vision: Any, name: str, log: LogFn) -> ImageProcessor:
-    """The image processor of an encoder that does not say how its images are made: as its class was trained."""
+    """The image processor of an encoder without a preprocessor file: that of its class."""
     is_clip = isinstance(vision, clip.Config)
     log(f"{name} does not say how its images are made: as {'CLIP' if is_clip else 'ViT'} makes them")
     return ImageProcessor(vision.image_size, **(CLIP_STATISTICS if is_clip else {}))
 
 
 def load_vision_config(name_or_path: str) -> Any:
-    """The vision part's numbers of a model that does not say how its images are made."""
+    """The vision config of a model without a preprocessor file."""
     config = load(name_or_path, device="meta", vision=True).config
     return getattr(config, "vision_config", config)
 
@@ -175,7 +175,7 @@ def build_vlm_tokenizer(config: VlmConfig, dataset: ImageTextDataset) -> Tokeniz
 
 
 def init_vlm(config: VlmConfig, tokenizer: Tokenizer, preprocess: ImageProcessor) -> VisionLanguageModel:
-    """Loaded whole; or put together from parts, each loaded or built with first values."""
+    """Load a whole model, or assemble one from parts that are loaded or initialized."""
     if config.model.load is not None:
         loaded: Any = load(config.model.load, dtype="float32", aligned=True, vision=True)
         if not isinstance(loaded, VisionLanguageModel):
@@ -252,15 +252,17 @@ def make_decoder_config(config: VlmConfig, tokenizer: Tokenizer) -> llama.Config
 
 @torch.no_grad()
 def init_position_embeddings_(tower: ImageEncoder, seed: int) -> None:
-    """Positions N(0,1), as large as what the first norm makes of a patch. Commonly got wrong: at CLIP's 0.02, right for
-    its millions of steps, a tower from scratch sees for thousands of steps what there is but not where."""
+    """Initialize positions by N(0,1), the size of a normalized patch.
+
+    Commonly got wrong: with CLIP's std of 0.02, chosen for millions of steps, a tower from scratch does not locate
+    objects for thousands of steps."""
     nn.init.normal_(tower.embed.positions, generator=torch.Generator().manual_seed(seed + 1))  # type: ignore[arg-type]
 
 
 @torch.no_grad()
 def copy_weights_(part: nn.Module, trained: nn.Module) -> None:
-    """A trained model's numbers into a part; a vocabulary that has grown keeps its new rows, a classifier's head stays
-    behind."""
+    """Copy a trained model's weights into a part; new rows of a larger vocabulary stay, a classifier's head is not
+    copied."""
     theirs = dict(trained.named_parameters())
     for name, parameter in part.named_parameters():
         rows = theirs[name].shape[0] if parameter.dim() else 1

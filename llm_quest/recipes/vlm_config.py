@@ -1,4 +1,4 @@
-"""The settings of `quest train vlm`: images with words, an image encoder, a projector and a Llama."""
+"""Schemas of `quest train vlm`: images with words, an image encoder, a projector and a Llama."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PART_MODULES = {"vision_tower": "tower", "projector": "adapter", "language_model
 
 
 class ImageTextDataConfig(RowsConfig):
-    """Rendered scenes of shapes, or rows of yours."""
+    """Rendered scenes of shapes, or rows with images."""
 
     forms = IMAGE_TEXT_FORMS
     source: Sources = Field(
@@ -38,7 +38,7 @@ class ImageTextDataConfig(RowsConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def source_of_earlier_versions(cls, given: Any) -> Any:
+    def read_old_source(cls, given: Any) -> Any:
         """{source: jsonl, path: FILE} is {source: FILE}."""
         if isinstance(given, dict) and given.get("source") == "jsonl" and "path" in given:
             return {key: value for key, value in given.items() if key != "path"} | {"source": given["path"]}
@@ -93,7 +93,7 @@ class LanguageModelConfig(StrictModel):
 
 
 class VlmModelConfig(StrictModel):
-    """A whole vision-language model to start from; without one the parts are put together."""
+    """A whole vision-language model to start from; without one it is assembled from parts."""
 
     preset: Annotated[str, Choice({one.name: one for one in llava.FAMILY.presets})] | None = Field(
         default=None, description="a published size, with random weights and its own image size"
@@ -111,7 +111,7 @@ class VlmModelConfig(StrictModel):
 
     @property
     def is_whole(self) -> bool:
-        """Are the parts' own settings without effect?"""
+        """Whether the model is loaded whole, so that the settings of its parts have no effect."""
         return self.load is not None or self.preset is not None
 
 

@@ -1,9 +1,8 @@
-"""Settings as text: a YAML file and `key=value` pairs in, one tree of plain values out, each with the place it came
-from.
+"""Reads settings from a YAML file and `key=value` pairs into one tree of plain values, each with its place.
 
-YAML that others wrote is read with PyYAML's safe loader, and less of it than the format allows: at most 1 MB, 32 deep,
-10,000 values, 32 aliases (an alias bomb of a few lines otherwise explodes when it is printed), no key twice. Plain
-words are read by YAML 1.2's rules: `1e-3` is a number, `no` and `enabled` are words, `1:30` is not ninety.
+YAML is read with PyYAML's safe loader, and with limits: at most 1 MB, 32 deep, 10,000 values, 32 aliases (an alias bomb
+of a few lines otherwise explodes when it is printed), no key twice. Plain words are read by YAML 1.2's rules: `1e-3` is
+a number, `no` and `enabled` are words, `1:30` is not ninety.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ KeyPath = tuple[str, ...]
 
 @dataclass(frozen=True)
 class ConfigProblem:
-    """One thing wrong with the settings. location: `file:line` or the argument; key: the key, dotted; message: and what
-    to do."""
+    """A mistake in the settings. location: `file:line` or the argument; key: the dotted key; message: the mistake and
+    the remedy."""
 
     location: str
     key: str
@@ -38,8 +37,7 @@ class ConfigProblem:
 
 @dataclass
 class RawConfig:
-    """A tree of plain values. locations: where each key was written, by path; problems: what was wrong with the text
-    itself."""
+    """A tree of plain values. locations: where each key was written, by path; problems: mistakes in the text itself."""
 
     tree: dict[str, Any]
     source: str
@@ -47,7 +45,7 @@ class RawConfig:
     problems: list[ConfigProblem] = field(default_factory=list)
 
     def location(self, path: KeyPath) -> str:
-        """Where this key was written, or else the nearest key above it."""
+        """The place of this key, or of the nearest key above it."""
         while path and path not in self.locations:
             path = path[:-1]
         return self.locations.get(path, self.source)
@@ -74,7 +72,7 @@ for tag, pattern, first in (
 
 
 def read_yaml_file(file: File) -> RawConfig:
-    """The settings of a YAML file; whatever is wrong with the text is in `.mistakes`."""
+    """Read the settings of a YAML file; mistakes in the text are in its `problems`."""
     try:
         if not file.is_file():
             raise UsageError(f"{file} is no regular file; give the name of a recipe or a YAML file")
@@ -88,7 +86,7 @@ def read_yaml_file(file: File) -> RawConfig:
 
 
 def read_yaml(text: str, name: str) -> RawConfig:
-    """The settings in a text. name: what to call it in messages."""
+    """Read the settings in a text. name: of the text, for messages."""
     settings = RawConfig({}, name)
     try:
         problem = find_limit_violation(text)
@@ -110,7 +108,7 @@ def read_yaml(text: str, name: str) -> RawConfig:
 
 
 def find_limit_violation(text: str) -> str | None:
-    """What in the stream of events is over a limit; looked at before anything is built from it."""
+    """The limit that the stream of events exceeds, checked before anything is built from it; None within all limits."""
     depth = deepest = aliases = documents = 0
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         return f"more than {MAX_BYTES:,} bytes"
@@ -129,7 +127,7 @@ def find_limit_violation(text: str) -> str | None:
 
 
 def find_node_excess(node: yaml.Node) -> str | None:
-    """Count the values as they would be written out, aliases expanded."""
+    """A message if there are too many values with aliases expanded; None if not."""
     stack, count = [node], 0
     while stack:
         count += 1
@@ -144,7 +142,7 @@ def find_node_excess(node: yaml.Node) -> str | None:
 
 
 def record_locations(node: yaml.Node, path: KeyPath, settings: RawConfig) -> None:
-    """Note the line of every key and list entry, and every key that stands twice."""
+    """Record the line of every key and list entry, and every duplicate key as a problem."""
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             settings.locations[(*path, str(index))] = f"{settings.source}:{item.start_mark.line + 1}"
@@ -168,7 +166,7 @@ def record_locations(node: yaml.Node, path: KeyPath, settings: RawConfig) -> Non
 
 
 def build_tree(text: str, settings: RawConfig) -> None:
-    """The values themselves; a tag that is not plain YAML (`!!python/...`) is a mistake."""
+    """Build the tree of values; a tag that is not plain YAML (`!!python/...`) is a problem."""
     try:
         settings.tree = stringify_keys(yaml.load(text, Loader=Yaml12Loader) or {})
     except (yaml.YAMLError, ValueError) as error:
@@ -176,14 +174,14 @@ def build_tree(text: str, settings: RawConfig) -> None:
 
 
 def stringify_keys(value: Any) -> Any:
-    """Keys are words, also those that look like numbers; aliased values become values of their own."""
+    """Convert keys to text, also those that look like numbers, and copy aliased values."""
     if isinstance(value, Mapping):
         return {str(key): stringify_keys(item) for key, item in value.items()}
     return [stringify_keys(item) for item in value] if isinstance(value, list) else value
 
 
 def syntax_problem(error: Exception, name: str) -> ConfigProblem:
-    """PyYAML's complaint on one line."""
+    """PyYAML's error on one line."""
     if not isinstance(error, yaml.MarkedYAMLError):
         return ConfigProblem(name, "", f"not YAML: {' '.join(str(error).split())}")
     mark = error.problem_mark or error.context_mark
@@ -192,8 +190,8 @@ def syntax_problem(error: Exception, name: str) -> ConfigProblem:
 
 
 def apply_overrides(settings: RawConfig, overrides: Iterable[str]) -> RawConfig:
-    """The settings with `a.b=value` pairs on top; a value is read as YAML (`learning_rate=1e-3`,
-    `samples.prompts=[Once, The]`)."""
+    """Apply `a.b=value` pairs to the settings; a value is read as YAML (`learning_rate=1e-3`, `samples.prompts=[Once,
+    The]`)."""
     for pair in overrides:
         key, equals, text = pair.partition("=")
         path = tuple(key.strip().split("."))
@@ -209,7 +207,7 @@ def apply_overrides(settings: RawConfig, overrides: Iterable[str]) -> RawConfig:
 
 
 def set_value(settings: RawConfig, path: KeyPath, value: Any, where: str) -> None:
-    """Write one value into the tree; what stood there is replaced."""
+    """Write one value into the tree, replacing what is there."""
     at = settings.tree
     for part in path[:-1]:
         if not isinstance(at.get(part), dict):
@@ -222,7 +220,7 @@ def set_value(settings: RawConfig, path: KeyPath, value: Any, where: str) -> Non
 
 
 def dump_yaml(tree: Mapping[str, Any]) -> str:
-    """The text that `read` turns into this tree again."""
+    """The tree as YAML text, which `read_yaml` reads back."""
     return yaml.dump(dict(tree), Dumper=Yaml12Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 

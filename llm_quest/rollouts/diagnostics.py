@@ -44,7 +44,7 @@ class Diagnostics:
     symptoms: Sequence[Symptom] | None = None
     rows: list[MetricsRow] = field(default_factory=list)
     reported: set[str] = field(default_factory=set)
-    last_well: dict[str, int] = field(default_factory=dict)
+    last_healthy: dict[str, int] = field(default_factory=dict)
     first_seen: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def on_log(self, row: MetricsRow) -> list[str]:
@@ -53,7 +53,7 @@ class Diagnostics:
         for sign in SYMPTOMS if self.symptoms is None else self.symptoms:
             if not sign.is_present(self.rows):
                 self.reported.discard(sign.name)
-                self.last_well[sign.name] = row["step"]
+                self.last_healthy[sign.name] = row["step"]
                 self.first_seen.pop(sign.name, None)
                 continue
             if sign.name not in self.reported:
@@ -68,7 +68,7 @@ class Diagnostics:
         it from the first row on."""
         known = SYMPTOMS if self.symptoms is None else self.symptoms
         names = [sign.name for sign in known if sign.collapse and sign.name in self.reported]
-        return min((self.last_well[name] for name in names if name in self.last_well), default=None)
+        return min((self.last_healthy[name] for name in names if name in self.last_healthy), default=None)
 
     def _check_fatal(self, symptom: Symptom, row: MetricsRow) -> None:
         first, times = self.first_seen.get(symptom.name, (row["step"], 0))

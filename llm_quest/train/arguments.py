@@ -14,20 +14,20 @@ ON_DISK_FULL = ("stop", "continue")
 
 @dataclass(frozen=True)
 class TrainingArguments:
-    """How to train.
+    """Arguments of the training loop, named as in transformers where it has them.
 
     max_steps: optimizer steps of the whole run. max_grad_norm: None does not clip. logging_steps: steps per row of
-    metrics. save_steps: steps per checkpoint; 0 saves at the end only. save_seconds: the next step saves one too, so
-    long after the last; 0: none. save_total_limit: how many of the newest checkpoints are kept (0: all); keep_every:
-    those at its multiples are kept too; metric_for_best_model: a metric, such as "eval/loss", by which the best
-    checkpoint is saved and kept too (greater_is_better: the largest value is best; None: as its name says).
-    early_stopping_patience: measurements of it without a better value that end the run. load_best_model_at_end: the
-    model is then the best one. precision: fp32, or bf16 (autocast; the weights stay float32). max_nonfinite_steps,
-    max_empty_steps: more of them in a row stop the run. watch_loss: whether a loss that rises far means that the run
-    diverges; that of a policy gradient does not. max_seconds: after so long it saves and ends. name: what the
-    progress display calls the run. expected_loss: of the first step (ln V); a loss far from it gives a warning.
-    on_disk_full: stop, or continue without that checkpoint. async_save: write checkpoints in the background, from a
-    copy in memory."""
+    metrics. save_steps: steps per checkpoint; 0 saves at the end only. save_seconds: a checkpoint is also saved by the
+    first step that ends so many seconds after the last one; 0: none. save_total_limit: how many of the newest
+    checkpoints are kept (0: all); keep_every: those at its multiples are kept too; metric_for_best_model: a metric,
+    such as "eval/loss", by which the best checkpoint is saved and kept too (greater_is_better: the largest value is
+    best; None: as its name says). early_stopping_patience: measurements of it without a better value that end the run.
+    load_best_model_at_end: the model is then the best one. precision: fp32, or bf16 (autocast; the weights stay
+    float32). max_nonfinite_steps, max_empty_steps: more of them in a row stop the run. watch_loss: whether a loss that
+    rises far means that the run diverges (the loss of a policy gradient does not). max_seconds: the run saves and ends
+    after so many seconds. name: what the progress display calls the run. expected_loss: of the first step (ln V); a
+    loss more than a fifth away from it gives a warning. on_disk_full: stop, or continue without that checkpoint.
+    async_save: write checkpoints in the background, from a copy in memory."""
 
     max_steps: int
     max_grad_norm: float | None = 1.0
@@ -70,10 +70,10 @@ class TrainingArguments:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended. status: finished, interrupted (a signal) or time. exit_code: 0, or 128 + the signal's number.
-    metrics: the last row, with the newest values of every evaluation. seconds: wall time of this process in the
-    loop; tokens, tokens_per_second: what it trained on, and how fast in its steps alone. checkpoint_path: the last
-    checkpoint's folder."""
+    """The result of a training run. status: finished, interrupted (a signal) or time. exit_code: 0, or 128 + the
+    signal's number. metrics: the last row, with the newest values of every evaluation. seconds: wall time of this
+    process in the loop; tokens, tokens_per_second: what it trained on, and how fast in its steps alone.
+    checkpoint_path: the last checkpoint's folder."""
 
     step: int
     status: str

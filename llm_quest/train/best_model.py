@@ -37,8 +37,8 @@ class BestModel:
     known: set[str] = field(default_factory=set, compare=False)
 
     def update(self, progress: Progress, measured: Mapping[str, Any]) -> bool:
-        """Note the value that was measured at this step; whether it is the best so far. A value that is not finite is
-        never the best, and counts as a measurement."""
+        """Record the value that was measured at this step; return whether it is the best so far. A value that is not
+        finite is never the best, and counts as a measurement."""
         if self.metric not in measured:
             return False
         if progress.best_name != self.metric:
@@ -56,7 +56,7 @@ class BestModel:
         return best is None or (value > best if greater else value < best)
 
     def is_exhausted(self, progress: Progress) -> bool:
-        """Whether the run ends here, because the metric has not become better for too long."""
+        """Whether the metric has not improved for `patience` measurements, so that the run ends."""
         return (
             self.patience is not None
             and progress.best_name == self.metric
@@ -66,13 +66,13 @@ class BestModel:
     def require_measured(self) -> None:
         """UsageError for a metric that the run does not measure, once every evaluator has measured.
 
-        Commonly got wrong: the first evaluator taken for all of them, where each has an interval of its own."""
+        Commonly got wrong: checking after the first evaluator; each has an interval of its own."""
         if self.metric not in self.known:
             named = ", ".join(sorted(self.known))
             raise UsageError(f"metric_for_best_model {self.metric} is not measured in this run; measured are {named}")
 
     def describe(self, progress: Progress) -> str:
-        """Why the run has ended."""
+        """The reason for early stopping, in words."""
         times = progress.measurements_since_best
         best = (
             "never finite" if progress.best_step is None else f"{progress.best_metric:.4g} at step {progress.best_step}"

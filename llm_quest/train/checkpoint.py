@@ -192,15 +192,15 @@ def rename_aside(folder: Path, suffix: str) -> Path:
 @dataclass(frozen=True)
 class Retention:
     """Which checkpoints are kept: the `save_total_limit` newest ones (0: all), those at multiples of `keep_every`,
-    those of keep_steps (the best, the last good one), and the newest that is known to be well.
+    those of keep_steps (the best, the last good one), and the newest that is known to be healthy.
 
-    That is the newest of a step up to `well_until`. The oldest one after it is kept too: it is the next that will be
-    known to be well, where checkpoints are saved more often than it takes to know that."""
+    That is the newest of a step up to `healthy_until`. The oldest one after it is kept too: it is the next that will be
+    known to be healthy, where checkpoints are saved more often than it takes to know that."""
 
     save_total_limit: int
     keep_every: int = 0
     keep_steps: Collection[int] = ()
-    well_until: int | None = None
+    healthy_until: int | None = None
 
     def select(self, steps: Sequence[int]) -> set[int]:
         """Select the steps, given oldest first, whose checkpoints are kept."""
@@ -208,19 +208,19 @@ class Retention:
             return set(steps)
         kept = set(steps[-self.save_total_limit :]) | set(self.keep_steps)
         kept |= {step for step in steps if self.keep_every and step % self.keep_every == 0}
-        if self.well_until is not None:
-            kept |= set([step for step in steps if step <= self.well_until][-1:])
-            kept |= set([step for step in steps if step > self.well_until][:1])
+        if self.healthy_until is not None:
+            kept |= set([step for step in steps if step <= self.healthy_until][-1:])
+            kept |= set([step for step in steps if step > self.healthy_until][:1])
         return kept
 
 
 def prune_checkpoints(root: Path, retention: Retention) -> None:
-    """Remove the checkpoints that are not kept, by way of a rename."""
+    """Remove the checkpoints that are not kept: each is renamed first, so that none is half there under its name."""
     folders = {checkpoint_step(folder): folder for folder in list_checkpoints(root)}
     kept = retention.select(list(folders))
     for folder in [folder for step, folder in folders.items() if step not in kept]:
         trash = folder.with_name(f".trash-{folder.name}")
-        with contextlib.suppress(OSError):  # one too many is no reason to end a run
+        with contextlib.suppress(OSError):  # a checkpoint too many does not end a run
             os.rename(folder, trash)
         shutil.rmtree(trash, ignore_errors=True)
 
@@ -265,7 +265,7 @@ class CheckpointSaver:
 
     def start(self, job: Callable[[], Path]) -> None:
         """Start a job. The result of the job before it has been taken (`take_result(wait=True)`)."""
-        assert self._pending is None, "a checkpoint is still being written: ask done(wait=True) first"
+        assert self._pending is None, "a checkpoint is still being written: call take_result(wait=True) first"
         if self._pool is not None:
             self._pending = self._pool.submit(job)
             return

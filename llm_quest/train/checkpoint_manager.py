@@ -1,5 +1,4 @@
-"""CheckpointManager: when a run's checkpoints are saved, which of them are kept, and the state that a run resumes
-from."""
+"""CheckpointManager: saves the checkpoints of a run, decides which are kept, and loads the one it resumes from."""
 
 from __future__ import annotations
 
@@ -27,8 +26,8 @@ from llm_quest.train.state import TrainState
 
 
 class CheckpointManager:
-    """Saves, keeps and loads the checkpoints of a run. path: the newest checkpoint that is complete, empty before the
-    first. step: of the newest one that was begun."""
+    """The checkpoints of a run: saving, retention, loading. path: the newest checkpoint that is complete, empty before
+    the first. step: of the newest one that was begun."""
 
     def __init__(self, args: TrainingArguments, run_dir: RunDir | None, parallel: DistributedContext, log: RunLog):
         self.args, self.run_dir, self.parallel, self.run_log = args, run_dir, parallel, log
@@ -69,17 +68,16 @@ class CheckpointManager:
         return self.args.save_steps > 0 and step % self.args.save_steps == 0
 
     def save(self, state: TrainState, *, is_last: bool, replaces: bool = False) -> None:
-        """Start to save a checkpoint. The one before it has been collected. is_last: of a run that is finished, which
-        keeps none for the case that it turns out to have gone wrong, unless something says so. replaces: of
-        Checkpoint."""
+        """Start to save a checkpoint. The one before it has been collected. is_last: the run is finished, so that no
+        older checkpoint is kept in case the run turns out to diverge. replaces: of Checkpoint."""
         progress = state.progress
         if self.run_dir is None:
             return
         checkpoint = Checkpoint(progress.step, state.state_dict(), self.run_dir.identity, replaces)
         self.step, self.last_save_time = progress.step, time.monotonic()
         kept = [step for step in (progress.best_step, progress.good_step) if step is not None]
-        well_until = state.divergence.well_until(self.step, is_last=is_last)
-        retention = Retention(self.args.save_total_limit, self.args.keep_every, kept, well_until)
+        healthy_until = state.divergence.healthy_until(self.step, is_last=is_last)
+        retention = Retention(self.args.save_total_limit, self.args.keep_every, kept, healthy_until)
         write = partial(self.run_dir.save_checkpoint, checkpoint, retention)
         if self.parallel.strategy == "fsdp":
             self.saver.start(partial(write, self.parallel))
@@ -87,7 +85,7 @@ class CheckpointManager:
             self.saver.start(write)
 
     def collect(self, wait: bool) -> None:
-        """Log the checkpoint that has been written meanwhile; wait: until it is."""
+        """Log the checkpoint that the background thread has written since the last call. wait: block until it has."""
         try:
             folder = self.saver.take_result(wait)
         except ResourceError as error:
@@ -100,8 +98,8 @@ class CheckpointManager:
             self.run_log.event("saved", checkpoint=self.path, step=checkpoint_step(folder))
 
     def last_good(self, onset: int) -> int | None:
-        """The step of the newest checkpoint up to this one; None if there is none. The main process looks, so that
-        every process finds the same."""
+        """The step of the newest checkpoint up to this one; None if there is none. The main process lists them, so that
+        every process has the same answer."""
         self.collect(wait=True)
         steps = []
         if self.run_dir is not None and self.parallel.is_main_process:

@@ -9,9 +9,9 @@ A bucket is sent while the backward pass goes on. Buckets are sent in one order 
 first. A parameter that no process used keeps no gradient: an optimizer that skips it on one process skips it here.
 
 Commonly got wrong: waiting for the gradient of every parameter. An objective that does not call a part of the model
-(preference losses and multi-token modules), or that calls it for some rows alone, then never ends.
-Differs from torch's DistributedDataParallel: sums in place of means; usage travels with the gradients, so that nothing
-has to be found out about the graph; the number of micro-batches may differ between processes."""
+(preference losses and multi-token modules), or that calls it for some rows alone, then never ends. Differs from torch's
+DistributedDataParallel: sums in place of means; which parameters were used is sent with the gradients, so that the
+graph is not searched; the number of micro-batches may differ between processes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class GradientReducer:
 
     @contextmanager
     def synchronize(self) -> Iterator[None]:
-        """Around the last backward pass of a step: afterwards every gradient is the sum over all processes."""
+        """Reduce gradients during the backward passes inside (the last of a step): afterwards each is the sum over all
+        processes."""
         self.missing = [{id(p) for p in bucket} for bucket in self.buckets]
         self.sent = []
         hooks = [p.register_post_accumulate_grad_hook(self._mark_ready) for bucket in self.buckets for p in bucket]

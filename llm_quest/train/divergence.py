@@ -1,8 +1,8 @@
 """DivergenceMonitor: a loss that rises far above its lowest, gradients that explode, or weights that grow within a few
-steps, in the step in which it is certain.
+steps, reported in the step in which it is certain.
 
     loss     7.6 5.1 3.9 3.4 3.1 3.0 3.2 6.4 6.9 7.4 7.1 7.8      7.6 first, 3.0 lowest, so 5.3 is the limit
-                                   ^       1   2   3   4   5      5 steps in a row above it: told in this one;
+                                   ^       1   2   3   4   5      5 steps in a row above it: reported here;
                                 onset                             the checkpoint before the onset is kept
 
 Commonly got wrong: one bad batch taken for a divergence (several steps in a row must show it), and a loss that is
@@ -47,8 +47,8 @@ class DivergenceMonitor:
     gradients).
 
     lowest: of the means of WINDOW steps, reached in lowest_step; until there is one (is_early), the first loss.
-    first_norms: of the first FIRST_STEPS steps with a gradient. parameter_norms: of the last steps. onset: the step
-    after which the weights were well, before the signs that there are now."""
+    first_norms: of the first FIRST_STEPS steps with a gradient. parameter_norms: of the last steps. onset: the last
+    step at which the weights were healthy, before the present signs."""
 
     watch_loss: bool = True
     first_loss: float | None = None
@@ -95,20 +95,20 @@ class DivergenceMonitor:
         """Whether the newest step shows a sign."""
         return any(streak > 0 for streak in self.streaks.values())
 
-    def well_until(self, step: int, *, is_last: bool = False) -> int | None:
-        """The last step after which the weights were well, as far as this step can tell. None after the last step of a
-        run without signs, which will not be told more."""
+    def healthy_until(self, step: int, *, is_last: bool = False) -> int | None:
+        """The last step at which the weights are known to be healthy. None at the end of a run without signs: nothing
+        later can change that."""
         if self.is_suspect or self.is_diverging:
             return self.onset
         return None if is_last else step - MARGIN
 
     @property
     def is_diverging(self) -> bool:
-        """Whether a divergence was told and is not over."""
+        """Whether a divergence was reported and is not over."""
         return bool(self.reported)
 
     def _loss_sign(self, step: int, loss: float) -> str:
-        """In words, that the loss is far above its lowest; empty if it is not. Else the lowest follows it."""
+        """A message if the loss is far above its lowest; empty if it is not, and the lowest is updated."""
         if not math.isfinite(loss):
             return ""
         if self.first_loss is None:
@@ -125,7 +125,8 @@ class DivergenceMonitor:
         return ""
 
     def _loss_limit(self, first_loss: float) -> float:
-        """What a healthy loss stays below. Its noise is a standard deviation, from mean absolute differences."""
+        """The limit that a healthy loss stays below. Its noise is a standard deviation, from mean absolute
+        differences."""
         steps = [abs(later - before) for before, later in itertools.pairwise(self.recent)]
         noise = statistics.fmean(steps) / 1.128 if steps else 0.0
         factor = EARLY_FACTOR if self.is_early else RISE_FACTOR
@@ -133,7 +134,7 @@ class DivergenceMonitor:
         return self.lowest + rise
 
     def _gradient_sign(self, norm: float) -> str:
-        """In words, that the gradient is far larger than that of the first steps; empty if it is not."""
+        """A message if the gradient is far larger than that of the first steps; empty if it is not."""
         if not math.isfinite(norm) or norm == 0:
             return ""
         if len(self.first_norms) < FIRST_STEPS:
@@ -148,8 +149,8 @@ class DivergenceMonitor:
         )
 
     def _weights_sign(self, step: int, norm: float) -> str:
-        """In words, that the weights have grown as no useful update lets them; empty if they have not. They are not
-        well again before they are small again."""
+        """A message if the weights have grown faster than any useful update; empty if not. The sign stays until they
+        are small again."""
         full = len(self.parameter_norms) == STREAK
         before = self.parameter_norms[0] if full else math.inf
         if step < FIRST_GROWTH_STEP or norm <= GROWTH_FACTOR * before:
@@ -158,14 +159,14 @@ class DivergenceMonitor:
         return f"the norm of the weights has grown from {before:.3g} to {norm:.3g} in {STREAK} steps"
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on with, as JSON."""
+        """The state as JSON."""
         return {"first_loss": self.first_loss, "lowest": self.lowest, "lowest_step": self.lowest_step,
                 "is_early": self.is_early, "first_norms": self.first_norms, "streaks": self.streaks,
                 "reported": self.reported, "onset": self.onset, "recent": list(self.recent),
                 "parameter_norms": list(self.parameter_norms)}  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a saved state; an empty one is that of a run that begins."""
+        """Load a saved state; an empty one is that of a new run."""
         if not state_dict:
             return
         first = state_dict["first_loss"]
@@ -181,8 +182,8 @@ class DivergenceMonitor:
 
 @torch.no_grad()
 def largest_gradient(model: nn.Module, parallel: DistributedContext) -> str:
-    """The parameter's module that has the largest part of the gradient, with its share of the squared norm, in words.
-    Every process takes part where parameters are sharded."""
+    """A message that names the module with the largest gradient, and its share of the squared norm. Every process takes
+    part where parameters are sharded."""
     named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     if not named:
         return "no parameter has a gradient"

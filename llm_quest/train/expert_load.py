@@ -1,4 +1,4 @@
-"""ExpertLoadMonitor: experts that get no tokens, found while a mixture of experts is trained.
+"""ExpertLoadMonitor: reports experts that get no tokens while a mixture of experts is trained.
 
 An expert that its router never chooses has no gradient and never comes back by itself; in the end a router sends all
 tokens to the same few (router collapse).
@@ -19,22 +19,23 @@ from llm_quest.contracts import ObservableRouter, format_list
 from llm_quest.train.parallel import DistributedContext
 
 INTERVAL = 20
-"""Steps between two looks."""
+"""Steps between two checks."""
 LEAST_TOKENS = 200
 """Tokens that an expert would have got by now if the load were even: fewer prove nothing."""
 
 
 @dataclass
 class ExpertLoadMonitor:
-    """`update(step)` after each step: the routers that have a dead expert since the last look, in words; empty between
-    two looks, and where there is nothing new. dead: by router, those of the last look, dead or well since `since`."""
+    """`update(step)` after each step: a message that names the routers with newly dead experts; empty between two
+    checks and where there is nothing new. dead: by router, as of the last check. last_healthy: step of the last check
+    without dead experts; None before one."""
 
     model: nn.Module
     parallel: DistributedContext
     interval: int = INTERVAL
     dead: dict[str, tuple[int, ...]] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
-    last_well: int | None = None
+    last_healthy: int | None = None
 
     def __post_init__(self) -> None:
         self.routers: dict[str, ObservableRouter] = {  # isinstance reads `weight`, which an adapter computes
@@ -71,12 +72,12 @@ class ExpertLoadMonitor:
         new = {name: experts for name, experts in found.items() if not set(experts) <= set(self.dead.get(name, ()))}
         self.dead = found
         if not found:
-            self.last_well = step
+            self.last_healthy = step
         return describe_dead(new, {name: counter.numel() for name, counter in self.counts.items()})
 
 
 def count_tokens(counter: Tensor, routing: Any) -> None:
-    """Add a pass's tokens, if it is one that is learned from. routing: what a router calls `observe_routing` with."""
+    """Add the tokens of a pass with gradients. routing: what a router calls `observe_routing` with."""
     if torch.is_grad_enabled():
         counter.add_(routing.tokens_per_expert().detach())
 

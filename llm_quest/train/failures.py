@@ -1,20 +1,21 @@
-"""One failure ends every process of a run, with one message and one exit code; and waiting that no time limit cuts.
+"""Failures of several processes: the first one ends all of them with one message and one exit code. And waiting for the
+main process without a time limit.
 
       process 0: error -> store: "0: exit code 3: none.jsonl does not exist" -> waits until the others have read it -> 3
       process 1: blocked in a collective; its watcher reads the store          -> ends silently with exit code 3
 
-The store is the key-value store on which the processes met (a TCP server in torchrun's agent or in process 0); reading
-it needs no other process. The first failure stands, those that it causes elsewhere are not shown.
+The store is the key-value store by which the processes found each other (a TCP server in torchrun's agent or in process
+0); reading it needs no other process. The first failure stands, those that it causes elsewhere are not shown.
 
-A long step is given up by all together. A process that was told to stop and has lost patience writes so into the
-store; each process that has not yet contributed to the step's sums leaves the process group, which wakes those that
-wait for it in a collective; nobody can have completed the step. They meet again in a second group, of gloo, whose
+A long step is given up by all together. A process that was told to stop and has waited PATIENCE_SECONDS writes so into
+the store; each process that has not yet contributed to the step's sums leaves the process group, which wakes those that
+wait for it in a collective; no process can have completed the step. They join a second group, of gloo, whose
 collectives save the state before the step.
 
 Commonly got wrong: a process that waits in a collective cannot be woken by another one that has failed. gloo notices
-when the failed process is gone, and reports a lost connection as if that were the fault; NCCL waits for its time limit.
-A group that is destroyed keeps its connections as long as anything refers to it (FSDP2 does), and wakes nobody. And
-long work of one process (reading and splitting a corpus) inside the others' collective reaches that limit."""
+when the failed process is gone, and reports a lost connection in place of the fault; NCCL waits for its time limit. A
+group that is destroyed keeps its connections as long as anything refers to it (FSDP2 does), and wakes nobody. And long
+work of one process (reading and splitting a corpus) inside the others' collective reaches that limit."""
 
 from __future__ import annotations
 
@@ -58,8 +59,8 @@ _numbers = itertools.count()
 
 
 class ProcessStore:
-    """What the processes of a group tell each other beside the collectives: the first failure, and that the main
-    process is done with something. sockets: the connections of the process group."""
+    """Messages between the processes of a group besides the collectives: the first failure, requests to stop, and that
+    the main process has reached a point. sockets: the connections of the process group."""
 
     def __init__(self, rank: int, world_size: int, sockets: Collection[tuple[int, int]] = ()):
         self.rank, self.world_size, self.sockets = rank, world_size, sockets
@@ -72,14 +73,14 @@ class ProcessStore:
         self.has_left = False
 
     def report_failure(self, error: BaseException) -> PeerFailure | None:
-        """Make an error known, as the first one; or return the failure that was there before."""
+        """Publish an error as the first failure; return the failure that was published before it, if any."""
         text = (str(error).splitlines() or [type(error).__name__])[0]
         own = json.dumps({"rank": self.rank, "exit_code": exit_code_of(error), "message": text})
         stands = self.store.compare_set(self.failure_key, "", own).decode()
         return None if json.loads(stands)["rank"] == self.rank else self.first_failure()
 
     def first_failure(self) -> PeerFailure | None:
-        """What ended the run; None while nothing has."""
+        """The failure that ended the run; None if there is none."""
         if not self.store.check([self.failure_key]):
             return None
         found = json.loads(self.store.get(self.failure_key).decode())
@@ -98,17 +99,17 @@ class ProcessStore:
             time.sleep(POLL_SECONDS)
 
     def announce_stop(self, signal_number: int) -> None:
-        """Have every process give up its step: `on_stop` is called there."""
+        """Ask every process to give up its step: `on_stop` is called there."""
         with suppress(dist.DistError):
             self.store.set(self.stop_key, str(signal_number))
 
-    def announced_stop(self) -> int:
-        """The signal for which the processes give up; 0: none does."""
+    def requested_stop(self) -> int:
+        """The signal for which the processes give up their step; 0: there is none."""
         return int(self.store.get(self.stop_key)) if self.store.check([self.stop_key]) else 0
 
     def leave_group(self) -> None:
-        """Leave the process group for good, which wakes those that wait in a collective: they find `is_abandoned`.
-        From here on the process group is a new one, of gloo. PeerFailure where a process does not come to it."""
+        """Leave the process group for good, which wakes those that wait in a collective: `is_abandoned` is then true
+        for them. From here on the process group is a new one, of gloo. PeerFailure if a process does not join it."""
         if self.has_left:
             return
         self.has_left = True
@@ -129,12 +130,12 @@ class ProcessStore:
         return False
 
     def acknowledge(self) -> None:
-        """This process has ended its part, or is about to. (The main process waits for the others.)"""
+        """Tell the main process, which waits for it, that this process has ended or is about to."""
         if self.rank != 0:
             self.store.add(self.seen_key, 1)
 
     def wait_for_acknowledgements(self) -> None:
-        """Until all others have ended their part, or are gone for other reasons."""
+        """Wait until all others have acknowledged, at most ACKNOWLEDGE_SECONDS."""
         give_up = time.monotonic() + ACKNOWLEDGE_SECONDS
         while self.store.add(self.seen_key, 0) < self.world_size - 1 and time.monotonic() < give_up:
             time.sleep(POLL_SECONDS)
@@ -143,7 +144,7 @@ class ProcessStore:
         """End this process with the exit code of the first failure elsewhere, wherever its main thread is; the main
         process's own thread may first notice by itself and close its files."""
         while not stopped.wait(WATCH_SECONDS):
-            if self.on_stop is not None and (signal_number := self.announced_stop()):
+            if self.on_stop is not None and (signal_number := self.requested_stop()):
                 self.on_stop(signal_number)
             failure = self.first_failure()
             if failure is not None:
@@ -174,8 +175,8 @@ def close_sockets(sockets: Collection[tuple[int, int]]) -> None:
 
 @contextmanager
 def share_failures(store: ProcessStore) -> Iterator[None]:
-    """Inside, an error of one process ends all of them. It leaves the block as it is where it came first, and as
-    PeerFailure (which is not shown again) elsewhere."""
+    """Make an error of one process end all of them. It is raised as it is in the process where it came first, and as
+    PeerFailure (which is not shown again) in the others."""
     stopped = threading.Event()
     watcher = threading.Thread(target=run_watcher, args=(store, stopped), daemon=True, name="failures")
     watcher.start()
@@ -199,8 +200,8 @@ def share_failures(store: ProcessStore) -> Iterator[None]:
 
 
 def run_watcher(store: ProcessStore, stopped: threading.Event) -> None:
-    """The watcher's thread. A store that is gone is no failure where this process is about to end too; otherwise the
-    process that held it, torchrun's agent or the main process, was killed, and this one ends."""
+    """The watcher thread of `share_failures`. A store that is gone is no failure where this process is about to end
+    too; otherwise the process that held it, torchrun's agent or the main process, was killed, and this one ends."""
     with suppress(dist.DistError):
         store.watch(stopped)
         return
@@ -210,7 +211,7 @@ def run_watcher(store: ProcessStore, stopped: threading.Event) -> None:
 
 
 def resolve_failure(store: ProcessStore, error: BaseException) -> PeerFailure | None:
-    """What this process is to end with in place of its own error; None: that error came first."""
+    """The failure that this process raises in place of its own error; None if that error came first."""
     if isinstance(error, PeerFailure):
         with suppress(dist.DistError):
             store.acknowledge()
@@ -227,7 +228,7 @@ def resolve_failure(store: ProcessStore, error: BaseException) -> PeerFailure | 
 
 
 def wait_for_failure(store: ProcessStore, seconds: float = 2.0) -> PeerFailure:
-    """The failure behind a lost connection: it is in the store, or the other process was killed."""
+    """Return the failure behind a lost connection: the one in the store, or that another process was killed."""
     give_up = time.monotonic() + seconds
     while time.monotonic() < give_up:
         if (failure := store.first_failure()) is not None:

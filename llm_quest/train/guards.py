@@ -1,6 +1,6 @@
 """Guards against numbers that are not finite. A loss or a gradient: the update is skipped, counted and logged with the
 module where it began; too many in a row stop the run. A weight, or the optimizer's state: the run stops in that step,
-and no checkpoint ever holds it.
+and is not saved.
 
 The loop reads one small tensor per step; everything here is decided from those few numbers on the host."""
 
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from llm_quest.contracts import Loss
 from llm_quest.errors import UsageError
+from llm_quest.train.optimizers import trainable_parameters
 from llm_quest.train.parallel import local_tensor
 from llm_quest.train.step import autocast
 
@@ -29,8 +30,8 @@ NO_CULPRIT = "no module, this time"
 
 @dataclass
 class NonFiniteGuard:
-    """Counts steps that must not update the model. skipped, empty: how many so far; nonfinite_streak, empty_streak:
-    how many of the last ones in a row."""
+    """Counts the steps whose loss or gradient is not finite, and those without a target. skipped, empty: how many so
+    far; nonfinite_streak, empty_streak: how many of the last ones in a row."""
 
     max_bad: int
     max_empty: int
@@ -40,7 +41,7 @@ class NonFiniteGuard:
     empty_streak: int = 0
 
     def refusal_reason(self, loss: float, grad_norm: float, count: float) -> str:
-        """Why this step must not update the model; empty if it may."""
+        """The reason why this step must not update the model; empty if it may."""
         nothing = count == 0
         bad = not nothing and not (math.isfinite(loss) and math.isfinite(grad_norm))
         self.empty, self.empty_streak = self.empty + nothing, self.empty_streak + 1 if nothing else 0
@@ -51,7 +52,7 @@ class NonFiniteGuard:
 
     @property
     def stop_reason(self) -> str:
-        """Why the run must stop; empty if it may go on."""
+        """The reason why the run must stop; empty if it may go on."""
         if self.nonfinite_streak > self.max_bad:
             return f"{self.nonfinite_streak} steps in a row had a loss or gradient that is not finite"
         if self.empty_streak > self.max_empty:
@@ -104,7 +105,7 @@ def _largest(parameter: Tensor) -> Tensor:
 
 
 def suggest_remedies(learning_rate: float, precision: str, max_grad_norm: float | None) -> str:
-    """What to change in a run whose numbers went wrong."""
+    """A sentence of advice for a run whose numbers are not finite or explode."""
     clipping = "set max_grad_norm=1.0, " if max_grad_norm is None else ""
     exact = "set precision=fp32, " if precision != "fp32" else ""
     return f"Lower learning_rate (now {learning_rate:.1e}), {clipping}{exact}or look at the data of this step"
@@ -171,9 +172,7 @@ def _all_finite(thing: Any) -> bool:
 def require_fp32_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The trainable parameters. UsageError if they are 16-bit: updates smaller than a 500th of a weight would be
     rounded away."""
-    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not learned:
-        raise UsageError("the model has no trainable parameter: every one is frozen (requires_grad is False)")
+    learned = trainable_parameters(model)
     small = [name for name, p in learned.items() if p.dtype not in (torch.float32, torch.float64)]
     if small:
         raise UsageError(
@@ -184,7 +183,7 @@ def require_fp32_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def find_culprit(objective: nn.Module, batches: Sequence[Any], precision: str, device: torch.device) -> str:
-    """Where the first number of a step that is not finite appears, in words."""
+    """Locate the first number of a step that is not finite, in words."""
     objective.zero_grad(set_to_none=True)
     try:
         with autocast(precision, device):
@@ -195,7 +194,7 @@ def find_culprit(objective: nn.Module, batches: Sequence[Any], precision: str, d
 
 
 def describe_good_checkpoint(checkpoint_path: str) -> str:
-    """Where a run that was stopped can go on from."""
+    """A sentence that names the checkpoint from which a stopped run resumes."""
     if not checkpoint_path:
         return "No checkpoint was saved before, so the run starts again (save_steps, save_minutes)"
     return f"The last good checkpoint is {checkpoint_path}; the same command goes on from it"

@@ -1,11 +1,11 @@
-"""HealthMonitor: what shows that a run goes wrong although its numbers are finite, told in the step in which it is
-certain, with the module, the last good checkpoint and the remedy.
+"""HealthMonitor: warns of a run that fails although its numbers are finite, in the step in which it is certain, with
+the module, the last good checkpoint and the remedy.
 
 A loss that diverges, gradients that explode (`divergence.py`), experts that get no tokens (`expert_load.py`), and what
-the watchers of a recipe take for a collapse (`rollouts/diagnostics.py`). From then on the newest checkpoint from before
-it began is kept, whatever `save_total_limit` says, and is RUN@good, until the run is well again.
+the watchers of a recipe report as a collapse (`rollouts/diagnostics.py`). The newest checkpoint from before it began is
+then kept, whatever `save_total_limit` says, and is RUN@good, until the run is healthy again.
 
-Numbers that are not finite stop it: `guards.py` finds them, `stop_run` tells where they began and what to do."""
+Numbers that are not finite stop it: `guards.py` finds them, `stop_run` says where they began and what to do."""
 
 from __future__ import annotations
 
@@ -41,8 +41,7 @@ EXPERT_REMEDY = (
 
 
 class HealthMonitor:
-    """Watches a running training. signs: what shows now that the run goes wrong, by name, each with the last step after
-    which the run was well."""
+    """Watches a training run. signs: the present signs of failure by name, each with the last healthy step."""
 
     def __init__(
         self,
@@ -57,26 +56,26 @@ class HealthMonitor:
         self.signs: dict[str, int | None] = {}
 
     def after_update(self, step: int, stats: StepStats) -> None:
-        """Look at the numbers of an update; its gradients are still there."""
+        """Check the numbers of an update, while its gradients exist."""
         loss = stats.metrics.get("next_token", stats.loss)  # without router, look-ahead and teacher terms
         found = self.state.divergence.update(step, loss, stats.grad_norm, stats.parameter_norm)
-        self._judge(step, f"{found}; {largest_gradient(self.state.model, self.parallel)}" if found else "")
-        found, last_well = self.experts.update(step), self.experts.last_well
-        self._note("experts", bool(self.experts.dead), None if last_well is None else last_well - MARGIN)
+        self._check_divergence(step, f"{found}; {largest_gradient(self.state.model, self.parallel)}" if found else "")
+        found, last_healthy = self.experts.update(step), self.experts.last_healthy
+        self._set_sign("experts", bool(self.experts.dead), None if last_healthy is None else last_healthy - MARGIN)
         if found:
-            self._tell("dead_experts", step, f"{found}. {self.describe_good()}. {EXPERT_REMEDY}")
+            self._warn("dead_experts", step, f"{found}. {self.describe_good()}. {EXPERT_REMEDY}")
 
     def after_skip(self, step: int) -> None:
-        """Look at a step that was left out, because its numbers are not finite."""
-        self._judge(step, self.state.divergence.skip(step))
+        """Check after a step that was skipped because its numbers are not finite."""
+        self._check_divergence(step, self.state.divergence.skip(step))
 
-    def _judge(self, step: int, found: str) -> None:
+    def _check_divergence(self, step: int, found: str) -> None:
         divergence, args = self.state.divergence, self.args
-        self._note("divergence", divergence.is_diverging, divergence.onset)
+        self._set_sign("divergence", divergence.is_diverging, divergence.onset)
         if found:
             rate = self.state.optimizer.param_groups[0]["lr"]
             remedies = suggest_remedies(rate, args.precision, args.max_grad_norm)
-            self._tell("diverging", step, f"{found}. {self.describe_good()}. {remedies}")
+            self._warn("diverging", step, f"{found}. {self.describe_good()}. {remedies}")
 
     def consult(self, watchers: Sequence[MetricsCallback], row: Mapping[str, Any]) -> None:
         """Log the advice of the recipe's watchers; if one stops the run, write crash.json first."""
@@ -87,20 +86,21 @@ class HealthMonitor:
             except GuardStop as error:
                 advice, stop = [], error
             since = watcher.collapse_since
-            self._note(f"watcher {number}", since is not None, None if since is None else since - MARGIN)
+            self._set_sign(f"watcher {number}", since is not None, None if since is None else since - MARGIN)
             good = f". {self.describe_good()}" if since is not None else ""
             for text in advice:
-                self._tell("advice", step, text + good)
+                self._warn("advice", step, text + good)
             if stop is not None:
                 last_row = self.state.progress.latest_metrics
                 self.run_log.write_crash_report({"step": step, "reason": str(stop), "last_row": last_row})
                 raise GuardStop(f"{stop}{good}") from stop
 
-    def _tell(self, name: str, step: int, message: str) -> None:
+    def _warn(self, name: str, step: int, message: str) -> None:
         self.run_log.event(name, step=step, message=message)
 
-    def _note(self, sign: str, is_present: bool, onset: int | None) -> None:
-        """Keep the newest checkpoint up to the onset while any sign is there. onset None: it was never well."""
+    def _set_sign(self, sign: str, is_present: bool, onset: int | None) -> None:
+        """Set or clear a sign; while there is any, the newest checkpoint up to its onset is kept. onset None: the run
+        was never healthy."""
         progress = self.state.progress
         if is_present and (sign not in self.signs or self.signs[sign] != onset):
             self.signs[sign] = onset
@@ -125,7 +125,7 @@ class HealthMonitor:
         before = capture_generators()
         found = find_culprit(objective, micro_batches, self.args.precision, self.parallel.device)
         before.restore()
-        found = self.parallel.first_found(found if found != NO_CULPRIT else "") or found
+        found = self.parallel.first_nonempty(found if found != NO_CULPRIT else "") or found
         if found.startswith("parameter "):
             self.stop_run(found)
         found = f"the first number that is not finite is in: {found}"
@@ -150,7 +150,7 @@ class HealthMonitor:
         )
 
     def describe_good(self) -> str:
-        """Where the run can go on from, as it was before it went wrong."""
+        """A sentence that names the checkpoint from before the failure, and the command that resumes it."""
         run_dir, step = self.checkpoints.run_dir, self.state.progress.good_step
         if run_dir is None or step is None:
             return "There is no checkpoint from before (save_steps, save_minutes)"

@@ -43,11 +43,11 @@ def train(
 ) -> TrainResult:
     """Train `objective.model` until `args.max_steps` steps are done, from the run's checkpoint if it has one.
 
-    The objective has been through `parallel.parallelize` (one process on the CPU needs no `parallel`). run_dir:
-    entered; None writes nothing. callbacks: called after every update, with the number of steps done. evaluators:
-    run at multiples of their `interval`, and at the end. watchers: read each row of metrics and give advice.
-    GuardStop: numbers that stay non-finite, or what a watcher saw. ResourceError: memory or disk. ValueError: a
-    checkpoint of another run."""
+    The objective has been through `parallel.parallelize` (one process on the CPU needs no `parallel`). run_dir: inside
+    its `with` block; None writes nothing. callbacks: called after every update, with the number of steps done.
+    evaluators: run at multiples of their `interval`, and at the end. watchers: read each row of metrics and return
+    advice. Raises GuardStop for numbers that stay non-finite and for what a watcher stops, ResourceError for memory or
+    disk, ValueError for a checkpoint of another run."""
     parallel = parallel or DistributedContext()
     session = TrainSession(
         objective, dataloader, optimizer, lr_schedule, args, run_dir, parallel, logger or NullLogger()
@@ -94,8 +94,8 @@ def finish_step(
 
 
 def track_best(session: TrainSession, pending: PendingRow, evaluators: Sequence[Evaluator]) -> None:
-    """Note whether the metric by which models are chosen has become better; end the run where it has not for too long:
-    the evaluations of its end are then to be made."""
+    """Update the best metric; end the run if it has not improved for too long (early stopping), which leaves the
+    evaluations of the last step to be made."""
     best, progress = session.best, session.progress
     measured = {name: pending.row[name] for name in pending.row.keys() - pending.COUNTERS} | session.eval_metrics
     best.known.update(measured)
@@ -110,8 +110,8 @@ def track_best(session: TrainSession, pending: PendingRow, evaluators: Sequence[
 
 
 def load_best(session: TrainSession, evaluators: Sequence[Evaluator], signals: SignalHandler) -> None:
-    """At the end of a run that asks for it: the model gets the weights of the best checkpoint, is evaluated with them,
-    and is from then on what the run's name stands for. A run that a signal ends here does it again when resumed."""
+    """Load the best checkpoint into the model at the end of a run (load_best_model_at_end), evaluate it, and make it
+    the checkpoint that the run's name stands for. A run that a signal ends here does it again when resumed."""
     progress, run_dir = session.progress, session.run_dir
     if session.status != "finished" or progress.best_step is None or run_dir is None:
         return

@@ -38,7 +38,7 @@ GRAM_RATIO = 1.5
 
 
 def newton_schulz(x: Tensor, steps: int) -> Tensor:
-    """The steps as products, in the dtype of x, for each matrix (last two dimensions)."""
+    """Newton-Schulz iterations (5 above) of each matrix x (..., rows, columns), in its dtype and shape."""
     a, b, c = COEFFICIENTS
     multiply_add = torch.addmm if x.ndim == 2 else torch.baddbmm
     tall = x.shape[-2] > x.shape[-1]
@@ -51,7 +51,8 @@ def newton_schulz(x: Tensor, steps: int) -> Tensor:
 
 
 def newton_schulz_by_eigenvalues(x: Tensor, steps: int) -> Tensor:
-    """Newton-Schulz iterations by the eigenvalues of X X^T (X^T X of a tall matrix), in float32 or wider."""
+    """Newton-Schulz iterations of x (..., rows, columns) by the eigenvalues of X X^T (X^T X of a tall matrix), in
+    float32 or wider."""
     a, b, c = COEFFICIENTS
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     tall = x.shape[-2] > x.shape[-1]
@@ -67,7 +68,8 @@ def newton_schulz_by_eigenvalues(x: Tensor, steps: int) -> Tensor:
 
 
 def newton_schulz_by_gram(x: Tensor, steps: int) -> Tensor:
-    """The same by products of X X^T (X^T X of a tall matrix), in float32 or wider."""
+    """Newton-Schulz iterations of x (..., rows, columns) by products of X X^T (X^T X of a tall matrix), in float32 or
+    wider."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     tall, (short, long) = x.shape[-2] > x.shape[-1], sorted(x.shape[-2:])
     if long <= GRAM_RATIO * short:
@@ -112,9 +114,9 @@ def default_form(device: torch.device) -> str:
 
 
 def orthogonalize(gradient: Tensor, rows: Sequence[int] | None = None, steps: int = 5, form: str = "") -> Tensor:
-    """0.2 sqrt(max(rows, columns)) times about U V^T, for each of the matrices that are stacked by these numbers of
-    rows (None: one matrix). form: of `MUON_FORMS`; empty: `default_form`. Neighbours of one size (keys and values, gate
-    and up) are one batch."""
+    """Orthogonalize a gradient (..., rows, columns): 0.2 sqrt(max(rows, columns)) times about U V^T, for each of the
+    matrices that are stacked in it by these numbers of rows (None: one matrix). form: of `MUON_FORMS`; empty:
+    `default_form`. Neighbours of one size (keys and values, gate and up) are one batch."""
     one_form = MUON_FORMS[form or default_form(gradient.device)]
     runs = [(size, len(list(run))) for size, run in itertools.groupby(rows or gradient.shape[-2:-1])]
     done = []

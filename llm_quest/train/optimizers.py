@@ -47,7 +47,7 @@ def make_adamw(
     weight_decay: float = 0.1,
     scales: Scales = NO_SCALES,
 ) -> Optimizer:
-    """AdamW, fused. Weight decay applies to matrices only, not to gains of norms and biases. scales: of a
+    """Make a fused AdamW. Weight decay applies to matrices only, not to gains of norms and biases. scales: of a
     parametrization, by name; empty: every parameter has the same rate."""
     groups = parameter_groups(model, lr=lr, weight_decay=weight_decay, eps=eps, scales=scales)
     return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
@@ -67,8 +67,8 @@ def make_muon(
     weight_decay: float = 0.1,
     scales: Scales = NO_SCALES,
 ) -> Optimizer:
-    """Muon for the hidden matrices; AdamW for vectors and for the parameters whose names start with one of
-    `adamw_prefixes`.
+    """Make a `Muon` optimizer: Muon for the hidden matrices, AdamW for vectors and for the parameters whose names start
+    with one of `adamw_prefixes`.
 
     form: of the iterations, see `orthogonalize`.
     row_splits: parameter name -> rows of each matrix stacked in it (`Decoder.row_splits()`). A three-dimensional
@@ -151,7 +151,7 @@ class Muon(Optimizer):
             p.add_(shard_like(update, p), alpha=-group["lr"])
 
     def _look_ahead(self, p: Tensor, momentum: float, form: str) -> Tensor:
-        """The gradient moved towards the momentum, which it updates (Nesterov's form), in the dtype of the form: what
+        """Update the momentum; return the gradient moved towards it (Nesterov momentum), in the dtype of the form: what
         is stacked, iterated on and added to the weights is half as much in bfloat16."""
         state, gradient = self.state[p], p.grad
         assert gradient is not None, "a batch holds parameters that have a gradient"
@@ -164,9 +164,8 @@ class Muon(Optimizer):
 def batches_of_one_shape(
     ready: Iterable[tuple[Tensor, dict[str, Any]]],
 ) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
-    """Parameters and their groups: those of one shape and one division into rows together, while they have at most
-    `BATCH_NUMBERS` numbers. The product of a stack of
-    small matrices takes less time than the products of each."""
+    """Batch parameters, with their groups, of one shape and one division into rows, up to `BATCH_NUMBERS` numbers: a
+    product of a stack of small matrices takes less time than the products of each."""
     equal: dict[Any, list[tuple[Tensor, dict[str, Any]]]] = {}
     for p, group in ready:
         equal.setdefault((p.shape, tuple(group["rows"]), group["steps"]), []).append((p, group))
@@ -264,7 +263,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": make_adamw, "muon": 
 def make_lr_schedule(
     steps: int, *, warmup_steps: int = 0, shape: str = "cosine", min_lr_ratio: float = 0.0, decay_fraction: float = 0.2
 ) -> LRSchedule:
-    """The factor on the peak learning rate at each step of a run of `steps`.
+    """Make a schedule: step -> factor of the peak learning rate, for a run of `steps`.
 
     warmup_steps: so many steps rise linearly; step 0 has 1/warmup_steps, step warmup_steps-1 has 1. min_lr_ratio:
     what is left at the end, as a part of the peak. decay_fraction: wsd falls, linearly, in this last part of the
@@ -311,7 +310,7 @@ def wsd_decay(done: float, decay: float) -> float:
 
 
 def no_decay(done: float, decay: float) -> float:
-    """1 everywhere."""
+    """Constant 1."""
     return 1.0
 
 

@@ -1,8 +1,8 @@
 """Training with several processes: DDP (every process holds the model) or FSDP2 (every process holds a part of it).
 
-The loop uses `parallelize` (before the optimizer is made), `wrap_model`, `all_reduce_` and `broadcast`. Both *add*
-gradients: the loop divides once by the count of the whole step, so a run on many processes is the run on one, up to the
-rounding of sums. A parameter that an objective does not use has no gradient, as on one process, and no optimizer
+The loop uses `parallelize` (before the optimizer is made), `wrap_model`, `all_reduce_` and `broadcast`. Both strategies
+*add* gradients: the loop divides once by the count of the whole step, so a run on many processes is the run on one, up
+to the rounding of sums. A parameter that an objective does not use has no gradient, as on one process, and no optimizer
 touches it. Every process must bring the same number of micro-batches to a step of FSDP2 (one with nothing to learn is
 allowed). `torchrun` starts the processes; without it there is one.
 
@@ -49,8 +49,8 @@ class DistributedContext:
 
     @classmethod
     def from_environment(cls, device: str = "auto", strategy: str = "ddp") -> DistributedContext:
-        """From torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK); joins the process group: nccl on CUDA, gloo
-        elsewhere."""
+        """Make the context from torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK) and join the process group: nccl on
+        CUDA, gloo elsewhere."""
         if strategy not in PARALLEL_STRATEGIES:
             raise UsageError(f"no parallel engine is called {strategy!r}; known: {', '.join(PARALLEL_STRATEGIES)}")
         chosen = resolve_device(device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -110,8 +110,7 @@ class DistributedContext:
 
     @contextmanager
     def unshard_model(self, objective: nn.Module) -> Iterator[None]:
-        """Inside, the model can be called without the objective (evaluators): what FSDP2 keeps with the root is
-        gathered."""
+        """Gather what FSDP2 keeps with the root, so that the model can be called without the objective (evaluators)."""
         if isinstance(objective, FSDPModule):
             objective.unshard()
         yield
@@ -120,8 +119,9 @@ class DistributedContext:
 
     @contextmanager
     def gather_model(self, objective: nn.Module) -> Iterator[None]:
-        """Inside, a model that FSDP2 shards is whole in every process: its passes communicate nothing, so that each
-        process may make as many as it likes (a policy that samples). It takes the memory of the whole model."""
+        """Gather a model that FSDP2 shards: inside it is whole in every process and its passes communicate nothing, so
+        that each process may run another number of them (a policy that samples). Needs the memory of the whole
+        model."""
         shards = [module for module in objective.modules() if isinstance(module, FSDPModule)]
         if isinstance(objective, FSDPModule):
             objective._get_fsdp_state()._lazy_init()  # else the first block that is called would become the root
@@ -134,7 +134,7 @@ class DistributedContext:
             module.reshard()
 
     def replicate(self) -> DistributedContext:
-        """The same processes, where each holds the whole model."""
+        """The context of the same processes, each with the whole model (DDP)."""
         return replace(self, strategy="ddp") if self.strategy == "fsdp" else self
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
@@ -144,8 +144,8 @@ class DistributedContext:
         return tensor
 
     def all_reduce_replicated_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Under FSDP2, after the backward passes of a step: add the gradients of the parameters that every process
-        holds whole (`unshardable_parameters`), which FSDP2 leaves alone."""
+        """Add, after the backward passes of a step, the gradients of the parameters that FSDP2 does not shard
+        (`unshardable_parameters`)."""
         if self.strategy != "fsdp":
             return
         for p in parameters:
@@ -153,8 +153,8 @@ class DistributedContext:
                 dist.all_reduce(p.grad)
 
     def require_equal_schedules(self, num_micro_batches: int, step: int) -> None:
-        """Under FSDP2, before the passes of a step: ValueError on every process where they bring different numbers of
-        micro-batches, which would otherwise wait for each other forever."""
+        """Raise ValueError on every process if they have different numbers of micro-batches in a step: under FSDP2 they
+        would wait for each other forever."""
         if self.strategy != "fsdp":
             return
         counts = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
@@ -173,13 +173,14 @@ class DistributedContext:
         return self.all_gather(thing)[0]
 
     def wait_for_main_process(self) -> None:
-        """Until the main process is here too, however long that takes; it waits for nobody."""
+        """Wait, without a time limit, until the main process calls this too; it waits for none."""
         if self.store is not None:
             self.store.wait_for_main_process(self.is_main_process)
 
     @contextmanager
     def handle_signals(self, echo_seconds: float) -> Iterator[SignalHandler]:
-        """Inside, signals stop the run, in all processes together. echo_seconds: of SignalHandler, with several."""
+        """Handle signals inside: they stop the run, in all processes together. echo_seconds: of SignalHandler, with
+        several."""
         if self.store is None:
             with SignalHandler() as signals:
                 yield signals
@@ -193,7 +194,7 @@ class DistributedContext:
 
     @contextmanager
     def share_failures(self) -> Iterator[None]:
-        """Inside, an error of one process ends all of them, with its exit code."""
+        """Make an error of one process end all of them, with its exit code."""
         if self.store is None:
             yield
             return
@@ -226,12 +227,12 @@ class DistributedContext:
         return self.store is not None and self.store.is_abandoned()
 
     def abandon(self) -> None:
-        """Give up the step, or the evaluation: no process can complete it. From here on no model is called, and what is
-        communicated goes through another group."""
+        """Give up the step, or the evaluation: no process can complete it. No model may be called after this;
+        collectives use another group."""
         if self.store is not None:
             self.store.leave_group()
 
-    def first_found(self, found: str) -> str:
+    def first_nonempty(self, found: str) -> str:
         """The text of the first process that has one; empty if none has."""
         return next((one for one in self.all_gather(found) if one), "")
 
@@ -242,7 +243,7 @@ class DistributedContext:
 
 
 def init_process_group(backend: str) -> set[tuple[int, int]]:
-    """Meet the other processes; the sockets by which their group is connected."""
+    """Join the process group; return the sockets that connect it."""
     store, rank, world_size = next(dist.rendezvous("env://"))
     before = open_sockets()
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
@@ -250,21 +251,22 @@ def init_process_group(backend: str) -> set[tuple[int, int]]:
 
 
 def parameters_in_place(objective: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Every parameter, and where it is. FSDP2 puts others there during a pass."""
+    """(module, name, parameter) of every parameter, for `put_parameters_back`: FSDP2 puts others there during a
+    pass."""
     return [
         (module, name, p) for module in objective.modules() for name, p in module._parameters.items() if p is not None
     ]
 
 
 def put_parameters_back(parameters: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> None:
-    """After a pass that was given up anywhere."""
+    """Restore the parameters that FSDP2 replaced in a pass that was given up."""
     for module, name, p in parameters:
         module._parameters[name] = p
 
 
 def unshardable_parameters(objective: nn.Module, blocks: Sequence[nn.Module]) -> set[nn.Parameter]:
-    """What FSDP2 cannot share out: scalars (DyT's alpha), which have no rows, and parameters of several blocks
-    (TinyLoRA's vectors), which one block's gathering would have to provide to another."""
+    """The parameters that FSDP2 cannot shard: scalars (DyT's alpha), which have no rows, and parameters of several
+    blocks (TinyLoRA's vectors), which one block's gathering would have to provide to another."""
     units: dict[nn.Parameter, set[int]] = {}
     for unit, block in enumerate(blocks):
         for p in block.parameters():
@@ -291,8 +293,8 @@ def gradient_accumulation(engine: nn.Module, sync_gradients: bool) -> Iterator[N
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of this name; auto takes an accelerator if there is one. MissingError for a device that does not
-    exist."""
+    """The device of this name; auto takes an accelerator if there is one. Raises UsageError for an unknown kind,
+    MissingError for a device that does not exist."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, number = name.partition(":")

@@ -1,5 +1,4 @@
-"""Random-number generators: the seed of each consumer, the state of each generator as JSON, and what leaves them as
-they were."""
+"""Random-number generators: the seed of each consumer, their states as JSON, and contexts that restore them."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ def set_seed(seed: int) -> None:
 
 @dataclass(frozen=True)
 class GeneratorStates:
-    """The states of the process's generators, as they are; None without the accelerator."""
+    """The states of the generators of this process; None without the accelerator."""
 
     python: Any
     numpy: Any
@@ -41,7 +40,7 @@ class GeneratorStates:
     mps: Tensor | None
 
     def restore(self) -> None:
-        """Give the generators these states again."""
+        """Restore these states."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.torch)
@@ -52,7 +51,7 @@ class GeneratorStates:
 
 
 def capture_generators() -> GeneratorStates:
-    """The process's generators as they are now, in some 50 microseconds."""
+    """Capture the states of the generators of this process (about 50 microseconds)."""
     return GeneratorStates(
         random.getstate(),
         np.random.get_state(),
@@ -97,7 +96,7 @@ class RNGState:
         self.initial_seed, self.rank = seed, rank
 
     def seed(self, *names: object) -> None:
-        """Seed them all, each rank differently; names: what else the seed depends on."""
+        """Seed all generators, differently on each rank. names: what else the seed depends on."""
         set_seed(derive_seed(self.initial_seed, "train", self.rank, *names))
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,7 +108,8 @@ class RNGState:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside: no gradients, evaluation mode. Afterwards the mode of every module and every generator is as before."""
+    """Evaluation mode without gradients inside. Afterwards every module has its mode, and every generator its state,
+    from before."""
     modes = [(module, module.training) for module in model.modules()]
     before = capture_generators()
     model.eval()

@@ -1,4 +1,4 @@
-"""The run folder, and the lock that makes one process its writer.
+"""RunDir: the folder of a run, locked by the one process that writes it.
 
           config.yaml  env.json  metrics.jsonl  events.jsonl  samples/  checkpoints/step-00001000/  LATEST  run.lock
 
@@ -193,7 +193,7 @@ class RunDir:
             raise ResourceError(f"the disk is full: {self.folder / name} cannot grow; make room and resume") from error
 
     def require_present(self) -> None:
-        """DataError where somebody has deleted the run's folder: what is saved now could never be loaded."""
+        """Raise DataError if the run's folder was deleted: what is saved now could not be loaded."""
         if not (self.folder / "config.yaml").is_file():
             raise DataError(
                 f"{self.folder} was deleted or emptied while its run was training, and can't be saved into; start "
@@ -222,7 +222,7 @@ class RunDir:
         return folder
 
     def mark_best(self, folder: Path) -> None:
-        """From now on the run's name stands for this checkpoint, until the run is trained on."""
+        """Make this the checkpoint that the run's name stands for, until the run is trained further."""
         if self.is_main_process:
             atomic_write_text(self.checkpoints / files.BEST_FILE, folder.name + "\n")
 
@@ -235,7 +235,7 @@ class RunDir:
 
 
 def json_safe(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row as JSON can hold it."""
+    """The row with null for NaN and infinities, which are named under "nonfinite"."""
     bad = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
     held = {name: None if name in bad else value for name, value in row.items()}
     return held | ({"nonfinite": bad} if bad else {})

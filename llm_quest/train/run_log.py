@@ -10,7 +10,7 @@ from llm_quest.train.run_dir import RunDir
 
 
 class RunLog:
-    """The main process writes; the others write nothing."""
+    """Logs events and metrics from the main process; the other processes log nothing."""
 
     def __init__(self, run_dir: RunDir | None, logger: Logger, is_main_process: bool):
         self.run_dir, self.logger, self.is_main_process = run_dir, logger, is_main_process

@@ -41,7 +41,8 @@ PHASE_NAMES = {"eval": "evaluating", "samples": "writing samples", "ratio": "gat
 
 
 class TrainSession:
-    """`with session:` resumes or starts the run, and at the end waits for the checkpoint that is being written."""
+    """A training run in progress. `with session:` resumes or starts it, and waits at the end for the checkpoint that is
+    being written."""
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class TrainSession:
 
     @property
     def progress(self) -> Progress:
-        """How far the run is."""
+        """The progress of the run."""
         return self.state.progress
 
     @property
@@ -121,17 +122,17 @@ class TrainSession:
         self.logger.close()
 
     def _resume_or_start(self) -> None:
-        """Resume from the run's checkpoint, or start with a seed of its own for every process."""
+        """Resume from the run's checkpoint, or seed the generators of every process for a new run."""
         if self.checkpoints.load_into(self.state):
             return
         self.state.rng.seed()
-        if bad := self.parallel.first_found(find_bad_parameter(self.model)):
+        if bad := self.parallel.first_nonempty(find_bad_parameter(self.model)):
             raise GuardStop(f"{bad} before the first step: look at the initialisation or at the loaded weights")
         self.log_event("started", steps=self.args.max_steps)
 
     def forward_backward(self, signal_handler: SignalHandler) -> step.StepStats | None:
         """Forward and backward over the micro-batches of a step; afterwards every gradient is a sum, and nothing is
-        updated. None where a signal came and the step went on for too long: it is given up, and the run stops."""
+        updated. None if the step was given up because of a signal: the run stops."""
         before, buffers = capture_generators(), self.state.objective_buffers()
         try:
             return self._forward_backward(signal_handler)
@@ -166,7 +167,7 @@ class TrainSession:
         return step.reduce_step_stats(sums, tokens, requests, self.trainable_parameters, self.parallel)
 
     def _requests(self, signal_handler: SignalHandler) -> tuple[bool, ...]:
-        """Which stop signal came to this process, whether to save, and whether the time is over."""
+        """The requests of this process: one flag for each stop signal, whether to save, whether the time is over."""
         now, limit = time.monotonic(), self.args.max_seconds
         save = signal_handler.save_requested or self.checkpoints.is_late()
         signal_handler.save_requested = False
@@ -177,7 +178,7 @@ class TrainSession:
         """Stop, in the state that all processes have in common."""
         self.parallel.abandon()
         put_parameters_back(self.parameters_in_place)
-        announced = self.parallel.store.announced_stop() if self.parallel.store is not None else 0
+        announced = self.parallel.store.requested_stop() if self.parallel.store is not None else 0
         self.status, self.signal_number = "interrupted", signal_handler.stop_signal or announced
 
     def _abandon_step(self, signal_handler: SignalHandler, before: GeneratorStates) -> None:
@@ -193,7 +194,7 @@ class TrainSession:
         """Divide, clip and update; or skip the update and log why."""
         self.state.set_learning_rate()
         if not stats.parameter_norm <= MAX_PLAUSIBLE_WEIGHT:
-            bad = self.parallel.first_found(find_bad_parameter(self.model))
+            bad = self.parallel.first_nonempty(find_bad_parameter(self.model))
             self.health.stop_run(bad or "the weights are not finite")
         refused = self.guard.refusal_reason(stats.loss, stats.grad_norm, stats.count)
         if not refused:
@@ -312,7 +313,7 @@ class TrainSession:
         self.checkpoints.collect(wait=due)
         if due and self.run_dir is not None and (number != self.checkpoints.step or replaces):
             bad = find_bad_parameter(self.model) or find_bad_optimizer_state(self.model, self.optimizer)
-            if bad := self.parallel.first_found(bad):
+            if bad := self.parallel.first_nonempty(bad):
                 self.health.stop_run(f"{bad} after the update of step {number}")
             self.checkpoints.save(self.state, is_last=self.status == "finished", replaces=replaces)
         self.checkpoints.collect(wait=self.is_finished)

@@ -62,7 +62,7 @@ def save_sharded_checkpoint(root: Path, checkpoint: Checkpoint, parallel: Distri
 
 
 def stage_checkpoint(root: Path, checkpoint: Checkpoint) -> str:
-    """A hidden folder for the files of a checkpoint."""
+    """Make a hidden folder for the files of a checkpoint; return its path."""
     files.require_new(root, checkpoint)
     staged = Path(tempfile.mkdtemp(prefix=f".tmp-{checkpoint.step:08d}-", dir=root))
     (staged / SHARDS_DIR).mkdir()
@@ -100,8 +100,8 @@ class CheckpointShards:
         return {key.removeprefix(prefix): tensor for key, tensor in targets.items()}
 
     def load_into(self, model: nn.Module, optimizer: Optimizer, numbers: Mapping[str, Any]) -> None:
-        """Into a model and its optimizer, in place, sharded or not. numbers: the optimizer's plain values. ValueError
-        lists every name or shape that does not match."""
+        """Load into a model and its optimizer, in place, sharded or not. numbers: the optimizer's plain values.
+        ValueError lists every name or shape that does not match."""
         prefix, own = f"model{KEY_SEPARATOR}", tensors_by_name(model)
         saved = {key.removeprefix(prefix): shape for key, shape in self.shapes.items() if key.startswith(prefix)}
         require_same_tensors(own, saved)
@@ -117,7 +117,7 @@ class CheckpointShards:
             optimizer.state[named[name]][entry] = value
 
     def empty_like(self, key: str, p: nn.Parameter) -> Tensor:
-        """Memory for what belongs to a parameter: sharded as it is, where it has the parameter's shape."""
+        """An empty tensor for an optimizer state: sharded like the parameter where it has its shape."""
         if self.shapes[key] == p.shape:
             return torch.zeros_like(p.data, dtype=self.dtypes[key])
         return torch.zeros(self.shapes[key], dtype=self.dtypes[key], device=p.device)
@@ -134,8 +134,8 @@ def open_shards(folder: Path) -> CheckpointShards:
 
 
 def consolidate_checkpoint(folder: Path) -> bool:
-    """Give a sharded checkpoint the plain form, in its place; False if it has it already. On one process, which needs
-    the memory of the model's weights, then of the optimizer's state."""
+    """Replace a sharded checkpoint by its plain form; False if it has it already. Runs on one process, which needs the
+    memory of the model's weights, then of the optimizer's state."""
     if not (folder / SHARDS_DIR).is_dir():
         return False
     if wrong := find_fault(folder):

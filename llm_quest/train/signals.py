@@ -9,8 +9,8 @@ once: the checkpoints are safe, because one that is incomplete does not have its
 Outside of the loop (reading data, a tokenizer, an evaluation, an export) `end_on_signals` ends the command where it is:
 what was being written is not there, and all before it is.
 
-Commonly got wrong: Python runs a handler only when the main thread is back in Python. One that waits in a collective
-or in a long product hears nothing; so signals are also read from a wakeup socket, by a thread."""
+Commonly got wrong: Python runs a handler only when the main thread is back in Python. While it waits in a collective or
+in a long product no handler runs; so a thread reads signals from a wakeup socket as well."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from typing import Any
 from llm_quest.errors import StoppedBySignal
 
 
-def known_signals(*names: str) -> tuple[signal.Signals, ...]:
-    """The signals among these that this system has."""
+def available_signals(*names: str) -> tuple[signal.Signals, ...]:
+    """The signals of these names that this system has."""
     return tuple(getattr(signal, name) for name in names if name in dir(signal))
 
 
-STOP_SIGNALS = known_signals("SIGINT", "SIGTERM", "SIGHUP")
-SAVE_SIGNALS = known_signals("SIGUSR1")
+STOP_SIGNALS = available_signals("SIGINT", "SIGTERM", "SIGHUP")
+SAVE_SIGNALS = available_signals("SIGUSR1")
 PATIENCE_SECONDS = 3.0
 
 
 class StepInterrupted(KeyboardInterrupt):
-    """A step, or an evaluation, that was given up after a signal. It is no Exception, so that nothing on the way takes
-    it for an error of its own."""
+    """A step, or an evaluation, that was given up after a signal. It is no Exception, so that `except Exception` on the
+    way does not catch it."""
 
 
 class SignalHandler:
@@ -65,8 +65,8 @@ class SignalHandler:
 
     def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():
-            heeded = [n for n in (*STOP_SIGNALS, *SAVE_SIGNALS) if signal.getsignal(n) is not signal.SIG_IGN]
-            self._previous_handlers = {number: signal.signal(number, self._handle) for number in heeded}
+            handled = [n for n in (*STOP_SIGNALS, *SAVE_SIGNALS) if signal.getsignal(n) is not signal.SIG_IGN]
+            self._previous_handlers = {number: signal.signal(number, self._handle) for number in handled}
             reader, self._writer = socket.socketpair()
             self._writer.setblocking(False)
             self._previous_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -108,7 +108,7 @@ class SignalHandler:
             write_stderr(f"\n{signal.Signals(number).name}: this step is finished and saved; once more ends at once\n")
 
     def _read_signals(self, reader: socket.socket) -> None:
-        """The thread that hears signals at once: starts the patience at the first, ends the process at the second."""
+        """The thread that reads signals at once: starts the timer at the first, ends the process at the second."""
         with reader:
             while received := reader.recv(64):
                 for number in received:
@@ -127,33 +127,34 @@ class SignalHandler:
             os._exit(128 + number)
 
     def stop_with_peer(self, number: int) -> None:
-        """Another process of the run was told to stop and gives up its step: so does this one, from whatever thread."""
+        """Give up the step because another process of the run does. May be called from any thread."""
         if not self._has_given_up:
             self._give_up(number)
 
     def _give_up(self, number: int) -> None:
-        """In another thread: have the main thread run the handler once more. (Of a signal that is heeded: one that is
-        ignored, as SIGINT is behind `&` in a script, would wake nobody.)"""
+        """Make the main thread run the handler once more, from another thread. (For a signal that is not ignored:
+        SIGINT is, behind `&` in a script, and would not interrupt it.)"""
         self.stop_signal = self.stop_signal or number
         self._has_given_up = self._out_of_patience = True
         self.announce(number)
-        heeded = [one for one in self._previous_handlers if one in STOP_SIGNALS][:1]
-        for one in heeded:
+        handled = [one for one in self._previous_handlers if one in STOP_SIGNALS][:1]
+        for one in handled:
             self._num_simulated += 1
             _thread.interrupt_main(signal.Signals(one))
 
 
 @contextlib.contextmanager
 def end_on_signals() -> Iterator[None]:
-    """For a command. Inside, the first stop signal raises StoppedBySignal in the main thread. The process ends with
-    the signal's exit code at a second one, and where it is still there PATIENCE_SECONDS later: in a long call of C, or
-    waiting for its threads. A handler that replaces this one meanwhile (the loop's, a server's) has the signal."""
+    """Raise StoppedBySignal in the main thread at the first stop signal inside; for commands. The process ends with the
+    signal's exit code at a second one, and where it is still there PATIENCE_SECONDS later: in a long call of C, or
+    waiting for its threads. A handler that replaces this one meanwhile (the loop's, a server's) gets the signal
+    instead."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     handler = CommandSignals()
-    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, handler.raise_in_main_thread) for number in heeded}
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, handler.raise_in_main_thread) for number in handled}
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     previous_wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -167,24 +168,24 @@ def end_on_signals() -> Iterator[None]:
         writer.close()
         for number, action in previous.items():
             signal.signal(number, action)
-        if handler.num_raised and handler.deadline is None:  # the other thread was late, and hears no more
+        if handler.num_raised and handler.deadline is None:  # the other thread was late, and reads no more
             handler.note(handler.last_number)
 
 
 class CommandSignals:
     """The handler of `end_on_signals`. deadline: the timer of the first signal, which goes on to the process's end.
-    num_raised, num_heard: signals so far, in the main thread and in the one that hears them."""
+    num_raised, num_read: signals so far, in the main thread and in the one that reads them."""
 
     def __init__(self) -> None:
         self.deadline: threading.Timer | None = None
-        self.num_raised = self.num_heard = self.last_number = 0
+        self.num_raised = self.num_read = self.last_number = 0
 
     def raise_in_main_thread(self, number: int, frame: FrameType | None) -> None:
         self.num_raised, self.last_number = self.num_raised + 1, number
         raise StoppedBySignal(number)
 
     def read_signals(self, reader: socket.socket) -> None:
-        """The thread that hears signals at once, whatever the main thread does."""
+        """The thread that reads signals at once, whatever the main thread does."""
         with reader:
             while received := reader.recv(64):
                 for number in received:
@@ -197,14 +198,14 @@ class CommandSignals:
         self.deadline = threading.Timer(PATIENCE_SECONDS, os._exit, (128 + number,))
         self.deadline.daemon = True
         self.deadline.start()
-        self.num_heard += 1
+        self.num_read += 1
 
     def forget(self) -> None:
-        """The command goes on. The other thread may be later than the main one."""
+        """Cancel the deadline: the command goes on. Waits shortly for the reading thread, which may be later."""
         limit = time.monotonic() + 0.1
-        while self.num_heard < self.num_raised and time.monotonic() < limit:
+        while self.num_read < self.num_raised and time.monotonic() < limit:
             time.sleep(0.001)
-        self.num_raised = self.num_heard = 0
+        self.num_raised = self.num_read = 0
         if self.deadline is not None:
             self.deadline.cancel()
             self.deadline = None
@@ -215,7 +216,8 @@ CURRENT: list[CommandSignals] = []
 
 
 def continue_after_interrupt(error: KeyboardInterrupt) -> None:
-    """For a conversation, in which Ctrl-C ends an answer and not the command. Any other signal is raised again."""
+    """Cancel the end of a command after Ctrl-C, which ends an answer of a chat and not the command. Any other signal is
+    raised again."""
     if isinstance(error, StoppedBySignal) and error.exit_code != 128 + signal.SIGINT:
         raise error
     for handler in CURRENT:

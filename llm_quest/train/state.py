@@ -1,4 +1,4 @@
-"""TrainState: everything of a run that a checkpoint holds, as tensors by parameter name and as JSON.
+"""TrainState: the state of a run that a checkpoint holds, as tensors by parameter name and as JSON.
 
 Nothing here depends on the number of processes: sharded tensors are gathered when saved and sharded when loaded."""
 
@@ -122,7 +122,8 @@ def _copy_to_cpu(t: Tensor) -> Tensor:
 @dataclass
 class PendingRow:
     """The row of metrics of a step whose evaluations a signal ended: the resumed run makes them up before it logs the
-    row. is_last: they are those at the end of the run. is_tracked: the best model is known, and patience counted."""
+    row. is_last: they are those at the end of the run. is_tracked: the best metric and the patience are updated
+    already."""
 
     COUNTERS: ClassVar = frozenset(
         {"step", "tokens", "learning_rate", "num_targets", "tokens_per_second", "train_seconds", "skipped_steps"}
@@ -142,9 +143,9 @@ class PendingRow:
 
 @dataclass
 class Progress:
-    """How far a run is. step: how many steps are done. train_seconds: time spent in steps alone. best_metric,
+    """The progress of a run. step: how many steps are done. train_seconds: time spent in steps alone. best_metric,
     best_step, best_name: of the metric by which the best checkpoint is kept. good_step: of the checkpoint from before
-    the run began to go wrong, which is kept too; None while it is well. latest_metrics: the newest value of every
+    the run began to fail, which is kept too; None while it is healthy. latest_metrics: the newest value of every
     metric. pending: the last step's row, while its evaluations are to be made up."""
 
     step: int = 0
@@ -159,7 +160,7 @@ class Progress:
     pending: PendingRow | None = None
 
     def __post_init__(self) -> None:
-        """TypeError for a value of another type, ValueError for a step below 0: what a file says is taken at once."""
+        """TypeError for a value of another type, ValueError for a step below 0: the values may come from a file."""
         for name in ("step", "tokens", "measurements_since_best", "best_step", "good_step"):
             value = getattr(self, name)
             if not (value is None and name.endswith("_step")):
@@ -204,7 +205,7 @@ class TrainState:
             group.setdefault("initial_lr", group["lr"])
 
     def set_learning_rate(self) -> None:
-        """Give every parameter group the learning rate of the current step."""
+        """Set the learning rate of the current step in every parameter group."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.schedule(self.progress.step)
 
@@ -216,7 +217,7 @@ class TrainState:
         return {name: t.clone() for name, t in self.objective.named_buffers(recurse=False) if name not in hidden}
 
     def restore_objective(self, buffers: Mapping[str, Any]) -> None:
-        """Give the objective's own buffers these values: tensors, or lists of numbers."""
+        """Copy these values, tensors or lists of numbers, into the objective's own buffers."""
         for name, own in self.objective_buffers().items():
             if name in buffers:
                 setattr(self.objective, name, torch.as_tensor(buffers[name]).to(own).reshape(own.shape))
@@ -276,7 +277,7 @@ class TrainState:
             self.rng.seed(self.progress.step)
 
     def environment(self) -> dict[str, Any]:
-        """What the same bits after resuming rest on."""
+        """The settings and software that must be equal for a resumed run to have the same bits."""
         return {
             "threads": torch.get_num_threads(),
             "processes": self.parallel.world_size,
@@ -290,7 +291,7 @@ class TrainState:
         }
 
     def environment_changes(self, state_dict: Mapping[str, Any]) -> list[str]:
-        """What is not as it was when this state was saved, so that the last bits may differ."""
+        """A line for each change since this state was saved that may change the last bits."""
         return [
             f"{name} was {before} and is {value}: the resumed run may differ from the straight one in its last bits"
             for name, value in self.environment().items()

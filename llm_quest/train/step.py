@@ -3,8 +3,8 @@ once.
 
           gradient = (sum of all gradients / sum of all counts) * min(1, max_grad_norm / norm)
 
-The division and the clipping are one factor and one pass over the gradients. Everything the host must know (loss,
-count, norm, metrics, requests to stop) is in one small tensor: one all-reduce, one read."""
+The division and the clipping are one factor and one pass over the gradients. Everything that the host needs (loss,
+count, norm, metrics, requests to stop) is in one small tensor: one all-reduce, one copy to the host."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def accumulate_gradients(
 
 
 def interrupt_backward(parameters: Sequence[nn.Parameter]) -> list[RemovableHandle]:
-    """Let signals be handled in the midst of a backward pass: at each gradient that is ready. Without a call into
-    Python the pass of a large model answers to none until its end."""
+    """Let signal handlers run during a backward pass, at each gradient that is ready: Python runs them only between its
+    own instructions, and a backward pass has none."""
     return [p.register_post_accumulate_grad_hook(lambda p: None) for p in parameters]
 
 
@@ -89,8 +89,9 @@ def reduce_step_stats(
     parameters: Sequence[nn.Parameter],
     parallel: DistributedContext,
 ) -> StepStats:
-    """One all-reduce and one read. A gradient that every process holds in full is counted once, a sharded one by
-    parts. A metric that no batch counted anything for is left out."""
+    """Reduce the sums of a step over all processes, with one all-reduce and one copy to the host. A gradient that every
+    process holds in full is counted once, a sharded one by parts. A metric that no batch counted anything for is left
+    out."""
     nothing = torch.zeros(2, dtype=sum_dtype(parallel.device), device=parallel.device)
     names = sorted(name for name in sums if name)
     own = nothing.new_tensor([tokens, *requests])
@@ -118,7 +119,7 @@ def norm_squared(tensors: Sequence[Tensor], parallel: DistributedContext) -> Ten
 
 
 def scale_gradients_(parameters: Sequence[nn.Parameter], stats: StepStats, max_grad_norm: float | None) -> None:
-    """From sums to the clipped mean, in place: one factor, one pass."""
+    """Scale summed gradients to the clipped mean, in place: one factor, one pass."""
     factor = 1 / stats.count
     if max_grad_norm is not None and stats.grad_norm > max_grad_norm:
         factor *= max_grad_norm / stats.grad_norm

@@ -37,7 +37,7 @@ class TerminalDisplay:
     @classmethod
     @contextmanager
     def open(cls) -> Iterator[TerminalDisplay]:
-        """The open display, or a new one for as long as the context lasts."""
+        """Open the display, or join the one that is open, until the context ends."""
         if cls.active is not None:
             yield cls.active
             return
@@ -52,17 +52,17 @@ class TerminalDisplay:
             cls.active = None
 
     def render(self) -> RenderableType:
-        """What stands in the live area now."""
+        """The content of the live area."""
         phases, width = list(PHASES), self.console.width
         runs = [one for one in phases if one.is_run]
         lines: list[RenderableType] = [self.run_line(one, width) for one in runs[-1:]]
         if runs and self.metrics:
-            lines.append(whole_line("  ".join(fitting(self.metrics, width))))
+            lines.append(single_line("  ".join(items_that_fit(self.metrics, width))))
         inner = [one for one in phases if not one.is_run]
         if inner and (not runs or time.monotonic() - inner[-1].began > PATIENCE):
-            lines.append(whole_line(" · ".join(map(str, inner))))
+            lines.append(single_line(" · ".join(map(str, inner))))
         if not phases and time.monotonic() - LAST_OUTPUT[0] > PATIENCE:
-            lines.append(whole_line("working"))
+            lines.append(single_line("working"))
         return Group(*lines)
 
     def run_line(self, run: Phase, width: int) -> RenderableType:
@@ -85,12 +85,12 @@ class TerminalDisplay:
         note_output()
 
 
-def whole_line(text: str) -> Text:
+def single_line(text: str) -> Text:
     return Text(text, no_wrap=True, overflow="ellipsis")
 
 
-def fitting(items: Sequence[str], width: int) -> list[str]:
-    """The first items that stand whole on one line, two spaces between them."""
+def items_that_fit(items: Sequence[str], width: int) -> list[str]:
+    """The items that fit on one line, with two spaces between them."""
     shown: list[str] = []
     for item in items:
         if len("  ".join([*shown, item])) <= width:

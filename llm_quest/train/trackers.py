@@ -17,7 +17,7 @@ PROJECT, LEAVE_OUT = "llm-quest", ", or take it out of report_to"
 
 
 class Tracker(Protocol):
-    """Where numbers of a run are sent."""
+    """A tracker to which the numbers of a run are sent."""
 
     def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         """Called before the first step; `step` steps are done."""
@@ -27,7 +27,7 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-def tracked_run_id(folder: Path) -> str:
+def tracker_run_id(folder: Path) -> str:
     """The id of a run at its tracker: the same when it is resumed, another for a folder of that name elsewhere."""
     return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
 
@@ -51,14 +51,14 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, the same one when the run is resumed; WANDB_MODE and WANDB_PROJECT are heard."""
+    """A run of Weights & Biases, the same one when the run is resumed; WANDB_MODE and WANDB_PROJECT apply."""
 
     def __init__(self) -> None:
         self.module = import_extra("wandb", install_command("wandb") + LEAVE_OUT)
 
     def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         self.run = self.module.init(
-            project=None if "WANDB_PROJECT" in os.environ else PROJECT, name=folder.name, id=tracked_run_id(folder),
+            project=None if "WANDB_PROJECT" in os.environ else PROJECT, name=folder.name, id=tracker_run_id(folder),
             dir=str(folder), config=dict(config), resume="allow",
         )  # fmt: skip
 
@@ -77,7 +77,7 @@ class Trackio:
         self.module = import_extra("trackio", install_command("trackio") + LEAVE_OUT)
 
     def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
-        name = f"{folder.name}-{tracked_run_id(folder)[:8]}"
+        name = f"{folder.name}-{tracker_run_id(folder)[:8]}"
         self.module.init(project=PROJECT, name=name, config=dict(config), resume="allow")
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
@@ -115,11 +115,11 @@ class TrackedLogger:
         self.inner.close()
 
     def _each(self, action: Callable[[Tracker], None]) -> None:
-        """Do it with every tracker; one that fails is left out from now on."""
+        """Call `action` with every tracker; one that fails is left out from now on."""
         for name, tracker in list(self.trackers.items()):
             try:
                 action(tracker)
-            except Exception as error:  # whatever somebody else's code raises
+            except Exception as error:  # whatever the tracker's code raises
                 del self.trackers[name]
                 reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
                 self.inner.log_event(f"warning: {name} gets no more numbers of this run ({reason})")

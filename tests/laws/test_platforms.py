@@ -36,7 +36,7 @@ from llm_quest.hub.verify import import_transformers
 from llm_quest.machine import compiler, hardware, probe
 from llm_quest.models.build import build
 from llm_quest.rollouts.verifier_process import verify_with_math_verify
-from llm_quest.train.signals import known_signals
+from llm_quest.train.signals import available_signals
 from llm_quest.train.trackers import TRACKERS
 from tests.data.test_template_sandbox import CHATML, DOUBLING, HELLO
 
@@ -423,7 +423,7 @@ def test_all_cores_are_counted_where_the_system_names_none(monkeypatch):
 
 
 def test_signals_that_a_system_lacks_are_left_out():
-    assert known_signals("SIGINT", "SIGNONE") == known_signals("SIGINT")
+    assert available_signals("SIGINT", "SIGNONE") == available_signals("SIGINT")
 
 
 EXTRAS: dict[str, Callable[[], object]] = {

@@ -136,7 +136,7 @@ def test_a_changed_environment_does_not_resume(warm: Path, file: Path, tmp_path:
             "attention_coef is for single answers",
         ),
         (["max_turns=7"], "max_turns has no effect without environment"),
-        (["rewards=[{name: environment}]"], "the reward environment is paid by an environment"),
+        (["rewards=[{name: environment}]"], "the reward environment comes from an environment"),
     ],
 )
 def test_a_mistake_is_named_before_anything_runs(pairs: list[str], said: str, tmp_path: Path):

@@ -16,7 +16,7 @@ from llm_quest.hub.locate import resolve_checkpoint
 from llm_quest.recipes.config import load_raw_config
 from llm_quest.recipes.dependent_defaults import OPEN_ANSWERS
 from llm_quest.recipes.policy_prompts import ProblemSet, PromptEncoder, make_prompt
-from llm_quest.recipes.reward_specs import RewardSpec, check_labels, hash_of_reward_files, reward_labels
+from llm_quest.recipes.reward_specs import RewardSpec, check_labels, reward_file_hashes, reward_labels
 from tests.recipes.test_grpo import from_, started, warm  # noqa: F401 (a fixture)
 from tests.recipes.tuned import metrics
 from tests.rollouts.test_judge_reward import TEMPLATE, Server, server  # noqa: F401 (a fixture)
@@ -154,7 +154,7 @@ def test_prompts_that_leave_no_room_for_an_answer_are_told(warm: Path, tmp_path:
     told = [line for line in said if "no room for an answer" in line]
     assert [re.sub(r"[0-9,]+ tokens", "N tokens", line) for line in told] == [
         "held-out prompts of more than N tokens, which leave no room for an answer: 1 left out",
-        "prompts of more than N tokens leave no room for an answer and are passed over; the first has 311",
+        "prompts of more than N tokens leave no room for an answer and are skipped; the first has 311",
     ]
     (folder / "held.jsonl").write_text(long)
     with pytest.raises(DataError, match=r"every held-out prompt has more than [0-9]+ tokens"):
@@ -168,7 +168,7 @@ def test_two_rewards_of_one_name_have_curves_and_hashes_of_their_own(tmp_path: P
     specs = [*(RewardSpec(function=file) for file in files), *(RewardSpec(name="model", load=one) for one in "ab")]
     check_labels(specs)
     assert reward_labels(specs) == ["score", "score_2", "model", "model_2"]
-    hashes = hash_of_reward_files(specs)
+    hashes = reward_file_hashes(specs)
     assert list(hashes) == ["reward score", "reward score_2"]
     assert len(set(hashes.values())) == 2
 

@@ -199,7 +199,7 @@ def test_labels_are_turned_round_on_purpose_in_the_part_asked_for_and_it_is_said
     out = tmp_path / "run"
     started("dpo", DPO, out, *pairs, "data.label_flip_fraction=0.2", "max_steps=2")
     notes = json.loads((out / "data.json").read_text())["notes"]
-    assert "11 of the training pairs are turned round on purpose" in notes
+    assert "11 of the training pairs are swapped on purpose" in notes
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from llm_quest.recipes import RECIPES
 from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.config_schema import ModelConfig
 from llm_quest.recipes.engine import run_recipe
-from llm_quest.recipes.environment_setup import hash_of_environment
+from llm_quest.recipes.environment_setup import environment_hashes
 from llm_quest.recipes.grpo import GrpoConfig
 from llm_quest.recipes.policy_prompts import PromptEncoder, problems_of_task
 from llm_quest.recipes.recipe import get_recipe
@@ -136,9 +136,9 @@ PATH_FIELDS = sorted(
     }.items()
 )
 COMPARED_BY_THE_RECIPE = {
-    "source": "rows", "path": "rows or images", "validation": "rows or images", "function": "hash_of_reward_files",
-    "prompt": "hash_of_reward_files", "judge": "its URL is a setting", "model": "a judge's model is a setting",
-    "environment": "hash_of_environment", "task": "PromptEncoder.identity",
+    "source": "rows", "path": "rows or images", "validation": "rows or images", "function": "reward_file_hashes",
+    "prompt": "reward_file_hashes", "judge": "its URL is a setting", "model": "a judge's model is a setting",
+    "environment": "environment_hashes", "task": "PromptEncoder.identity",
 }  # fmt: skip
 """Keys of text that name a file, a folder or a URL and are no LocalPath -> what compares them."""
 
@@ -274,12 +274,12 @@ def test_problems_of_a_file_a_chat_template_and_a_folder_that_is_searched_are_co
     assert {name for name in first if first[name] != other_rows[name]} == {"problems"}
     assert {name for name in first if first[name] != other_template[name]} == {"chat_template"}
     (tmp_path / "notes.md").write_text("red")
-    before = hash_of_environment("file_search", {"folder": str(tmp_path)})
+    before = environment_hashes("file_search", {"folder": str(tmp_path)})
     PARAGRAPHS.clear()  # as another process finds them
-    assert hash_of_environment("file_search", {"folder": str(tmp_path)}) == before
+    assert environment_hashes("file_search", {"folder": str(tmp_path)}) == before
     (tmp_path / "notes.md").write_text("blue")
     PARAGRAPHS.clear()
-    assert hash_of_environment("file_search", {"folder": str(tmp_path)}) != before
+    assert environment_hashes("file_search", {"folder": str(tmp_path)}) != before
 
 
 def test_a_run_that_has_got_no_further_than_its_warm_up_keeps_its_settings(tmp_path: Path):

@@ -18,7 +18,7 @@ from llm_quest.cli.techniques import list_techniques
 from llm_quest.errors import UsageError
 from llm_quest.recipes import RECIPES
 from llm_quest.recipes.config import nested_schema
-from llm_quest.recipes.other_names import NO_SETTING, OTHER_NAMES, OTHER_VALUES, remark_on, setting_of
+from llm_quest.recipes.other_names import NO_SETTING, OTHER_NAMES, OTHER_VALUES, our_setting, setting_remark
 from llm_quest.recipes.recipe import get_recipe, load_recipe
 from llm_quest.recipes.schema import StrictModel
 from llm_quest.recipes.settings_reference import make_page
@@ -135,7 +135,7 @@ def test_what_is_said_in_place_of_a_setting_is_no_key_of_the_recipe_and_no_other
         assert name not in OTHER_NAMES
         assert set(remarks) <= {*RECIPES, ""}
         for recipe in RECIPES:
-            if remark_on(name, recipe) is not None:
+            if setting_remark(name, recipe) is not None:
                 assert name not in all_keys(recipe), f"{recipe} has {name}"
     for *where, value in OTHER_VALUES:
         recipe, key = where if len(where) > 1 else ("sft", where[0])
@@ -150,7 +150,7 @@ def all_keys(recipe: str) -> set[str]:
 @pytest.mark.parametrize("name", sorted(OTHER_NAMES))
 def test_no_other_name_leads_to_a_setting_that_is_refused(name: str):
     """The answer is a key of the recipe that was asked; with a value, that value is accepted."""
-    answers = {recipe: setting_of(name, all_keys(recipe).__contains__) for recipe in RECIPES}
+    answers = {recipe: our_setting(name, all_keys(recipe).__contains__) for recipe in RECIPES}
     assert any(answers.values())
     for recipe, answer in answers.items():
         if answer is None or answer.startswith("--"):

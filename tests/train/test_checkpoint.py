@@ -155,7 +155,7 @@ def test_a_checkpoint_that_is_known_to_be_well_is_always_there(every: int, save_
     """It becomes known seven steps later; however often checkpoints are saved, few are kept for that."""
     there: list[int] = []
     for step in range(every, 300, every):
-        there = sorted(files.Retention(save_total_limit, well_until=step - 7).select([*there, step]))
+        there = sorted(files.Retention(save_total_limit, healthy_until=step - 7).select([*there, step]))
         assert len(there) <= most
         for now in range(step, step + every):
             assert min(there) <= max(every, now - 7), (there, now)

@@ -139,7 +139,7 @@ def test_a_dead_expert_is_named_with_its_router(mixture: torch.nn.Module):
     monitor = ExpertLoadMonitor(mixture, DistributedContext())
     monitor.start()
     assert passes(mixture, monitor, range(1, 2 * INTERVAL + 1)) == {}
-    assert monitor.last_well == 2 * INTERVAL
+    assert monitor.last_healthy == 2 * INTERVAL
     name, router = list(monitor.routers.items())[1]
     router.bias = torch.nn.Parameter(torch.zeros(router.weight.shape[0]).index_fill(0, torch.tensor([2]), -1e4))
     ((step, told),) = passes(mixture, monitor, range(2 * INTERVAL + 1, 4 * INTERVAL + 1)).items()
@@ -149,7 +149,7 @@ def test_a_dead_expert_is_named_with_its_router(mixture: torch.nn.Module):
     assert "blocks.0" not in told
     router.bias.data.zero_()
     assert passes(mixture, monitor, range(4 * INTERVAL + 1, 5 * INTERVAL + 1)) == {}
-    assert (monitor.dead, monitor.last_well) == ({}, 5 * INTERVAL)
+    assert (monitor.dead, monitor.last_healthy) == ({}, 5 * INTERVAL)
     monitor.stop()
     assert router.observe_routing is None
 

@@ -75,7 +75,7 @@ def draw_problem(task: Task, split: SplitName, index: int, seed: int = 0) -> Pro
 
 @dataclass(frozen=True)
 class TaskSplit:
-    """A split of a task as `rollouts.sample.Task` wants it: (seed, index) -> problem."""
+    """The problems of a split of a task: (seed, index) -> problem."""
 
     task: Task
     split: SplitName = "train"

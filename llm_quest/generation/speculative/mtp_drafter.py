@@ -1,6 +1,6 @@
-"""The drafter that is the model itself: its multi-token prediction modules (`layers.mtp_loss`). Module k stands one
-token further on than module k-1: at position j it reads the output of module k-1 at j-1 and token j, and predicts
-token j+1.
+"""The drafter that is the model itself: its multi-token prediction modules (`layers/multi_token_prediction.py`). Module
+k stands one token further on than module k-1: at position j it reads the output of module k-1 at j-1 and token j, and
+predicts token j+1.
 
       known to the target   a b c            d is drawn, not yet read
       module 1 reads          b c d          predicts e'        from h(a) h(b) h(c), each verified

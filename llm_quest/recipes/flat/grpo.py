@@ -46,7 +46,7 @@ def random_letters(rng: random.Random) -> str:
 
 
 def exact_match_reward(prompt: list[int], completion: list[int]) -> float:
-    """1 for the word backwards and the end after it, else 0."""
+    """The reward: 1 for the reversed word followed by the end, else 0."""
     return float(completion == [*prompt[:-1][::-1], END])
 
 
@@ -71,10 +71,9 @@ def sample_group(
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """Rows of prompt and completion, padded on the right. completion_mask (B,T): the tokens of completions, each
-    standing where it is predicted. old_log_probs, reference_log_probs: log-probabilities of the policy that sampled,
-    and of the one it
-    began as."""
+    """Rows of prompt and completion, padded on the right. completion_mask (B,T): the tokens of completions, each at the
+    position that predicts it. old_log_probs, reference_log_probs: of the policy that sampled, and of the one it began
+    as."""
 
     inputs: Tensor
     targets: Tensor
@@ -86,7 +85,7 @@ class RolloutBatch:
 
 def group_advantages(rewards: Tensor) -> Tensor:
     """rewards (P,G) -> how much better than its siblings each was, in standard deviations of its group. A group whose
-    rewards are all equal holds no news: exactly 0."""
+    rewards are all equal: exactly 0."""
     spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)
     scaled = (rewards - rewards.mean(dim=1, keepdim=True)) / (rewards.std(dim=1, keepdim=True) + 1e-4)
     return torch.where(spread > 1e-4, scaled, torch.zeros_like(scaled))
@@ -111,7 +110,7 @@ def grpo_loss(log_probs: Tensor, batch: RolloutBatch, settings: GrpoSettings) ->
 
 
 def pad_batch(prompts: list[list[int]], completions: list[list[int]], advantages: Tensor) -> RolloutBatch:
-    """Completions side by side. Those that teach nothing too: the loss is a mean over all of them (eq. 3)."""
+    """Pad rows of prompt and completion. Those with advantage 0 stay: the loss is a mean over all of them (eq. 3)."""
     rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     length = max(map(len, rows))
     padded = torch.tensor([row + [END] * (length - len(row)) for row in rows])
@@ -139,7 +138,7 @@ def train_on_rollout(
     batch: RolloutBatch,
     settings: GrpoSettings,
 ) -> list[float]:
-    """All updates on one rollout. The old log-probabilities are worked out once, before the first."""
+    """All updates on one rollout. The old log-probabilities are computed once, before the first."""
     with torch.no_grad():
         old = target_log_probs(model, batch.inputs, batch.targets)
         reference = (

@@ -24,7 +24,7 @@ class LlamaConfig:
     hidden_size: int = 192
     num_hidden_layers: int = 4
     num_attention_heads: int = 6
-    num_key_value_heads: int = 2  # key/value heads: each is shared by heads / groups query heads
+    num_key_value_heads: int = 2  # each is shared by num_attention_heads / num_key_value_heads query heads
     head_dim: int = 32
     intermediate_size: int = 512
     rope_theta: float = 10_000.0
@@ -32,7 +32,7 @@ class LlamaConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight: no mean taken away, no bias."""
+    """x / sqrt(mean(x^2) + eps) * weight: no mean is subtracted, no bias."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -54,7 +54,7 @@ def apply_rotary(x: Tensor, theta: float) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Every position reads the ones before it: softmax(q k / sqrt(d)) v. Query heads share key/value heads."""
+    """Causal attention, softmax(q k / sqrt(d)) v over the positions up to each. Query heads share key/value heads."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -88,8 +88,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention moves information between positions, then each position is worked on by itself; both beside the
-    stream."""
+    """Attention, then a feed-forward layer at each position; both add to the residual stream."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -110,9 +109,7 @@ class Llama(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         for name, weight in self.named_parameters():
-            if (
-                weight.ndim == 2
-            ):  # what writes into the stream is smaller, so that the sum of all branches keeps its size
+            if weight.ndim == 2:  # branches write with a smaller std, so that their sum has the size of the stream
                 writes = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(weight, std=0.02 / (2 * config.num_hidden_layers) ** 0.5 if writes else 0.02)
 
@@ -134,13 +131,13 @@ class PretrainArguments:
     sequence_length: int = 128
     learning_rate: float = 3e-3
     warmup_steps: int = 20
-    min_lr_ratio: float = 0.1  # of the rate, at the end
+    min_lr_ratio: float = 0.1  # of the peak rate, at the end
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
 
 
 def build_adamw(model: nn.Module, training: PretrainArguments) -> torch.optim.Optimizer:
-    """AdamW. Only matrices decay: a norm's gain has no business near zero."""
+    """AdamW. Weight decay is for matrices only, not for the gains of norms."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -165,8 +162,8 @@ def train_step(
     step: int,
     training: PretrainArguments,
 ) -> float:
-    """One update; the loss in nats per token. Losses are *sums* over passes, divided once by the tokens of the whole
-    step: the split into passes then changes nothing."""
+    """One optimizer step; returns the loss in nats per token. Losses are *sums* over passes, divided once by the tokens
+    of the whole step: the split into passes then changes nothing."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(step, training)
     total = 0.0
@@ -186,7 +183,7 @@ def train_step(
 
 
 def sample_rows(text: Tensor, training: PretrainArguments, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rows from random places: what is read, and the same one byte later."""
+    """Draw rows from random places: inputs, and targets one byte later."""
     starts = torch.randint(len(text) - training.sequence_length, (training.batch_size,), generator=generator)
     rows = torch.stack([text[start : start + training.sequence_length + 1] for start in starts.tolist()])
     return rows[:, :-1], rows[:, 1:]
@@ -199,7 +196,7 @@ def sample_rows(text: Tensor, training: PretrainArguments, generator: torch.Gene
 def generate_bytes(
     model: nn.Module, prompt: bytes, max_new_tokens: int, generator: torch.Generator, context: int = 128
 ) -> bytes:
-    """Draw one byte after another. No cache: every byte reads the whole text again."""
+    """Draw one byte after another. Without a cache: every byte reads the whole text again."""
     tokens = torch.tensor([list(prompt)])
     for _ in range(max_new_tokens):
         logits = model(tokens[:, -context:])[:, -1]

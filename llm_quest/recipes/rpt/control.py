@@ -1,11 +1,11 @@
-"""`quest train rpt_control rpt_run=RUN`: what RPT has to be compared with. Its start model goes on with plain
-next-token training on the same documents for as many FLOPs as RPT took, finding positions and sampling included.
+"""`quest train rpt_control rpt_run=RUN`: the control of RPT. Its start model is trained further by plain next-token
+loss on the same documents, for as many FLOPs as RPT took, finding positions and sampling included.
 
 A step of n documents of T tokens costs three forward passes over T each (`cost/flops.py`); the run ends with the first
 step that reaches what RPT spent.
 
-Commonly got wrong: the control spends at least what RPT spent, the search for places and the sampling included; it
-begins with the thoughts that RPT began with."""
+Commonly got wrong: the FLOPs of RPT include its search for places and its sampling; the control starts from the same
+model after its warm-up."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ from llm_quest.train.rng_state import derive_seed
 
 
 class RptControlConfig(RunConfig):
-    """The control of RPT: the same model goes on with plain next-token training on the same documents, for as many
+    """The control of RPT: the same model trained further by plain next-token loss on the same documents, for as many
     FLOPs as an RPT run took."""
 
     recipe: Literal["rpt_control"]
-    rpt_run: LocalPath = Field(min_length=1, description="the RPT run: its start, documents, places, FLOPs are taken")
+    rpt_run: LocalPath = Field(min_length=1, description="the RPT run: its start model, documents, places, FLOPs")
     targets: Literal["all", "selected"] = Field(
-        default="all", description="what is learned: every token, or those at the places that RPT thought about"
+        default="all", description="tokens of the loss: all, or those at the places of RPT"
     )
     batch_size: PositiveInt = Field(default=64, description="documents in an optimiser step, over all processes")
     micro_batch_tokens: PositiveInt = Field(default=8192, description="tokens in a micro-batch")
@@ -60,7 +60,7 @@ class RptControlConfig(RunConfig):
     @model_validator(mode="before")
     @classmethod
     def refuse_model(cls, given: Any) -> Any:
-        """The model is the one that the RPT run began with."""
+        """Raise ValueError for a model: it is the one that the RPT run started from."""
         if isinstance(given, dict) and "model" in given:
             raise ValueError("model has no effect: it is the one that rpt_run began with; leave it out")
         return given
@@ -114,7 +114,7 @@ def build_rpt_control(config: RptControlConfig, context: Context) -> Job:
 
 
 def load_rpt_run(run: str) -> tuple[RptConfig, float]:
-    """The RPT run's settings, and what it spent."""
+    """Load the RPT run's settings, and the teraflops it spent."""
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
         raise UsageError(f"rpt_run={run} is no run folder; train one first: quest train rpt --out {run}")
@@ -133,7 +133,7 @@ def load_rpt_run(run: str) -> tuple[RptConfig, float]:
 def documents_loader(
     config: RptControlConfig, text: RptDocuments, found: SelectedPositions, parallel: DistributedContext
 ) -> ShardedLoader[WholeDocuments]:
-    """The documents that RPT thought about, each whole."""
+    """A loader of the documents with places of RPT, each whole."""
     places: dict[int, list[int]] = {}
     for one in found.train:
         places.setdefault(one.document, []).append(one.place)
@@ -153,18 +153,18 @@ def documents_loader(
 
 
 class FlopsCallback:
-    """Reports the FLOPs spent so far, over all processes; a function of the step alone."""
+    """Callback that reports the FLOPs spent so far, over all processes; a function of the step alone."""
 
     def __init__(self, loader: ShardedLoader[WholeDocuments], cost: PassCost):
-        self.feed, self.cost = loader, cost
+        self.loader, self.cost = loader, cost
         self.sums = [0.0]
 
     def flops_after(self, step: int) -> float:
         """FLOPs after so many steps."""
         while len(self.sums) <= step:
-            first = (len(self.sums) - 1) * self.feed.batch_size
-            documents, rows = self.feed.source.documents, range(first, first + self.feed.batch_size)
-            lengths = [len(documents[i]) - 1 for i in epoch_indices(len(documents), self.feed.seed, rows)]
+            first = (len(self.sums) - 1) * self.loader.batch_size
+            documents, rows = self.loader.source.documents, range(first, first + self.loader.batch_size)
+            lengths = [len(documents[i]) - 1 for i in epoch_indices(len(documents), self.loader.seed, rows)]
             self.sums.append(self.sums[-1] + sum(map(self.cost.training, lengths)))
         return self.sums[step]
 
@@ -172,7 +172,7 @@ class FlopsCallback:
         return {"teraflops": self.flops_after(step) / TERA}
 
     def on_step_skipped(self, model: nn.Module) -> None:
-        """Nothing is kept between steps: a refused one has been paid for like the others."""
+        """A skipped step costs as many FLOPs as another."""
 
 
 def set_max_steps(

@@ -1,5 +1,5 @@
-"""The documents whose positions RPT asks about, trained on and held out, and the keys that name them: rows of text, or
-the problems of a task written out with their answers."""
+"""The documents of RPT, for training and held out, and their keys: rows of text, or the problems of a task written out
+with their answers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class RptDataConfig(TextDataConfig):
                 f"data.num_documents has no effect on {source_name(self)}, whose documents are what they are: leave out"
             )
         if not self.is_task and not self.held_out and self.validation is None:
-            raise ValueError("RPT is watched on held-out documents: give data.validation, or data.held_out above 0")
+            raise ValueError("RPT is evaluated on held-out documents: give data.validation, or data.held_out above 0")
         for name in ("validation", "columns", "strict", "separator", "held_out", "eval_part") if self.is_task else ():
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise ValueError(f"data.{name} has no effect on a task, whose content decides its splits; leave it out")
@@ -73,15 +73,15 @@ class RptDataConfig(TextDataConfig):
 
 
 class PositionSelectionConfig(StrictModel):
-    """Which places are worth thinking about: where a proxy does not know the next token."""
+    """Selection of places: those where a proxy is uncertain of the next token."""
 
     proxy_model: LocalPath | None = Field(
         default=None, description="a model's folder or run; null: the model as it began to think"
     )
     entropy_threshold: float = Field(
-        default=ENTROPY_THRESHOLDS[0], ge=0, description="nats of entropy over the likeliest top_k tokens"
+        default=ENTROPY_THRESHOLDS[0], ge=0, description="nats of entropy over the top_k most likely tokens"
     )
-    top_k: int = Field(default=TOP_K_ENTROPY, ge=2, description="the entropy is that of so many likeliest tokens")
+    top_k: int = Field(default=TOP_K_ENTROPY, ge=2, description="number of most likely tokens in the entropy")
     renormalize: bool = Field(default=True, description="those tokens' probabilities are made to sum to one")
     max_positions: PositiveInt | None = Field(default=None, description="keep so many places, drawn evenly; null: all")
 
@@ -100,8 +100,8 @@ class RptTextConfig(PolicyConfig):
 
 @dataclass(frozen=True)
 class RptDocuments:
-    """Documents with their start tokens, no longer than leaves room to think, and how their places are asked for.
-    facts: about the text they are from, for the report."""
+    """Documents with their start tokens, short enough for a completion, and the builder of their prompts. facts: about
+    the text they are from, for the report."""
 
     train: Documents
     held_out: Documents
@@ -114,7 +114,7 @@ class RptDocuments:
 
 
 def split_problems(config: RptDataConfig, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """A task's problems to learn from, and held-out ones."""
+    """Draw a task's training and held-out problems."""
     task, stream = parse_task(source_name(config)), derive_seed(seed, "documents")
     return unique_problems(task, "train", config.document_count, stream), unique_problems(
         task, "validation", NUM_HELD_OUT, stream
@@ -124,7 +124,7 @@ def split_problems(config: RptDataConfig, seed: int) -> tuple[list[Problem], lis
 def load_documents(
     config: RptTextConfig, tokenizer: Tokenizer, context: int, parallel: DistributedContext, log: LogFn
 ) -> RptDocuments:
-    """The documents of this run in this tokenizer's ids."""
+    """Load the documents of this run as this tokenizer's ids."""
     facts: Mapping[str, Any] = {}
     if config.data.is_task:
         train, held = (
@@ -151,7 +151,7 @@ def load_documents(
 def documents_from_text(
     config: RptTextConfig, tokenizer: Tokenizer, parallel: DistributedContext, log: LogFn
 ) -> tuple[Documents, Documents, Mapping[str, Any]]:
-    """The documents of a text as pretraining reads it, in the model's own tokens, and the facts about it."""
+    """Load the documents of a text as pretraining does, in the model's own tokens, with facts about it."""
     text = load_text_data(config.data, TokenizerConfig(load=config.model.load), parallel, log)
     folder = text.tokens
     start, end = tokenizer.start_token_id, tokenizer.eos_token_id

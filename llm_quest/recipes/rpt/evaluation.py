@@ -1,8 +1,8 @@
-"""How often is the next token predicted, directly and after thinking, by how hard a proxy finds the place (RPT,
-arXiv:2506.08007, table 1). The paper's sets are nested (easy: above 0.5 nat); here the buckets are disjoint as well.
+"""Accuracy of the next token, directly and after reasoning, by the entropy of a proxy (RPT, arXiv:2506.08007, table 1).
+The paper's sets are nested (easy: above 0.5 nat); here there are disjoint buckets as well.
 
-After thinking, right is what the reward calls right: one true token or several, to the byte. So an answer of two tokens
-is wrong where its second one is: the harder measure of the two."""
+After reasoning an answer is right if its reward is 1: one true token or several, to the byte. So an answer of two
+tokens is wrong if its second one is, which makes it the harder measure."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ MAX_SAMPLES = 12
 
 @dataclass(frozen=True)
 class PositionResult:
-    """One place: was the likeliest next token right, and was the answer after thinking?
+    """The result at one place: whether the most likely next token and the answer after reasoning are right.
 
-    answer: the answer, None where there was none to be read; num_tokens: the completion's; multi_token: it predicted
-    more than one true token, or tried to."""
+    answer: the answer, None if there is none; num_tokens: of the completion; multi_token: whether it predicts more than
+    one true token."""
 
     position: Position
     direct_correct: bool
@@ -50,7 +50,7 @@ class PositionResult:
 
 @dataclass(frozen=True)
 class BucketAccuracy:
-    """A part of the places. Intervals are Wilson's, 95 %."""
+    """Accuracy at the places of one bucket. Intervals are Wilson's, 95 %."""
 
     name: str
     count: int
@@ -83,12 +83,12 @@ class BucketTable:
 
     @property
     def accuracy(self) -> float:
-        """The share of all places where the answer after thinking is right."""
+        """The accuracy after reasoning over all places."""
         right = sum(round(one.reasoned_accuracy.share * one.count) for one in self.buckets)
         return right / sum(one.count for one in self.buckets)
 
     def metrics(self) -> dict[str, float]:
-        """For a row of metrics: accuracy after thinking, and both accuracies of each bucket."""
+        """Metrics: the accuracy after reasoning, and both accuracies of each bucket."""
         metrics: dict[str, float] = {"accuracy": self.accuracy}
         for one in self.buckets:
             metrics |= {
@@ -100,9 +100,9 @@ class BucketTable:
 
 @dataclass(frozen=True)
 class NextTokenReasoningEval:
-    """Evaluates next-token reasoning at held-out places. documents, positions: the held-out places. prompt_builder: how
-    they become questions. sampler: tokenizer, ends, budget and precision; the answers are greedy. whole_model: inside
-    it a sharded model is whole."""
+    """Evaluates next-token reasoning at held-out places. documents, positions: the held-out places. prompt_builder: of
+    their prompts. sampler: its tokenizer, end tokens, budget and precision; the answers are greedy. whole_model: a
+    context that gathers a sharded model."""
 
     documents: Sequence[Sequence[int]]
     positions: Sequence[Position]
@@ -127,7 +127,7 @@ class NextTokenReasoningEval:
         return PositionResult(position, plain, right, said, sample.text, len(sample.completion_ids), several)
 
     def direct_predictions(self, model: Decoder) -> list[bool]:
-        """Is the likeliest next token the true one? One pass for all places of a document."""
+        """Whether the most likely next token is the true one, in one pass for all places of a document."""
         device = next(model.parameters()).device
         places: dict[int, list[int]] = {}
         for one in self.positions:
@@ -145,7 +145,7 @@ class NextTokenReasoningEval:
         return [right[one.document, one.place] for one in self.positions]
 
     def sample_reasoning(self, model: Decoder) -> list[Sample]:
-        """A greedy answer for each place."""
+        """Sample a greedy answer for each place."""
         until = StoppingCriteria(max_new_tokens=self.sampler.max_new_tokens, eos_token_ids=self.sampler.eos_token_ids)
         samples: list[Sample] = []
         for start in range(0, len(self.positions), EVAL_BATCH_SIZE):
@@ -160,7 +160,7 @@ class NextTokenReasoningEval:
 
 
 def summarize_buckets(found: Sequence[PositionResult], thresholds: Sequence[float] = ENTROPY_THRESHOLDS) -> BucketTable:
-    """Disjoint buckets and the paper's nested sets, those that hold anything."""
+    """Summarize disjoint buckets and the paper's nested sets, without empty ones."""
     placed = [(entropy_bucket(one.position.entropy, thresholds), one) for one in found]
     apart = [(name, [one for at, one in placed if at == number]) for number, name in enumerate(BUCKET_NAMES)]
     above = [
@@ -186,9 +186,9 @@ def summarize_bucket(name: str, some: Sequence[PositionResult]) -> BucketAccurac
 
 @dataclass
 class PositionEvaluator:
-    """plain_hard, thought_hard and so on: the share of held-out places where the next token was predicted, directly and
-    after thinking. file: where the tables before and after are kept (the leader's); the first answers go to
-    samples/step-00000020.json."""
+    """Evaluates held-out places: plain_hard, thought_hard and so on are the accuracies of the next token, directly and
+    after reasoning. file: of the tables before and after; None on other processes than the main one. The first answers
+    go to samples/step-00000020.json."""
 
     evaluation: NextTokenReasoningEval
     model: Decoder
@@ -211,7 +211,7 @@ class PositionEvaluator:
         return {"prompt": prompt, "text": one.text, "entropy": one.position.entropy, "right": one.reasoned_correct}
 
     def report_table(self, when: str, log: Callable[[str], None]) -> BucketTable:
-        """Logs the table of the model as it is, and keeps it in the file under `when`."""
+        """Log the table of the present model, and save it in the file under `when`."""
         table = self.evaluation.evaluate_buckets(self.model)
         if self.file is not None:
             kept = load_json(self.file, remedy="remove it") if self.file.is_file() else {}

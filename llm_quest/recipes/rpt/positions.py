@@ -1,11 +1,11 @@
-"""Which positions of which documents RPT trains on: those where a proxy model does not know what comes next (RPT,
-arXiv:2506.08007). They are found once and kept in the run folder.
+"""Selects the positions that RPT trains on: those where a proxy model is uncertain of the next token (RPT,
+arXiv:2506.08007). They are found once and saved in the run folder.
 
-      H = - sum over the 16 likeliest tokens of p log p
+      H = - sum over the 16 most likely tokens of p log p
 
-The paper does not say whether those 16 are made to sum to one. Here they are: H is then the entropy of a distribution,
-at most log 16, whatever the tail weighs. `renormalised=False` is the other reading; where the 16 hold nearly everything
-the two agree."""
+The paper does not say whether those 16 probabilities are renormalized. Here they are: H is then the entropy of a
+distribution, at most log 16, whatever the mass of the tail. `renormalize=False` is the other reading; where the 16 hold
+nearly all of the mass the two agree."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ POSITIONS_FILE = "positions.json"
 
 @dataclass(frozen=True)
 class SelectedPositions:
-    """What is asked in training, and what is asked to see how it goes; flops: what finding them cost."""
+    """The positions for training and for evaluation. flops: of finding them."""
 
     train: list[Position]
     held_out: list[Position]
@@ -55,14 +55,15 @@ class SelectedPositions:
 
     @property
     def hash(self) -> str:
-        """sha256 of what is asked in training, as the file has it."""
+        """sha256 of the training positions, as the file has them."""
         return hashlib.sha256(json.dumps(positions_to_json(self.train)).encode()).hexdigest()
 
 
 def find_or_load_positions(
     config: RptTextConfig, proxy: Decoder, cost: float, text: RptDocuments, folder: Path
 ) -> SelectedPositions:
-    """From the file where they were kept, or found now. cost: of a forward pass of the proxy over the training text."""
+    """Load the positions from their file, or find and save them. cost: FLOPs of a forward pass of the proxy over the
+    training text."""
     key = {
         "documents": text.hash,
         "select": config.selection.model_dump(mode="json"),
@@ -94,7 +95,8 @@ def find_or_load_positions(
 
 
 def load_positions(folder: Path, key: Mapping[str, Any]) -> SelectedPositions | None:
-    """The places that were found before, if what is in `key` (of all that decided them) is what it was."""
+    """Load saved positions; None if there are none, or if a value of `key` (the inputs of the selection) has
+    changed."""
     if not (folder / POSITIONS_FILE).is_file():
         return None
     remedy = "remove it, and the places are found again"
@@ -110,14 +112,14 @@ def hard_positions(
     proxy: Decoder, documents: Documents, selection: PositionSelectionConfig, above: float
 ) -> list[Position]:
     return select_positions(
-        proxy, documents, min_entropy=above, top_k=selection.top_k, renormalised=selection.renormalize
+        proxy, documents, min_entropy=above, top_k=selection.top_k, renormalize=selection.renormalize
     )
 
 
 def position_facts(
     text: RptDocuments, train: Sequence[Position], held_out: Sequence[Position], lost: Counter[str], short: int
 ) -> dict[str, Any]:
-    """What the report says of the positions."""
+    """Facts about the positions, for the report."""
     dropped = {**lost, **({"a document of one token": short} if short else {})}
     numbers = {"train_documents": len(text.train), "held_out_documents": len(text.held_out)}
     return {**numbers, "train_places": len(train), "held_out_places": len(held_out), "dropped_places": dropped}
@@ -147,12 +149,12 @@ def positions_from_json(rows: Sequence[Sequence[float]]) -> list[Position]:
 
 
 def top_entropy(
-    logits: Float[Tensor, "*rows V"], top_k: int = TOP_K_ENTROPY, *, renormalised: bool = True
+    logits: Float[Tensor, "*rows V"], top_k: int = TOP_K_ENTROPY, *, renormalize: bool = True
 ) -> Float[Tensor, "*rows"]:
-    """In nats, at least float32. A token without probability adds nothing (0 log 0 = 0)."""
+    """The entropy of the top_k most likely tokens, in nats and at least float32. 0 log 0 = 0."""
     z = logits if logits.dtype == torch.float64 else logits.float()
     best = z.log_softmax(dim=-1).topk(min(top_k, z.shape[-1]), dim=-1).values
-    best = best.log_softmax(dim=-1) if renormalised else best
+    best = best.log_softmax(dim=-1) if renormalize else best
     return torch.special.entr(best.exp()).sum(dim=-1)
 
 
@@ -163,10 +165,10 @@ def select_positions(
     *,
     min_entropy: float = ENTROPY_THRESHOLDS[0],
     top_k: int = TOP_K_ENTROPY,
-    renormalised: bool = True,
+    renormalize: bool = True,
 ) -> list[Position]:
-    """Every place whose next token the proxy finds harder than `min_entropy`, in the order of the documents. A
-    document's first token is never asked for."""
+    """Select every place where the proxy's entropy is above `min_entropy`, in the order of the documents. A document's
+    first token is no place."""
     found: list[list[Position]] = [[] for _ in documents]
     device = next(proxy_model.parameters()).device
     with eval_mode(proxy_model):
@@ -174,7 +176,7 @@ def select_positions(
             rows = torch.zeros(len(numbers), len(documents[numbers[0]]) - 1, dtype=torch.int64)
             for row, number in zip(rows, numbers, strict=True):
                 row[: len(documents[number]) - 1] = torch.tensor(list(documents[number][:-1]))
-            entropies = top_entropy(proxy_model(rows.to(device)), top_k, renormalised=renormalised).cpu()
+            entropies = top_entropy(proxy_model(rows.to(device)), top_k, renormalize=renormalize).cpu()
             for row, number in zip(entropies, numbers, strict=True):
                 per_place = enumerate(row[: len(documents[number]) - 1].tolist(), start=1)
                 found[number] = [
@@ -184,8 +186,8 @@ def select_positions(
 
 
 def length_grouped_documents(documents: Sequence[Sequence[int]], context: int) -> Iterator[list[int]]:
-    """Numbers of documents with a token to predict, longest first, as many together as make a fair-sized pass;
-    padding on the right is never looked back at."""
+    """Batch documents with a token to predict, longest first, up to TOKENS_PER_PASS; padding is on the right, where
+    causal attention never reads it."""
     for number, ids in enumerate(documents):
         if len(ids) - 1 > context:
             raise UsageError(f"document {number} has {len(ids)} tokens and the proxy sees {context}")
@@ -208,7 +210,7 @@ def subsample_positions(found: Sequence[Position], number: int, seed: int) -> li
 
 
 def entropy_bucket(entropy: float, thresholds: Sequence[float] = ENTROPY_THRESHOLDS) -> int:
-    """Disjoint buckets: how many thresholds lie below. 0 is trivial, 1 easy, 2 medium, 3 hard."""
+    """The disjoint bucket of an entropy: the number of thresholds below it. 0 is trivial, 1 easy, 2 medium, 3 hard."""
     return sum(entropy > threshold for threshold in thresholds)
 
 

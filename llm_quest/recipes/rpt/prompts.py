@@ -1,17 +1,18 @@
 """A position of a text as a prompt, and the answer to it as a reward (RPT, arXiv:2506.08007).
 
       document   <s> a 3 b * 2 :  6 </s>        place 7
-      prompt     <s> [prefix] a 3 b * 2 : [suffix]              suffix: "<think>", or whatever makes a model think
+      prompt     <s> [prefix] a 3 b * 2 : [suffix]              suffix: "<think>", or another opening of reasoning
 
-The text comes as the ids it has, never encoded anew. A place whose continuation cannot be written as text is left out:
-the end of a document, and a token that begins in the middle of a character. The reward is prefix matching:
+The text keeps its ids and is never encoded again. A place whose continuation cannot be written as text is left out: the
+end of a document, and a token that begins in the middle of a character. The reward is prefix matching:
 
       true tokens  " caf"  C3  A9  " is"        boundaries 4 5 6 9 (bytes)
       right        " caf"  " café"  " café is"
       wrong        "caf"   " ca"    " café i"  ""
 
-An answer is right if it is how the true text goes on, to the byte, and ends where a true token ends: one token or
-several. Nothing is stripped (a space is a prediction like any other), and saying nothing is wrong: 0 is no boundary."""
+An answer is right if it continues the true text, to the byte, and ends at the end of a true token: one token or
+several. Nothing is stripped (a space is a prediction like any other), and an empty answer is wrong: 0 is no
+boundary."""
 
 from __future__ import annotations
 
@@ -37,11 +38,11 @@ DOCUMENT_END, INSIDE_CHARACTER = "the document ends there", "it begins inside a 
 
 
 class PromptConfig(StrictModel):
-    """What stands around the text so far; control tokens may be written out (a chat template's). The answer has to
-    have the form <think>...</think><answer>...</answer>, of which `suffix` may hold the beginning."""
+    """The text before and after a document's part in a prompt; control tokens may be written out (a chat template's).
+    The answer must have the form <think>...</think><answer>...</answer>, of which `suffix` may be the beginning."""
 
     prefix: str = Field(default="", description="text before the document's part")
-    suffix: str = Field(default=THINK_OPEN, description="text behind the document's part, where thinking begins")
+    suffix: str = Field(default=THINK_OPEN, description="text after the document's part, where reasoning begins")
     max_target_tokens: PositiveInt = Field(default=8, description="true tokens that an answer may predict")
 
     @property
@@ -51,7 +52,7 @@ class PromptConfig(StrictModel):
 
 @dataclass(frozen=True)
 class Position:
-    """tokens[place] of a document is what is to be predicted, from tokens[:place] alone."""
+    """A token to predict: tokens[place] of a document, from tokens[:place]."""
 
     document: int
     place: int
@@ -71,7 +72,7 @@ class PromptBuilder:
     start_token_id: int
 
     def build_prompt(self, ids: Sequence[int], place: int) -> PolicyPrompt:
-        """From a document (its start token first) and a place in it."""
+        """Build the prompt of a place in a document, whose first token is its start token."""
         prompt = (self.start_token_id, *self.prefix_ids, *map(int, ids[1:place]), *self.suffix_ids)
         return PolicyPrompt(prompt, Continuation("", self.true_continuation(ids, place)))
 
@@ -79,7 +80,7 @@ class PromptBuilder:
         return tuple(self.token_bytes_by_id[int(each)] for each in ids[place : place + self.max_target_tokens])
 
     def skip_reason(self, ids: Sequence[int], place: int) -> str:
-        """Why nothing that can be written is right here; empty if something is."""
+        """The reason why no text is a right answer at this place; empty if some is."""
         truth = self.true_continuation(ids, place)
         if not truth or not truth[0]:
             return DOCUMENT_END
@@ -115,8 +116,8 @@ def make_prompt_builder(
 def max_document_length(
     max_context: int, max_new_tokens: int, prompt_builder: PromptBuilder, length: int | None
 ) -> int:
-    """How long a document may be, its start token included, so that every place in it leaves room to think; `length`
-    where that was asked for. UsageError where there is none."""
+    """The maximum length of a document, its start token included, that leaves room for a completion at every place;
+    `length` if that is given. UsageError if there is no room."""
     room = max_context - max_new_tokens - prompt_builder.num_instruction_tokens
     if room < 2 or (length is not None and length > room):
         wanted = "any text" if length is None or room < 2 else f"texts of {length} tokens"
@@ -129,7 +130,7 @@ def max_document_length(
 
 
 def split_documents(documents: Sequence[Sequence[int]], max_length: int, start: int) -> list[list[int]]:
-    """Documents no longer than `length`; what is longer becomes several, each behind the start token."""
+    """Split documents into parts of at most `max_length` tokens, each after a start token."""
     found: list[list[int]] = []
     for ids in documents:
         body = [int(each) for each in ids[1:]]
@@ -138,7 +139,7 @@ def split_documents(documents: Sequence[Sequence[int]], max_length: int, start: 
 
 
 def is_utf8(text: bytes) -> bool:
-    """Are these bytes text?"""
+    """Whether these bytes are valid UTF-8."""
     try:
         text.decode()
     except UnicodeDecodeError:
@@ -148,25 +149,25 @@ def is_utf8(text: bytes) -> bool:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What is asked: the text so far, and the bytes of each true token that follows (`data.vocabulary`)."""
+    """The problem of a place: the text so far, and the bytes of each true token that follows."""
 
     prompt: str
     target_tokens: tuple[bytes, ...]
 
 
 def token_boundaries(target_tokens: Sequence[bytes]) -> set[int]:
-    """Where a true token ends, in bytes from the first one on. What follows a control token is another document."""
+    """The ends of true tokens, in bytes from the first one. Tokens after a control token belong to another document."""
     return set(accumulate(len(token) for token in takewhile(bool, target_tokens)))
 
 
 def prefix_match(predicted: bytes, target_tokens: Sequence[bytes]) -> float:
-    """1 or 0."""
+    """1.0 if the prediction is a prefix of the true text that ends with a token, else 0.0."""
     text = b"".join(takewhile(bool, target_tokens))
     return float(text.startswith(predicted) and len(predicted) in token_boundaries(target_tokens))
 
 
 def extract_answer(text: str) -> str | None:
-    """What stands in the one <answer>, to the letter; None without thinking first, with anything around, or with tags
+    """The exact text of the one <answer>; None without a <think> before it, with text around them, or with tags
     inside."""
     found = ANSWER_PATTERN.fullmatch(text)
     if found is None or any(tag in part for part in found.groups() for tag in ("<think>", "<answer>", "</")):
@@ -176,8 +177,8 @@ def extract_answer(text: str) -> str | None:
 
 @dataclass(frozen=True)
 class PrefixMatchReward:
-    """The reward of a group whose problem is a `Continuation`. Cut off by the length is wrong, as everywhere. opening:
-    what of the answer's form the prompt has begun already, and nothing else of the prompt is ever read."""
+    """The reward of a group whose problem is a `Continuation`. A truncated completion is wrong. opening: the part of
+    the answer's form that the prompt ends with."""
 
     opening: str = ""
 
@@ -189,13 +190,13 @@ class PrefixMatchReward:
         return 0.0 if answer is None else prefix_match(answer.encode(), sample.problem.target_tokens)
 
     def extract_prediction(self, sample: Sample) -> str | None:
-        """The prediction; None where there is none to be read."""
+        """The prediction of a sample; None if it has none in the right form."""
         return None if sample.truncated else extract_answer(self.opening + sample.text)
 
 
 @dataclass(frozen=True)
 class AnswerFormatReward(PrefixMatchReward):
-    """1 for any prediction in the right form: a control."""
+    """A control: 1 for any prediction in the right form."""
 
     def score(self, sample: Sample) -> float:
         return float(self.extract_prediction(sample) is not None)

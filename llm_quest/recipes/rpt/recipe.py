@@ -1,14 +1,14 @@
-"""`quest train rpt`: reinforcement pre-training (arXiv:2506.08007). A model and plain text -> a model that thinks
-before it says the next token.
+"""`quest train rpt`: reinforcement pre-training (arXiv:2506.08007). A model and plain text -> a model that reasons
+before it predicts the next token.
 
-      documents -> places that a proxy finds hard -> "think, then predict", n samples each -> right, to the byte and to
-      a token's end: 1, else 0 -> policy gradient, with held-out accuracy by how hard the proxy finds the place
+      documents -> places where a proxy is uncertain -> n samples each -> reward 1 if right, to the byte and to a
+      token's end -> policy gradient, with held-out accuracy by the entropy of the proxy
 
-What is spent is counted in FLOPs (`teraflops` in the metrics), so that `quest train rpt_control` can spend as much on
-plain next tokens.
+The cost is counted in FLOPs (`teraflops` in the metrics), so that `quest train rpt_control` can spend as much on plain
+next tokens.
 
 Commonly got wrong: finding the places, and the passes of a reference, cost FLOPs too; a prompt that is sampled several
-times is read once; the places come in another order every epoch."""
+times is read once; the order of the places is another one in every epoch."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ RPT_REWARD_BUILDERS: dict[str, Callable[[RptTextConfig], Reward]] = {
 
 
 class RptConfig(RptTextConfig):
-    """A model and text in, a model that thinks before it says the next token out."""
+    """A model and text in, a model that reasons before it predicts the next token out."""
 
     recipe: Literal["rpt"]
     warmup: RptWarmupConfig | None = Field(default=None, description="for a fresh model, on a task's documents")
@@ -165,7 +165,8 @@ def build_rollouts(
     parallel: DistributedContext,
     log: LogFn,
 ) -> tuple[PolicySetup, FlopsMeter]:
-    """Every place once per epoch, in an order of its own. The meter begins with what finding the places cost."""
+    """Build the rollouts, with every place once per epoch in an order of its own. The meter starts with the FLOPs of
+    finding the places."""
     ask = partial(position_question, text, found.train, derive_seed(config.seed, "order"))
     meter = FlopsMeter(
         cost, num_scorings=(config.kl_coef > 0) + (config.sampler_correction is not None), flops=found.flops
@@ -202,14 +203,14 @@ def make_position_evaluation(
 
 
 class FlopsMeter:
-    """Counts the FLOPs of a run. flops: so far. num_scorings: how often a sample is scored beside the training itself
-    (a reference, a second opinion)."""
+    """Counts the FLOPs of a run. flops: so far. num_scorings: forward passes over a sample besides the training (a
+    reference, a sampler correction)."""
 
     def __init__(self, cost: PassCost, *, num_scorings: int = 0, flops: float = 0.0):
         self.cost, self.num_scorings, self.flops = cost, num_scorings, flops
 
     def count_sampling(self, groups: Sequence[Sequence[Sample]]) -> None:
-        """The groups of a rollout. Those without spread have been sampled too."""
+        """Count the groups of a rollout, those without spread too."""
         for group in groups:
             before = len(group[0].prompt_ids)
             self.flops += self.cost.forward(before)
@@ -222,7 +223,7 @@ class FlopsMeter:
 
 
 class MeteredRolloutLoader:
-    """Rollouts beside their meter: a feed whose notes hold `teraflops`, all that was spent so far."""
+    """A loader of rollouts with a meter: its metrics hold `teraflops`, the FLOPs spent so far."""
 
     def __init__(self, rollout_loader: RolloutLoader, meter: FlopsMeter):
         self.rollout_loader, self.meter, self.flops_before_step = rollout_loader, meter, meter.flops

@@ -1,7 +1,7 @@
-"""The model that RPT begins with, and the proxy that says where it is worth thinking.
+"""The model that RPT starts from, and the proxy that selects its places.
 
-A fresh model first learns the documents by their next tokens (`base/`), then from a teacher's thoughts about a few of
-them in which form to think (`warmup/`); the proxy is the model between the two.
+A fresh model first learns the documents by next-token loss (`base/`), then the form of reasoning from a teacher's
+demonstrations on a few of them (`warmup/`); the proxy is the model between the two.
 
       document   3*2+1%7:0        thought at the answer   <think>3*2=6;6+1=0;</think><answer>0</answer>
                                   elsewhere               <think></think><answer>+</answer>
@@ -62,7 +62,7 @@ from llm_quest.train.rng_state import derive_seed
 
 
 class PretrainStageConfig(StrictModel):
-    """A fresh model learns the text, by its next tokens."""
+    """The first stage of the warm-up: next-token loss on the documents."""
 
     max_steps: PositiveInt = Field(default=600, description="steps on plain documents")
     batch_size: PositiveInt = Field(default=64, description="documents in a step")
@@ -70,20 +70,20 @@ class PretrainStageConfig(StrictModel):
 
 
 class ThinkingStageConfig(StrictModel):
-    """And in which form to think, from a teacher's thoughts about a few documents. Best stopped where thoughts help now
-    and then."""
+    """The second stage of the warm-up: demonstrations of reasoning on a few documents. Best stopped where some samples
+    are right."""
 
     max_steps: PositiveInt = Field(default=600, description="at most")
     target_accuracy: float = Field(
         default=0.4, gt=0, le=1, description="stop when this share of samples is right, held out"
     )
-    num_examples: PositiveInt = Field(default=400, description="documents that the teacher has thought about")
+    num_examples: PositiveInt = Field(default=400, description="documents with demonstrations of the teacher")
     batch_size: PositiveInt = Field(default=48, description="demonstrations in a step")
     learning_rate: float = Field(default=3e-3, gt=0, le=1, description="learning rate after 25 steps of warm-up")
 
 
 class RptWarmupConfig(StrictModel):
-    """What a fresh model goes through before it can be asked to think."""
+    """The warm-up of a fresh model."""
 
     pretrain: PretrainStageConfig = PretrainStageConfig()
     sft: ThinkingStageConfig = ThinkingStageConfig()
@@ -91,7 +91,7 @@ class RptWarmupConfig(StrictModel):
 
 @dataclass(frozen=True)
 class RptStart:
-    """On the device, in float32."""
+    """The models that RPT starts with, on the device, in float32."""
 
     model: Decoder
     tokenizer: Tokenizer
@@ -99,12 +99,12 @@ class RptStart:
 
 
 def start_model_path(config: RptTextConfig, out: Path) -> str:
-    """Where `load` finds the model that the run in this folder began with."""
+    """The path, for `load`, of the model that the run in this folder started from."""
     return config.model.load or str(out / "warmup")
 
 
 def init_rpt_models(config: RptTextConfig, warmup: RptWarmupConfig | None, context: Context) -> RptStart:
-    """Loaded, or trained (for a plan they are not); on the device."""
+    """Load the models, or train them (not for a plan)."""
     if config.model.load is not None:
         model, tokenizer = load_for_finetuning(StartModelConfig(load=config.model.load))
         proxy = model
@@ -126,7 +126,7 @@ def init_rpt_models(config: RptTextConfig, warmup: RptWarmupConfig | None, conte
 def train_start_models(
     config: RptTextConfig, warmup: RptWarmupConfig, context: Context
 ) -> tuple[Decoder, Tokenizer, Decoder]:
-    """A fresh model that reads and thinks, its tokenizer, and a copy that only reads."""
+    """Train a fresh model in both stages; return it, its tokenizer, and a copy from before the second stage."""
     out, parallel, log = context.run_dir, context.parallel, context.log
     tokenizer = reasoning_tokenizer(parse_task(source_name(config.data)))
     model = init_model(config.model, context.settings, tokenizer, context=WARMUP_CONTEXT, seed=config.seed)
@@ -157,7 +157,7 @@ def train_thinking(
     parallel: DistributedContext,
     log: LogFn,
 ) -> None:
-    """The model sees a teacher think, until that helps it now and then on held-out documents."""
+    """Train on a teacher's demonstrations of reasoning, until the target accuracy on held-out documents."""
     task, (train, held) = parse_task(source_name(config.data)), split_problems(config.data, config.seed)
     loader = ReasoningLoader(
         task, train, tokenizer, num_examples=part.sft.num_examples, batch_size=part.sft.batch_size,
@@ -185,7 +185,8 @@ def train_thinking(
 
 
 def check_thoughts(config: Any, settings: RawConfig) -> Any:
-    """The config. UsageError for a warm-up whose thoughts do not fit into max_new_tokens. config: with `warmup`."""
+    """Return the config; UsageError for a warm-up whose demonstrations do not fit into max_new_tokens. config: with
+    `warmup`."""
     if config.warmup is not None:
         stage, task = config.warmup.sft, parse_task(source_name(config.data))
         train, _ = split_problems(config.data, config.seed)
@@ -201,22 +202,22 @@ def check_thoughts(config: Any, settings: RawConfig) -> Any:
 
 
 def reasoning_tokenizer(task: Task) -> Tokenizer:
-    """Single characters, and each tag one token."""
+    """A tokenizer of single characters, with each tag as one token."""
     return character_tokenizer(task.alphabet, REASONING_TAGS)
 
 
 def teacher_reasoning(task: Task, problem: Problem, index: int, seed: int) -> tuple[str, str]:
-    """What the teacher thinks before the answer, and the answer it comes to, which may be wrong (the task's noise). A
-    task without steps has no thoughts."""
+    """The reasoning of the teacher and its answer, which may be wrong (the task's noise). A task without steps has no
+    reasoning."""
     completion = teacher_demonstration(task, problem, index, seed)
     before, _, answer = completion.rpartition(ANSWER_PREFIX) if problem.steps else ("", "", completion)
     return before, answer
 
 
 class ReasoningLoader:
-    """`rows` demonstrations in each step, of the first `examples` problems again and again: a teacher's thought before
-    the answer. A quarter as many are of other places, where nothing is thought, and again as many rows are plain
-    documents, so that reading is not forgotten."""
+    """A loader of `batch_size` demonstrations a step, of the first `num_examples` problems in turn: the teacher's
+    reasoning, then the answer. A quarter as many are of other places, without reasoning, and again as many rows are
+    plain documents, so that the model keeps its next-token predictions."""
 
     def __init__(
         self,
@@ -243,7 +244,7 @@ class ReasoningLoader:
         return [collate_demonstrations([*shown, *quick]), *self.document_loader.batches(step)]
 
     def reasoning_example(self, index: int) -> tuple[list[int], list[int]]:
-        """Prompt and completion as ids, apart: the answer, thought about."""
+        """The ids of prompt and completion of a demonstration with reasoning."""
         number = index % len(self.problems)
         problem = self.problems[number]
         _, answer = self.tokenizer.encode_pieces(problem.prompt, problem.answer)
@@ -251,7 +252,7 @@ class ReasoningLoader:
         return self.build_example(number, len(self.documents[number]) - 1 - len(answer), thought, said)
 
     def direct_example(self, index: int) -> tuple[list[int], list[int]]:
-        """Some other place, where the text itself says what comes."""
+        """The ids of prompt and completion at some other place, without reasoning."""
         number = index % len(self.problems)
         ids = self.documents[number]
         _, answer = self.tokenizer.encode_pieces(self.problems[number].prompt, self.problems[number].answer)

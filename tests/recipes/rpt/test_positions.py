@@ -28,14 +28,14 @@ def test_vector_entropy_1():
     assert H([0.5, 0.25, 0.125, 0.125]) == pytest.approx(1.213008, abs=1e-6)
     assert H([1 / 16] * 16) == pytest.approx(2.772589, abs=1e-6)
     tail = [0.6, 0.2, 0.1, *[0.005] * 20]
-    assert H(tail, renormalised=False) == pytest.approx(1.203032, abs=1e-6)
+    assert H(tail, renormalize=False) == pytest.approx(1.203032, abs=1e-6)
     assert H(tail) == pytest.approx(1.211038, abs=1e-6)
     assert float(top_entropy(torch.tensor(tail, dtype=torch.float64).log(), 23)) == pytest.approx(1.388473, abs=1e-6)
 
 
 def test_certainty_is_zero_and_not_nan():
     assert H([1.0, 0.0, 0.0]) == 0
-    assert H([1.0, *[0.0] * 30], renormalised=False) == 0
+    assert H([1.0, *[0.0] * 30], renormalize=False) == 0
 
 
 def test_a_position_is_judged_by_what_stands_before_it():
