@@ -40,6 +40,10 @@ def summarize_problems(problems: Sequence[str], list_all: str) -> str:
     return "\n".join(shown)
 
 
+class QuestWarning(UserWarning):
+    """What goes on in a plainer form than the user may expect, and why; commands show it as one line."""
+
+
 class QuestError(ValueError):
     """Shown as one to four lines without a traceback; the process ends with `exit_code`.
 

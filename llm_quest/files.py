@@ -26,17 +26,6 @@ MAX_JSON_BYTES = 256_000_000
 """Of a JSON file that we wrote ourselves; strangers' files have smaller limits."""
 
 
-def cache_dir(part: str) -> Path:
-    """A folder of the user's cache: $LLM_QUEST_CACHE, otherwise llm-quest in $XDG_CACHE_HOME or ~/.cache."""
-    own, cache = os.environ.get("LLM_QUEST_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(own) if own else Path(cache or Path.home() / ".cache") / "llm-quest") / part
-    except RuntimeError:  # a container's user, whom no file names
-        raise UsageError(
-            "your home folder is not known (HOME is not set); name a folder for caches in LLM_QUEST_CACHE"
-        ) from None
-
-
 def absolute_path(name: str) -> str:
     """The absolute path of a file or folder that exists, so that it is found from every working directory; of
     RUN@best its run's. Any other name, such as a hub id, as it is."""

@@ -22,6 +22,7 @@ LEVELS = (
         "errors",
         "files",
         "atomic_dirs",
+        "cache_dirs",
         "formatting",
         "progress",
         "child_process",

@@ -21,6 +21,7 @@ from llm_quest.hub.load_save import load_model_and_tokenizer
 from llm_quest.layers.linear import set_few_row_products
 from llm_quest.layers.quantized import QuantizedMatrix
 from llm_quest.machine.choices import choose_few_row_kernel, choose_few_rows, choose_weight_kernel, slow_bf16_warning
+from llm_quest.machine.hardware import describe_threads, usable_cores
 from llm_quest.machine.profile import MachineProfile, load_compiler, load_kernel_rates
 from llm_quest.models.build import DTYPES
 from llm_quest.models.decoder import Decoder
@@ -61,10 +62,12 @@ def load_for_generation(
 
 
 def note_busy_cores(log: LogFn) -> None:
-    """Say where fewer threads are faster, because other programs keep cores busy. They are not taken: the last bits of
-    what a seed gives follow from their number."""
+    """Say where fewer threads are faster, because there are fewer cores or other programs keep some busy. They are not
+    taken: the last bits of what a seed gives follow from their number."""
     threads = torch.get_num_threads()
-    if (idle := find_idle_threads(threads)).value < threads:
+    if threads > usable_cores():
+        log(f"note: {describe_threads(threads, option='--threads ')}")
+    elif (idle := find_idle_threads(threads)).value < threads:
         log(f"note: {idle.reason}, so --threads {idle.value} is faster than {threads}, and changes last bits")
 
 

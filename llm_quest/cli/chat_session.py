@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from llm_quest.cache_dirs import cache_dir, tolerate_cache_errors
 from llm_quest.cli.chat import print_text, stream_text
 from llm_quest.cli.generation_options import GenerationOptions
 from llm_quest.cli.output import clean_text
 from llm_quest.contracts import LogFn
 from llm_quest.errors import QuestError, UsageError
-from llm_quest.files import append_lines, cache_dir
+from llm_quest.files import append_lines
 from llm_quest.generation.stopping import StoppingCriteria
 from llm_quest.models.decoder import Decoder
 from llm_quest.train.signals import continue_after_interrupt
@@ -233,9 +234,15 @@ def open_history(file: Path) -> Any:
     """Earlier messages: in a file, or in memory where that cannot be written."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-    try:
+    class KeptHistory(FileHistory):
+        """A message that cannot be kept is in this session's memory."""
+
+        def store_string(self, string: str) -> None:
+            with tolerate_cache_errors(file.parent):
+                super().store_string(string)
+
+    with tolerate_cache_errors(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))  # for its owner alone
-    except OSError:
-        return InMemoryHistory()
-    return FileHistory(str(file))
+        return KeptHistory(str(file))
+    return InMemoryHistory()

@@ -25,6 +25,7 @@ from llm_quest.cli.output import (
     print_json,
     print_status,
     run_with_exit_code,
+    show_warnings,
 )
 from llm_quest.train.signals import end_on_signals
 
@@ -111,6 +112,7 @@ app.add_typer(ledger_app, name="ledger")
 def main() -> None:
     """The entry point: runs a command and ends the process with its exit code."""
     open_streams()
+    show_warnings()
     arguments = sorted(sys.argv[1:], key=lambda one: one != "--allow-pickle")  # it may stand behind the command too
     with end_on_signals():
         code = run_with_exit_code(lambda: app(arguments, standalone_mode=True, prog_name="quest"))

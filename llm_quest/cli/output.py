@@ -21,6 +21,7 @@ import re
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +32,7 @@ from llm_quest.errors import (
     DISK_REMEDIES,
     PeerFailure,
     QuestError,
+    QuestWarning,
     exit_code_of,
     import_extra,
     install_command,
@@ -109,6 +111,19 @@ def print_status(text: str = "") -> None:
     """Print progress on stderr, as lines."""
     for line in make_encodable(clean_text(text), sys.stderr).split("\n"):
         write_line(line)
+
+
+def show_warnings() -> None:
+    """From here on a warning of ours is one line on stderr, of the main process alone; others are shown as before."""
+    show_others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if not issubclass(category, QuestWarning):
+            show_others(message, category, *place, **more)
+        elif os.environ.get("RANK", "0") == "0":
+            print_status(f"warning: {message}")
+
+    warnings.showwarning = show
 
 
 def discard_status(text: str = "") -> None:

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_quest.cache_dirs import lasting_cache_dir, require_results_dir
 from llm_quest.contracts import LogFn
 from llm_quest.errors import UsageError
-from llm_quest.files import atomic_write_json, cache_dir
+from llm_quest.files import atomic_write_json
 from llm_quest.papers import PAPERS, load_paper
 from llm_quest.papers.card import VERDICTS, PaperCard, load_card, shipped_verdicts, write_card
 from llm_quest.papers.reproduce import describe_cost, measure_paper
@@ -20,7 +21,7 @@ CHECKOUT_CARDS = VERDICTS.parents[2] / "docs" / "papers"
 
 def cards_dir() -> Path:
     """Where cards are written that were measured here, whatever the working directory."""
-    return cache_dir("papers")
+    return lasting_cache_dir("papers")
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,9 @@ def reproduce_paper(
 ) -> PaperCard:
     """Measure a claim at the given sizes, the first one if none are given, and write its card."""
     paper, folder = load_paper(name), out or cards_dir()
-    measured = {}
+    measured, root = {}, require_results_dir("papers") / "experiments"
     for size in sizes or paper.all_sizes[:1]:
-        found = measure_paper(
-            paper, size, cache_dir("papers") / "experiments", jobs=jobs, minutes=minutes, first_seed=first_seed, log=log
-        )
+        found = measure_paper(paper, size, root, jobs=jobs, minutes=minutes, first_seed=first_seed, log=log)
         if found is not None:
             log(f"page: {found.pop('page')}")
             measured[size] = found

@@ -20,6 +20,7 @@ from llm_quest.recipes.config import config_to_yaml
 from llm_quest.recipes.config_schema import RunConfig
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.recipe import Recipe, RunOutcome, load_recipe
+from llm_quest.recipes.technique_check import check_techniques
 from llm_quest.recipes.yaml_io import RawConfig
 
 
@@ -51,7 +52,9 @@ def start_training(
     """Train with a recipe: start a new run, or resume the one in the folder."""
     found, config, settings = load_recipe(recipe, overrides)
     if dry_run:
-        return DryRunResult(found.check(config, settings))
+        config = found.check(config, settings)
+        check_techniques(config, settings)
+        return DryRunResult(config)
     folder, resume = choose_run_dir(recipe, config, out, resume)
     env = inspect_machine(folder).as_json()
     outcome = run_recipe(found, config, settings, folder, resume=resume, accept=accept, env=env, quiet=quiet, log=log)

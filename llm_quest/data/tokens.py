@@ -12,6 +12,7 @@ A folder is written under another name and renamed at the end: it is complete or
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -19,8 +20,10 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -28,11 +31,12 @@ from typing import Any, Literal
 import numpy as np
 from filelock import FileLock
 
+from llm_quest.cache_dirs import write_to_cache
 from llm_quest.data.document import Document
 from llm_quest.data.split import CorpusSplit, choose_eval_part
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, ResourceError
-from llm_quest.files import cache_dir, damaged_file_errors, file_sha256, fsync_path, load_json
+from llm_quest.files import damaged_file_errors, file_sha256, fsync_path, load_json
 
 TOKEN_FOLDER_FORMAT = 1
 SPLITS = ("train", "val")
@@ -129,33 +133,37 @@ class TokenFolder:
         return Tokenizer.load(self.path / "tokenizer")
 
 
-def default_cache_dir() -> Path:
-    """Where token folders are kept between runs: $LLM_QUEST_CACHE, otherwise llm-quest in the user's cache folder."""
-    return cache_dir("tokens")
-
-
-def prepare_token_folder(split: CorpusSplit, tokenizer: Tokenizer, root: str | Path) -> TokenFolder:
+def prepare_token_folder(split: CorpusSplit, tokenizer: Tokenizer, root: str | Path | None = None) -> TokenFolder:
     """The token folder of a split below `root`, named by the hash of its texts and tokenizer: made if it does not
     exist, opened if it does. Of concurrent processes one makes it and the others wait. A damaged one is made anew,
-    which the report says."""
-    root = Path(root)
-    folder = root / _folder_key(split, tokenizer)
+    which the report says. root: None for the cache folder, or a temporary one where that cannot be written."""
+    make = partial(_find_or_write, split, tokenizer)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".{folder.name}.lock"):
-            if (folder / "manifest.json").exists():
-                try:
-                    return open_token_folder(folder)
-                except DataError as error:
-                    split.corpus.drop_report.note(f"prepared data was damaged and is made anew: {error}")
-            shutil.rmtree(folder, ignore_errors=True)
-            return _write_folder(split, tokenizer, folder)
+        return write_to_cache("tokens", make) if root is None else make(Path(root))
     except OSError as error:
+        where = root or error.filename or tempfile.gettempdir()
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"no space left for the tokens in {root}; free some or name another folder") from error
+            raise ResourceError(f"no space left for the tokens in {where}; free some or name another folder") from error
+        reason = error.strerror or error
         raise ResourceError(
-            f"the tokens cannot be written to {root}: {error.strerror or error}; name another folder in LLM_QUEST_CACHE"
+            f"the tokens cannot be written to {where}: {reason}; name another folder in LLM_QUEST_CACHE"
         ) from error
+
+
+def _find_or_write(split: CorpusSplit, tokenizer: Tokenizer, root: Path) -> TokenFolder:
+    """A folder that is there is whole, and opened without the lock, which needs a folder that can be written."""
+    folder = root / _folder_key(split, tokenizer)
+    with contextlib.suppress(DataError, OSError):
+        return open_token_folder(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f".{folder.name}.lock"):
+        if (folder / "manifest.json").exists():
+            try:
+                return open_token_folder(folder)
+            except DataError as error:
+                split.corpus.drop_report.note(f"prepared data was damaged and is made anew: {error}")
+        shutil.rmtree(folder, ignore_errors=True)
+        return _write_folder(split, tokenizer, folder)
 
 
 def open_token_folder(folder: str | Path, *, verify: Literal["full", "size"] = "full") -> TokenFolder:

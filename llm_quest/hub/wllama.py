@@ -13,8 +13,9 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm_quest.cache_dirs import cache_dir, tolerate_cache_errors
 from llm_quest.errors import DataError, MissingError, UsageError
-from llm_quest.files import atomic_file, cache_dir
+from llm_quest.files import atomic_file
 
 VERSION = "3.13.0"
 NPM_FIELDS = ("code", "syscall", "errno", "path", "dest")
@@ -55,7 +56,7 @@ def load_wllama(given: Path | None = None) -> dict[str, bytes]:
     with contextlib.suppress(OSError, DataError):  # nothing there yet, or damaged: it is fetched again
         return check_files({name: (cache / name).read_bytes() for name in FILES}, cache)
     files = download_package()
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs the next download, not this one
+    with tolerate_cache_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             with atomic_file(cache / name) as stage:

@@ -10,23 +10,28 @@ Commonly got wrong: a build that failed is not tried again at every call; a comp
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llm_quest.files import cache_dir
+from llm_quest.cache_dirs import write_to_cache
+from llm_quest.errors import QuestWarning
 
 SOURCES = [Path(__file__).with_name(name) for name in ("quantized_rows.cpp", "quantized_tiles.h")]
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-Wall", "-ffp-contract=off")
 ISA = {"best": 0, "plain": 1, "avx2": 2, "avx512": 3}
 """What the operator's last argument means."""
 COMPILE_SECONDS = 120
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Library:
@@ -49,7 +54,9 @@ def is_loaded_or_warn() -> bool:
     if not is_loaded() and not Library.warned and not torch.compiler.is_compiling():
         Library.warned = True
         warnings.warn(
-            f"quantized weights are computed by their plain form, which is slow: {Library.reason}", stacklevel=2
+            f"quantized weights are computed by their plain form, which is slow: {Library.reason}",
+            QuestWarning,
+            stacklevel=2,
         )
     return bool(Library.loaded)
 
@@ -73,8 +80,7 @@ def describe_failure(error: Exception) -> str:
 
 
 def build_library() -> Path:
-    """The path of the shared library. It is written under another name and then renamed, so that of two processes that
-    build it neither reads half a file."""
+    """The path of the shared library, in the cache folder or in a temporary one where that cannot be written."""
     if os.environ.get("LLM_QUEST_NATIVE", "1") == "0":
         raise RuntimeError("LLM_QUEST_NATIVE=0")
     from torch.utils import cpp_extension  # half a second to import
@@ -82,19 +88,30 @@ def build_library() -> Path:
     command = [cpp_extension.get_cxx_compiler(), *FLAGS, *(f"-I{path}" for path in cpp_extension.include_paths())]
     link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
     identity = "\n".join([torch.__version__, *command, *(source.read_text(encoding="utf-8") for source in SOURCES)])
-    library = cache_dir("native") / f"quantized_rows-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            made = Path(folder) / library.name
-            subprocess.run(
-                [*command, str(SOURCES[0]), "-o", str(made), *link],
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=COMPILE_SECONDS,
-            )
-            made.replace(library)
+    name = f"quantized_rows-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    return write_to_cache("native", lambda root: compile_library(root / name, command, link))
+
+
+def compile_library(library: Path, command: Sequence[str], link: Sequence[str]) -> Path:
+    """Compile a library that is not there. It is written under another name and then renamed, so that of two processes
+    that build it neither reads half a file. OSError where its disk is full; CalledProcessError of the compiler."""
+    if library.exists():
+        return library
+    if not shutil.which(command[0]):
+        raise RuntimeError(f"no C++ compiler was found ({command[0]}); install g++, or set CXX")
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        done = subprocess.run(
+            [*command, str(SOURCES[0]), "-o", str(made), *link],
+            capture_output=True,
+            text=True,
+            timeout=COMPILE_SECONDS,
+            env=os.environ | {"LC_ALL": "C"},
+        )
+        if done.returncode and (full := [code for code in DISK_FULL if os.strerror(code) in done.stderr]):
+            raise OSError(full[0], os.strerror(full[0]))
+        done.check_returncode()
+        made.replace(library)
     return library
 
 

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
+from llm_quest.cache_dirs import cache_dir, tolerate_cache_errors
 from llm_quest.errors import DataError
-from llm_quest.files import atomic_write_json, cache_dir, parse_digits
+from llm_quest.files import atomic_write_json, parse_digits
 from llm_quest.layers import native
 from llm_quest.machine.compiler import CompilerTrial, find_cpp_compiler, try_cpp_compiler
 from llm_quest.machine.hardware import processor_name
@@ -143,7 +144,7 @@ def measure_profile(log: LogFn) -> MachineProfile:
     profile = replace(profile, source=took)
     log(f"machine profile: {took}")
     _LOADED[_process_key()] = profile
-    save_profile(profile, log)
+    save_profile(profile)
     return profile
 
 
@@ -155,7 +156,7 @@ def load_compiler(log: LogFn = lambda text: None) -> CompilerTrial:
     if found is not None and (profile.given or (found.works and found.path == find_cpp_compiler())):
         return found
     trial = try_cpp_compiler()
-    _update_profile(replace(profile, compiler=trial), log)
+    _update_profile(replace(profile, compiler=trial))
     return trial
 
 
@@ -167,7 +168,7 @@ def load_kernel_rates(log: LogFn = lambda text: None) -> MachineProfile:
         return profile
     log("machine profile: building and measuring the kernels in C++, once")
     profile = replace(profile, rates={**profile.rates, **measure_kernel_rates()})
-    _update_profile(profile, log)
+    _update_profile(profile)
     return profile
 
 
@@ -181,23 +182,21 @@ def record_compile_seconds(seconds: float) -> None:
     before."""
     profile = load_profile()
     if seconds > (profile.compile_seconds or 0.0):
-        _update_profile(replace(profile, compile_seconds=round(seconds, 1)), lambda text: None)
+        _update_profile(replace(profile, compile_seconds=round(seconds, 1)))
 
 
-def _update_profile(profile: MachineProfile, log: LogFn) -> None:
+def _update_profile(profile: MachineProfile) -> None:
     _LOADED[_process_key()] = profile
     if not profile.given:
-        save_profile(profile, log)
+        save_profile(profile)
 
 
-def save_profile(profile: MachineProfile, log: LogFn) -> None:
-    """Write a profile of this machine to the cache folder; a line where that is not possible."""
+def save_profile(profile: MachineProfile) -> None:
+    """Write a profile of this machine to the cache folder; a warning where that is not possible."""
     path = profile_path(profile.machine)
-    try:
+    with tolerate_cache_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_json(path, profile_to_json(profile))
-    except OSError as error:
-        log(f"machine profile: it cannot be kept ({path}: {error.strerror}), so every process measures the machine")
 
 
 def profile_to_json(profile: MachineProfile) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from llm_quest.atomic_dirs import atomic_dir
+from llm_quest.cache_dirs import cache_dir, tolerate_cache_errors
 from llm_quest.contracts import Callback, LogFn
 from llm_quest.data.conversations import first_question_hash, split_by_prompt
 from llm_quest.data.corpus import Corpus, is_builtin, load_corpus
@@ -26,9 +27,9 @@ from llm_quest.data.records import Record
 from llm_quest.data.sources import Builtin, DataSource, iter_sources, load_rows
 from llm_quest.data.split import CorpusSplit, choose_eval_part, shingle_overlap, split_corpus
 from llm_quest.data.tokenizer import Tokenizer
-from llm_quest.data.tokens import TokenFolder, default_cache_dir, open_token_folder, prepare_token_folder
+from llm_quest.data.tokens import TokenFolder, open_token_folder, prepare_token_folder
 from llm_quest.data.vocabulary import train_bpe
-from llm_quest.errors import DataError, QuestError, UsageError
+from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.locate import resolve_checkpoint
 from llm_quest.progress import phase
 from llm_quest.recipes.config import RECIPES_DIR
@@ -76,7 +77,7 @@ def prepare_text_data(data: TextDataConfig, choice: TokenizerConfig, log: LogFn)
                 f"{source_name(data)} was prepared with another tokenizer than {choice.load}; leave tokenizer.load out"
             )
         return TextData(folder, folder.load_tokenizer(), text_facts(folder))
-    key = json.dumps([str(default_cache_dir()), data.model_dump(mode="json"), choice.model_dump(mode="json")])
+    key = json.dumps([str(cache_dir("tokens")), data.model_dump(mode="json"), choice.model_dump(mode="json")])
     text = PREPARED.get(key)
     if text is None or not text.tokens.path.is_dir():
         text = prepare_documents(data, choice, log)
@@ -114,7 +115,7 @@ def prepare_documents(data: TextDataConfig, choice: TokenizerConfig, log: LogFn)
             else train_or_load_tokenizer(parts, choice.vocab_size, log)
         )
     with phase(f"turning {sum(document.nbytes for document in corpus.documents):,} bytes into tokens"):
-        folder = prepare_token_folder(parts, tokenizer, default_cache_dir())
+        folder = prepare_token_folder(parts, tokenizer)
     facts = text_facts(folder) | {"corpus": corpus.as_json()}  # the cache's manifest names its first source
     return TextData(folder, tokenizer, facts, parts)
 
@@ -222,15 +223,15 @@ def load_any_tokenizer(name_or_path: str) -> Tokenizer:
 def train_or_load_tokenizer(parts: CorpusSplit, vocab: int, log: LogFn) -> Tokenizer:
     """Train a BPE on the training documents alone, or load it from the cache."""
     cache_key = json.dumps([[document.hash for document in parts.train], vocab, version("tokenizers")])
-    cache_dir = default_cache_dir().parent / "tokenizers" / hashlib.sha256(cache_key.encode()).hexdigest()[:32]
-    if (cache_dir / "tokenizer.json").is_file():
-        return Tokenizer.load(cache_dir)
+    folder = cache_dir("tokenizers") / hashlib.sha256(cache_key.encode()).hexdigest()[:32]
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer.load(folder)
     log(f"training a tokenizer of {vocab:,} tokens on {sum(document.nbytes for document in parts.train):,} bytes")
     tokenizer = train_bpe((document.text for document in parts.train), vocab)
-    # Another process may be first, or the cache can't be written; it is only a cache.
     with (
-        suppress(OSError, QuestError),
-        atomic_dir(cache_dir, overwrite=False, replaceable=lambda name: False, required_bytes=0) as stage,
+        tolerate_cache_errors(folder.parent),
+        suppress(UsageError),  # another process was first
+        atomic_dir(folder, overwrite=False, replaceable=lambda name: False, required_bytes=0) as stage,
     ):
         tokenizer.save(stage)
     return tokenizer

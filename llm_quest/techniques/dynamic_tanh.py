@@ -24,6 +24,7 @@ from llm_quest.layers.norm import DynamicTanh, LayerNorm, RMSNorm, ZeroCenteredR
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.techniques.model_spec import (
     Model,
+    first_floating_parameter,
     materialize_part,
     record_technique,
     replace_module,
@@ -90,7 +91,7 @@ def is_stream_norm(path: str, module: nn.Module) -> bool:
 def add_learned_scale(model: Any) -> None:
     """Add the learned number after the embedding, such that its output is sqrt(D) times the table's vectors."""
     fixed_scale = model.embed.scale if isinstance(model.embed, TokenEmbedding) else 1.0
-    start = next(model.parameters()).new_full((), model.config.hidden_size**0.5 / fixed_scale)
+    start = first_floating_parameter(model).new_full((), model.config.hidden_size**0.5 / fixed_scale)
     model.embed = ScaledEmbedding(model.embed, nn.Parameter(start))
 
 

@@ -34,7 +34,9 @@ def record_technique(model: Model, technique: Technique) -> Model:
 def require_not_applied(model: Any, technique: Technique) -> None:
     """Raise ValueError if one of this class was applied before: a second one would change the model silently."""
     if any(type(before) is type(technique) for before in model.spec.techniques):
-        raise ValueError(f"{type(technique).__name__} was applied to this model already; it is applied once")
+        raise ValueError(
+            f"{type(technique).__name__} was applied to this model already, and is applied once: leave this one out"
+        )
 
 
 def require_decoder(model: Any, technique: Any) -> None:
@@ -103,10 +105,15 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
+def first_floating_parameter(model: nn.Module) -> nn.Parameter:
+    """A parameter whose device and dtype a new part takes. The first of a quantized model are codes in int8."""
+    return next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+
+
 def materialize_part(part: nn.Module, model: Any, seed: int = 0) -> nn.Module:
     """Give a new part (made on the meta device) memory and dtype like the model's, and initial values from a seed;
     where the model has no memory either, it stays as it is."""
-    like = next(model.parameters())
+    like = first_floating_parameter(model)
     if like.device.type == "meta":
         return part
     materialize(part, "cpu", torch.promote_types(like.dtype, torch.float32))

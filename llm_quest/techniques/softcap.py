@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llm_quest.errors import UsageError
+from llm_quest.errors import QuestWarning, UsageError
 from llm_quest.layers.linear import LMHead
 from llm_quest.techniques.model_spec import Model, attention_layers, record_technique, require_not_applied
 
@@ -46,6 +46,7 @@ class SoftCap:
                 mixer.attend.softcap = self.attention
             warnings.warn(
                 "softcap: attention runs in its explicit form, with every score in memory: the fused kernel has no cap",
+                QuestWarning,
                 stacklevel=2,
             )
         return record_technique(model, self)

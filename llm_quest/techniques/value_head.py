@@ -25,6 +25,7 @@ from llm_quest.models.build import build_meta_model, family_of
 from llm_quest.models.decoder import Decoder
 from llm_quest.techniques.model_spec import (
     Model,
+    first_floating_parameter,
     materialize_part,
     record_technique,
     require_decoder,
@@ -85,7 +86,7 @@ def add_value_head(model: Model, technique: ValueHead, own: Decoder | None) -> M
     """The head, which begins at 0, and the value model that it reads."""
     require_decoder(model, technique)
     require_not_applied(model, technique)
-    like, width = next(model.parameters()), (own or model).config.hidden_size
+    like, width = first_floating_parameter(model), (own or model).config.hidden_size
     model.value_head = nn.Linear(width, 1, device=like.device, dtype=like.dtype)
     with torch.no_grad():
         model.value_head.weight.zero_()

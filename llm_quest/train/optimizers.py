@@ -29,6 +29,7 @@ from torch.optim import AdamW, Optimizer
 
 from llm_quest.contracts import ParameterScale
 from llm_quest.errors import UsageError
+from llm_quest.layers.quantized import QuantizedMatrix
 from llm_quest.train.newton_schulz import default_form, orthogonalize
 
 RowSplits = Mapping[str, Sequence[int]]
@@ -237,8 +238,16 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters by name, tied weights once. UsageError if there are none."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
-        raise UsageError("the model has no trainable parameter: every one is frozen (requires_grad is False)")
+        raise UsageError(
+            "the model has no trainable parameter: every one is frozen (requires_grad is False)"
+            + "; quantized weights learn through an adapter: add lora to techniques" * has_quantized_weights(model)
+        )
     return named
+
+
+def has_quantized_weights(model: nn.Module) -> bool:
+    """Whether matrices are stored in 8 or 4 bits, which have no gradient."""
+    return any(isinstance(module, QuantizedMatrix) for module in model.modules())
 
 
 def assert_groups_cover(model: nn.Module, listed: Iterable[dict[str, Any]]) -> None:

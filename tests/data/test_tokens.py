@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llm_quest.cache_dirs import cache_dir
 from llm_quest.data.corpus import Corpus
 from llm_quest.data.document import Document, DropReport
 from llm_quest.data.split import CorpusSplit
@@ -15,7 +16,6 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import (
     TokenFolder,
     TokenizedDocuments,
-    default_cache_dir,
     open_token_folder,
     prepare_token_folder,
 )
@@ -152,6 +152,6 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path):
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     monkeypatch.delenv("LLM_QUEST_CACHE", raising=False)
-    assert default_cache_dir() == Path("/x/llm-quest/tokens")
+    assert cache_dir("tokens") == Path("/x/llm-quest/tokens")
     monkeypatch.setenv("LLM_QUEST_CACHE", "/y")
-    assert default_cache_dir() == Path("/y/tokens")
+    assert cache_dir("tokens") == Path("/y/tokens")

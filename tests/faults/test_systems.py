@@ -19,10 +19,10 @@ import pytest
 import torch
 
 import llm_quest
+from llm_quest.cache_dirs import TemporaryCache
 from llm_quest.cli.output import describe_failure, open_streams, print_status
 from llm_quest.cli.train import start_training
-from llm_quest.errors import UsageError
-from llm_quest.files import cache_dir
+from llm_quest.errors import QuestWarning, UsageError
 from llm_quest.machine.profile import read_profile
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.recipe import load_recipe
@@ -170,35 +170,18 @@ def message_of(call: Callable[[], Any], folder: Path) -> tuple[int, str]:
     raise AssertionError("nothing failed")
 
 
-def test_a_folder_that_can_only_be_read_is_one_message(
+def test_a_run_folder_that_can_only_be_read_is_one_message_and_such_a_cache_is_none(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for folder, remedy in ((tmp_path / "run", "name another folder"), (tmp_path / "cache", "LLM_QUEST_CACHE")):
-        with failing_files(folder, "EROFS", 0):
-            code, message = message_of(lambda: train(recipe, tmp_path / "run"), tmp_path)
-        assert code == 5
-        assert str(folder) in message
-        assert remedy in message
-    assert train(recipe, tmp_path / "run").status == "finished"
-
-
-def test_without_a_home_folder_one_message_says_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """HOME is not set, and the user's number is in no file (a container)."""
-    import pwd
-
-    def unknown(number: int) -> Any:
-        raise KeyError(number)
-
-    for name in ("HOME", "LLM_QUEST_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(pwd, "getpwuid", unknown)
-    monkeypatch.chdir(tmp_path)
-    code, message = message_of(lambda: cache_dir("tokens"), tmp_path)
-    assert code == 2
-    assert "LLM_QUEST_CACHE" in message
-    monkeypatch.setenv("LLM_QUEST_CACHE", str(tmp_path))
-    assert cache_dir("tokens") == tmp_path / "tokens"
+    monkeypatch.setattr(TemporaryCache, "warned", False)
+    with failing_files(tmp_path / "cache", "EROFS", 0), pytest.warns(QuestWarning, match="LLM_QUEST_CACHE"):
+        assert train(recipe, tmp_path / "first").status == "finished"
+    with failing_files(tmp_path / "run", "EROFS", 0):
+        code, message = message_of(lambda: train(recipe, tmp_path / "run"), tmp_path)
+    assert code == 5
+    assert str(tmp_path / "run") in message
+    assert "name another folder" in message
 
 
 def test_text_files_are_read_and_written_in_utf8_whatever_the_locale() -> None:

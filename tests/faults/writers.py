@@ -190,7 +190,7 @@ def read_cached_tokenizers(folder: Path) -> object:
 def write_profile(folder: Path, version: int) -> None:
     with environment(LLM_QUEST_CACHE=str(folder / "cache"), LLM_QUEST_MACHINE_PROFILE=None):
         machine = {"processor": "x", "torch": "y"}
-        save_profile(MachineProfile(machine, {"a": float(version)}, False, measured_at=1.0), lambda text: None)
+        save_profile(MachineProfile(machine, {"a": float(version)}, False, measured_at=1.0))
 
 
 def write_rows(folder: Path, version: int) -> None:
