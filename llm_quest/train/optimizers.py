@@ -29,7 +29,6 @@ from torch.optim import AdamW, Optimizer
 
 from llm_quest.contracts import ParameterScale
 from llm_quest.errors import UsageError
-from llm_quest.layers.quantized import QuantizedMatrix
 from llm_quest.train.newton_schulz import default_form, orthogonalize
 
 RowSplits = Mapping[str, Sequence[int]]
@@ -246,8 +245,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def has_quantized_weights(model: nn.Module) -> bool:
-    """Whether matrices are stored in 8 or 4 bits, which have no gradient."""
-    return any(isinstance(module, QuantizedMatrix) for module in model.modules())
+    """Whether matrices are stored as codes in int8, which have no gradient."""
+    return any(p.dtype == torch.int8 for p in model.parameters())
 
 
 def assert_groups_cover(model: nn.Module, listed: Iterable[dict[str, Any]]) -> None:
