@@ -228,3 +228,22 @@ def test_attention_has_few_constructor_arguments():
         if isinstance(node, ast.ClassDef):
             made = [one.args for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"]
             assert all(len(args.args) + len(args.kwonlyargs) - 1 <= MAX_ATTENTION_ARGUMENTS for args in made), node.name
+
+
+def is_set(node: ast.expr) -> bool:
+    """Whether an expression is a set: its order is another one in every process."""
+    if isinstance(node, ast.BinOp):
+        return is_set(node.left) or is_set(node.right)
+    called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("set", "frozenset")
+    return called or isinstance(node, ast.Set | ast.SetComp)
+
+
+def test_no_test_takes_its_cases_from_a_set():
+    """The workers of pytest-xdist have to collect the same tests in the same order."""
+    assert is_set(ast.parse("set(A) - {1}", mode="eval").body)
+    found = []
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("parametrize"):
+                found += [f"{file.name}:{node.lineno}" for given in node.args[1:2] if is_set(given)]
+    assert found == []
