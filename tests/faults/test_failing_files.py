@@ -32,6 +32,7 @@ WITHOUT_A_WRITER = {
     "atomic_dirs.py": "the function that all others use",
     "files.py": "the functions that all others use",
     "layers/native.py": "compiled into a temporary folder and then renamed",
+    "cache_dirs.py": "a temporary folder of its own, where the cache cannot be written",
     "machine/compiler.py": "a temporary folder of its own",
     "progress.py": "the null device",
     "hub/mmap.py": "a temporary folder of its own; what fails there means that nothing is mapped",

@@ -51,7 +51,7 @@ def done(warm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, li
 
 def test_policies_and_judges_take_turns(done: tuple[Path, list[str]]):
     out, said = done
-    told = [line for line in said if line.startswith("judge")]
+    told = [line for line in said if line.startswith("reward model")]
     assert [line.split(":")[0] for line in told] == ["reward model 0", "reward model 1", "reward model 2"]
     counts = [len(json.loads((out / f"iteration-{i}" / "comparisons.json").read_text())) for i in range(3)]
     assert f"{counts[2]} new comparisons, {counts[0] + counts[1]} earlier ones" in told[2]
