@@ -54,7 +54,7 @@ def test_policies_and_judges_take_turns(done: tuple[Path, list[str]]):
     told = [line for line in said if line.startswith("reward model")]
     assert [line.split(":")[0] for line in told] == ["reward model 0", "reward model 1", "reward model 2"]
     counts = [len(json.loads((out / f"iteration-{i}" / "comparisons.json").read_text())) for i in range(3)]
-    assert f"{counts[2]} new comparisons, {counts[0] + counts[1]} earlier ones" in told[2]
+    assert f"{counts[2]} new comparisons, {counts[0] + counts[1]} earlier;" in told[2]
     judges = [load(out / f"iteration-{i}" / "judge") for i in range(3)]
     assert all(find_score_head(judge) is not None for judge in judges)
     rows = [metrics(out / f"iteration-{i}" / "policy") for i in (1, 2)]
