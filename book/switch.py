@@ -36,8 +36,9 @@ def command_of(subject: Subject) -> tuple[str, str]:
         from llm_quest.cli.techniques import list_techniques
 
         entry = next(one for one in list_techniques().entries if one.name == subject.name)
-        key = "gradient_checkpointing" if "gradient_checkpointing" in entry.command else "techniques"
-        return f"quest train tiny {entry.command} --dry-run", f"from={key} head={1 if key != 'techniques' else 3}"
+        key = next((key for key in ("gradient_checkpointing", "techniques") if key in entry.command), "recipe")
+        command = entry.command.replace("RECIPE", "tiny")
+        return f"quest train {command} --dry-run", f"from={key} head={1 if key != 'techniques' else 3}"
     if subject.kind == "recipe":
         return f"quest train {subject.name} --dry-run", "head=8"
     return read_commands().get(subject.key, ("", ""))

@@ -14,8 +14,14 @@ from llm_quest.recipes.schema import describe_type, did_you_mean
 from llm_quest.recipes.settings_reference import show_value
 from llm_quest.techniques import TECHNIQUES, TRAINING_TECHNIQUES
 
-SHORT_KEYS = {"checkpointing": "gradient_checkpointing=true"}
-"""A technique that has a setting of its own."""
+COMMANDS = {
+    "checkpointing": "RECIPE gradient_checkpointing=true",
+    "length": "RECIPE model.config.rotary='{rope_theta: 10000}' techniques='[length]'",
+    "quantize": "RECIPE techniques='[quantize, lora]'",
+    "score_head": "classify",
+}
+"""Techniques that `RECIPE techniques='[NAME]'` does not switch on: with a setting or a recipe of their own, beside
+another one, or only of a model without a scaling."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class TechniqueOption:
 
 @dataclass(frozen=True)
 class TechniqueEntry:
-    """A technique with its options. command: what follows `quest train RECIPE` to switch it on. in_training: acts in
+    """A technique with its options. command: what follows `quest train` to switch it on. in_training: acts in
     training alone; no saved model names it."""
 
     name: str
@@ -52,7 +58,7 @@ class TechniqueList:
         result = []
         for entry in self.entries:
             alone = " (in training alone)" if entry.in_training else ""
-            result += [f"{entry.name}{alone}: {entry.summary}", f"    quest train RECIPE {entry.command}"]
+            result += [f"{entry.name}{alone}: {entry.summary}", f"    quest train {entry.command}"]
             result += [f"    {one.name}: {one.takes}, default {one.default}" for one in entry.options]
             result.append("")
         return [*result, "several, with options: techniques='[{name: lora, rank: 16}, qk_clip]'"]
@@ -78,7 +84,7 @@ def describe_technique(name: str, technique: type, in_training: bool) -> Techniq
         TechniqueOption(field.name, describe_type(hints[field.name]), show_value(option_default(field)))
         for field in dataclasses.fields(technique)
     )
-    command = SHORT_KEYS.get(name, f"techniques='[{name}]'")
+    command = COMMANDS.get(name, f"RECIPE techniques='[{name}]'")
     summary = re.sub(r"\s+", " ", inspect.getdoc(technique) or "").split(". ")[0].rstrip(".")
     return TechniqueEntry(name, summary, command, options, in_training)
 
