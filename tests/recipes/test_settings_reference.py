@@ -8,7 +8,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_origin
+from typing import get_origin
 
 import pytest
 from typer.testing import CliRunner
