@@ -238,7 +238,7 @@ def techniques(markdown: Renderer) -> str:
         rows = [[code(one.name), html.escape(one.takes), code(one.default)] for one in entry.options]
         parts.append(f"<h2 id='{entry.name}'>{entry.name}</h2>")
         parts.append(markdown(f"{entry.summary} [[technique/{entry.name}]]"))
-        parts.append(colour_code(f"$ quest train pretrain {entry.command}", "console"))
+        parts.append(colour_code(f"$ quest train {entry.command}", "console"))
         parts.append(table(("option", "takes", "default"), rows) if rows else "")
     return "".join(parts)
 

@@ -109,6 +109,7 @@ def test_every_public_class_and_function_is_on_its_api_page_with_its_signature(b
 
 def test_the_reference_has_commands_exit_codes_metrics_settings_and_other_projects_names(built):
     from llm_quest.cli.main import app
+    from llm_quest.cli.techniques import list_techniques
     from llm_quest.errors import QuestError
 
     out, _ = built
@@ -120,6 +121,8 @@ def test_the_reference_has_commands_exit_codes_metrics_settings_and_other_projec
     codes = {one.exit_code for one in QuestError.__subclasses__() if isinstance(getattr(one, "exit_code", None), int)}
     assert all(f"<td>{one}</td>" in text["cli"] for one in codes)
     assert "api/llm_quest.generation.speculative.rejection_sampler.html" in text["glossary"]
+    techniques = re.sub("<[^>]*>", "", (out / "reference/techniques.html").read_text(encoding="utf-8"))
+    assert len(re.findall(r"\$ quest train (RECIPE |classify\b)", techniques)) == len(list_techniques().entries)
 
 
 def test_every_page_has_a_command_and_its_output_is_chosen_by_words():

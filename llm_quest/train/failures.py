@@ -103,7 +103,7 @@ class ProcessStore:
         with suppress(dist.DistError):
             self.store.set(self.stop_key, str(signal_number))
 
-    def requested_stop(self) -> int:
+    def read_stop_signal(self) -> int:
         """The signal for which the processes give up their step; 0: there is none."""
         return int(self.store.get(self.stop_key)) if self.store.check([self.stop_key]) else 0
 
@@ -144,7 +144,7 @@ class ProcessStore:
         """End this process with the exit code of the first failure elsewhere, wherever its main thread is; the main
         process's own thread may first notice by itself and close its files."""
         while not stopped.wait(WATCH_SECONDS):
-            if self.on_stop is not None and (signal_number := self.requested_stop()):
+            if self.on_stop is not None and (signal_number := self.read_stop_signal()):
                 self.on_stop(signal_number)
             failure = self.first_failure()
             if failure is not None:

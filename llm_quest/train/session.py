@@ -178,7 +178,7 @@ class TrainSession:
         """Stop, in the state that all processes have in common."""
         self.parallel.abandon()
         put_parameters_back(self.parameters_in_place)
-        announced = self.parallel.store.requested_stop() if self.parallel.store is not None else 0
+        announced = self.parallel.store.read_stop_signal() if self.parallel.store is not None else 0
         self.status, self.signal_number = "interrupted", signal_handler.stop_signal or announced
 
     def _abandon_step(self, signal_handler: SignalHandler, before: GeneratorStates) -> None:

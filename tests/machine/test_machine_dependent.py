@@ -68,7 +68,7 @@ def names_in(node: ast.AST) -> Iterator[str]:
 CORES = {"sched_getaffinity", "affinity", "cpu_count", "cpu_quotas"}
 
 
-def replaced_in(node: ast.AST) -> set[str]:
+def find_replacements(node: ast.AST) -> set[str]:
     """What a test puts its own machine in place of: `monkeypatch.setattr(os, "cpu_count", ...)`. Then the number of
     usable cores is its own too."""
     calls = [part for part in ast.walk(node) if isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute)]
@@ -90,7 +90,7 @@ def reading_tests(file: Path) -> set[str]:
     parts = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef):
-            parts[node.name] = set(names_in(node)) - replaced_in(node)
+            parts[node.name] = set(names_in(node)) - find_replacements(node)
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             parts[node.targets[0].id] = set(names_in(node.value))
     reading = {name for name, names in parts.items() if names & READS}

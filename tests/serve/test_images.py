@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from llm_quest.cli.serve import load_model
+import llm_quest as quest
+from llm_quest.cli.serve import load_adapted, load_model
 from llm_quest.cli.vision import ImagePrompt
 from llm_quest.data.image_chat import ImageTurn
 from llm_quest.generation.generate import generate
+from llm_quest.hub.load_adapter import load_adapter
+from llm_quest.hub.save_adapter import save_adapter
 from llm_quest.serve.images import BODY_BYTES
+from llm_quest.techniques.lora import LoRA
 from tests.cli.test_gemma3_folder import folder as gemma3  # noqa: F401
 from tests.cli.test_llava_folder import folder as llava  # noqa: F401
 from tests.cli.test_qwen3_5_folder import folder as qwen3_5  # noqa: F401
@@ -59,11 +64,13 @@ def answer_of(local: LocalServer, files: Sequence[Path], tokens: int = 8) -> tup
     return choice["message"]["content"], [one["logprob"] for one in choice["logprobs"]["content"]]
 
 
-def expected(folder: Path, files: Sequence[Path], tokens: int) -> tuple[str, Any]:
+def library_answer(folder: Path, files: Sequence[Path], tokens: int, adapter: Path | None = None) -> tuple[str, Any]:
     """What the model writes through the library, from the prompt that tests/cli holds equal to transformers'."""
     shown = ImagePrompt.load(str(folder), [str(file) for file in files], "cpu", "float32", lambda line: None)
     ids = shown.chat.encode_turns([ImageTurn("user", QUESTION, len(files))], shown.image_lengths)
     decoder: Any = shown.decoder if files else shown.model
+    if adapter is not None:
+        load_adapter(shown.model.decoder, adapter)
     options: dict[str, Any] = {"temperature": 0.0, "tokenizer": shown.tokenizer, "eos_token_id": ()}
     done = generate(decoder, [ids], max_new_tokens=tokens, **options)[0]
     return done.text, pytest.approx(list(done.logprobs), abs=1e-4)
@@ -73,12 +80,29 @@ def test_an_answer_about_images_is_that_of_the_library_alone_and_in_company(loca
     first, *others = images(folder)
     shown = [[first], [*others, first], [], [first, first], [*others] or [first]]
     tokens = [3, 12, 7, 9, 5]
-    wanted = [expected(folder, files, count) for files, count in zip(shown, tokens, strict=True)]
+    wanted = [library_answer(folder, files, count) for files, count in zip(shown, tokens, strict=True)]
     alone = [answer_of(local, files, count) for files, count in zip(shown, tokens, strict=True)]
     assert alone == wanted
     assert abs(alone[0][1][0] - alone[2][1][0]) > 1e-3, "the images matter"
     with ThreadPoolExecutor(5) as pool:
         assert list(pool.map(lambda files, count: answer_of(local, files, count), shown, tokens)) == wanted
+
+
+def test_an_adapter_of_the_text_part_answers_about_images_too(folder: Path, tmp_path: Path):
+    loaded: Any = quest.load(folder)
+    tuned = LoRA(rank=2, alpha=64)(getattr(loaded, "decoder", loaded))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if name.endswith(".B"):
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+    save_adapter(tuned, tmp_path / "adapter", base=str(folder))
+    served = load_adapted(str(folder), str(tmp_path / "adapter"), "model", "cpu", "float32", lambda line: None)
+    first = images(folder)[:1]
+    with serving({"adapted": served}) as running:
+        for files in (first, []):
+            found = answer_of(running, files)
+            assert found == library_answer(folder, files, 8, tmp_path / "adapter")
+            assert found != library_answer(folder, files, 8), "the adapter matters"
 
 
 def test_a_prompt_with_another_image_reuses_nothing(local: LocalServer, folder: Path):
