@@ -234,7 +234,7 @@ MUTATIONS = (
     Mutation("MiMo: attention_value_scale ignored", "models/mimo.py", "attention_value_scale: float = hf_default(0.707)", 'attention_value_scale: float = spelled("-", hf_default=0.707)', HUB_WORDS),
     Mutation("MiMo: sinks in global layers accepted unread", "models/mimo.py", "    add_full_attention_sink_bias: Literal[False] = False\n", "", "tests/models/test_family.py -k contradict"),
     Mutation("MiMo: windowed heads of another width accepted unread", "models/mimo.py", 'spelled_alike("head_dim", "swa_head_dim")', 'spelled("head_dim", "swa_head_dim")', "tests/models/test_family.py -k contradict"),
-    Mutation("MiMo: modules counted by config.json, not by the files", "models/mimo.py", 'return replace(config, num_nextn_predict_layers=sum(1 for _ in takewhile(stored.__contains__, joins)))', 'return config', families("mimos_lookahead")),
+    Mutation("MiMo: modules counted by config.json, not by the files", "models/weight_names.py", 'return replace(config, num_nextn_predict_layers=sum(1 for _ in takewhile(stored.__contains__, joins)))', 'return config', families("mimos_lookahead")),
     Mutation("MiMo: modules' two input norms exchanged", "models/mimo.py", '{"embed_norm": "enorm", "hidden_norm": "hnorm"', '{"embed_norm": "hnorm", "hidden_norm": "enorm"', families("mimos_lookahead")),
     Mutation("experts: the first half of the rows is up, not gate", "layers/experts.py", 'gate, up = h.chunk(2, dim=-1)\n        return activation', 'up, gate = h.chunk(2, dim=-1)\n        return activation', MOE + " -k dense_layers"),
     Mutation("grouped experts: runs end where they begin", "layers/grouped_mm.py", "counts.cumsum(0).to", "(counts.cumsum(0) - counts).to", MOE + " -k is_the_loop"),

@@ -32,9 +32,9 @@ MEDIAN_LENGTH, P90_LENGTH, MAX_LENGTH = 7, 18, 60
 """Lines of a function from `def` to its last one, its docstring included."""
 MAX_ATTENTION_ARGUMENTS = 10
 FIRST_FAMILIES = words("gpt2 llama gemma mixtral qwen3 deepseek_v3 qwen3_next mimo vit clip llava")
-MAX_FIRST_FAMILY_LINES, MAX_FAMILY_LINES = 2160, 125
-"""The eleven families that share little with each other, together; and each of the others, which are one of them (or of
-each other) with a difference."""
+MAX_FIRST_FAMILY_LINES, MAX_LLAMA_LINES, MAX_FAMILY_LINES = 2050, 115, 125
+"""The eleven families that share little with each other, together; the one that is read first; and each of the others,
+which are one of the eleven (or of each other) with a difference."""
 
 IRREGULAR = words("""
 told kept made known found seen drawn shown begun said taken given written taught laid lying held spent cut left lost
@@ -217,6 +217,7 @@ def test_a_family_is_a_page_and_one_with_a_difference_is_short():
     files = {Path(inspect.getfile(family.assemble)) for family in (*FAMILIES, *VISION_FAMILIES)}
     lines = {file.stem: len(file.read_text(encoding="utf-8").splitlines()) for file in files}
     assert sum(lines[name] for name in FIRST_FAMILIES) <= MAX_FIRST_FAMILY_LINES
+    assert lines["llama"] <= MAX_LLAMA_LINES
     assert {
         name: count for name, count in lines.items() if name not in FIRST_FAMILIES and count > MAX_FAMILY_LINES
     } == {}

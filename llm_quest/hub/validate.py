@@ -6,7 +6,6 @@ files' headers and from a model assembled on the meta device.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +35,6 @@ from llm_quest.layers.linear import LMHead
 from llm_quest.models import FAMILIES, VISION_FAMILIES
 from llm_quest.models.build import SkipInit, build_meta_model
 from llm_quest.models.decoder import Decoder
-from llm_quest.models.family import Family
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.weight_names import published_names
 from llm_quest.techniques.model_spec import replay_techniques
@@ -167,7 +165,7 @@ def compare_names(report: FolderReport, views: Mapping[str, WeightView]) -> None
     report.weight_views = {name: place for name, place in views.items() if name in report.sources}
     report.duplicates = find_duplicates(report)
     copies = {copy for copy, _ in report.duplicates}
-    extra = [n for n in report.sources if n not in views and n not in copies and not is_ignored(n, report.family)]
+    extra = [n for n in report.sources if n not in views and n not in copies and not report.family.ignores(n)]
     if missing:
         report.problems.append(f"missing: {compact_names(missing)}{headless_hint(missing, report.hf_config)}")
     if extra:
@@ -200,10 +198,6 @@ def find_duplicates(report: FolderReport) -> tuple[tuple[str, str], ...]:
         name for name in report.sources if name.endswith(LM_HEAD) and name not in report.weight_views and originals
     ]
     return (*((name, originals[0]) for name in stored), *copies)
-
-
-def is_ignored(name: str, family: Family) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in family.keys_to_ignore)
 
 
 def check_shapes(report: FolderReport) -> None:

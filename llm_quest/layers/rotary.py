@@ -65,9 +65,9 @@ class Llama3Scaling:
     original/high stay, those between are interpolated."""
 
     factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
     attention_factor: float = 1.0
 
     def inv_freq(self, dim: int, theta: float) -> Float[Tensor, " pairs"]:

@@ -99,7 +99,6 @@ FAMILY = Family(
     },
     other_parts=("text_model.", "text_projection.", "visual_projection.", "logit_scale"),
     resolve_config=project_if_stored("visual_projection.weight"),
-    keys_to_ignore=(r"(vision_model\.)?embeddings\.position_ids",),
     presets=(
         Preset("clip-vision-large-patch14-336", CLIP_LARGE, 303_507_456, notes=CLIP_NOTE),
         Preset("clip-tiny", Config(16, 4, 3, 48, 3, 4, 96)),

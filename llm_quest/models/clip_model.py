@@ -106,7 +106,6 @@ FAMILY = Family(
     weight_map=weight_map,
     architectures={"clip": "CLIPModel"},
     pipeline_tag="zero-shot-image-classification",
-    keys_to_ignore=(r"(text|vision)_model\.embeddings\.position_ids",),
     presets=(
         *(Preset(name, config, count, f"openai/{name}") for name, (config, count) in SIZES.items()),
         Preset("clip-model-tiny", Config(24, TINY_VISION, TINY_TEXT)),

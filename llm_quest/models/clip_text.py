@@ -74,6 +74,5 @@ FAMILY = Family(
     architectures={"clip_text_model": "CLIPTextModel"},
     pipeline_tag="feature-extraction",
     resolve_config=project_if_stored("text_projection.weight"),
-    keys_to_ignore=(r"(text_model\.)?embeddings\.position_ids",),
     presets=(Preset("clip-text-tiny", Config(97, 32, 2, 4, 64, 24, 96)),),
 )

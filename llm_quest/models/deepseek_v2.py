@@ -120,6 +120,5 @@ FAMILY = Family(
     assemble=assemble,
     weight_map=weight_map,
     architectures={"deepseek_v2": "DeepseekV2ForCausalLM"},
-    keys_to_ignore=deepseek_v3.FAMILY.keys_to_ignore,
     presets=(*PRESETS, Preset("deepseek-v2-tiny", TINY)),
 )

@@ -16,9 +16,6 @@ latents' norms have eps 1e-6 whatever the config says; groups that are dropped g
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import replace
-from itertools import count, takewhile
 from typing import Any, Literal
 
 from torch import nn
@@ -39,7 +36,7 @@ from llm_quest.layers.scaled_dot_product import ScaledDotProduct
 from llm_quest.models.config_fields import config_dataclass, hf_default, json_field, require_field, rope_field, spelled
 from llm_quest.models.decoder import Decoder, decoder_of_blocks
 from llm_quest.models.family import Family
-from llm_quest.models.weight_names import Names, WeightMap, decoder_names, expert_names, swiglu_names
+from llm_quest.models.weight_names import Names, WeightMap, count_mtp_modules, decoder_names, expert_names, swiglu_names
 
 
 def read_num_heads(c: Any) -> int:
@@ -194,13 +191,6 @@ def duplicate_weights(config: Config) -> dict[str, str]:
     return {f"{layer}{name}": original for layer in layers for name, original in shared.items()}
 
 
-def resolve_config(config: Config, stored: Collection[str]) -> Config:
-    """The config with as many multi-token modules as the files hold: many conversions leave them out and keep the
-    config."""
-    joins = (f"model.layers.{config.num_hidden_layers + k}.eh_proj.weight" for k in count())
-    return replace(config, num_nextn_predict_layers=sum(1 for _ in takewhile(stored.__contains__, joins)))
-
-
 V3: dict[str, Any] = {
     "vocab_size": 129_280, "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128,
     "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
@@ -244,8 +234,7 @@ FAMILY = Family(
     architectures={"deepseek_v3": "DeepseekV3ForCausalLM"},
     extra_model_types=("kimi_k2",),
     duplicate_weights=duplicate_weights,
-    resolve_config=resolve_config,
-    keys_to_ignore=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    resolve_config=count_mtp_modules("model.layers.{i}.eh_proj.weight", first=lambda config: config.num_hidden_layers),
     presets=(
         Preset("deepseek-v3", DEEPSEEK_V3, 671_026_419_200, "deepseek-ai/DeepSeek-V3", NOTE, (1,)),
         Preset("moonlight-16b-a3b", MOONLIGHT, 15_960_110_208, "moonshotai/Moonlight-16B-A3B", "", (163_585,)),

@@ -88,7 +88,7 @@ def exaone4_config(pattern: int, **numbers: Any) -> Config:
     """The published sizes share vocabulary, base and stretch. pattern: which layers see everything."""
     shared: dict[str, Any] = {"vocab_size": 102_400} | numbers
     shared |= {"layer_types": layer_pattern(shared["num_hidden_layers"], pattern)}
-    scaling = Llama3Scaling(16.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    scaling = Llama3Scaling(16.0)
     return Config(**shared, rotary=RotaryEmbedding(shared["head_dim"], 1_000_000.0, scaling))
 
 

@@ -17,6 +17,8 @@ from llm_quest.models.weight_names import WeightMap
 
 HEADS = ("lm_head.", "embed_out.", "score.", "classifier.")
 """How the published names of output matrices begin, which stand outside the model's prefix."""
+COMPUTED_TABLES = (r".*rotary_emb\.inv_freq", r".*embeddings\.position_ids")
+"""Published tensors of any family that are not weights: every model computes them."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Family:
     has them, the usual one first; choose_model_type(config) where there are several. classifiers: model_type -> class
     with a score head, where it is not called ...ForSequenceClassification (None: transformers has none).
     extra_model_types: further ones that are read. parts: model_type of a model of several parts -> the part that is
-    this family's. other_parts: how the tensors of the other parts begin. keys_to_ignore: published tensors that are not
-    weights, as regular expressions. renames: further spellings of published names, (pattern at the beginning,
+    this family's. other_parts: how the tensors of the other parts begin. keys_to_ignore: further published tensors that
+    are not weights, as regular expressions. renames: further spellings of published names, (pattern at the beginning,
     replacement). duplicate_weights(config): published names that hold another one's tensor again.
     resolve_config(config, names in the files): the config that fits what is there, where files may leave a part out.
     pipeline_tag: the hub's word for the task."""
@@ -79,6 +81,10 @@ class Family:
         """What all published names but the head's begin with (`model.`, `transformer.`); empty where they differ."""
         roots = {name.split(".")[0] for name in published if not name.startswith(HEADS)}
         return f"{roots.pop()}." if len(roots) == 1 else ""
+
+    def ignores(self, published: str) -> bool:
+        """Is the tensor of this name not a weight?"""
+        return any(re.fullmatch(pattern, published) for pattern in (*COMPUTED_TABLES, *self.keys_to_ignore))
 
     def matches(self, hf_config: Mapping[str, Any]) -> bool:
         """Is this config.json one of this family?"""

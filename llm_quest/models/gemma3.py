@@ -108,7 +108,7 @@ FAMILY = Family(
     architectures={"gemma3": "Gemma3ForConditionalGeneration"},
     pipeline_tag="image-text-to-text",
     renames=PART_RENAMES,
-    keys_to_ignore=(r"vision_tower\.(vision_model\.)?(head|embeddings\.position_ids)\b.*", r".*rotary_emb\.inv_freq"),
+    keys_to_ignore=(r"vision_tower\.(vision_model\.)?head\b.*",),
     presets=(
         with_images("4b", 4_300_079_472),
         with_images("12b", 12_187_325_040),

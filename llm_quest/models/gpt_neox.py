@@ -116,6 +116,6 @@ FAMILY = Family(
     assemble=assemble,
     weight_map=weight_map,
     architectures={"gpt_neox": "GPTNeoXForCausalLM"},
-    keys_to_ignore=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
+    keys_to_ignore=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias)",),
     presets=(*PRESETS, Preset("pythia-tiny", pythia_config(**SMALL, max_position_embeddings=128))),
 )

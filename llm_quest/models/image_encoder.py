@@ -1,16 +1,18 @@
 """The image encoder: embed, enter, blocks, norm, head. Not inherited from: families differ by the modules
-they pass."""
+they pass. Below it, how config.json spells the sides of images and the classes of a classifier."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from llm_quest.contracts import ModelSpec
+from llm_quest.errors import DataError
 from llm_quest.layers.linear import row_splits
+from llm_quest.models.config_fields import Json
 from llm_quest.models.decoder import GenerationConfig
 from llm_quest.scope import Scope
 
@@ -96,3 +98,37 @@ class ImageEncoder(nn.Module):
         """Parameters that are several matrices stacked by rows, and how many rows each has (Muon works on each
         alone)."""
         return row_splits(self)
+
+
+def read_square_size(hf_config: Json, name: str, hf_default: int) -> int:
+    """A side in pixels; [224, 224] is 224."""
+    value = hf_default if hf_config.get(name) is None else hf_config[name]
+    if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
+        value = value[0]
+    if type(value) is not int:
+        raise DataError(f"config.json: {name} is {value!r}; only square images and patches are read")
+    return value
+
+
+def read_label_names(hf_config: Json) -> tuple[str, ...]:
+    """`id2label` in the order of its ids; a config that leaves it out has transformers' two classes."""
+    id2label = hf_config.get("id2label")
+    id2label = {"0": "LABEL_0", "1": "LABEL_1"} if id2label is None else id2label
+    if not isinstance(id2label, Mapping) or {str(i) for i in range(len(id2label))} != {str(key) for key in id2label}:
+        raise DataError("config.json: id2label must name every class from 0 on, each once: {'0': 'cat', '1': 'dog'}")
+    return tuple(str(name) for _, name in sorted(id2label.items(), key=lambda item: int(item[0])))
+
+
+def default_label_names(num_labels: int) -> tuple[str, ...]:
+    return tuple(f"LABEL_{i}" for i in range(num_labels))
+
+
+def read_custom_label_names(c: Any) -> tuple[str, ...]:
+    """The names of the classes; none where they are only numbered."""
+    names = read_label_names(c.json)
+    return () if names == default_label_names(len(names)) else names
+
+
+def write_label_names(names: tuple[str, ...], config: Any) -> dict[str, Any]:
+    numbered = list(enumerate(names or default_label_names(config.num_labels)))
+    return {"id2label": {str(i): name for i, name in numbered}, "label2id": {name: i for i, name in numbered}}

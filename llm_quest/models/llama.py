@@ -80,38 +80,30 @@ def weight_map(config: Config) -> WeightMap:
     return expand_layers(table | swiglu_names(bias=config.mlp_bias), config.num_hidden_layers)
 
 
-def llama_config(factor: float | None, original: int = 8192, rope_theta: float = 500_000.0, **numbers: Any) -> Config:
-    """The published sizes of 3.1 and 3.2 share vocabulary, context, key/value heads and base. factor: None for no
-    stretch."""
-    scaling = factor and Llama3Scaling(
-        factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=original
-    )
-    shared = {"vocab_size": 128_256, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
-    return Config(**(shared | numbers), rotary=RotaryEmbedding(numbers["head_dim"], rope_theta, scaling or None))
+def llama_config(stretch: float | None, rope_theta: float, **numbers: Any) -> Config:
+    """A published size: heads are hidden_size / heads wide. stretch: of the slow rotations; None: by nothing."""
+    head_dim = numbers["hidden_size"] // numbers["num_attention_heads"]
+    rotary = RotaryEmbedding(head_dim, rope_theta, None if stretch is None else Llama3Scaling(stretch))
+    return Config(**numbers, head_dim=head_dim, rotary=rotary)
 
 
-COLUMNS = "factor hidden_size num_hidden_layers num_attention_heads head_dim intermediate_size tie_word_embeddings"
-TINY = llama_config(
-    32.0, 64, vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=16, intermediate_size=96, max_position_embeddings=256, tie_word_embeddings=True,
-)  # fmt: skip
-PRESETS = preset_table(
-    COLUMNS,
-    ("llama3.2-1b", "meta-llama/Llama-3.2-1B", 1_235_814_400, 32.0, 2048, 16, 32, 64, 8192, True),
-    ("llama3.2-3b", "meta-llama/Llama-3.2-3B", 3_212_749_824, 32.0, 3072, 28, 24, 128, 8192, True),
-    ("llama3.1-8b", "meta-llama/Llama-3.1-8B", 8_030_261_248, 8.0, 4096, 32, 32, 128, 14_336, False),
-    make=llama_config,
+LLAMA3 = preset_table(
+    f"{SIZES} stretch tie_word_embeddings",
+    ("llama3.2-1b", "meta-llama/Llama-3.2-1B", 1_235_814_400, 16, 2048, 32, 8, 8192, 32.0, True),
+    ("llama3.2-3b", "meta-llama/Llama-3.2-3B", 3_212_749_824, 28, 3072, 24, 8, 8192, 32.0, True),
+    ("llama3.1-8b", "meta-llama/Llama-3.1-8B", 8_030_261_248, 32, 4096, 32, 8, 14_336, 8.0, False),
+    make=partial(llama_config, rope_theta=500_000.0, vocab_size=128_256, max_position_embeddings=131_072),
     eos=(128_001,),
 )
-SMOL: dict[str, Any] = {"factor": None, "vocab_size": 49_152, "max_position_embeddings": 8192, "head_dim": 64}
 SMOLLM2 = preset_table(
     f"{SIZES} rope_theta",
     ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M", 134_515_008, 30, 576, 9, 3, 1536, 100_000.0),
     ("smollm2-360m", "HuggingFaceTB/SmolLM2-360M", 361_821_120, 32, 960, 15, 5, 2560, 100_000.0),
     ("smollm2-1.7b", "HuggingFaceTB/SmolLM2-1.7B", 1_711_376_384, 24, 2048, 32, 32, 8192, 130_000.0),
-    make=partial(llama_config, **SMOL, tie_word_embeddings=True),
+    make=partial(llama_config, None, vocab_size=49_152, max_position_embeddings=8192, tie_word_embeddings=True),
     eos=(0,),
 )
+TINY = Config(97, 48, 2, 4, 2, 16, 96, 256, RotaryEmbedding(16, 500_000.0, Llama3Scaling(32.0, 1.0, 4.0, 64)), True)
 
 FAMILY = Family(
     name="llama",
@@ -119,6 +111,5 @@ FAMILY = Family(
     assemble=assemble,
     weight_map=weight_map,
     architectures={"llama": "LlamaForCausalLM"},
-    presets=(*PRESETS, *SMOLLM2, Preset("llama3.2-tiny", TINY)),
-    keys_to_ignore=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    presets=(*LLAMA3, *SMOLLM2, Preset("llama3.2-tiny", TINY)),
 )

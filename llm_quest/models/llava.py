@@ -173,11 +173,7 @@ FAMILY = Family(
     choose_model_type=lambda config: "llava" if config.mlp_projector else LINEAR_MODEL_TYPE,
     pipeline_tag="image-text-to-text",
     renames=PART_RENAMES,
-    keys_to_ignore=(
-        r"vision_tower\.(vision_model\.)?embeddings\.position_ids",
-        r".*rotary_emb\.inv_freq",
-        r"vision_tower\.pooler\..*",
-    ),
+    keys_to_ignore=(r"vision_tower\.pooler\..*",),
     presets=(
         Preset("llava-1.5-7b", LLAVA_7B, 7_063_427_072, LLAVA_NAME, eos_token_ids=(2,)),
         Preset("llava-tiny", Config(TINY_VISION, TINY_TEXT, image_token_id=96, num_vision_blocks=2)),

@@ -14,9 +14,6 @@ layer 0 is global although the pattern says every sixth. config.json does not sa
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import replace
-from itertools import count, takewhile
 from typing import Any, Literal
 
 import torch
@@ -50,14 +47,14 @@ from llm_quest.models.family import Family
 from llm_quest.models.weight_names import (
     Names,
     attention_names,
+    count_mtp_modules,
     decoder_names,
     expand_layers,
     expert_names,
     layer_names,
     swiglu_names,
 )
-
-FULL, SLIDING = "full_attention", "sliding_attention"
+from llm_quest.models.windows import FULL, SLIDING, layer_window
 
 
 def layer_pattern(num_hidden_layers: int) -> tuple[str, ...]:
@@ -127,7 +124,7 @@ class Config:
 
 def block(config: Config, layer_idx: int) -> Block:
     """One layer, global or windowed: attention, then SwiGLU (the first) or the experts."""
-    window = config.sliding_window if config.layer_types[layer_idx] == SLIDING else None
+    window = layer_window(config, layer_idx)
     return Block(
         mixer=Sublayer(RMSNorm(config.hidden_size, config.rms_norm_eps), attention(config, window)),
         feed_forward=Sublayer(RMSNorm(config.hidden_size, config.rms_norm_eps), feed_forward(config, layer_idx)),
@@ -212,12 +209,6 @@ def mtp_names() -> Names:
     }
 
 
-def resolve_config(config: Config, stored: Collection[str]) -> Config:
-    """The config with as many multi-token modules as the files hold."""
-    joins = (f"model.mtp.layers.{k}.eh_proj.weight" for k in count())
-    return replace(config, num_nextn_predict_layers=sum(1 for _ in takewhile(stored.__contains__, joins)))
-
-
 MIMO_V2_FLASH = Config(
     vocab_size=152_576, hidden_size=4096, num_hidden_layers=48, num_attention_heads=64, num_key_value_heads=4,
     swa_num_key_value_heads=8, head_dim=192, v_head_dim=128, attention_value_scale=0.707, layer_types=layer_pattern(48),
@@ -242,7 +233,7 @@ FAMILY = Family(
     weight_map=weight_map,
     architectures={"mimo_v2_flash": "MiMoV2FlashForCausalLM"},
     classifiers={"mimo_v2_flash": None},
-    resolve_config=resolve_config,
+    resolve_config=count_mtp_modules("model.mtp.layers.{i}.eh_proj.weight"),
     presets=(
         Preset("mimo-v2-flash", MIMO_V2_FLASH, 308_778_780_864, "XiaomiMiMo/MiMo-V2-Flash", FLASH_NOTE, EOS_TOKEN_IDS),
         Preset("mimo-tiny", TINY),

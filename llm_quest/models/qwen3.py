@@ -149,6 +149,7 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 DENSE_TINY = qwen3_config(**TINY, num_hidden_layers=2, tie_word_embeddings=True)
 MOE_TINY = qwen3_config(**TINY, num_hidden_layers=3, tie_word_embeddings=False, moe=MoEConfig(8, 3, 32, (1,)))
+A3B, A22B = MoEConfig(128, 8, moe_intermediate_size=768), MoEConfig(128, 8, moe_intermediate_size=1536)
 PRESETS = preset_table(
     COLUMNS,
     ("qwen3-0.6b", "Qwen/Qwen3-0.6B", 596_049_920, 1024, 28, 16, 8, 3072, True, None),
@@ -157,19 +158,8 @@ PRESETS = preset_table(
     ("qwen3-8b", "Qwen/Qwen3-8B", 8_190_735_360, 4096, 36, 32, 8, 12_288, False, None),
     ("qwen3-14b", "Qwen/Qwen3-14B", 14_768_307_200, 5120, 40, 40, 8, 17_408, False, None),
     ("qwen3-32b", "Qwen/Qwen3-32B", 32_762_123_264, 5120, 64, 64, 8, 25_600, False, None),
-    ("qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B", 30_532_122_624, 2048, 48, 32, 4, 6144, False, MoEConfig(128, 8, 768)),
-    (
-        "qwen3-235b-a22b",
-        "Qwen/Qwen3-235B-A22B",
-        235_093_634_560,
-        4096,
-        94,
-        64,
-        4,
-        12_288,
-        False,
-        MoEConfig(128, 8, 1536),
-    ),
+    ("qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B", 30_532_122_624, 2048, 48, 32, 4, 6144, False, A3B),
+    ("qwen3-235b-a22b", "Qwen/Qwen3-235B-A22B", 235_093_634_560, 4096, 94, 64, 4, 12_288, False, A22B),
     make=qwen3_config,
     eos=(151_645, 151_643),
 )

@@ -50,16 +50,10 @@ from llm_quest.models.weight_names import (
     layer_names,
     swiglu_names,
 )
+from llm_quest.models.windows import FULL, layer_pattern, require_type_of_each_layer
 
-FULL, LINEAR = "full_attention", "linear_attention"
-
-
+LINEAR = "linear_attention"
 DENSE_WIDTHS = {"qwen3_next": 5632, "qwen3_5_text": 12_288}
-
-
-def layer_pattern(num_hidden_layers: int, interval: int = 4) -> tuple[str, ...]:
-    """Every fourth layer attends."""
-    return tuple(FULL if (i + 1) % interval == 0 else LINEAR for i in range(num_hidden_layers))
 
 
 @config_dataclass
@@ -124,7 +118,7 @@ class Config:
     layer_types: tuple[str, ...] = per_layer(
         FULL,
         LINEAR,
-        hf_default=lambda c: layer_pattern(c.num_hidden_layers, c.json.get("full_attention_interval") or 4),
+        hf_default=lambda c: layer_pattern(c.num_hidden_layers, c.json.get("full_attention_interval") or 4, LINEAR),
     )
     delta_net: DeltaNetConfig = nested(DeltaNetConfig)
     rotary: RotaryEmbedding = rope_field(partial=0.25, extra=publish_mrope)
@@ -139,8 +133,7 @@ class Config:
     hidden_act: Literal["silu"] = "silu"
 
     def __post_init__(self) -> None:
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers")
+        require_type_of_each_layer(self)
 
 
 def block(config: Config, layer_idx: int) -> Block:
@@ -254,7 +247,7 @@ def choose_model_type(config: Config) -> str:
 def qwen3_next_config(*, linear_num_value_heads: int = 32, interleaved: bool = False, **numbers: Any) -> Config:
     """The published sizes share context, head_dim, pattern and the DeltaNet's widths, Qwen3.5's their vocabulary."""
     shared: dict[str, Any] = {"vocab_size": 248_320, "head_dim": 256, "max_position_embeddings": 262_144}
-    shared |= {"layer_types": layer_pattern(numbers["num_hidden_layers"])}
+    shared |= {"layer_types": layer_pattern(numbers["num_hidden_layers"], 4, LINEAR)}
     shared |= {"delta_net": DeltaNetConfig(16, linear_num_value_heads, 128, 128, 4, interleaved)} | numbers
     return Config(**shared, rotary=RotaryEmbedding(shared["head_dim"] // 4, 10_000_000.0))
 

@@ -118,6 +118,5 @@ FAMILY = Family(
     assemble=assemble,
     weight_map=weight_map,
     architectures={"stablelm": "StableLmForCausalLM"},
-    keys_to_ignore=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
     presets=(*PRESETS, *TINY_PRESETS),
 )

@@ -13,7 +13,7 @@ channel), not normalised by ImageNet's; the wrong ones cost accuracy and raise n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -22,7 +22,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from llm_quest.contracts import ModelSpec, Preset
-from llm_quest.errors import DataError
 from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.feed_forward import MLP
@@ -31,44 +30,17 @@ from llm_quest.layers.norm import LayerNorm
 from llm_quest.layers.rotary import NoRotary
 from llm_quest.layers.scaled_dot_product import ScaledDotProduct
 from llm_quest.layers.vision import ImageEmbedding, interpolate_pos_encoding
-from llm_quest.models.config_fields import Json, config_dataclass, hf_default, json_field, spelled, unwritten
+from llm_quest.models.config_fields import config_dataclass, hf_default, json_field, spelled, unwritten
 from llm_quest.models.family import Family, preset_table
-from llm_quest.models.image_encoder import ImageEncoder, SquareImages
+from llm_quest.models.image_encoder import (
+    ImageEncoder,
+    SquareImages,
+    read_custom_label_names,
+    read_label_names,
+    read_square_size,
+    write_label_names,
+)
 from llm_quest.models.weight_names import ConcatRows, Names, Reshaped, WeightMap, expand_layers
-
-
-def read_label_names(hf_config: Json) -> tuple[str, ...]:
-    """`id2label` in the order of its ids; a config that leaves it out has transformers' two classes."""
-    id2label = hf_config.get("id2label")
-    id2label = {"0": "LABEL_0", "1": "LABEL_1"} if id2label is None else id2label
-    if not isinstance(id2label, Mapping) or {str(i) for i in range(len(id2label))} != {str(key) for key in id2label}:
-        raise DataError("config.json: id2label must name every class from 0 on, each once: {'0': 'cat', '1': 'dog'}")
-    return tuple(str(name) for _, name in sorted(id2label.items(), key=lambda item: int(item[0])))
-
-
-def default_label_names(num_labels: int) -> tuple[str, ...]:
-    return tuple(f"LABEL_{i}" for i in range(num_labels))
-
-
-def write_label_names(names: tuple[str, ...], config: Any) -> dict[str, Any]:
-    names = names or default_label_names(config.num_labels)
-    numbered = list(enumerate(names))
-    return {"id2label": {str(i): name for i, name in numbered}, "label2id": {name: i for i, name in numbered}}
-
-
-def read_square_size(hf_config: Json, name: str, hf_default: int) -> int:
-    """A side in pixels; [224, 224] is 224."""
-    value = hf_default if hf_config.get(name) is None else hf_config[name]
-    if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
-        value = value[0]
-    if type(value) is not int:
-        raise DataError(f"config.json: {name} is {value!r}; only square images and patches are read")
-    return value
-
-
-def read_label_names_given(c: Any) -> tuple[str, ...]:
-    names = read_label_names(c.json)
-    return () if names == default_label_names(len(names)) else names
 
 
 def read_problem_type(c: Any) -> str | None:
@@ -99,7 +71,7 @@ class Config(SquareImages):
     layer_norm_eps: float = 1e-12
     hidden_dropout_prob: float = spelled("hidden_dropout_prob", "attention_probs_dropout_prob", default=0.0)
     qkv_bias: bool = True
-    label_names: tuple[str, ...] = json_field(read_label_names_given, write_label_names, default=())
+    label_names: tuple[str, ...] = json_field(read_custom_label_names, write_label_names, default=())
     problem_type: str | None = json_field(read_problem_type, write_problem_type, default=None)
     hidden_act: Literal["gelu"] = "gelu"
 

@@ -8,8 +8,10 @@ Below the entries, the rows that families share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import count, takewhile
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,20 @@ def stack_experts(entry: str | ConcatRows, experts: int) -> StackTensors:
     return StackTensors(
         tuple(map_published_names(entry, lambda name, e=e: name.replace("{e}", str(e))) for e in range(experts))  # type: ignore[misc]
     )
+
+
+def count_mtp_modules(
+    join: str, first: Callable[[Any], int] = lambda config: 0
+) -> Callable[[Any, Collection[str]], Any]:
+    """`Family.resolve_config`: as many multi-token prediction modules as the files hold, for many conversions leave
+    them out and keep the config. join: the published name of a module's projection, `{i}` for its number; first: that
+    of the first module."""
+
+    def resolve_config(config: Any, stored: Collection[str]) -> Any:
+        joins = (format_layer(join, i) for i in count(first(config)))
+        return replace(config, num_nextn_predict_layers=sum(1 for _ in takewhile(stored.__contains__, joins)))
+
+    return resolve_config
 
 
 def format_layer(name: str, layer: int) -> str:

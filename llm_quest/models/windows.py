@@ -1,4 +1,4 @@
-"""Windowed layers beside full ones: config.json's `layer_types` and `sliding_window`, as most families spell them.
+"""Layers of two kinds: config.json's `layer_types` and `sliding_window`, as most families spell them.
 
     layer     0        1        2        3        4        5
     type      sliding  sliding  sliding  full     sliding  sliding     layer_pattern(6, 4)
@@ -14,9 +14,9 @@ from typing import Any
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def layer_pattern(num_hidden_layers: int, pattern: int) -> tuple[str, ...]:
-    """Every `pattern`-th layer sees everything, the others their window."""
-    return tuple(FULL if (layer + 1) % pattern == 0 else SLIDING for layer in range(num_hidden_layers))
+def layer_pattern(num_hidden_layers: int, pattern: int, other: str = SLIDING) -> tuple[str, ...]:
+    """Every `pattern`-th layer sees everything, the others are of the other type: their window."""
+    return tuple(FULL if (layer + 1) % pattern == 0 else other for layer in range(num_hidden_layers))
 
 
 def layer_window(config: Any, layer_idx: int) -> int | None:
@@ -29,5 +29,10 @@ def require_layer_types(config: Any) -> None:
     window = config.sliding_window
     if window is not None and (type(window) is not int or window < 1):
         raise ValueError(f"sliding_window is {window!r}; a windowed layer sees at least itself: 1 or more")
+    require_type_of_each_layer(config)
+
+
+def require_type_of_each_layer(config: Any) -> None:
+    """Raise ValueError unless `layer_types` is as long as the model is deep."""
     if len(config.layer_types) != config.num_hidden_layers:
         raise ValueError(f"layer_types has {len(config.layer_types)} entries for {config.num_hidden_layers} layers")

@@ -31,7 +31,7 @@ from llm_quest.hub.load_save import load
 from llm_quest.hub.load_tokenizer import find_preprocess
 from llm_quest.models import vit
 from llm_quest.models.build import build, preset
-from llm_quest.models.image_encoder import ImageEncoder
+from llm_quest.models.image_encoder import ImageEncoder, default_label_names
 from llm_quest.objectives.classification import ImageClassificationLoss
 from llm_quest.recipes.assembly import apply_techniques, count_epochs, log_remarks, make_sharded_loader
 from llm_quest.recipes.auto import resolve_auto
@@ -259,8 +259,8 @@ def adapt_to_images(model: ImageEncoder, images: ImageDataset, labels: tuple[str
             "set as many numbers in data.image_mean"
         )
     model = vit.resize_images(model, images.pixels.shape[2])
-    known = model.config.label_names or vit.default_label_names(model.config.num_labels)
-    wanted = labels or vit.default_label_names(len(images.names))
+    known = model.config.label_names or default_label_names(model.config.num_labels)
+    wanted = labels or default_label_names(len(images.names))
     if known != wanted:
         replace_head(model, known, wanted, labels, seed)
     problem_type = MULTI_LABEL if images.is_multi_label else None

@@ -11,10 +11,10 @@ import pytest
 from llm_quest.errors import DataError
 from llm_quest.hub.config import family_for
 from llm_quest.layers.rotary import LinearScaling, Llama3Scaling, NTKScaling, RopeScaling, RotaryEmbedding, YaRNScaling
-from llm_quest.models import FAMILIES, gpt2, llama
+from llm_quest.models import FAMILIES, VISION_FAMILIES, gpt2, llama
 from llm_quest.models.build import build_meta_model, family_of, preset
 from llm_quest.models.rope_config import read_rotary
-from llm_quest.models.weight_names import ConcatRows, Transposed, expand_layers
+from llm_quest.models.weight_names import ConcatRows, Transposed, expand_layers, published_names
 
 EVERY_PRESET = [(page, size) for page in FAMILIES for size in page.presets]
 TINY = preset("llama3.2-tiny").config
@@ -136,6 +136,15 @@ def test_the_table_names_every_parameter_once(page, size):
     names, model = page.weight_map(size.config), build_meta_model(size.config)
     assert set(names) == {path for path, _ in model.named_parameters()}
     assert len({str(theirs) for theirs in names.values()}) == len(names)
+
+
+@pytest.mark.parametrize("family", (*FAMILIES, *VISION_FAMILIES), ids=lambda family: family.name)
+def test_tables_that_a_model_computes_are_ignored_and_no_weight_is(family):
+    """Old files hold them: rotary frequencies, and the numbers of the positions."""
+    assert family.ignores("model.layers.0.self_attn.rotary_emb.inv_freq")
+    assert family.ignores("vision_model.embeddings.position_ids")
+    published = published_names(family.weight_map(family.presets[-1].config).values())
+    assert not any(map(family.ignores, published))
 
 
 def test_biases_and_an_untied_head_are_in_the_table_when_the_model_has_them():
