@@ -88,6 +88,9 @@ def ladder(
     parametrization: Annotated[
         str, typer.Option(help="What carries the rate to larger sizes: standard, mup, completep.")
     ] = "completep",
+    scale: Annotated[
+        str, typer.Option(help="How rungs are smaller: width (fewer heads, equal layers), both (fewer layers too).")
+    ] = "width",
     run: Annotated[int, typer.Option(min=0, max=20, help="Then train the model itself, with so many seeds.")] = 0,
     jobs: Annotated[int, typer.Option(min=0, help="Runs side by side; 0: one per core.")] = 0,
     out: Annotated[Path, typer.Option(help="The folder of ladders, runs and the ledger.")] = Path("ladders"),
@@ -105,8 +108,8 @@ def ladder(
 
         options = commands.LadderOptions(
             rungs, commands.parse_size(smallest, "--smallest"), commands.parse_size(largest, "--largest"),
-            commands.parse_ratios(tokens_per_parameter), seeds, rates, tuned_rungs, parametrization, run,
-            jobs or usable_cores(),
+            commands.parse_ratios(tokens_per_parameter), seeds, rates, tuned_rungs, parametrization, scale,
+            run, jobs or usable_cores(),
         )  # fmt: skip
         found = commands.run_ladder(recipe, pairs or [], options, out=out, log=status_printer(quiet))
     print_result(found, json)

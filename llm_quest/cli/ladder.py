@@ -17,7 +17,7 @@ from llm_quest.experiments.code_tree import own_code
 from llm_quest.experiments.ladder import Ladder, LadderPlan, describe_outcome, describe_prediction
 from llm_quest.experiments.ladder_page import write_ladder_page
 from llm_quest.experiments.ledger import Ledger
-from llm_quest.experiments.rungs import make_rungs
+from llm_quest.experiments.rungs import SCALES, make_rungs
 from llm_quest.experiments.worker_pool import exclusive_pool
 from llm_quest.files import atomic_write_json
 from llm_quest.formatting import align_columns
@@ -37,6 +37,7 @@ class LadderOptions:
     rates: int = 3
     tuned: int = 2
     kind: str = "completep"
+    scale: str = "width"
     run: int = 0
     jobs: int = 1
 
@@ -91,6 +92,8 @@ def make_ladder_plan(recipe: str, pairs: Sequence[str], options: LadderOptions) 
     """The plan, with all that is wrong with the options said before anything runs."""
     if options.kind not in PARAMETRIZATIONS:
         raise UsageError(f"--parametrization {options.kind}: known are {', '.join(PARAMETRIZATIONS)}")
+    if options.scale not in SCALES:
+        raise UsageError(f"--scale {options.scale}: known are {', '.join(SCALES)}")
     if not recipe:
         raise UsageError("no recipe was given: quest ladder pretrain --rungs 5, for example")
     if any(not ratio > 0 for ratio in options.ratios):
@@ -100,11 +103,11 @@ def make_ladder_plan(recipe: str, pairs: Sequence[str], options: LadderOptions) 
     config = load_recipe(recipe, base)[1]
     rungs, target = make_rungs(
         recipe, base, count=options.rungs, smallest=options.smallest, largest=options.largest, ratios=options.ratios,
-        kind=options.kind,
+        kind=options.kind, scale=options.scale,
     )  # fmt: skip
     return LadderPlan(
-        recipe, tuple(base), tuple(rungs), target, options.kind, own_code(), config.learning_rate, options.seeds,
-        options.rates, options.tuned, options.run, shlex.join(["quest", *sys.argv[1:]]),
+        recipe, tuple(base), tuple(rungs), target, options.kind, options.scale, own_code(), config.learning_rate,
+        options.seeds, options.rates, options.tuned, options.run, shlex.join(["quest", *sys.argv[1:]]),
     )  # fmt: skip
 
 

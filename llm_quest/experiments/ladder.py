@@ -47,6 +47,7 @@ class LadderPlan:
     rungs: tuple[Rung, ...]
     target: Rung
     kind: str
+    scale: str
     code: CodeTree
     learning_rate: float
     seeds: int = 2
@@ -60,7 +61,8 @@ class LadderPlan:
         return {
             "question": f"What loss does {self.target.name} reach, by {len(self.rungs)} smaller sizes?",
             "recipe": self.recipe, "settings": list(self.pairs), "code": self.code.hash,
-            "parametrization": self.kind, "seeds": self.seeds, "rates": self.rates, "tuned": self.tuned,
+            "parametrization": self.kind, "scale": self.scale, "seeds": self.seeds, "rates": self.rates,
+            "tuned": self.tuned,
             "rungs": [describe_rung(rung) for rung in self.rungs], "target": describe_rung(self.target),
         }  # fmt: skip
 
@@ -200,6 +202,7 @@ class Ladder:
             "rates_tried": {name: {f"{rate:g}": loss for rate, loss in search.losses.items()}
                             for name, search in self.searches.items()},
             "run_sd": sd, "degrees_of_freedom": freedom, "rungs": rungs, "covered": covered,
+            "largest_error": left_out[-1].loss / points[-1].mean - 1,
             "prediction": as_json(prediction), "measured": None, "notes": self.notes,
         }  # fmt: skip
 
@@ -226,10 +229,11 @@ def as_json(prediction: Prediction) -> dict[str, Any]:
 
 def describe_prediction(result: Mapping[str, Any]) -> str:
     """The prediction in a sentence."""
-    found, target = result["prediction"], result["target"]
+    found, target, sizes = result["prediction"], result["target"], len(result["rungs"])
     return (
         f"{target['name']}: predicted {METRIC} {found['loss']:.4f} ({found['low']:.4f} to {found['high']:.4f}) after "
-        f"{target['tokens']:,} tokens; leave-one-out intervals hold {result['covered']} of {len(result['rungs'])} sizes"
+        f"{target['tokens']:,} tokens; leave-one-out intervals hold {result['covered']} of {sizes} sizes; the largest "
+        f"rung, predicted from the others, is {result['largest_error']:+.1%} off"
     )
 
 

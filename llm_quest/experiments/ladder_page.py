@@ -25,7 +25,7 @@ def write_ladder_page(result: Mapping[str, Any], file: Path) -> None:
     text = render_page(
         title=result["question"],
         subtitle=f"{result['experiment']} · {result['metric']} · {result['parametrization']}, "
-        f"{result['seeds']} seeds",
+        f"scale {result['scale']}, {result['seeds']} seeds",
         heading="Prediction", cards=cards, notes=result["notes"], second="Curve",
         pictures=[("Loss against log10 of the parameters that multiply a token", draw_law(result), True)],
         tables=[("Sizes", sizes_table(result)), ("Settings", settings_table(result))], command=result["command"],

@@ -21,6 +21,11 @@ from llm_quest.recipes.pretrain import resolve_model_config
 from llm_quest.recipes.recipe import load_recipe
 
 FEWEST_RUNGS = 4
+SCALES = {
+    "width": "all rungs have the layers of the model, and fewer heads",
+    "both": "fewer heads and layers, in the model's ratio as far as whole layers allow",
+}
+"""How rungs are smaller than the model."""
 SHAPE_WEIGHT = 0.5
 """How much a rung of another shape (depth over width) counts against one of another size."""
 
@@ -57,13 +62,13 @@ def count_multiplying(config: Any, length: int) -> tuple[int, int]:
     return cost.count_pass(length)[0] // (2 * length), cost.training(length)
 
 
-def candidate_shapes(config: Any) -> Iterator[tuple[Any, int, float]]:
-    """(config, parameters, how far its shape is from the model's) of smaller models."""
+def candidate_shapes(config: Any, scale: str) -> Iterator[tuple[Any, int, float]]:
+    """(config, parameters, how far its shape is from the model's) of smaller models. scale: of SCALES."""
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     period = pattern_period(config)
     for count in range(1, heads + 1):
-        wanted = layers * count / heads
-        near = {max(1, round(wanted / period) + shift) * period for shift in (-1, 0, 1)}
+        wanted = layers if scale == "width" else layers * count / heads
+        near = {layers} if scale == "width" else {max(1, round(wanted / period) + n) * period for n in (-1, 0, 1)}
         for depth in sorted(depth for depth in near if depth <= layers):
             small = resize_config(config, heads=count, layers=depth)
             yield small, count_parameters(build_meta_model(small)), abs(math.log(depth / wanted))
@@ -79,7 +84,7 @@ def pattern_period(config: Any) -> int:
     return layers if patterns else 1
 
 
-def choose_shapes(config: Any, count: int, smallest: float, largest: float) -> list[tuple[Any, int]]:
+def choose_shapes(config: Any, count: int, smallest: float, largest: float, scale: str) -> list[tuple[Any, int]]:
     """`count` smaller configs with their parameters, from `smallest` to `largest` in equal ratios. UsageError where
     the family has too few sizes there."""
     if count < FEWEST_RUNGS:
@@ -88,7 +93,7 @@ def choose_shapes(config: Any, count: int, smallest: float, largest: float) -> l
             f"{FEWEST_RUNGS} sizes"
         )
     found: list[tuple[Any, int]] = []
-    candidates = list(candidate_shapes(config))
+    candidates = list(candidate_shapes(config, scale))
     whole = count_parameters(build_meta_model(config))
     if not 0 < smallest < largest < whole:
         raise UsageError(
@@ -152,9 +157,11 @@ def make_rungs(
     largest: float,
     ratios: Sequence[float],
     kind: str,
+    scale: str,
 ) -> tuple[list[Rung], Rung]:
     """(the rungs of each number of tokens per parameter, the recipe's own model as the target at the largest).
-    smallest, largest: parameters; 0: a 64th and a 4th of the model's. ratios: empty for the recipe's own."""
+    smallest, largest: parameters; 0: a 64th and a 4th of the model's. ratios: empty for the recipe's own. scale: of
+    SCALES."""
     found, config, settings = load_recipe(recipe, pairs)
     if found.name != "pretrain" or config.model.load is not None:
         raise UsageError(
@@ -166,7 +173,7 @@ def make_rungs(
         raise UsageError("quest ladder chooses parametrization.base itself, its smallest rung: leave it out")
     whole = resolve_model_config(config, settings)
     total, length = count_parameters(build_meta_model(whole)), config.sequence_length
-    shapes = choose_shapes(whole, count, smallest or total / 64, largest or total / 4)
+    shapes = choose_shapes(whole, count, smallest or total / 64, largest or total / 4, scale)
     counts = [count_multiplying(one, length) for one, _ in shapes]
     target_n, target_flops = count_multiplying(whole, length)
     tokens_per_step = config.batch_size * length

@@ -18,10 +18,11 @@ from llm_quest.experiments.ladder import Ladder, LadderPlan, describe_rung
 from llm_quest.experiments.ladder_forecast import forecast_loss, read_ladder
 from llm_quest.experiments.ladder_page import write_ladder_page
 from llm_quest.experiments.ledger import Ledger, find_faults
-from llm_quest.experiments.rungs import pattern_period
+from llm_quest.experiments.rungs import choose_shapes, pattern_period
 from llm_quest.experiments.scaling_law import LadderPoint, fit_scaling_law, leave_one_out, predict_loss
 from llm_quest.experiments.worker import handle_request
-from llm_quest.models.build import preset
+from llm_quest.models.build import build_meta_model, count_parameters, preset
+from llm_quest.models.resize import resize_config
 from tests.experiments.bench import write_text
 
 SIZES = (3e4, 6e4, 1.2e5, 2.5e5, 5e5)
@@ -150,12 +151,25 @@ def test_rungs_keep_shape_and_tokens_and_carry_the_rate(plan: LadderPlan):
     assert pattern_period(preset("qwen3-next-tiny").config) == 4
 
 
+@pytest.mark.parametrize("family", ["qwen3-tiny", "qwen3-next-tiny"])
+def test_rungs_of_equal_depth_differ_in_width_alone(family: str):
+    """Five layers are no multiple of a pattern's period."""
+    whole = resize_config(preset(family).config, heads=16, layers=5)
+    total = count_parameters(build_meta_model(whole))
+    rungs = [small for small, _ in choose_shapes(whole, 5, total / 16, total / 2, "width")]
+    assert {small.num_hidden_layers for small in rungs} == {5}
+    widths = [small.hidden_size for small in rungs]
+    assert widths == sorted(set(widths)), "every rung is wider than the one before"
+    assert {small.hidden_size / small.num_attention_heads for small in rungs} == {whole.hidden_size / 16}
+
+
 @pytest.mark.parametrize(
     ("pairs", "options", "message"),
     [
         ((), {"rungs": 1}, "at least 4 sizes"),
         ((), {"smallest": 5e4, "largest": 1e4}, "no ladder"),
         ((), {"ratios": (0.21,)}, "can't be equal"),
+        ((), {"scale": "depth"}, "known are width, both"),
         ((), {"kind": "mean-field"}, "known are standard, mup, completep"),
         (("model.config.num_attention_heads=2", "model.config.num_key_value_heads=1"), {}, "more and narrower"),
         (("seed=3",), {}, "can't set seed"),

@@ -30,6 +30,8 @@ COMMON = (
     "batch_size=4", f"max_steps={STEPS}", f"warmup_steps={STEPS // 10}", "lr_scheduler_type=linear", "min_lr_ratio=0",
     "model.config.num_hidden_layers=2", "precision=fp32", "eval_steps=0", "eval_baselines=false",
 )  # fmt: skip
+MARGIN = 2
+"""Rates that are measured on each side of the best one."""
 SYMBOLS = string.ascii_letters + string.digits + "+/"
 
 
@@ -75,14 +77,15 @@ class RateGrid:
 
 
 def search_rates(measure: Callable[[int, int], float], center: int, seeds: int) -> RateGrid:
-    """Five rates around 2^center with one seed, more until the best is not at the edge, and then all seeds for the best
-    and its neighbours. measure: (octave, seed) -> loss."""
+    """Five rates around 2^center with one seed, more until there are MARGIN on both sides of the best (a flat curve has
+    several minima), and then all seeds for the best and its neighbours. measure: (octave, seed) -> loss."""
     grid = RateGrid({octave: [measure(octave, 1)] for octave in range(center - 2, center + 3) if is_allowed(octave)})
     for count in range(1, seeds + 1):
         best = grid.best(max(1, count - 1))
+        reach = MARGIN if count == 1 else 1
         while lacking := [
             octave
-            for octave in range(best - 1, best + 2)
+            for octave in range(best - reach, best + reach + 1)
             if is_allowed(octave) and len(grid.losses.get(octave, ())) < count
         ]:
             for octave in lacking:

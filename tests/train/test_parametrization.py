@@ -198,4 +198,11 @@ def test_the_best_rate_is_found_wherever_the_search_begins(true: float, center: 
     else:
         assert grid.vertex() == pytest.approx(true + 0.1)
         assert [len(grid.losses[best + step]) for step in (-1, 0, 1)] == [2, 2, 2]
-        assert len(asked) <= 5 + max(0, center - 1 - round(true)) + 4
+        assert len(asked) <= 5 + max(0, center - round(true)) + 4
+
+
+def test_the_search_passes_a_minimum_beside_the_lowest():
+    """The flat curve of Muon, standard, at width 256: from 2^-4 it falls to 2^-5, rises, and falls to 2^-8."""
+    losses = dict(zip(range(-10, -1), (1.59, 1.564, 1.552, 1.554, 1.5672, 1.567, 1.583, 1.637, 1.965), strict=True))
+    grid = search_rates(lambda octave, seed: losses[octave], -4, 1)
+    assert (grid.best(1), sorted(grid.losses)) == (-8, sorted(losses))
