@@ -1,4 +1,4 @@
-"""What an adapter saves: a whole optimiser step (forward, loss, backward, clip, fused AdamW) at 124M, all parameters
+"""What an adapter saves: a whole optimizer step (forward, loss, backward, clip, fused AdamW) at 124M, all parameters
 trained against adapters alone, in turn, in one process, on the same tokens.
 
 python -m benchmarks.adapters [--shape 124m] [--pairs 5] [--only lora] [--rows 4] [--length 256]
@@ -30,11 +30,11 @@ FORMS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-HEAD = "| trained | numbers | optimiser, MB | s a step | of the full step (range) |\n| --- | --- | --- | --- | --- |"
+HEAD = "| trained | numbers | optimizer, MB | s a step | of the full step (range) |\n| --- | --- | --- | --- | --- |"
 
 
 class Runner:
-    """One contestant: one optimiser step a call."""
+    """One contestant: one optimizer step a call."""
 
     def __init__(self, config: Any, form: Callable[[Any], Any], rows: int, length: int):
         model = form(quest.build(config)).train()
@@ -52,7 +52,7 @@ class Runner:
 
     @property
     def state_bytes(self) -> int:
-        """What the optimiser holds."""
+        """What the optimizer holds."""
         held = [value for state in self.optimizer.state.values() for value in state.values()]
         return sum(value.nbytes for value in held if torch.is_tensor(value))
 

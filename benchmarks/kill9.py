@@ -4,7 +4,7 @@
 
 Each round trains a fresh small model (dropout on, checkpoints every three steps) in a process of its own, kills it
 once at a moment drawn from the length of the straight run, resumes it to the end and prints the SHA-256 of weights
-and optimiser state. The exit code is 0 if every round ends with the straight run's bits.
+and optimizer state. The exit code is 0 if every round ends with the straight run's bits.
 """
 
 from __future__ import annotations

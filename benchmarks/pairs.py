@@ -1,6 +1,6 @@
-"""How we measure: the contestants take turns in one process, and only ratios of neighbours in time are compared.
+"""How we measure: the contestants take turns in one process, and only ratios of neighbors in time are compared.
 
-These machines are shared: a neighbour can slow everything two to ten times for minutes. A ratio taken within a pair
+These machines are shared: a neighbor can slow everything two to ten times for minutes. A ratio taken within a pair
 survives that; an absolute number does not. Medians of the pairs' ratios are what the docs quote.
 """
 

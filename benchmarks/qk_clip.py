@@ -36,7 +36,7 @@ SHAPES: dict[str, Any] = {
 
 
 class Runner:
-    """One contestant: `TIMED_STEPS` optimiser steps a call."""
+    """One contestant: `TIMED_STEPS` optimizer steps a call."""
 
     def __init__(self, config: Any, clip: QKClip | None, *, rows: int, length: int, bf16: bool):
         model = quest.build(config).train()

@@ -97,12 +97,12 @@ def draw(runs: Sequence[str], file: str) -> None:
     with mpl.rc_context({"svg.hashsalt": "rpt", "svg.fonttype": "none", "font.size": 10}):
         figure = Figure(figsize=(7.2, 3.8), layout="constrained")
         axes = figure.add_subplot()
-        for name, suffix, number, colour in CURVES:
+        for name, suffix, number, color in CURVES:
             there = [run for run in runs if Path(run + suffix, "metrics.jsonl").is_file()]
             for place, run in enumerate(there):
                 began = (0.0, share(run, "before", number.partition("_")[0], "hard"))
                 line = [began, *points(run + suffix, number)]
-                axes.plot(*zip(*line, strict=True), color=colour, alpha=0.8, label=None if place else name)
+                axes.plot(*zip(*line, strict=True), color=color, alpha=0.8, label=None if place else name)
         axes.set_xlabel("teraflops spent after the start")
         axes.set_ylabel("hard places foretold, held out")
         axes.set_ylim(0, 1.02)

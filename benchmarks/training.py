@@ -1,4 +1,4 @@
-"""Training speed at the 11M Llama shape (V 4096, D 384, 6 layers, 6/2 heads, F 1024, T 256, batch 8): a whole optimiser
+"""Training speed at the 11M Llama shape (V 4096, D 384, 6 layers, 6/2 heads, F 1024, T 256, batch 8): a whole optimizer
 step (forward, loss, backward, clip, fused AdamW) of transformers, litgpt and ours, in turn, in one process, on the same
 batches.
 
@@ -98,7 +98,7 @@ def batches(seed: int = 0) -> Iterator[torch.Tensor]:
 
 
 class Runner:
-    """One contestant: `TIMED_STEPS` optimiser steps a call."""
+    """One contestant: `TIMED_STEPS` optimizer steps a call."""
 
     def __init__(self, make: Callable[[], tuple], *, bf16: bool, compiled: bool):
         torch.manual_seed(0)

@@ -24,7 +24,7 @@ SHAPES = {
 
 
 class Step:
-    """One contestant: an optimiser step a call."""
+    """One contestant: an optimizer step a call."""
 
     def __init__(self, model: nn.Module, answer: Callable[[torch.Tensor], torch.Tensor], *, bf16: bool = False):
         self.model, self.answer, self.bf16 = model, answer, bf16

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from book.markdown import Renderer, colour_code
+from book.markdown import Renderer, color_code
 from book.source import PACKAGE, Definition, definitions, opening_sentence, parse
 
 
@@ -122,7 +122,7 @@ def definition_text(node: Definition, markdown: Renderer) -> str:
         lines += [f"    {one}" for one in fields(node)]
     said = ast.get_docstring(node)
     source = f'<p><a href="#L{node.lineno}">source, line {node.lineno}</a></p>'
-    return colour_code("\n".join(lines), "python") + (markdown(as_text(said)) if said else "") + source
+    return color_code("\n".join(lines), "python") + (markdown(as_text(said)) if said else "") + source
 
 
 def source_block(text: str, marked: set[int]) -> str:

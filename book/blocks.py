@@ -8,16 +8,16 @@ import re
 from collections.abc import Collection
 
 from book import figures
-from book.exercises import EXERCISES, PRACTISED
+from book.exercises import EXERCISES, PRACTICED
 from book.games import GAMES
-from book.markdown import colour_code
+from book.markdown import color_code
 from book.source import ROOT, code_of, mistakes_of
-from llm_quest.papers.card import COLOURS
+from llm_quest.papers.card import COLORS
 from tests.mutations import MUTATIONS, Mutation
 
-CARD_COLOURS = {
+CARD_COLORS = {
     "fill: #ffffff": "fill: none", "#000000": "var(--ink)", "#888888": "var(--ink)", "#eeeeee": "var(--soft)",
-    **{colour: f"var(--s{number})" for number, colour in enumerate(COLOURS, start=1)},
+    **{color: f"var(--s{number})" for number, color in enumerate(COLORS, start=1)},
 }  # fmt: skip
 """What a card's plot is drawn with -> the variables of the page."""
 
@@ -26,7 +26,7 @@ def code_block(words: str, body: str = "") -> str:
     """The source of an anchor, under its place."""
     code = code_of(words)
     place = f"<figcaption>llm_quest/{code.file}, line {code.line}</figcaption>"
-    return f'<figure class="source">{place}{colour_code(code.text, "python")}</figure>'
+    return f'<figure class="source">{place}{color_code(code.text, "python")}</figure>'
 
 
 def mistakes_block(words: str, body: str = "") -> str:
@@ -62,7 +62,7 @@ def mutation_block(one: Mutation) -> str:
     removed = "".join(f"- {line}\n" for line in one.right.splitlines())
     added = "".join(f"+ {line}\n" for line in one.wrong.splitlines())
     return (
-        f"<details class='breaks'><summary>{html.escape(one.title)}</summary>{colour_code(removed + added, 'diff')}"
+        f"<details class='breaks'><summary>{html.escape(one.title)}</summary>{color_code(removed + added, 'diff')}"
         f"<p>Fails: <code>pytest {html.escape(one.tests)}</code></p></details>"
     )
 
@@ -109,7 +109,7 @@ def figure_block(words: str, body: str = "") -> str:
 
 def exercises_block(words: str, file: str = "") -> str:
     """The exercises about a page or a chapter, and the games in which a line of its file is wrong."""
-    about = [one for one in EXERCISES.values() if words in (one.chapter, *PRACTISED.get(one.name, ()))]
+    about = [one for one in EXERCISES.values() if words in (one.chapter, *PRACTICED.get(one.name, ()))]
     asked = [(f"quest learn {one.name}", one.summary) for one in about]
     games = [number for number, one in enumerate(GAMES, start=1) if file == one.file]
     asked += [
@@ -120,9 +120,9 @@ def exercises_block(words: str, file: str = "") -> str:
 
 
 def card_block(words: str, body: str = "") -> str:
-    """The plot of a paper's card, in the colours of the page, light or dark."""
+    """The plot of a paper's card, in the colors of the page, light or dark."""
     svg = (ROOT / f"docs/papers/{words}.svg").read_text(encoding="utf-8")
-    for drawn, shown in CARD_COLOURS.items():
+    for drawn, shown in CARD_COLORS.items():
         svg = svg.replace(drawn, shown)
     return f'<figure class="card" tabindex="0">{svg[svg.index("<svg") :]}</figure>'
 

@@ -1,4 +1,4 @@
-"""Figures of the book, each a function that draws it from the package's own code. They take the colours of the page."""
+"""Figures of the book, each a function that draws it from the package's own code. They take the colors of the page."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def mask_picture(title: str, masks: dict[str, Tensor]) -> str:
             rows, columns = mask.shape
             for i in range(rows):
                 for j in range(columns):
-                    colour = SERIES[0] if mask[i, j] else "none"
-                    axes.add_patch(mpl.patches.Rectangle((j, i), 1, 1, facecolor=colour, edgecolor=INK, linewidth=0.4))
+                    color = SERIES[0] if mask[i, j] else "none"
+                    axes.add_patch(mpl.patches.Rectangle((j, i), 1, 1, facecolor=color, edgecolor=INK, linewidth=0.4))
             axes.set(xlim=(0, columns), ylim=(rows, 0), aspect="equal", xticks=[], yticks=[])
             axes.set_title(name, fontsize=10, color=INK)
             axes.set_xlabel("keys", color=INK)

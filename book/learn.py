@@ -92,7 +92,7 @@ def check(folder: Path, name: str) -> tuple[bool, list[str]]:
 
 
 def judge_file(name: str, file: str) -> int:
-    """In the child: load the reader's file, and print the judgement."""
+    """In the child: load the reader's file, and print the judgment."""
     spec = importlib.util.spec_from_file_location("answer", file)
     assert spec is not None
     assert spec.loader is not None
@@ -105,9 +105,9 @@ def judge_file(name: str, file: str) -> int:
     if not callable(getattr(module, name, None)):
         print(f"{file} has no function {name}")
         return 1
-    judgement = judge(EXERCISES[name], getattr(module, name))
-    print("\n".join(judgement.lines))
-    return 0 if judgement.right else 1
+    judgment = judge(EXERCISES[name], getattr(module, name))
+    print("\n".join(judgment.lines))
+    return 0 if judgment.right else 1
 
 
 def limit_processor_time() -> None:

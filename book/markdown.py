@@ -1,4 +1,4 @@
-"""Markdown to HTML: mathematics as MathML (no script, no network), code with colours, and blocks that are made while
+"""Markdown to HTML: mathematics as MathML (no script, no network), code with colors, and blocks that are made while
 the book is built. A fence whose first word is a key of `BLOCKS` is such a block; its body or its words are the
 arguments.
 
@@ -38,7 +38,7 @@ def render_math(text: str, options: dict[str, Any]) -> str:
     return mathml(text, display="block" if options.get("display_mode") else "inline")
 
 
-def colour_code(text: str, language: str) -> str:
+def color_code(text: str, language: str) -> str:
     """Code as HTML with a class for each kind of token."""
     try:
         lexer = get_lexer_by_name(language or "text", stripnl=False)
@@ -60,7 +60,7 @@ class Renderer:
         self.parser = MarkdownIt("commonmark", {"html": False, "highlight": None}).enable(["table", "strikethrough"])
         self.parser.use(dollarmath_plugin, renderer=render_math, allow_space=False, allow_digits=False)
         self.parser.renderer.rules["fence"] = self.fence
-        self.parser.renderer.rules["code_block"] = lambda tokens, i, *_: colour_code(
+        self.parser.renderer.rules["code_block"] = lambda tokens, i, *_: color_code(
             inspect.cleandoc("\n" + tokens[i].content), "text"
         )
         self.parser.renderer.rules["heading_open"] = self.heading
@@ -73,7 +73,7 @@ class Renderer:
         name, _, words = tokens[i].info.strip().partition(" ")
         if name in self.blocks:
             return self.blocks[name](words.strip(), tokens[i].content)
-        return colour_code(tokens[i].content, name)
+        return color_code(tokens[i].content, name)
 
     def heading(self, tokens: Any, i: int, *_: Any) -> str:
         """A heading with an id that links may name."""

@@ -25,7 +25,7 @@ from book.blocks import (
 )
 from book.catalog import Subject, read_questions, read_titles, techniques
 from book.equations import symbol_rows
-from book.markdown import Renderer, colour_code, output_block
+from book.markdown import Renderer, color_code, output_block
 from book.run import Examples
 from book.source import (
     PACKAGE,
@@ -290,7 +290,7 @@ def family_sections(subject: Subject, markdown: Renderer) -> Iterator[Section]:
     yield "Sizes", table(("preset", "parameters", "hub id"), rows)
     yield "The file", code_block(subject.file)
     yield "Difference", difference(family, markdown)
-    yield "Use it", colour_code(
+    yield "Use it", color_code(
         f"$ quest show {published[0].name}\n$ quest train pretrain model.preset={family.presets[-1].name}\n"
         f"$ quest generate {published[0].hub_id or 'FOLDER'} -p \"Once upon a time\"", "console"
     )  # fmt: skip
@@ -322,14 +322,14 @@ def difference(family: object, markdown: Renderer) -> str:
     text = "\n".join(f"{mark} {name}: {said}" for mark, name, said in changed)
     said = markdown(f"Against [[family/{parent}]]" + (":" if text else ", no layer is new: the numbers differ."))
     own: str = family.name  # type: ignore[attr-defined]
-    return said + (colour_code(text, "diff") if text else "") + colour_code(f"$ quest diff {parent} {own}", "console")
+    return said + (color_code(text, "diff") if text else "") + color_code(f"$ quest diff {parent} {own}", "console")
 
 
 def recipe_sections(subject: Subject, markdown: Renderer) -> Iterator[Section]:
     """The code of a recipe, its command, and all its settings."""
     from llm_quest.recipes.settings_reference import make_page
 
-    yield "Run it", colour_code(f"$ quest train {subject.name}\n$ quest plan {subject.name}", "console")
+    yield "Run it", color_code(f"$ quest train {subject.name}\n$ quest plan {subject.name}", "console")
     yield "Code", code_of_subject(subject)
     rows = [
         [code(one.key), html.escape(one.takes), code(one.default), html.escape(one.description)]
@@ -352,5 +352,5 @@ def paper_sections(subject: Subject, markdown: Renderer) -> Iterator[Section]:
     row = re.search(rf"^{subject.name}:\n(?: .*\n)+", text, re.M)
     assert row is not None, "a claim is a row of its file"
     place = f"<figcaption>llm_quest/{subject.file}</figcaption>"
-    yield "The experiment", f'<figure class="source">{place}{colour_code(row[0], "yaml")}</figure>'
+    yield "The experiment", f'<figure class="source">{place}{color_code(row[0], "yaml")}</figure>'
     yield "Sources", f'<ul><li><a href="{source}">arXiv:{paper.arxiv}</a></li></ul>'

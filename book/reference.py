@@ -18,7 +18,7 @@ import yaml
 
 from book.catalog import all_subjects
 from book.flows import FLOWS, draw_flow
-from book.markdown import Renderer, colour_code
+from book.markdown import Renderer, color_code
 from book.pages import code, table
 from book.source import PACKAGE, ROOT, find, parse
 
@@ -198,7 +198,7 @@ def command_section(name: str, command: Any, examples: list[str]) -> str:
         for one in command.params
         if one.name != "help"
     ]
-    shown = colour_code("\n".join(f"$ {one}" for one in examples[:4]), "console") if examples else ""
+    shown = color_code("\n".join(f"$ {one}" for one in examples[:4]), "console") if examples else ""
     inner = "".join(
         f"<h3 id='{name}-{sub}'><code>quest {name} {sub}</code></h3>{command_section('', one, [])}"
         for sub, one in getattr(command, "commands", {}).items()
@@ -238,7 +238,7 @@ def techniques(markdown: Renderer) -> str:
         rows = [[code(one.name), html.escape(one.takes), code(one.default)] for one in entry.options]
         parts.append(f"<h2 id='{entry.name}'>{entry.name}</h2>")
         parts.append(markdown(f"{entry.summary} [[technique/{entry.name}]]"))
-        parts.append(colour_code(f"$ quest train {entry.command}", "console"))
+        parts.append(color_code(f"$ quest train {entry.command}", "console"))
         parts.append(table(("option", "takes", "default"), rows) if rows else "")
     return "".join(parts)
 

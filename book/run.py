@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from book.markdown import colour_code, output_block
+from book.markdown import color_code, output_block
 
 MAX_LINES = 40
 
@@ -32,7 +32,7 @@ class Examples:
         """Commands and what they print. words: `head=N` shows the first lines, `tail=N` the last, `quiet` nothing."""
         shown = []
         for line in body.strip().splitlines():
-            shown.append(colour_code(f"$ {line}", "console"))
+            shown.append(color_code(f"$ {line}", "console"))
             printed = select_lines(self.run_command(line), words)
             shown += [output_block(printed)] if printed else []
         return '<div class="example">' + "".join(shown) + "</div>"
@@ -62,11 +62,11 @@ class Examples:
         except Exception as error:
             raise ExampleError(f"{self.name}: {type(error).__name__}: {error}, in\n{body}") from error
         text = select_lines(clean(printed.getvalue()), words)
-        return '<div class="example">' + colour_code(body, "python") + (output_block(text) if text else "") + "</div>"
+        return '<div class="example">' + color_code(body, "python") + (output_block(text) if text else "") + "</div>"
 
 
 def clean(text: str) -> str:
-    """Without terminal colours."""
+    """Without terminal colors."""
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 

@@ -246,11 +246,11 @@ def write_pages(out: Path, pages: list[Page]) -> None:
             page=page, root="../" * page.path.count("/"), before=near[0], after=near[1], chapters=order, kinds=SECTIONS
         )
         file.write_text(text, encoding="utf-8")
-    colours = HtmlFormatter(style="default").get_style_defs(".code")
+    colors = HtmlFormatter(style="default").get_style_defs(".code")
     dark = HtmlFormatter(style="monokai").get_style_defs(".code")
     style = (THEME / "style.css").read_text(encoding="utf-8")
-    colours, dark = readable_colours(colours, PAPER["light"]), readable_colours(dark, PAPER["dark"])
-    written = f"{style}\n{colours}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
+    colors, dark = readable_colors(colors, PAPER["light"]), readable_colors(dark, PAPER["dark"])
+    written = f"{style}\n{colors}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
     (out / "style.css").write_text(written, encoding="utf-8")
     shutil.copy(THEME / "search.js", out / "search.js")
     (out / "search-index.js").write_text(f"window.PAGES = {search_index(pages)};\n", encoding="utf-8")
@@ -262,32 +262,32 @@ MIN_CONTRAST = 4.6
 """Of code with its background; WCAG 2.2 wants 4.5."""
 
 
-def readable_colours(css: str, paper: str) -> str:
-    """The colours of a style of pygments without its backgrounds, each as much darker or paler as it has to be."""
+def readable_colors(css: str, paper: str) -> str:
+    """The colors of a style of pygments without its backgrounds, each as much darker or paler as it has to be."""
     css = re.sub(r"background(-color)?:[^;}]*;?", "", css)
-    return re.sub(r"(?<=color: )#[0-9a-fA-F]{3,6}\b", lambda found: readable_colour(found[0], paper), css)
+    return re.sub(r"(?<=color: )#[0-9a-fA-F]{3,6}\b", lambda found: readable_color(found[0], paper), css)
 
 
-def readable_colour(colour: str, paper: str) -> str:
-    """The colour, mixed with black or white until its contrast with the paper is enough."""
+def readable_color(color: str, paper: str) -> str:
+    """The color, mixed with black or white until its contrast with the paper is enough."""
     goal = 0 if luminance(paper) > 0.5 else 255
-    parts = channels(colour)
+    parts = channels(color)
     while contrast(written := "#" + "".join(f"{round(part):02x}" for part in parts), paper) < MIN_CONTRAST:
         parts = [part + 0.04 * (goal - part) for part in parts]
     return written
 
 
-def channels(colour: str) -> list[float]:
+def channels(color: str) -> list[float]:
     """Red, green and blue of #rgb or #rrggbb, 0 to 255."""
-    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    digits = color[1:] if len(color) == 7 else "".join(2 * digit for digit in color[1:])
     return [float(int(digits[at : at + 2], 16)) for at in (0, 2, 4)]
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """Relative luminance (WCAG 2.2)."""
     r, g, b = (
         part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
-        for part in (one / 255 for one in channels(colour))
+        for part in (one / 255 for one in channels(color))
     )
     return 0.2126 * r + 0.7152 * g + 0.0722 * b
 

@@ -8,7 +8,7 @@ import functools
 import yaml
 
 from book.catalog import Subject
-from book.markdown import colour_code, output_block
+from book.markdown import color_code, output_block
 from book.run import ExampleError, Examples
 from book.source import ROOT
 
@@ -61,7 +61,7 @@ def switch_section(subject: Subject, examples: Examples | None) -> str:
     command, words = command_of(subject)
     if not command:
         return ""
-    shown = colour_code(f"$ {command}", "console")
+    shown = color_code(f"$ {command}", "console")
     if examples is None or not words:
         return shown
     if not (lines := chosen_lines(examples.run_command(command), words)):

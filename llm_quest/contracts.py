@@ -48,7 +48,7 @@ class ModelSpec:
 @dataclass(frozen=True)
 class ParameterScale:
     """What a parametrization makes of one parameter (`models/parametrization.py`). init: of its first values (of 1 + w
-    for a norm centred at 0). lr, weight_decay, eps: of AdamW's. muon: of Muon's update, for each of the matrices
+    for a norm centered at 0). lr, weight_decay, eps: of AdamW's. muon: of Muon's update, for each of the matrices
     stacked in it."""
 
     role: str
@@ -140,7 +140,7 @@ class Decoder(Protocol):
     """`model(input_ids (B,T), scope=None, inputs_embeds=None) -> logits (B,T,V)` = `head(hidden_states(...))`. Without
     a scope: causal, from position 0.
 
-    Laws, one parametrised test over all families (tests/laws): (1) a later token never changes earlier logits; (2) with
+    Laws, one parametrized test over all families (tests/laws): (1) a later token never changes earlier logits; (2) with
     or without a cache, in one pass or many, the logits are the same; (3) padding anywhere changes nothing; (4) every
     parameter receives a gradient; (5) export then import is the identity; (6) packed documents equal the documents
     alone; (7) `torch.compile(fullgraph=True)` gives the same logits, and 64 decode steps recompile nothing; (8) a new

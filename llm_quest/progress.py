@@ -220,8 +220,8 @@ def is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def wants_colour(stream: TextIO) -> bool:
-    """Colours are for terminals, and for nobody who sets NO_COLOR (no-color.org)."""
+def wants_color(stream: TextIO) -> bool:
+    """Colors are for terminals, and for nobody who sets NO_COLOR (no-color.org)."""
     return is_terminal(stream) and not os.environ.get("NO_COLOR")
 
 

@@ -1,5 +1,5 @@
 """Tiny random transformers models of the families beyond GPT-2 and Llama: name -> how to build it. Every tensor is
-randomised."""
+randomized."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ ORACLES: dict[str, Callable[[], Any]] = {
     "mixtral": made("MixtralForCausalLM", "MixtralConfig", num_local_experts=4, num_experts_per_tok=2, head_dim=24),
     "mixtral, window": made("MixtralForCausalLM", "MixtralConfig", num_local_experts=4, sliding_window=5),
     "olmoe": made("OlmoeForCausalLM", "OlmoeConfig", num_experts=8, num_experts_per_tok=3),
-    "olmoe, clipped, renormalised": made(
+    "olmoe, clipped, renormalized": made(
         "OlmoeForCausalLM",
         "OlmoeConfig",
         num_experts=8,
@@ -320,7 +320,7 @@ ORACLES: dict[str, Callable[[], Any]] = {
         num_hidden_layers=3,
         mlp_only_layers=[1],
     ),
-    "qwen3_moe, not renormalised": made(
+    "qwen3_moe, not renormalized": made(
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",
         head_dim=24,

@@ -2,7 +2,7 @@
 repairs the line.
 
 `python -m tests.games [NUMBER ...]` prints a row for each game: the law that is shown, how many tests of its selection
-fail, and the three judgements. A game that shows no law, accepts what is wrong, or refuses what is right ends the
+fail, and the three judgments. A game that shows no law, accepts what is wrong, or refuses what is right ends the
 command with 1. Processes are forked from one that has torch and transformers, so that a game costs its own tests.
 """
 
@@ -67,7 +67,7 @@ def play(number: int, folder: Path) -> Played:
 
 
 def wrong_answers(folder: Path, name: str, game: Mutation, broken: str) -> Iterator[str]:
-    """Faults in what is said of the game as it began, and in the judgement of a change elsewhere."""
+    """Faults in what is said of the game as it began, and in the judgment of a change elsewhere."""
     if "as the game began" not in (said := learn.advice(folder / name, game)):
         yield f"nothing was changed, and it says {said}"
     file = folder / name / "llm_quest" / game.file

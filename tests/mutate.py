@@ -6,7 +6,7 @@ back and prints a row for docs/mutations.md. WORD chooses mutations whose title 
 whose quoted code or tests have changed since --write noted them in docs/mutations.json, those without a row first.
 --minutes: begin none after so many. A survivor ends the command with 1.
 
-Each judgement runs in a child that was forked from a process that has torch and transformers and none of our code.
+Each judgment runs in a child that was forked from a process that has torch and transformers and none of our code.
 """
 
 from __future__ import annotations

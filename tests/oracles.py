@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face models: perfect oracles, but only after every tensor has been randomised. With the default
+"""Tiny random Hugging Face models: perfect oracles, but only after every tensor has been randomized. With the default
 first values (norms 1, biases 0) a missing bias, a swapped norm or a `1 + weight` is invisible.
 
 `tiny_llama`, `tiny_gpt2` build one (all tensors already random), `save_published` writes its folder in either

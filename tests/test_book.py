@@ -28,7 +28,7 @@ from book import (
 )
 from book.__main__ import main as book_command
 from book.catalog import Subject, all_subjects, read_questions
-from book.exercises import EXERCISES, PRACTISED
+from book.exercises import EXERCISES, PRACTICED
 from book.games import GAMES
 from book.markdown import Renderer
 from book.run import ExampleError, Examples, example_environment
@@ -146,8 +146,8 @@ def test_every_page_has_the_parts_that_its_kind_requires(built):
 
 def test_exercises_are_shown_on_the_pages_that_they_are_about(built):
     out, _ = built
-    assert set(PRACTISED) <= set(EXERCISES)
-    assert {key for keys in PRACTISED.values() for key in keys} <= {one.key for one in all_subjects()}
+    assert set(PRACTICED) <= set(EXERCISES)
+    assert {key for keys in PRACTICED.values() for key in keys} <= {one.key for one in all_subjects()}
     for place, name in (("layer/rotary.html", "rotary"), ("05-llama.html", "rotary"), ("recipe/dpo.html", "dpo_loss")):
         assert f"quest learn {name}<" in (out / place).read_text(encoding="utf-8"), place
     game = next(one.path for one in all_subjects() if one.file == GAMES[0].file)
@@ -316,16 +316,16 @@ def test_pages_load_nothing_from_elsewhere_and_stay_small(built):
         assert all(b - a <= 1 for a, b in itertools.pairwise(levels)), f"{file.name} skips a level of headings"
 
 
-def test_every_colour_of_code_has_enough_contrast_and_wide_things_scroll_in_themselves(built):
+def test_every_color_of_code_has_enough_contrast_and_wide_things_scroll_in_themselves(built):
     """`python -m tests.book_page SITE` looks at the pages in a browser."""
     css = (built[0] / "style.css").read_text(encoding="utf-8")
     for scheme, part in zip(("light", "dark"), css.rsplit("@media (prefers-color-scheme: dark)", 1), strict=True):
         assert f"--soft: {site.PAPER[scheme]}" in css
-        colours = re.findall(r"^ *\.code .*?[^-]color: (#[0-9a-fA-F]{3,6})\b", part, re.M)
-        assert len(colours) > 20
-        assert [one for one in colours if site.contrast(one, site.PAPER[scheme]) < 4.5] == [], scheme
+        colors = re.findall(r"^ *\.code .*?[^-]color: (#[0-9a-fA-F]{3,6})\b", part, re.M)
+        assert len(colors) > 20
+        assert [one for one in colors if site.contrast(one, site.PAPER[scheme]) < 4.5] == [], scheme
     assert (
-        site.contrast("#888888", "#ffffff") < 4.5 < site.contrast(site.readable_colour("#888888", "#ffffff"), "#ffffff")
+        site.contrast("#888888", "#ffffff") < 4.5 < site.contrast(site.readable_color("#888888", "#ffffff"), "#ffffff")
     )
     assert "overflow-wrap: break-word" in css[css.index("table {") : css.index("}", css.index("table {"))], (
         "words break"
@@ -403,7 +403,7 @@ def test_a_link_to_no_page_is_an_error():
 
 
 @pytest.mark.parametrize("name", [*sorted(figures.FIGURES.keys() - {"cache"}), *flows.FLOWS])
-def test_figures_are_drawn_in_the_colours_of_the_page_described_and_readable_on_a_phone(name):
+def test_figures_are_drawn_in_the_colors_of_the_page_described_and_readable_on_a_phone(name):
     """A phone has 370 pixels for a figure; exponents of a logarithmic axis are the smallest text. Without `cache`,
     which is drawn as the other curves are and takes seconds."""
     drawn = figures.draw(name) if name in figures.FIGURES else flows.draw_flow(name)
@@ -416,7 +416,7 @@ def test_figures_are_drawn_in_the_colours_of_the_page_described_and_readable_on_
 
 
 @pytest.mark.parametrize("card", sorted((ROOT / "docs/papers").glob("*.svg")), ids=lambda file: file.stem)
-def test_a_cards_plot_has_the_colours_of_the_page(card: Path):
+def test_a_cards_plot_has_the_colors_of_the_page(card: Path):
     assert re.search(r"#[0-9a-f]{6}", card.read_text(encoding="utf-8")), "the picture beside the card has its own"
     assert not re.search(r"(fill|stroke): #[0-9a-f]{3,6}", blocks.card_block(card.stem))
 

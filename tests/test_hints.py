@@ -234,5 +234,5 @@ def test_every_option_that_a_text_names_exists():
         ("see https://docs.x.org/a.b=c", []),
     ],
 )
-def test_settings_are_recognised(text: str, found: list[str]):
+def test_settings_are_recognized(text: str, found: list[str]):
     assert list(settings_in(text)) == found

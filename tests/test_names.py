@@ -90,7 +90,7 @@ def identifiers(tree: ast.Module) -> Iterator[str]:
                 yield name
 
 
-def test_participles_are_recognised():
+def test_participles_are_recognized():
     assert all(map(begins_with_participle, ("told", "kept_rows", "_padded")))
     assert not any(map(begins_with_participle, ("embed", "seed_of", "packed_rows", "tell", "red_rows_left"[4:])))
 

@@ -27,7 +27,7 @@ from llm_quest.progress import (
     format_metrics,
     phase,
     track,
-    wants_colour,
+    wants_color,
 )
 from llm_quest.recipes.engine import make_logger
 from tests.forked import processes
@@ -194,9 +194,9 @@ def test_the_bar_fits_the_terminal_and_events_stay_above_it(width: int):
 
 
 def test_no_color_and_dumb_terminals_are_heard(monkeypatch):
-    colours = re.compile(r"\x1b\[[0-9;]*(3[0-9]|4[0-9]|9[0-7])[0-9;]*m")
-    assert colours.search(on_a_terminal(SLOW_RUN, 80))
-    assert not colours.search(on_a_terminal(SLOW_RUN, 80, NO_COLOR="1"))
+    colors = re.compile(r"\x1b\[[0-9;]*(3[0-9]|4[0-9]|9[0-7])[0-9;]*m")
+    assert colors.search(on_a_terminal(SLOW_RUN, 80))
+    assert not colors.search(on_a_terminal(SLOW_RUN, 80, NO_COLOR="1"))
     assert "\x1b" not in on_a_terminal(SLOW_RUN, 80, TERM="dumb")
 
     class Terminal:
@@ -205,6 +205,6 @@ def test_no_color_and_dumb_terminals_are_heard(monkeypatch):
 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert wants_colour(Terminal())  # type: ignore[arg-type]
+    assert wants_color(Terminal())  # type: ignore[arg-type]
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not wants_colour(Terminal())  # type: ignore[arg-type]
+    assert not wants_color(Terminal())  # type: ignore[arg-type]

@@ -63,7 +63,7 @@ def trained_bpe() -> models.BPE:
 
 
 def byte_fallback(*, prepend: bool) -> Tokenizer:
-    """Llama 2's with the Prepend normaliser; Gemma's without."""
+    """Llama 2's with the Prepend normalizer; Gemma's without."""
     backend = Backend(trained_bpe())
     parts = [normalizers.Prepend(META)] if prepend else []
     backend.normalizer = normalizers.Sequence([*parts, normalizers.Replace(" ", META)])

@@ -189,7 +189,7 @@ def wait_for_end(browser: Browser) -> str:
 
 
 def check_reading(browser: Browser, url: str, texts: dict[tuple[str, str], str], screenshots: Path) -> bool:
-    """Chat by keyboard at both widths, in both colour schemes: the same text, nothing hard to read."""
+    """Chat by keyboard at both widths, in both color schemes: the same text, nothing hard to read."""
     good = True
     for width, scheme in itertools.product(WIDTHS, SCHEMES):
         browser.open(url, width, scheme)

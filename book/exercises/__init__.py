@@ -10,7 +10,7 @@ EXERCISES: dict[str, Exercise] = {
     one.name: one for one in (*layers.EXERCISES, *training.EXERCISES, *inference.EXERCISES, *reading.EXERCISES)
 }
 
-PRACTISED = {
+PRACTICED = {
     "softmax": ("layer/scaled_dot_product",), "causal_mask": ("layer/scaled_dot_product",),
     "attention": ("layer/scaled_dot_product", "layer/attention"), "repeat_keys": ("layer/attention", "family/llama"),
     "cached_step": ("layer/kv_cache", "layer/slot_index"), "rms_norm": ("layer/norm", "family/llama"),

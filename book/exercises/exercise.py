@@ -56,29 +56,29 @@ class Exercise:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Judgment:
     """right: whether the answer is. lines: what to tell the reader."""
 
     right: bool
     lines: tuple[str, ...]
 
 
-def judge(exercise: Exercise, answer: Function) -> Judgement:
+def judge(exercise: Exercise, answer: Function) -> Judgment:
     """Compare an answer with the reference, and with the typical mistakes."""
     wanted = [exercise.reference(*one) for one in exercise.examples()]
     try:
         got = [answer(*one) for one in exercise.examples()]
     except NotImplementedError:
-        return Judgement(False, ("nothing is written yet: replace `raise NotImplementedError`",))
+        return Judgment(False, ("nothing is written yet: replace `raise NotImplementedError`",))
     except Exception as error:
-        return Judgement(False, (f"it ends with {type(error).__name__}: {error}",))
+        return Judgment(False, (f"it ends with {type(error).__name__}: {error}",))
     if same_all(got, wanted):
         inputs = "1 input" if len(wanted) == 1 else f"{len(wanted)} inputs"
-        return Judgement(True, (f"right: {exercise.name} computes what the reference does on {inputs}",))
+        return Judgment(True, (f"right: {exercise.name} computes what the reference does on {inputs}",))
     for mistake in exercise.mistakes:
         if same_all(got, outputs(mistake.function, exercise)):
-            return Judgement(False, (mistake.hint,))
-    return Judgement(False, first_difference(exercise, got, wanted))
+            return Judgment(False, (mistake.hint,))
+    return Judgment(False, first_difference(exercise, got, wanted))
 
 
 def outputs(function: Function, exercise: Exercise) -> list[Any]:

@@ -41,7 +41,7 @@ def rotate(x: Tensor, positions: Tensor, exponent: float = 2.0, sign: float = 1.
     return torch.cat([a * angle.cos() - sign * b * angle.sin(), b * angle.cos() + sign * a * angle.sin()], -1)
 
 
-def rotate_neighbours(x: Tensor, positions: Tensor) -> Tensor:
+def rotate_neighbors(x: Tensor, positions: Tensor) -> Tensor:
     d = x.shape[-1]
     order = torch.arange(d).view(-1, 2).T.flatten()
     turned = rotate(x[..., order], positions)
@@ -57,13 +57,13 @@ def masked_by_choice(weights: Tensor, logits: Tensor, k: int) -> Tensor:
     return weights * torch.zeros_like(logits).scatter(-1, logits.topk(k, -1).indices, 1.0)
 
 
-def top_p(p: Tensor, limit: float, *, crossing: bool = True, renormalise: bool = True, extra: int = 0) -> Tensor:
+def top_p(p: Tensor, limit: float, *, crossing: bool = True, renormalize: bool = True, extra: int = 0) -> Tensor:
     values, order = p.sort(descending=True)
     before = values.cumsum(0) - values
     kept = before < limit if crossing else values.cumsum(0) <= limit
     kept = kept | (torch.arange(len(p)) < int(kept.sum()) + extra)
     result = torch.zeros_like(p).scatter(0, order, values * kept)
-    return result / result.sum() if renormalise else result
+    return result / result.sum() if renormalize else result
 
 
 def from_the_smallest(p: Tensor, limit: float) -> Tensor:
@@ -98,7 +98,7 @@ EXERCISES = (
             M("this is in bits; nats are wanted", lambda x, y: F.cross_entropy(x, y) / math.log(2)),
             M("the probability is missing its logarithm",
               lambda x, y: (1 - torch.softmax(x, -1).gather(1, y[:, None])).mean()),
-            M("the logits are not normalised: log_softmax comes first", lambda x, y: -x.gather(1, y[:, None]).mean()),
+            M("the logits are not normalized: log_softmax comes first", lambda x, y: -x.gather(1, y[:, None]).mean()),
             M("the mean runs over the vocabulary too", lambda x, y: F.cross_entropy(x, y) / x.shape[1]),
         ),
     ),
@@ -156,7 +156,7 @@ EXERCISES = (
         lambda g: [(randn(g, 3, 2, 4), 6)],
         lambda k, heads: k.repeat_interleave(heads // k.shape[1], 1),
         (
-            M("the groups are tiled, 0 1 0 1; neighbouring heads share a group, 0 0 1 1",
+            M("the groups are tiled, 0 1 0 1; neighboring heads share a group, 0 0 1 1",
               lambda k, heads: k.repeat(1, heads // k.shape[1], 1)),
             M("all heads read the first group", lambda k, heads: k[:, :1].expand(-1, heads, -1)),
             M("the groups are in reverse order", lambda k, heads: k.flip(1).repeat_interleave(heads // k.shape[1], 1)),
@@ -188,7 +188,7 @@ EXERCISES = (
         lambda g: [(randn(g, 4, 8), torch.tensor([0.0, 1.0, 5.0, 9.0]).double())],
         rotate,
         (
-            M("neighbours (2i, 2i+1) are turned; halves (i, i + d/2) are wanted", rotate_neighbours),
+            M("neighbors (2i, 2i+1) are turned; halves (i, i + d/2) are wanted", rotate_neighbors),
             M("it turns the other way: check the sign of the sine", lambda x, p: rotate(x, p, sign=-1.0)),
             M("the exponent is i/d; it is 2i/d", lambda x, p: rotate(x, p, exponent=1.0)),
             M("the first token is at position 0, not 1", lambda x, p: rotate(x, p, first=1)),
@@ -215,13 +215,13 @@ EXERCISES = (
         lambda g: [(randn(g, 4, 6), 2)],
         chosen_weights,
         (
-            M("the softmax runs over all experts and is not renormalised over the chosen",
+            M("the softmax runs over all experts and is not renormalized over the chosen",
               lambda x, k: masked_by_choice(torch.softmax(x, -1), x, k)),
             M("all experts compute: nothing is left out", lambda x, k: torch.softmax(x, -1)),
             M("the smallest are chosen", lambda x, k: chosen_weights(x, k, largest=False)),
             M("the chosen are weighed alike", lambda x, k: masked_by_choice(torch.full_like(x, 1 / k), x, k)),
             M("one expert too few is chosen", lambda x, k: chosen_weights(x, k - 1)),
-            M("sigmoids are DeepSeek's, and have to be normalised", lambda x, k: masked_by_choice(x.sigmoid(), x, k)),
+            M("sigmoids are DeepSeek's, and have to be normalized", lambda x, k: masked_by_choice(x.sigmoid(), x, k)),
         ),
     ),
     Exercise(
@@ -242,14 +242,14 @@ EXERCISES = (
     ),
     Exercise(
         "top_p", "generation", "p, limit",
-        "Nucleus sampling: of probabilities p (V,) the fewest most probable that reach the limit, renormalised.",
+        "Nucleus sampling: of probabilities p (V,) the fewest most probable that reach the limit, renormalized.",
         lambda g: [(torch.tensor([0.1, 0.45, 0.05, 0.3, 0.1]).double(), 0.7),
                    (torch.tensor([0.2, 0.7, 0.1]).double(), 0.6)],
         top_p,
         (
             M("the token that crosses the limit stays: otherwise a certain token is dropped",
               lambda p, limit: top_p(p, limit, crossing=False)),
-            M("the result is not renormalised", lambda p, limit: top_p(p, limit, renormalise=False)),
+            M("the result is not renormalized", lambda p, limit: top_p(p, limit, renormalize=False)),
             M("one token too many is kept", lambda p, limit: top_p(p, limit, extra=1)),
             M("the least probable are kept: sort downwards", from_the_smallest),
             M("this is min-p: a limit for each probability, against the largest",

@@ -186,7 +186,7 @@ EXERCISES = (
     ),
     Exercise(
         "clipped_surrogate", "reinforcement", "ratio, advantage, epsilon",
-        "PPO's term to maximise at each token.",
+        "PPO's term to maximize at each token.",
         lambda g: [(torch.tensor([0.5, 0.9, 1.5, 0.5, 0.9, 1.5]).double(),
                     torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0, -2.0]).double(), 0.2)],
         surrogate,
@@ -199,7 +199,7 @@ EXERCISES = (
             M("the product is clipped; the ratio is to be",
               lambda r, a, e: torch.minimum(r * a, (r * a).clamp(1 - e, 1 + e))),
             M("the lower bound is missing", lambda r, a, e: surrogate(r, a, e, low=0.0)),
-            M("the sign is that of a loss; this term is maximised", lambda r, a, e: -surrogate(r, a, e)),
+            M("the sign is that of a loss; this term is maximized", lambda r, a, e: -surrogate(r, a, e)),
         ),
     ),
     Exercise(

@@ -1,4 +1,4 @@
-"""`quest data`: lists the built-in corpora or the forms of rows, or summarises a data source."""
+"""`quest data`: lists the built-in corpora or the forms of rows, or summarizes a data source."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CorpusList:
         result = [f"{part.name:<20}{len(part.documents):>6,} documents {part.nbytes:>12,} bytes" for part in self.parts]
         return [
             *result,
-            f"from Python {self.parts[0].python} (PSF licence); another version of Python gives another text",
+            f"from Python {self.parts[0].python} (PSF license); another version of Python gives another text",
             "combine parts (builtin:topics,docstrings), or give a file or folder of your own: quest data SOURCE",
         ]
 
@@ -114,7 +114,7 @@ class ImageSummary:
 
 
 def summarize_images(source: str, columns: Mapping[str, str] | None = None) -> ImageSummary:
-    """List a folder of labelled images as `quest train vit` does, and open every image: a broken one is an error."""
+    """List a folder of labeled images as `quest train vit` does, and open every image: a broken one is an error."""
     report, options = DropReport(), LabelOptions(columns=columns or {})
     learned, held_out = find_sides(Path(source))
     images = list_labeled_folder(learned, report, options)

@@ -53,9 +53,9 @@ class FamilyDiff:
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def lines(self, *, colour: bool = False) -> list[str]:
-        """The comparison as lines. colour: with terminal colours (all of the text is our own source)."""
-        return [colorize(style, text) if colour else text for style, text in self.style_lines()]
+    def lines(self, *, color: bool = False) -> list[str]:
+        """The comparison as lines. color: with terminal colors (all of the text is our own source)."""
+        return [colorize(style, text) if color else text for style, text in self.style_lines()]
 
     def style_lines(self) -> Iterator[StyledLine]:
         """Yield (style, line); styles: heading, removed, added, same, faint."""

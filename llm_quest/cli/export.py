@@ -203,7 +203,7 @@ def advise_next_step(model: Any, folder: Path) -> str:
 
 
 def base_model_path(run: Path) -> str | None:
-    """The model that a run was initialised from, if any."""
+    """The model that a run was initialized from, if any."""
     home = run.resolve().parent.parent if run.resolve().parent.name == "checkpoints" else run
     config = home / "config.yaml"
     model = read_yaml_file(config).tree.get("model") if config.is_file() else None

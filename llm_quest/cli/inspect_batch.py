@@ -74,23 +74,23 @@ class BatchView:
             "documents": documents,
         }
 
-    def lines(self, colour: bool = False) -> list[str]:
+    def lines(self, color: bool = False) -> list[str]:
         learned = sum(sum(piece.learned) for piece in self.pieces)
         result = [
             f"step {self.step}: {self.rows} rows of {self.length} tokens, {self.padding} of them padding; "
-            f"{learned} {self.verb}, {'in green' if colour else 'between [[ and ]]'}"
+            f"{learned} {self.verb}, {'in green' if color else 'between [[ and ]]'}"
         ]
         for piece in self.pieces:
             where = f"{piece.positions[0]}..{piece.positions[-1]}"
             result.append(
                 f"row {piece.row}{self.kinds[piece.row]}, document {piece.document}, positions {where}: "
-                + self.highlight(piece, colour)
+                + self.highlight(piece, color)
             )
         return result
 
-    def highlight(self, piece: DocumentTokens, colour: bool) -> str:
+    def highlight(self, piece: DocumentTokens, color: bool) -> str:
         """The text of a piece with learned tokens marked and line ends as a sign."""
-        before, after = (GREEN, RESET) if colour else ("[[", "]]")
+        before, after = (GREEN, RESET) if color else ("[[", "]]")
         highlighted, at = "", 0
         for mine, run in groupby(piece.learned):
             end = at + len(list(run))

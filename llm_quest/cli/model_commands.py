@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llm_quest.cli.options import JsonOption, ModelArgument, OfflineOption, ThreadsOption
-from llm_quest.cli.output import print_coloured_result, print_result
+from llm_quest.cli.output import print_colored_result, print_result
 from llm_quest.machine.hardware import set_environment
 
 
@@ -34,7 +34,7 @@ def diff(a: Annotated[str, typer.Argument(help="A family or preset.")], b: str, 
     """Compare two families: what is new, layers, numbers, code."""
     from llm_quest.cli.diff import diff_families
 
-    print_coloured_result(diff_families(a, b), json)
+    print_colored_result(diff_families(a, b), json)
 
 
 def inspect(

@@ -52,7 +52,7 @@ LogitBiasOption = Annotated[
     list[str] | None, typer.Option(metavar="ID=BIAS", help="Added to the logit of a token id; may be repeated.")
 ]
 BeamsOption = Annotated[int, typer.Option(min=1, help="Above 1: beam search with so many beams.")]
-LengthPenaltyOption = Annotated[float, typer.Option(help="With --beams: above 0 favours longer texts.")]
+LengthPenaltyOption = Annotated[float, typer.Option(help="With --beams: above 0 favors longer texts.")]
 ChatOption = Annotated[bool, typer.Option("--chat", help="The prompt is a message in the folder's chat template.")]
 TemplateKwargsOption = Annotated[
     str | None,
@@ -108,7 +108,7 @@ EvalChatOption = Annotated[
 ]
 EvalSystemOption = Annotated[str | None, typer.Option(help="With --task --chat, --harness: a system message.")]
 EvalRefineOption = Annotated[
-    int | None, typer.Option(min=1, help="With --task: rounds in which the model criticises and revises its answer.")
+    int | None, typer.Option(min=1, help="With --task: rounds in which the model criticizes and revises its answer.")
 ]
 EvalRefinePromptsOption = Annotated[
     str | None, typer.Option(metavar="FILE", help="With --refine: YAML with feedback, refine, stop.")

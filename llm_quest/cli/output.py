@@ -41,7 +41,7 @@ from llm_quest.errors import (
     wrap_line,
 )
 from llm_quest.files import atomic_write_text
-from llm_quest.progress import Heartbeat, is_terminal, wants_colour, write_line
+from llm_quest.progress import Heartbeat, is_terminal, wants_color, write_line
 
 UNSAFE_CHARACTERS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 and C1 but for tab and newline
@@ -143,21 +143,21 @@ def print_result(report: Printable, as_json: bool) -> None:
         print_lines(report.lines())
 
 
-class ColourPrintable(Protocol):
-    """A result of our own text, which can have colours."""
+class ColorPrintable(Protocol):
+    """A result of our own text, which can have colors."""
 
-    def lines(self, *, colour: bool = False) -> list[str]: ...
+    def lines(self, *, color: bool = False) -> list[str]: ...
 
     def as_json(self) -> Any: ...
 
 
-def print_coloured_result(report: ColourPrintable, as_json: bool) -> None:
-    """Print a result on stdout, with colours where that is a terminal. Its text is clean already: the colours are
+def print_colored_result(report: ColorPrintable, as_json: bool) -> None:
+    """Print a result on stdout, with colors where that is a terminal. Its text is clean already: the colors are
     escape sequences, which `print_lines` would remove."""
-    if as_json or not wants_colour(sys.stdout):
+    if as_json or not wants_color(sys.stdout):
         print_result(report, as_json)
     else:
-        print("\n".join(report.lines(colour=True)))
+        print("\n".join(report.lines(color=True)))
 
 
 def print_lines(lines: Iterable[str]) -> None:

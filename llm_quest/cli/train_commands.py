@@ -18,7 +18,7 @@ from llm_quest.cli.options import (
     ThreadsOption,
 )
 from llm_quest.cli.output import (
-    print_coloured_result,
+    print_colored_result,
     print_json,
     print_lines,
     print_result,
@@ -165,7 +165,7 @@ def inspect_batch(
     from llm_quest.cli.inspect_batch import load_batch_view
 
     shown = load_batch_view(recipe, pairs or [], step=step, rows=rows, log=status_printer(quiet))
-    print_coloured_result(shown, json)
+    print_colored_result(shown, json)
 
 
 def report(
@@ -199,7 +199,7 @@ def data(
     separator: Annotated[str | None, typer.Option(help="The separator between documents in a text file.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Summarise a data source: documents, bytes, and what was dropped and why."""
+    """Summarize a data source: documents, bytes, and what was dropped and why."""
     from llm_quest.cli.data import RowFormList, list_builtin_corpora, load_source, parse_columns, summarize_rows
 
     if columns is not None and (recipe is None or source is None):

@@ -79,7 +79,7 @@ def corrupt_answer(head: str, text: str, other: str) -> str:
 
 
 def builtin_labeled_texts() -> Iterator[Record]:
-    """Pieces of text, labelled with the kind of text they are from."""
+    """Pieces of text, labeled with the kind of text they are from."""
     for label, documents in BUILTIN_CORPORA.items():
         texts = (piece for document in documents() for piece in split_pieces(document.text))
         chosen = sorted(

@@ -5,7 +5,7 @@
     builtin:source      the standard library's source, one document per module, about 12 MB
     builtin             topics and docstrings
 
-All of it is under the PSF licence. Another Python has another text: a corpus carries its Python version and its
+All of it is under the PSF license. Another Python has another text: a corpus carries its Python version and its
 sha256, and results are compared only within one hash. Tests are left out (some builds lack them), as are files written
 at build time. A model that memorizes half a megabyte is not a language model: report the size with every result.
 """

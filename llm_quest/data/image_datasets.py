@@ -1,4 +1,4 @@
-"""Labelled images: their sources, the held-out split, and the rows of training with their augmentation.
+"""Labeled images: their sources, the held-out split, and the rows of training with their augmentation.
 
 Sources: scikit-learn's digits (1,797 real handwritten ones, 8 x 8), a folder with a sub-folder per class or a
 table of labels (`image_folder.py`), CIFAR-10 as files on disk. What is held out is chosen by the hash of the pixels,
@@ -32,7 +32,7 @@ CIFAR10_RECORD_BYTES = 1 + 3 * 32 * 32
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """Labelled images: pixels (N,C,H,W) uint8; labels (N,), indices into names; multi-label: (N,names) of 0 and 1."""
+    """Labeled images: pixels (N,C,H,W) uint8; labels (N,), indices into names; multi-label: (N,names) of 0 and 1."""
 
     pixels: np.ndarray
     labels: np.ndarray
@@ -184,7 +184,7 @@ class ImageAugmentation:
 
 
 class AugmentedImages:
-    """A `RowSource` of labelled images: every image once an epoch, each with an augmentation of its own."""
+    """A `RowSource` of labeled images: every image once an epoch, each with an augmentation of its own."""
 
     def __init__(
         self, dataset: ImageDataset, image_processor: ImageProcessor, augmentation: ImageAugmentation | None = None

@@ -1,4 +1,4 @@
-"""Labelled images of a folder with a sub-folder for each class: which files count, and what is said of the rest.
+"""Labeled images of a folder with a sub-folder for each class: which files count, and what is said of the rest.
 
 cat/1.png  cat/outside/2.jfif  cat/photo    images of `cat`, also in deeper folders; a file counts by its suffix,
                                             or by what it holds (as in `quest classify`)

@@ -287,7 +287,7 @@ class ImageTextRows:
     first, where there is one: it says everything, and captions are hardly learned among questions.
 
     Commonly got wrong: of several turns in a row the later ones can be copied from the earlier ("how many red circles"
-    gives the colour of the circles away), and the model learns to read, not to see."""
+    gives the color of the circles away), and the model learns to read, not to see."""
 
     def __init__(
         self,

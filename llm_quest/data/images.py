@@ -71,7 +71,7 @@ class ImageProcessor:
     """Preprocesses images for a model: converted to its channels, padded, resized, cropped; then
     out = (pixel x rescale_factor - mean) / std.
 
-    size: of what comes out, a side or (height, width). mean, std: one number per channel (1: grey, 3: red, green,
+    size: of what comes out, a side or (height, width). mean, std: one number per channel (1: gray, 3: red, green,
     blue). crop: keep the aspect ratio, resize the shorter side and crop the center (CLIP); otherwise the image is
     squeezed into the square (ViT). resize_size: what is resized to before the crop, where that is not `size`; an
     integer is the shorter side, (height, width) the exact shape, a PixelBudget one that follows from the image (`size`
@@ -174,7 +174,7 @@ def convert_mode(image: Image.Image, mode: str, *, alpha_on_white: bool) -> Imag
 
 
 def scale_to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey images of 16 bits, whole numbers or floats, in mode L: white stays white.
+    """Gray images of 16 bits, whole numbers or floats, in mode L: white stays white.
 
     Differs: transformers leaves this to Pillow, whose `convert` clips at 255, so that a 16-bit photo comes out white.
     Floats are 0..1 or 0..255, as `transformers.image_transforms.to_pil_image` takes them."""
@@ -184,7 +184,7 @@ def scale_to_8_bits(image: Image.Image) -> Image.Image:
     low, high = float(pixels.min()), float(pixels.max())
     if not np.isfinite(pixels).all() or low < 0 or high > (MAX_PIXEL_VALUE if image.mode == "F" else MAX_16_BIT):
         raise DataError(
-            f"an image of mode {image.mode} with values from {low:g} to {high:g}: grey of 0..65535, or floats of 0..1 "
+            f"an image of mode {image.mode} with values from {low:g} to {high:g}: gray of 0..65535, or floats of 0..1 "
             "or 0..255, were expected; convert it to 8 bits first"
         )
     if image.mode == "F":

@@ -4,7 +4,7 @@ learned.
     tokens      Q Q Q a a e  Q Q a a a  .       Q question, a answer, e its end; the last id of each is no input
     targets     . . a a e .  . a a a e  .       what is to be written is learned, the question is only read
     positions   0 1 2 3 4 5  0 1 2 3 4 -1       each conversation from zero
-    segments    0 0 0 0 0 0  1 1 1 1 1  0       and none sees its neighbours
+    segments    0 0 0 0 0 0  1 1 1 1 1  0       and none sees its neighbors
 
 Commonly got wrong: a conversation cut by the row's end gets an answer without a question, or an end that was never
 said. Here none is cut: those longer than a row are dropped and counted.

@@ -8,7 +8,7 @@
 
 Commonly got wrong: (1) a document cut by a row's end gets an end-of-text target that is not in the text, and the model
 learns to stop in mid-sentence; here its last target is the true next token. (2) A target across a boundary asks for
-the next document's first word; here a document's last target is its end. (3) Documents see their neighbours in the
+the next document's first word; here a document's last target is its end. (3) Documents see their neighbors in the
 row: `segments`.
 
 Held-out rows (`HeldOutLoader`): every token at most once, documents alone, bytes counted, so that bits per byte are

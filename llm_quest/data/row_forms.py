@@ -93,7 +93,7 @@ def parse_steps(row: Row, where: str) -> StepParts:
 
 
 STEP_EXAMPLE = {"prompt": "2+2*2?", "completions": ["2*2=4", "2+4=7"], "labels": [True, False]}
-STEP_FORMS = (RowForm("labelled steps (TRL's stepwise supervision)", tuple(STEP_EXAMPLE), parse_steps, STEP_EXAMPLE),)
+STEP_FORMS = (RowForm("labeled steps (TRL's stepwise supervision)", tuple(STEP_EXAMPLE), parse_steps, STEP_EXAMPLE),)
 
 LABELED_TEXT_FORMS = (
     RowForm("text and label", ("text", "label"), lambda row, where: row, {"text": "Good.", "label": "positive"}),

@@ -2,7 +2,7 @@
 converts them.
 
 The file is a protocol buffer (github.com/google/sentencepiece, src/sentencepiece_model.proto): pieces with a score and
-a type, and how the model was trained. BPE: of all neighbouring pieces whose concatenation is a piece, the one with the
+a type, and how the model was trained. BPE: of all neighboring pieces whose concatenation is a piece, the one with the
 highest score is merged first; so every way of cutting a piece into two is a merge, in the order of scores. Unigram
 (Kudo 2018, arXiv:1804.10959): the scores are log-probabilities.
 
@@ -104,7 +104,7 @@ def convert_llama(file: Path, *, prepend: bool) -> Converted:
     model = read_sentencepiece(file)
     if model.charsmap:
         raise DataError(
-            f"{file} normalises text by a character map, which its class does not read: load it with transformers' "
+            f"{file} normalizes text by a character map, which its class does not read: load it with transformers' "
             "AutoTokenizer and save_pretrained it, which writes a tokenizer.json"
         )
     backend = tokenizers.Tokenizer(build_model(model))

@@ -1,6 +1,6 @@
 """The held-out split: by whole documents, with near-copies of a document on its side.
 
-Commonly got wrong: cutting the token stream in two, so that a document, or its twin with another licence header, lies
+Commonly got wrong: cutting the token stream in two, so that a document, or its twin with another license header, lies
 on both sides and the held-out loss measures memory.
 """
 
@@ -22,7 +22,7 @@ from llm_quest.errors import DataError, UsageError
 
 SHINGLE_WORDS = 8  # words that must agree in a row
 NEAR_COPY_OVERLAP = 0.5  # near-copies: this part of the shorter document's runs also stands in the other
-COMMON_TEXT_DOCUMENTS = 50  # a run of words in more documents is common text: a header, a licence, instructions
+COMMON_TEXT_DOCUMENTS = 50  # a run of words in more documents is common text: a header, a license, instructions
 MIN_OWN_PART = 0.25  # documents with at least this part of runs of their own are compared without the common text
 WORDS_AT_ONCE = 1 << 16
 MIN_SHARE, MAX_EXCESS = 0.5, 1.25  # how far the bytes held out may be from what was asked for
@@ -162,7 +162,7 @@ def _iter_run_hashes(text: str) -> Iterator[np.ndarray]:
 
 
 def _run_hashes(words: np.ndarray) -> np.ndarray:
-    """A hash of every SHINGLE_WORDS neighbours of `words`, by position."""
+    """A hash of every SHINGLE_WORDS neighbors of `words`, by position."""
     runs = np.zeros(len(words) - SHINGLE_WORDS + 1, dtype=np.uint64)
     for k in range(SHINGLE_WORDS):
         runs = runs * np.uint64(0x9E3779B97F4A7C15) + words[k : k + len(runs)]  # modulo 2^64
@@ -196,7 +196,7 @@ def _is_in(hashes: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 def _pairs(numbers: list[int]) -> Iterator[tuple[int, int]]:
-    """All pairs; only neighbours where a phrase is in many documents (all pairs of a licence header are too many)."""
+    """All pairs; only neighbors where a phrase is in many documents (all pairs of a license header are too many)."""
     return combinations(numbers, 2) if len(numbers) <= 50 else pairwise(numbers)
 
 

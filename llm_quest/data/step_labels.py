@@ -31,7 +31,7 @@ Encode = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True)
-class LabelledSteps:
+class LabeledSteps:
     """prompt: the question. steps, labels: of one solution, labels from 0 to 1. where: file:line. weight: how
     often it is seen in an epoch."""
 
@@ -80,10 +80,10 @@ class StepBatch:
         return replace(self, **moved, token_count=self.num_tokens)
 
 
-def read_labelled_steps(records: Iterable[Record], drop_report: DropReport) -> list[LabelledSteps]:
+def read_labeled_steps(records: Iterable[Record], drop_report: DropReport) -> list[LabeledSteps]:
     """The rows that can be learned from; the report counts what was dropped."""
     kept = []
-    for found in parse_rows(records, parse_labelled_steps, drop_report):
+    for found in parse_rows(records, parse_labeled_steps, drop_report):
         size = sum(len(step.encode()) for step in found.steps)
         if found.steps:
             drop_report.keep(size)
@@ -93,15 +93,15 @@ def read_labelled_steps(records: Iterable[Record], drop_report: DropReport) -> l
     return kept
 
 
-def parse_labelled_steps(record: Record) -> LabelledSteps:
+def parse_labeled_steps(record: Record) -> LabeledSteps:
     """Parse one row. RowError with file and line where it is not in the format."""
     row, where = TrackedRow.wrap(record.row), record.where
     parts = select_form(STEP_FORMS, row, where).parse(row, where)
-    return LabelledSteps(parts.question, parts.steps, parts.labels, where, record.weight)
+    return LabeledSteps(parts.question, parts.steps, parts.labels, where, record.weight)
 
 
 def tokenize_steps(
-    rows: Sequence[LabelledSteps], start: Sequence[int], encode: Encode, separator: str, max_length: int,
+    rows: Sequence[LabeledSteps], start: Sequence[int], encode: Encode, separator: str, max_length: int,
     drop_report: DropReport,
 ) -> list[TokenizedSteps]:  # fmt: skip
     """Rows of at most `max_length` tokens. start: ids before every prompt. Prompt and steps are encoded one by one, so
@@ -124,7 +124,7 @@ def tokenize_steps(
 
 
 class StepDataset:
-    """A `RowSource` of labelled steps, those of like length together."""
+    """A `RowSource` of labeled steps, those of like length together."""
 
     def __init__(self, rows: Sequence[TokenizedSteps]):
         self.rows = rows

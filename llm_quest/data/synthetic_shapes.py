@@ -1,13 +1,13 @@
 """Synthetic scenes of shapes with captions and questions whose answers are known, so that vision can be scored exactly.
 
-A scene shows two groups, each so many of one colour and shape, one beside or above the other, never both at once:
+A scene shows two groups, each so many of one color and shape, one beside or above the other, never both at once:
 
       two red circles left of one blue square           how many circles? two
                                                         what colour are the squares? blue
                                                         where are the blue things? right
 
-A question names a group by its colour, by its shape or by both, as the scene's key decides, and always so that one
-group is meant. Commonly got wrong: where every question names the colour, 92 of 100 are answered by looking for it
+A question names a group by its color, by its shape or by both, as the scene's key decides, and always so that one
+group is meant. Commonly got wrong: where every question names the color, 92 of 100 are answered by looking for it
 alone, and a small model hardly ever learns to look for a shape.
 
 Scene i of a seed is a pure function of (seed, i). What is held out is *combinations* (both groups and their relation),
@@ -44,7 +44,7 @@ SCENE_STATISTICS = {"mean": tuple(part / 255 for part in BACKGROUND_COLOR), "std
 
 @dataclass(frozen=True)
 class ShapeGroup:
-    """A number of shapes of one colour and kind."""
+    """A number of shapes of one color and kind."""
 
     count: int
     color: str
@@ -68,7 +68,7 @@ class ShapeGroup:
 
 @dataclass(frozen=True)
 class QuestionAnswer:
-    """A question and its only right answer. kind: caption, count, colour or relation."""
+    """A question and its only right answer. kind: caption, count, color or relation."""
 
     kind: str
     question: str
@@ -96,7 +96,7 @@ class Scene:
 
     @property
     def question_answers(self) -> list[QuestionAnswer]:
-        """The caption and every question that has one answer. The colour is asked by the shape alone, so only where
+        """The caption and every question that has one answer. The color is asked by the shape alone, so only where
         the shapes differ."""
         groups = (self.first, self.second)
         asked = [QuestionAnswer("caption", "describe:", self.caption)]
@@ -105,7 +105,7 @@ class Scene:
             for group in groups
         ]
         if self.first.shape != self.second.shape:
-            asked += [QuestionAnswer("colour", f"what colour are the {group.plural}?", group.color) for group in groups]
+            asked += [QuestionAnswer("color", f"what colour are the {group.plural}?", group.color) for group in groups]
         sides = zip(groups, RELATIONS[self.relation], strict=True)
         return asked + [
             QuestionAnswer("relation", f"where are the {self.name_of(group)}?", side) for group, side in sides
@@ -170,16 +170,16 @@ def sample_shape_positions(random: np.random.Generator, number: int, half: int, 
 
 def draw_shape(brush: ImageDraw.ImageDraw, group: ShapeGroup, x: float, y: float, r: float) -> None:
     """One shape of about radius r around (x, y)."""
-    colour = COLORS[group.color]
+    color = COLORS[group.color]
     if group.shape == "circle":
-        brush.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+        brush.ellipse((x - r, y - r, x + r, y + r), fill=color)
     elif group.shape == "square":
-        brush.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), fill=colour)
+        brush.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), fill=color)
     elif group.shape == "triangle":
-        brush.polygon(((x, y - r), (x - r, y + 0.85 * r), (x + r, y + 0.85 * r)), fill=colour)
+        brush.polygon(((x, y - r), (x - r, y + 0.85 * r), (x + r, y + 0.85 * r)), fill=color)
     else:
-        brush.rectangle((x - r, y - 0.33 * r, x + r, y + 0.33 * r), fill=colour)
-        brush.rectangle((x - 0.33 * r, y - r, x + 0.33 * r, y + r), fill=colour)
+        brush.rectangle((x - r, y - 0.33 * r, x + r, y + 0.33 * r), fill=color)
+        brush.rectangle((x - 0.33 * r, y - r, x + 0.33 * r, y + r), fill=color)
 
 
 def generate_scene(seed: int, index: int) -> Scene:

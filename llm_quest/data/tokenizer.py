@@ -1,7 +1,7 @@
 """Tokenizer: text to ids and back, over the `tokenizers` package; byte-level BPE is trained in `vocabulary.py`.
 
 Byte-level BPE (Radford et al. 2019, section 2.2): text is cut into words by a pattern, each word into its UTF-8 bytes,
-and the most frequent neighbouring pair is merged, again and again. All 256 bytes are in the vocabulary, so every text
+and the most frequent neighboring pair is merged, again and again. All 256 bytes are in the vocabulary, so every text
 can be written and comes back to the byte.
 
 Commonly got wrong: a user who types `<|endoftext|>` must not end the document. Here text is only text unless

@@ -60,7 +60,7 @@ class UnpairedBatch:
 
 
 def read_unpaired(records: Iterable[Record], drop_report: DropReport) -> list[Preference]:
-    """The labelled answers that can be learned from; the report counts what was dropped."""
+    """The labeled answers that can be learned from; the report counts what was dropped."""
     kept = []
     for found in chain.from_iterable(parse_rows(records, parse_unpaired, drop_report)):
         size = sum(len(one) for one in found.answers)
@@ -73,7 +73,7 @@ def read_unpaired(records: Iterable[Record], drop_report: DropReport) -> list[Pr
 
 
 def parse_unpaired(record: Record) -> list[Preference]:
-    """The labelled answers of one row. RowError with file and line where there is none."""
+    """The labeled answers of one row. RowError with file and line where there is none."""
     row, where = TrackedRow.wrap(record.row), record.where
     if "chosen" in row and "rejected" in row:
         pair = parse_preference(record)

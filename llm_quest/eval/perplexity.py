@@ -158,7 +158,7 @@ def token_losses(model: Decoder, batch: TokenBatch) -> Tensor:
 
 
 def ratio_interval(bits: np.ndarray, nbytes: np.ndarray) -> tuple[float, float] | None:
-    """95 % confidence interval of sum(bits) / sum(bytes) over documents, by the linearised variance of a ratio,
+    """95 % confidence interval of sum(bits) / sum(bytes) over documents, by the linearized variance of a ratio,
     n/(n-1) sum (bits_i - R bytes_i)^2 / (sum bytes)^2 (Cochran 1977, section 6.4)."""
     n = len(bits)
     if n < 2:

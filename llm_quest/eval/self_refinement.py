@@ -1,4 +1,4 @@
-"""Self-refinement: the model criticises its own answer and answers again (Madaan et al. 2023,
+"""Self-refinement: the model criticizes its own answer and answers again (Madaan et al. 2023,
 arXiv:2303.17651, algorithm 1).
 
       y_0      = model(x)

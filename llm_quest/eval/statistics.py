@@ -29,9 +29,9 @@ def wilson_confidence_interval(num_correct: int, count: int, z: float = Z95) -> 
     if count < 1:
         raise UsageError("a share of nothing has no interval: evaluate at least one problem")
     share, square = num_correct / count, z * z
-    centre = (share + square / (2 * count)) / (1 + square / count)
+    center = (share + square / (2 * count)) / (1 + square / count)
     half = z * math.sqrt(share * (1 - share) / count + square / (4 * count * count)) / (1 + square / count)
-    return ConfidenceInterval(share, max(0.0, centre - half), min(1.0, centre + half), count)
+    return ConfidenceInterval(share, max(0.0, center - half), min(1.0, center + half), count)
 
 
 def pass_at_k(k: int, num_samples: int, num_correct: int) -> float:

@@ -37,15 +37,15 @@ def draw_law(result: Mapping[str, Any]) -> str:
     """Measured losses, the law and the prediction; one curve for each number of tokens per parameter."""
     law = ScalingLaw(**{key: value for key, value in result["law"].items() if key != "formula"})
     target, curves = result["target"], []
-    for colour, ratio in enumerate(sorted({rung["tokens_per_parameter"] for rung in result["rungs"]})):
+    for color, ratio in enumerate(sorted({rung["tokens_per_parameter"] for rung in result["rungs"]})):
         own = [rung for rung in result["rungs"] if rung["tokens_per_parameter"] == ratio]
         sizes = [math.log10(rung["multiplying"]) for rung in own for _ in rung["losses"]]
         losses = [loss for rung in own for loss in rung["losses"]]
-        curves.append(Curve(f"measured, {ratio:.3g} tokens each", sizes, losses, colour, show_points=True))
+        curves.append(Curve(f"measured, {ratio:.3g} tokens each", sizes, losses, color, show_points=True))
         begin, end = min(rung["multiplying"] for rung in own), target["multiplying"]
         along = [begin * (end / begin) ** (step / (CURVE_POINTS - 1)) for step in range(CURVE_POINTS)]
         fitted = [law.predict(n, ratio * n) for n in along]
-        curves.append(Curve(f"law, {ratio:.3g}", [math.log10(n) for n in along], fitted, colour + 2))
+        curves.append(Curve(f"law, {ratio:.3g}", [math.log10(n) for n in along], fitted, color + 2))
     found, at = result["prediction"], math.log10(target["multiplying"])
     interval = [found["low"], found["loss"], found["high"]]
     curves.append(Curve("predicted", [at] * 3, interval, 4, show_points=True))

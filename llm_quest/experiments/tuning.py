@@ -1,7 +1,7 @@
 """Equal tuning: every arm tries the same number of learning rates on the same seeds, which are never reported.
 
 The grid is wide (two octaves apart) and each rate is repeated; the rate that is used is the vertex of the parabola
-through the best point and its neighbours in log2(rate). While the best rate of any arm lies at the edge of its grid,
+through the best point and its neighbors in log2(rate). While the best rate of any arm lies at the edge of its grid,
 every arm gets one more: beyond its edge, or beside its best one."""
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RateSearch:
         return len(rates) > 1 and self.best in (rates[0], rates[-1])
 
     def next_rate(self) -> float:
-        """The rate to try next: beyond the edge, or between the best and the better of its neighbours."""
+        """The rate to try next: beyond the edge, or between the best and the better of its neighbors."""
         rates = sorted(self.losses)
         place = rates.index(self.best)
         if place == 0:
@@ -44,7 +44,7 @@ class RateSearch:
         return round_rate(math.sqrt(self.best * min(sides, key=lambda rate: self.losses[rate])))
 
     def choose(self) -> float:
-        """The vertex of the parabola, within the neighbours of the best rate."""
+        """The vertex of the parabola, within the neighbors of the best rate."""
         rates = sorted(self.losses)
         place = rates.index(self.best)
         around = rates[max(0, place - 1) : place + 2]

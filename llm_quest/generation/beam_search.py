@@ -9,7 +9,7 @@ the first num_beams of the others go on. A hypothesis of n tokens scores
 as in transformers, whose tokens these are. A text that reaches a stop has ended like one that reaches an eos. Compiled,
 a step reads num_beams places for every prompt, those that are left as padding.
 
-Commonly got wrong: a positive length_penalty favours *long* texts, for the sums are negative; only candidates of the
+Commonly got wrong: a positive length_penalty favors *long* texts, for the sums are negative; only candidates of the
 first num_beams ranks may finish, the others are there so that enough go on.
 """
 

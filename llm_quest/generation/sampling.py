@@ -1,13 +1,13 @@
 """From logits to a token: what is drawn from, how it is drawn, and how probable the draw was.
 
-The order is fixed, so that combinations mean one thing. Each step works on the renormalised distribution the one
+The order is fixed, so that combinations mean one thing. Each step works on the renormalized distribution the one
 before it left, and can only narrow it:
 
     logits -> logits processors -> temperature -> top-k -> top-p -> min-p -> softmax -> draw
 
 `logits_processor.py` has the processors, which read what a row has generated.
 
-Commonly got wrong: a nucleus measured on mass that top-k has already cut, but not renormalised, is too wide; min-p
+Commonly got wrong: a nucleus measured on mass that top-k has already cut, but not renormalized, is too wide; min-p
 that keeps "at least k" widens; and a policy-gradient ratio must be taken under *this* distribution, not under the
 full softmax."""
 
@@ -109,9 +109,9 @@ class SamplingParams:
         offsets: Float[Tensor, "B V"] | None = None,
     ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
         """One token per row and its log-probability. uniforms: one number in [0, 1) per row decides it, so that no
-        row's draw depends on its neighbours.
+        row's draw depends on its neighbors.
 
-        At temperature 0 the log-probability is that of the (penalised) softmax: the point mass would say 0 for every
+        At temperature 0 the log-probability is that of the (penalized) softmax: the point mass would say 0 for every
         token."""
         logits = self.apply_penalties(logits.float(), seen, offsets)
         if self.is_greedy:

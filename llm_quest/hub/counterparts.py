@@ -64,7 +64,7 @@ def random_gemma3_inputs(model: Any, seed: int) -> Inputs:
 
 
 def random_qwen3_5_inputs(model: Any, seed: int) -> Inputs:
-    """Random ids with image tokens for Qwen3.5: patches in blocks of neighbours, each twice in time, and their
+    """Random ids with image tokens for Qwen3.5: patches in blocks of neighbors, each twice in time, and their
     grids."""
     vision = model.config.vision_config
     side, merge, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size

@@ -11,7 +11,7 @@ A K type has superblocks of 256 numbers: groups of 16 or 32 with a whole-number 
       IQ4_NL | d | 16: nibbles |              x = d table[q]; MXFP4: | e | 16: nibbles |, x = 2^(e - 128) table[q]
 
 Commonly got wrong: the halves of a byte are 32 numbers apart in a K type (64 in Q6_K, 16 in the others), not
-neighbours; scales 4 to 7 of Q4_K have their upper two bits in the bytes of scales 0 to 3.
+neighbors; scales 4 to 7 of Q4_K have their upper two bits in the bytes of scales 0 to 3.
 
 (Definitions: ggml-quants.c of github.com/ggml-org/llama.cpp, equal bits in `gguf.quants`.)"""
 

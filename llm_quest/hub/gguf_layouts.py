@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from llm_quest.hub.gguf import GGUFFile, Value, float32, uint32
 
 NORM, NEOX = "norm", "neox"
-"""Which numbers of a head are rotated together: neighbours (2i, 2i+1), or halves (i, i + w/2)."""
+"""Which numbers of a head are rotated together: neighbors (2i, 2i+1), or halves (i, i + w/2)."""
 
 
 LISTED = -1

@@ -28,7 +28,7 @@ DEEPSEEK_WORDS = (
 class WordSplit(NamedTuple):
     """A pre-tokenizer of byte-level BPE, as llama.cpp knows it. patterns: applied one after the other. ignore_merges: a
     whole word of the vocabulary is taken as it is. add_bos: what llama.cpp assumes where a file does not say. nfc: the
-    published tokenizers normalise text by NFC first, which llama.cpp leaves out. cuts_marks: llama.cpp cuts words at
+    published tokenizers normalize text by NFC first, which llama.cpp leaves out. cuts_marks: llama.cpp cuts words at
     combining marks, which the pattern keeps together."""
 
     patterns: tuple[str, ...]

@@ -8,7 +8,7 @@
 Tokens have a type: normal 1, unknown 2, control 3, user-defined 4, unused 5, byte 6.
 
 Commonly got wrong: a repeated token ends llama.cpp's process; without bos and eos it takes token 11 of a gpt2
-vocabulary for both; a score decides which neighbours are merged first, so ranks of merges are written as negative
+vocabulary for both; a score decides which neighbors are merged first, so ranks of merges are written as negative
 scores.
 """
 
@@ -150,7 +150,7 @@ def refuse_other_normalizers(content: Mapping[str, Any]) -> None:
     others = [one["type"] for one in list_normalizers(content.get("normalizer")) if one["type"] != "NFC"]
     if others:
         raise UsageError(
-            f"this tokenizer normalises text by {', '.join(others)}, which llama.cpp does not: export a folder"
+            f"this tokenizer normalizes text by {', '.join(others)}, which llama.cpp does not: export a folder"
         )
 
 
@@ -200,7 +200,7 @@ def sentencepiece_keys(content: Mapping[str, Any], vocabulary: Vocabulary) -> tu
 
 
 def refuse_unmergeable(vocabulary: Vocabulary, pairs: Sequence[tuple[str, ...]], split: bool) -> None:
-    """Raise UsageError if SentencePiece, which merges any two neighbours that make a token, would make other merges."""
+    """Raise UsageError if SentencePiece, which merges any two neighbors that make a token, would make other merges."""
     merges = {(left, right): rank for rank, (left, right) in enumerate(pairs)}
     normal = {token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == NORMAL}
     for token in normal:

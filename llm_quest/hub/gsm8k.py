@@ -39,7 +39,7 @@ def train_validation_split(task: str) -> tuple[list[Problem], list[Problem]]:
 
 
 def gsm8k_from_hub(part: str) -> list[Problem]:
-    """A published file, from the local cache or downloaded (HF_HOME and HF_HUB_OFFLINE are honoured)."""
+    """A published file, from the local cache or downloaded (HF_HOME and HF_HUB_OFFLINE are honored)."""
     return read_gsm8k(download_dataset_file(FILES[part]))
 
 

@@ -197,14 +197,14 @@ def checkpoints_newest_first(run: Path) -> list[Path]:
 
 
 def download_snapshot(name: str, patterns: list[str], revision: str | None) -> Path:
-    """The hub's files in the local cache, downloaded where needed (HF_HOME and HF_HUB_OFFLINE are honoured)."""
+    """The hub's files in the local cache, downloaded where needed (HF_HOME and HF_HUB_OFFLINE are honored)."""
     from huggingface_hub import errors
 
     try:
         return fetch_snapshot(name, revision=revision, allow_patterns=patterns, ignore_patterns=OTHER_WEIGHTS)
     except errors.GatedRepoError:
         raise MissingError(
-            f"{name} is gated: accept its licence on its hub page, then log in by `hf auth login`"
+            f"{name} is gated: accept its license on its hub page, then log in by `hf auth login`"
         ) from None
     except errors.RevisionNotFoundError:
         raise DataError(f"the hub's {name} has no revision {revision!r}") from None

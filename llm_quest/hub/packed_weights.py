@@ -27,7 +27,7 @@ def join_packed(sources: Mapping[str, Any], quantization: Any) -> dict[str, Any]
     if not is_known:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise DataError(
-            f"config.json: the weights are quantised by {method or 'an unnamed method'}; plain floats, "
+            f"config.json: the weights are quantized by {method or 'an unnamed method'}; plain floats, "
             f"{', '.join(QUANTIZATIONS)} are read: take files in bfloat16, or have them written so first"
         )
     return QUANTIZATIONS[quantization["quant_method"]](sources, quantization)

@@ -1,7 +1,7 @@
 """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): query head h reads key/value head h // (H/G).
 
 Commonly got wrong: key and value heads are repeated (0, 0, 1, 1), not tiled (0, 1, 0, 1); queries and keys are
-normalised before the rotation; values are not rotated; one cached query sees all keys, where a causal mask from the
+normalized before the rotation; values are not rotated; one cached query sees all keys, where a causal mask from the
 upper left corner would show it the first alone."""
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class GroupedQueryAttention(nn.Module):
         says. The rows of a gate and of the values stay."""
         if not isinstance(self.q_norm, nn.Identity):
             raise ValueError(
-                "rescaling has no effect on this mixer: its queries are normalised after projection; "
+                "rescaling has no effect on this mixer: its queries are normalized after projection; "
                 "remove the technique or the q/k norm"
             )
         require_unwrapped(self.qkv)

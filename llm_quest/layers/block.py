@@ -31,7 +31,7 @@ class Residual:
 
 
 class Sublayer(nn.Module):
-    """residual(x, post_norm(dropout(layer(norm(x), scope)))). post_norm: Identity but for families that normalise each
+    """residual(x, post_norm(dropout(layer(norm(x), scope)))). post_norm: Identity but for families that normalize each
     layer's output too (Gemma)."""
 
     def __init__(
@@ -121,7 +121,7 @@ class SingleBlock(nn.Module):
 
 
 class ParallelLayers(nn.Module):
-    """mixer(x) + feed_forward(x), both from the same normalised x (GPT-J; Cohere's Command R).
+    """mixer(x) + feed_forward(x), both from the same normalized x (GPT-J; Cohere's Command R).
 
     mixer_norm, feed_forward_norm: norms of the two branches, where they have one each (GPT-NeoX); Identity elsewhere.
     """

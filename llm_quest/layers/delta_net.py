@@ -195,7 +195,7 @@ class GatedDeltaNet(nn.Module):
         return RecurrentStateCache(max_rewind)
 
     def rescale_logits_(self, gamma: Tensor, key_share: str = "query") -> None:
-        raise ValueError("Gated DeltaNet has no attention logits to rescale: its keys are normalised; leave it out")
+        raise ValueError("Gated DeltaNet has no attention logits to rescale: its keys are normalized; leave it out")
 
     def init_weights(self, generator: torch.Generator | None) -> None:
         """A_log = log U(0,16), so that heads decay at many rates; dt_bias 1."""

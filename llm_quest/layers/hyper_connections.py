@@ -73,7 +73,7 @@ class AverageStreams(nn.Module):
 
 
 class WeightedStreamSum(nn.Module):
-    """A learned sum of the streams: sum_k sigmoid(scale fn_k . u + base_k) h_k, u all streams normalised."""
+    """A learned sum of the streams: sum_k sigmoid(scale fn_k . u + base_k) h_k, u all streams normalized."""
 
     def __init__(self, dim: int, num_streams: int, eps: float = 1e-12):
         super().__init__()
@@ -142,7 +142,7 @@ class DynamicWeights(nn.Module):
 
 
 class ManifoldWeights(nn.Module):
-    """mHC: from all streams together, u normalised, three groups of numbers scale * fn u + base: in = sigmoid + eps,
+    """mHC: from all streams together, u normalized, three groups of numbers scale * fn u + base: in = sigmoid + eps,
     out = 2 sigmoid, across = `mix` of its numbers, doubly stochastic.
 
     Differs: eps is 1e-12 where DeepSeek's files have 1e-6, so that adding it changes no logit; in float32 that is safe.
@@ -192,7 +192,7 @@ class DoublyStochasticMap(Protocol):
 
 @dataclass(frozen=True)
 class SinkhornKnopp:
-    """n^2 numbers: softmax of each row, then rows and columns are normalised in turn; columns last, so that equal
+    """n^2 numbers: softmax of each row, then rows and columns are normalized in turn; columns last, so that equal
     streams stay equal up to rounding, while their mean is kept as well as the rows have converged."""
 
     iterations: int = 20

@@ -1,4 +1,4 @@
-"""Initialisation. A model is assembled without memory (meta device), gets memory, and is then filled from one
+"""Initialization. A model is assembled without memory (meta device), gets memory, and is then filled from one
 generator, so that a seed gives the same weights on any machine, whatever else has drawn random numbers.
 """
 
@@ -20,7 +20,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @runtime_checkable
 class HasInitWeights(Protocol):
-    """A layer with an initialisation of its own."""
+    """A layer with an initialization of its own."""
 
     def init_weights(self, generator: torch.Generator | None) -> None: ...
 
@@ -32,7 +32,7 @@ def materialize(
     allocate: Callable[..., Tensor] = torch.empty,
     preallocated: Mapping[str, Tensor] | None = None,
 ) -> Model:
-    """Give every parameter (uninitialised) memory, as `empty` does; tied parameters stay one, integers stay integers,
+    """Give every parameter (uninitialized) memory, as `empty` does; tied parameters stay one, integers stay integers,
     and what a layer keeps in float32 is at least that. preallocated: those (by name) that have memory already."""
     named, wide = dict(model.named_parameters()), float32_parameters(model)
     preallocated_by_id = {id(named[path]): tensor for path, tensor in (preallocated or {}).items()}
@@ -75,7 +75,7 @@ def parameter_dtype(parameter: nn.Parameter, dtype: torch.dtype, wide: frozenset
 
 def init_depth_scaled_(model: nn.Module, generator: torch.Generator | None = None) -> None:
     """GPT-2's rule: N(0, 0.02^2); matrices that write into the residual stream, the experts' too, divided by sqrt(2
-    layers), so that the sum of all branches keeps its size. Differs: transformers initialises Llama, Gemma, Mixtral,
+    layers), so that the sum of all branches keeps its size. Differs: transformers initializes Llama, Gemma, Mixtral,
     Qwen3 and DeepSeek with one std for all matrices; here every family has GPT-2's."""
     layers: Any = model.config.num_hidden_layers  # type: ignore[union-attr]
     init_normal_(model, std=0.02, out_std=0.02 / (2 * layers) ** 0.5, generator=generator)
@@ -121,5 +121,5 @@ def init_normal_(model: nn.Module, *, std: float, out_std: float, generator: tor
             nn.init.zeros_(module.weight)
         else:
             assert not list(module.parameters(recurse=False)), (
-                f"{path}: no initialisation known for {type(module).__name__}"
+                f"{path}: no initialization known for {type(module).__name__}"
             )

@@ -8,7 +8,7 @@ queries. `attend_absorbed` applies W_uk to the query and W_uv after the sum (q^T
 then runs over the c themselves, as if all heads shared one key/value head of width r + rope: cheaper for few queries
 and a long context.
 
-Commonly got wrong: the rotary key is not normalised; the norms' eps is 1e-6 whatever the config says; values are
+Commonly got wrong: the rotary key is not normalized; the norms' eps is 1e-6 whatever the config says; values are
 narrower than keys.
 """
 

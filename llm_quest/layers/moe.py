@@ -79,7 +79,7 @@ class BestGroups:
 
 
 class SoftmaxRouter(nn.Module):
-    """The router of Mixtral and Qwen3: softmax over all experts, the K largest, weights renormalised to sum 1 if
+    """The router of Mixtral and Qwen3: softmax over all experts, the K largest, weights renormalized to sum 1 if
     `norm_topk_prob`. aux_loss_coef: the coefficient of the load-balancing loss that its family is trained with, for
     recipes.
 
@@ -126,7 +126,7 @@ class SigmoidRouter(nn.Module):
     callback resets it. observe_routing: as of SoftmaxRouter.
 
     Commonly got wrong: groups that are not eligible get -inf, not 0 (biased scores may be negative); the weights are
-    the unbiased scores, renormalised, times `routed_scaling_factor`. The bias is float32 whatever the model's dtype,
+    the unbiased scores, renormalized, times `routed_scaling_factor`. The bias is float32 whatever the model's dtype,
     has no gradient, and changes only in a callback after the step."""
 
     def __init__(

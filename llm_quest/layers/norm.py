@@ -1,4 +1,4 @@
-"""Normalisation. Computed in float32 (float64 stays what it is) and returned in the dtype that came in."""
+"""Normalization. Computed in float32 (float64 stays what it is) and returned in the dtype that came in."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Clamp(nn.Module):
 
 
 class ZeroCenteredRMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * (1 + weight), the norm of Gemma and Qwen3-Next: the weight is centred at 0.
+    """y = x / sqrt(mean(x^2) + eps) * (1 + weight), the norm of Gemma and Qwen3-Next: the weight is centered at 0.
 
     Commonly got wrong: here the product with 1 + weight is taken in float32, *before* the cast back."""
 

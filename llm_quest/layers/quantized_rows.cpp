@@ -3,7 +3,7 @@
 //
 // Decoding reads every weight once, so the time is that of reading W and of widening it: codes become floats in
 // registers and are never written. For one row of x a tile has four rows of W, one from each quarter of W: a core reads
-// four runs in distant pages twice as fast as one (25.8 against 11.2 GB/s from pages of 4 KB), and four neighbouring rows
+// four runs in distant pages twice as fast as one (25.8 against 11.2 GB/s from pages of 4 KB), and four neighboring rows
 // half as fast. For four rows of x it has one row of W, and W is read in order.
 //
 // The sum of one (x row, W row) pair has the same order in every tile, so a row's result has the same bits whatever rows

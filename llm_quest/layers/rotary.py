@@ -3,7 +3,7 @@
 Pair i of a head, (x_i, x_{i+d/2}), is rotated by the angle position * f_i with f_i = theta^(-2i/d): the product of a
 rotated query and a rotated key then depends on the distance of their positions only.
 
-Commonly got wrong: Meta's and DeepSeek's own files rotate neighbours (2i, 2i+1); Hugging Face's weights were permuted
+Commonly got wrong: Meta's and DeepSeek's own files rotate neighbors (2i, 2i+1); Hugging Face's weights were permuted
 so that the half-split pairs used here give the same products. Angles are computed in float32: in bfloat16 they lose
 whole turns.
 """
@@ -206,7 +206,7 @@ def yarn_by_wavelength(
 class RotaryEmbedding:
     """Rotates the first `dim` numbers of each head (B,T,H,d); the rest is unchanged. One object may serve many layers.
 
-    interleaved: the pairs are neighbours (2i, 2i+1) in the weights' order (DeepSeek); the output is half-split, which
+    interleaved: the pairs are neighbors (2i, 2i+1) in the weights' order (DeepSeek); the output is half-split, which
     changes no product as long as queries and keys do the same."""
 
     dim: int

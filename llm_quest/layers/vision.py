@@ -138,7 +138,7 @@ class MLPProjector(nn.Module):
 
 class PooledProjector(nn.Module):
     """out(norm(pool(x))): the patches (B,N,D) of a square are averaged in squares until `num_tokens` are left, then
-    normalised and projected (Gemma 3, arXiv:2503.19786, section 2.1).
+    normalized and projected (Gemma 3, arXiv:2503.19786, section 2.1).
 
     Commonly got wrong: this norm scales by 1 + weight, as the language model's do, with the image encoder's eps."""
 
@@ -195,7 +195,7 @@ class PatchGridEmbedding(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """out(GELU(up(four neighbours, each normalised))): a vector for each square of merge_size x merge_size patches
+    """out(GELU(up(four neighbors, each normalized))): a vector for each square of merge_size x merge_size patches
     (Qwen2-VL, arXiv:2409.12191): (B,R,C,D) -> (B,R/2,C/2,W). GELU by erf."""
 
     def __init__(self, dim: int, out_dim: int, merge_size: int, eps: float = 1e-6):

@@ -16,7 +16,7 @@ bits a weight against 4.13), which is more exact. int4's scale and minimum are f
 is 0.70 of that of Q4_0 and 0.84 of Q4_1's smallest and largest number on normal weights.
 
 Commonly got wrong: int8 has one scale for each row, not one for the matrix, in which a single large row would take the
-others' precision; the low half of a byte is weight j and the high half weight j + 16, not neighbours.
+others' precision; the low half of a byte is weight j and the high half weight j + 16, not neighbors.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def _longest_range(gains: Mapping[int, float]) -> tuple[int, int] | None:
 
 
 def choose_weight_kernel(profile: MachineProfile, kind: str) -> Resolved[bool]:
-    """Whether products with quantised weights are faster than with float32 ones for one row, as in decoding."""
+    """Whether products with quantized weights are faster than with float32 ones for one row, as in decoding."""
     ratio = profile.ratio(f"weights/{kind}/1", "weights/float32/1")
     speed = f"are read at {ratio:.2g} times float32's rate" if ratio else "were not measured"
     return Resolved(ratio >= MIN_GAIN, f"{kind} weights {speed}")

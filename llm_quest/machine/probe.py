@@ -120,7 +120,7 @@ def _measure_few_rows(clock: Clock, generator: torch.Generator) -> Iterator[tupl
 
 
 def measure_weight_rates() -> dict[str, float]:
-    """The rates of quantised weights and of float32's on one row and on eight, on one thread by its own CPU time."""
+    """The rates of quantized weights and of float32's on one row and on eight, on one thread by its own CPU time."""
     threads, generator = torch.get_num_threads(), torch.Generator().manual_seed(0)
     torch.set_num_threads(1)
     try:

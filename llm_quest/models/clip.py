@@ -1,7 +1,7 @@
 """CLIP's image encoder (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
 arXiv:2103.00020); LLaVA reads images with it. What is new after ViT:
 
-- One more LayerNorm, between the embedding and the first block (published as `pre_layrnorm`, misspelt).
+- One more LayerNorm, between the embedding and the first block (published as `pre_layrnorm`, misspelled).
 - The patches' matrix has no bias.
 - The GELU is x sigmoid(1.702 x); LayerNorm's eps is 1e-5. (OpenCLIP's own models have the erf GELU.)
 - No classes: trained beside a text encoder, it ends in the class token's vector after the final norm, projected without

@@ -5,7 +5,7 @@ arXiv:2103.00020): an image encoder and a text encoder whose vectors of a matchi
   classes is a classifier that was never shown one of them (section 3.1, "zero-shot").
 - logit_scale is learned, as the logarithm of an inverse temperature.
 
-Commonly got wrong: the vectors before they are normalised; exp forgotten; the label alone as text, where the prompt "a
+Commonly got wrong: the vectors before they are normalized; exp forgotten; the label alone as text, where the prompt "a
 photo of a {label}." is worth several points of accuracy (section 3.1.4).
 """
 

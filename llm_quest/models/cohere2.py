@@ -1,9 +1,9 @@
 """Command R7B, Command A and Tiny Aya (Cohere2; Cohere 2025, arXiv:2504.00698). What is new after Llama:
 
-- Attention and feed-forward layer read the same normalised x and are added at once: x + attention(y) + mlp(y).
+- Attention and feed-forward layer read the same normalized x and are added at once: x + attention(y) + mlp(y).
 - LayerNorm without bias (the mean is subtracted) instead of RMSNorm.
 - Three layers of four have a window of 4096 and rotary positions; the fourth sees everything and has no positions at
-  all. The rotated pairs are neighbours.
+  all. The rotated pairs are neighbors.
 - Logits are multiplied by logit_scale; the output matrix is the embedding.
 
 Commonly got wrong: a layer has one norm; layers without a window are not rotated; pairs (2i, 2i+1) are, not halves.

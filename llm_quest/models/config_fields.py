@@ -188,7 +188,7 @@ def rope_field(
     absent: Callable[[Values], Mapping[str, Any]] = lambda values: {},
 ) -> Any:
     """Rotary positions of a head of `dim` numbers. theta: the base where config.json says none. partial: the rotated
-    part of a head where it says none. interleaved: the pairs are neighbours unless rope_interleave is false. extra:
+    part of a head where it says none. interleaved: the pairs are neighbors unless rope_interleave is false. extra:
     what else is written into rope_parameters. rope_scaling: the old spelling is written too. old_names: what the
     family calls rope_theta and partial_rotary_factor where they stand outside rope_parameters. absent: rope_parameters
     of a file that has none. original: original_max_position_embeddings where it does not stand outside them."""

@@ -7,7 +7,7 @@
   size, times 16. V2-Lite has neither groups nor factor.
 - YaRN to 163,840 positions with mscale 0.707: the temperature is on the whole score, as in V3.
 
-Commonly got wrong: the weights are not renormalised (`norm_topk_prob` false; with true DeepSeek's own code leaves the
+Commonly got wrong: the weights are not renormalized (`norm_topk_prob` false; with true DeepSeek's own code leaves the
 factor out, transformers does not look at it: it is refused here); n_group is null without groups.
 """
 

@@ -10,7 +10,7 @@ files name a model_type of their own, which is read, and written as deepseek_v3)
 - YaRN to 163,840 positions: its temperature is applied to the whole score instead of cos and sin.
 - Behind the model, modules that predict further tokens (MTP): a denser training signal, and a draft model for free.
 
-Commonly got wrong: rotation pairs are neighbours; the temperature squared multiplies the unrotated part too; the
+Commonly got wrong: rotation pairs are neighbors; the temperature squared multiplies the unrotated part too; the
 latents' norms have eps 1e-6 whatever the config says; groups that are dropped get -inf, not 0.
 """
 

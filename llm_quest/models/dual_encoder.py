@@ -89,9 +89,9 @@ class CLIPModel(nn.Module):
         return self.logit_scale.exp() * image_embeds @ text_embeds.mT
 
     def get_image_features(self, images: Float[Tensor, "M C H W"]) -> Float[Tensor, "M P"]:
-        """Images in the shared space, not normalised."""
+        """Images in the shared space, not normalized."""
         return self.image_encoder(images)
 
     def get_text_features(self, input_ids: Int[Tensor, "N T"], scope: Scope | None = None) -> Float[Tensor, "N P"]:
-        """Texts in the shared space, not normalised."""
+        """Texts in the shared space, not normalized."""
         return self.text_encoder(input_ids, scope)

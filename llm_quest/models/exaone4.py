@@ -1,6 +1,6 @@
 """EXAONE 4 (LG AI Research 2025, arXiv:2507.11407). What is new after Llama:
 
-- The norms stand behind the layers, before the sum, as in OLMo 2; queries and keys are normalised per head, as in
+- The norms stand behind the layers, before the sum, as in OLMo 2; queries and keys are normalized per head, as in
   Qwen3.
 - The 32B model: three layers of four see a window of 4096 and have rotary positions; the fourth sees everything and has
   none. The 1.2B model has neither windows nor layers without rotation.
@@ -59,7 +59,7 @@ class Config(llama.Config):
 
 
 def block(config: Config, layer_idx: int) -> Block:
-    """Llama's layers with the norms behind them, and normalised queries and keys."""
+    """Llama's layers with the norms behind them, and normalized queries and keys."""
     layer: Any = llama.block(config, layer_idx)
     attention = layer.mixer.layer
     attention.q_norm, attention.k_norm = (RMSNorm(config.head_dim, config.rms_norm_eps) for _ in range(2))

@@ -5,7 +5,7 @@
 - A norm before *and* after each layer; every norm scales by 1 + weight.
 - Embeddings enter the stream times sqrt(hidden_size); the output matrix, though tied, is not scaled.
 - GeGLU with the tanh approximation instead of SwiGLU; scores are scaled by a number of their own, not by head_dim.
-- Gemma 2 caps attention scores and logits with a soft tanh; Gemma 3 normalises queries and keys instead.
+- Gemma 2 caps attention scores and logits with a soft tanh; Gemma 3 normalizes queries and keys instead.
 - Windowed layers keep only their window in the cache.
 
 Commonly got wrong: the published `post_attention_layernorm` stands *behind* attention here, before the MLP in Llama;

@@ -2,7 +2,7 @@
 What is new after LLaVA:
 
 - The image encoder is SigLIP at 896 x 896: 4,096 patches after its final norm, which stays frozen in Gemma's training.
-- The patches are averaged in squares of 4 x 4 to 256 vectors, whatever the image, then normalised and projected by one
+- The patches are averaged in squares of 4 x 4 to 256 vectors, whatever the image, then normalized and projected by one
   matrix.
 - The tokens of one image attend to each other; everything else is causal. In a windowed layer the window acts as well.
 - In the text an image is a line of its own: <start_of_image>, 256 placeholders, <end_of_image>.

@@ -1,9 +1,9 @@
 """GLM-4 (GLM Team 2024, arXiv:2406.12793), as `glm` and, with two more norms, as `glm4`. What is new after Llama:
 
-- Rotary positions on the first half of each head, and the pairs are neighbours.
+- Rotary positions on the first half of each head, and the pairs are neighbors.
 - Biases on queries, keys and values in the 9B models; the output projection has none.
 - The files hold one matrix for gate and up.
-- GLM-4-0414 (`glm4`) normalises each layer's output too, before it is added.
+- GLM-4-0414 (`glm4`) normalizes each layer's output too, before it is added.
 
 Commonly got wrong: `post_attention_layernorm` is the norm before the MLP here, as in Llama, although Gemma 2 and OLMo 2
 use that name for the norm behind attention; a file without eps means 1.5625e-7.

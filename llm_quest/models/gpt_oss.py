@@ -68,7 +68,7 @@ def block(config: Config, layer_idx: int) -> Block:
 
 
 def mixture(config: Config) -> MixtureOfExperts:
-    """The router and its experts. The softmax over the chosen alone is that over all, renormalised."""
+    """The router and its experts. The softmax over the chosen alone is that over all, renormalized."""
     D, E, coef = config.hidden_size, config.num_local_experts, config.router_aux_loss_coef
     router = SoftmaxRouter(D, E, top_k=config.num_experts_per_tok, norm_topk_prob=True, aux_loss_coef=coef)
     router.bias = nn.Parameter(torch.zeros(E))

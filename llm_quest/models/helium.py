@@ -1,6 +1,6 @@
 """Helium 1 (Kyutai 2025, "Helium 1: a modular and multilingual LLM"). What is new after Llama:
 
-- The rotated pairs are neighbours: the files keep the order of the rows in which the model was trained.
+- The rotated pairs are neighbors: the files keep the order of the rows in which the model was trained.
 - eps 1e-8; base 100,000; every query head has its own key/value head.
 
 Commonly got wrong: rotating halves, which loads without a word and reads nonsense; `attention_bias` does not reach the

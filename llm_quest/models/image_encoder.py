@@ -39,7 +39,7 @@ class ImageEncoder(nn.Module):
     one that asks in the last block and that its MLP is run on. Every patch sees every patch; no cache.
 
     embed(images) -> (B,N+1,D), the class token first. positions(images) -> (axes,B,N), where the blocks rotate by them.
-    enter: before the blocks (CLIP normalises there). Images are as `data.images` prepares them: numbers with the
+    enter: before the blocks (CLIP normalizes there). Images are as `data.images` prepares them: numbers with the
     statistics this model was trained with."""
 
     def __init__(

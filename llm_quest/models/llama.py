@@ -9,7 +9,7 @@
 - The small models tie the output matrix to the embedding, the large ones do not.
 
 Commonly got wrong: the stretch factor is 32 in Llama 3.2 but 8 in 3.1; eps is 1e-5; Meta's own files rotate
-neighbouring pairs where these published ones rotate halves.
+neighboring pairs where these published ones rotate halves.
 """
 
 from __future__ import annotations

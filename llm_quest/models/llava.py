@@ -2,18 +2,18 @@
 shown images.
 
 - An image encoder reads the image; its patches (not the class token) are taken before the last block,
-  unnormalised.
+  unnormalized.
 - An adapter, one matrix or two with a GELU between, turns each patch into a vector of the language model's width.
 - Early fusion: in the text, one placeholder token stands for every patch. Their embeddings are replaced by those
   vectors, in reading order; from there on image and text are one sequence, with one row of positions, and the decoder
   is any decoder.
 - The cache knows nothing of images: they are read once, with the prompt.
 
-      tokens   <s>  <image> <image> <image> <image>  What  colour  ?          4 patches
+      tokens   <s>  <image> <image> <image> <image>  What  color  ?          4 patches
       vectors   e      v1      v2      v3      v4      e      e    e          positions 0 1 2 3 4 5 6 7
 
 Commonly got wrong: a position embedding for the text and none for the image, or positions in training that generation
-does not repeat (here both come from the same scope); the features of the last block, or normalised ones, where the
+does not repeat (here both come from the same scope); the features of the last block, or normalized ones, where the
 published model reads the last but one; more placeholders than patches, silently.
 """
 

@@ -1,7 +1,7 @@
 """Mixtral (Jiang et al. 2024, arXiv:2401.04088): the classic sparse mixture of experts. What is new after Llama:
 
 - Eight feed-forward layers instead of one; a router sends each token to two of them and weighs their outputs.
-- The weights are the softmax over all experts, renormalised over the chosen two.
+- The weights are the softmax over all experts, renormalized over the chosen two.
 - Heads untied from the embedding, base 1e6, no stretch of the positions.
 
 Commonly got wrong: the published w1 is the gate, w3 the up and w2 the down projection; the load-balancing loss

@@ -2,7 +2,7 @@
 
 - The norms stand *behind* the layers, before the sum: x + norm(layer(x)). No norm stands before a layer, and the
   embedding enters as it is.
-- Queries and keys are normalised before the rotation, over all heads together: the mean square runs over the whole
+- Queries and keys are normalized before the rotation, over all heads together: the mean square runs over the whole
   projection, and the weight has an entry for each of its rows.
 - Base 500,000, no stretch; eps 1e-6 in the released files. Weights, data and code are open.
 
@@ -46,7 +46,7 @@ class Config(llama.Config):
 
 
 def block(config: Config, layer_idx: int) -> Block:
-    """Llama's layers with the norms behind them, and normalised queries and keys."""
+    """Llama's layers with the norms behind them, and normalized queries and keys."""
     layer: Any = llama.block(config, layer_idx)
     attention, mlp = layer.mixer.layer, layer.feed_forward.layer
     widths = [heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)]

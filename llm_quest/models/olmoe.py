@@ -2,12 +2,12 @@
 
 - Every layer is sparse: 64 narrow experts, eight a token, no shared expert. The weights are the softmax over all
   experts and keep their size: they sum to less than 1.
-- Queries and keys are normalised over all heads together, before the rotation, as in OLMo 2; the other norms stand
+- Queries and keys are normalized over all heads together, before the rotation, as in OLMo 2; the other norms stand
   before the layers, as in Llama.
 - `clip_qkv`: queries, keys and values may be limited to [-c, c]. (No released model uses it.)
 
-Commonly got wrong: the limit acts on normalised queries and keys, before the rotation, and on the values too;
-`intermediate_size` is the width of one expert; renormalised weights (as in Mixtral) give other outputs.
+Commonly got wrong: the limit acts on normalized queries and keys, before the rotation, and on the values too;
+`intermediate_size` is the width of one expert; renormalized weights (as in Mixtral) give other outputs.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Config(llama.Config):
 
 
 def block(config: Config, layer_idx: int) -> Block:
-    """Llama's layer with normalised, perhaps limited queries and keys, and experts in the MLP's place."""
+    """Llama's layer with normalized, perhaps limited queries and keys, and experts in the MLP's place."""
     layer: Any = llama.block(config, layer_idx)
     attention = layer.mixer.layer
     limit = nn.Identity() if config.clip_qkv is None else Clamp(config.clip_qkv)

@@ -255,7 +255,7 @@ def block_parts(model: nn.Module) -> dict[tuple[str, str], list[tuple[str, int]]
 
 def require_equal_logits_scale(model: nn.Module, base: nn.Module) -> None:
     """UsageError unless attention logits are scaled alike: muP needs 1/head_dim where heads become wider, and a model
-    of its family has 1/sqrt(head_dim). With normalised queries and keys both agree."""
+    of its family has 1/sqrt(head_dim). With normalized queries and keys both agree."""
     normed = any(
         isinstance(one, GroupedQueryAttention) and has_gain(one.q_norm) and has_gain(one.k_norm)
         for one in model.modules()

@@ -1,9 +1,9 @@
 """Qwen3, dense and mixture of experts (Yang et al. 2025, arXiv:2505.09388). What is new after Llama:
 
-- Queries and keys are normalised per head (RMSNorm, one weight shared by all heads) before the rotation.
+- Queries and keys are normalized per head (RMSNorm, one weight shared by all heads) before the rotation.
 - head_dim is 128 whatever the model's width, so heads times head_dim may exceed the width of the stream.
 - Base 1e6, no stretch; eps 1e-6.
-- The large models are sparse: 128 experts, 8 a token, weights renormalised; no shared expert.
+- The large models are sparse: 128 experts, 8 a token, weights renormalized; no shared expert.
 
 Commonly got wrong: q/k norm stands *before* the rotation and has no bias; `norm_topk_prob` is true in the released
 models although the class's default is false; `sliding_window` is to be ignored while `use_sliding_window` is false.
@@ -88,7 +88,7 @@ class Config:
 
 
 def block(config: Config, layer_idx: int) -> Block:
-    """One layer: attention with normalised queries and keys, then SwiGLU or the experts."""
+    """One layer: attention with normalized queries and keys, then SwiGLU or the experts."""
     attention = GroupedQueryAttention(
         config.hidden_size,
         num_attention_heads=config.num_attention_heads,

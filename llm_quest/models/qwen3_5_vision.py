@@ -5,7 +5,7 @@
 - The learned positions of a 48 x 48 grid are interpolated to the image's; on top, queries and keys are rotated by row
   and column.
 - A patch is two frames of a film; a still image is the same frame twice.
-- No final norm: the merger normalises, joins 2 x 2 neighbours and projects them to the language model's width.
+- No final norm: the merger normalizes, joins 2 x 2 neighbors and projects them to the language model's width.
 
 Commonly got wrong: rows and columns of the rotation are those of patches, not of merged vectors; published patches come
 in blocks of 2 x 2, which is an order of the file format and nothing that the encoder computes.

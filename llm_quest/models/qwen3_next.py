@@ -2,7 +2,7 @@
 
 - Three of four layers have no attention but a Gated DeltaNet: a memory of fixed size instead of a growing cache.
 - The fourth is attention with an output gate, made beside the query, and rotates only the first quarter of each head.
-- Block and q/k norms scale by 1 + weight (the weight centred at zero); the norm inside the DeltaNet does not.
+- Block and q/k norms scale by 1 + weight (the weight centered at zero); the norm inside the DeltaNet does not.
 - 512 experts of width 512, ten a token, and a shared one that each token opens by a gate (Qwen3.5: dense or sparse).
 
 Commonly got wrong: query and gate are interleaved per head, not halves of the projection; the rotation's exponents

@@ -3,7 +3,7 @@
 - LayerNorm with bias instead of RMSNorm.
 - Rotary positions on the first quarter of each head.
 - The 1.6B model has biases on queries, keys and values.
-- The 12B model is parallel, x + attention(y) + mlp(y) with y = norm(x), and normalises queries and keys with a weight
+- The 12B model is parallel, x + attention(y) + mlp(y) with y = norm(x), and normalizes queries and keys with a weight
   of their own for every head.
 
 Commonly got wrong: the parallel model has one norm, and its files no `post_attention_layernorm`; the quarter holds for

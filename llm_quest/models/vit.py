@@ -8,7 +8,7 @@ GPT-2:
   here. (Google's own code, in which these models were trained, has the tanh form and 1e-6.)
 
 Commonly got wrong: the statistics. These models were trained on images scaled to -1..1 (mean and deviation 0.5 in every
-channel), not normalised by ImageNet's; the wrong ones cost accuracy and raise nothing.
+channel), not normalized by ImageNet's; the wrong ones cost accuracy and raise nothing.
 """
 
 from __future__ import annotations

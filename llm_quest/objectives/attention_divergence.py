@@ -6,7 +6,7 @@ answers better than their group is kept; attention of worse answers is changed:
 p_t excludes the token itself and is normalized to 1. JSD is the Jensen-Shannon divergence, 0 to ln 2.
 
 Commonly got wrong: at p = p_old it has neither value nor gradient, so it acts from the second update of a batch on; the
-diagonal must go before the row is renormalised; fused kernels do not return attention weights (`AttentionTaps` computes
+diagonal must go before the row is renormalized; fused kernels do not return attention weights (`AttentionTaps` computes
 them in the tapped layer)."""
 
 from __future__ import annotations

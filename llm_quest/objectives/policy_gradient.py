@@ -40,7 +40,7 @@ TokenWeights = Callable[[Bool[Tensor, "B T"]], Float[Tensor, "B T"]]
 class ImportanceSamplingCorrection:
     """Where the trainer's old log-probabilities are not the sampler's, w = pi_old / pi_sampled weighs each token (TIS,
     MIS). mode: truncate w at `cap`, or mask what lies above it. level: token; sequence, the product over the sequence,
-    which grows with length; geometric, its length-normalised form."""
+    which grows with length; geometric, its length-normalized form."""
 
     cap: float = 2.0
     mode: str = "truncate"

@@ -38,7 +38,7 @@ def load_balancing_aux_loss_over_layers(routings: Sequence[RouterOutput]) -> Flo
 def sequence_balance_aux_loss(routings: Sequence[RouterOutput]) -> Float[Tensor, ""]:
     """DeepSeek-V3's complementary loss (arXiv:2412.19437, eq. 17-20), mean over sequences, summed over layers: within
     each sequence sum_e f_e P_e, f_e = E/(K T) times the tokens of whose scores e's is among the K largest, P_e the mean
-    of the scores normalised per token. At perfect balance each layer gives 1.
+    of the scores normalized per token. At perfect balance each layer gives 1.
 
     Commonly got wrong: eq. 18 counts the K largest *scores*, without the bias and without groups, and not the experts
     that were chosen. So the loss sees the imbalance that the bias hides."""

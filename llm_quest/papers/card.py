@@ -18,7 +18,7 @@ from llm_quest.files import atomic_write_json, atomic_write_text, damaged_file_e
 from llm_quest.papers.paper import Paper, judge
 from llm_quest.papers.reproduce import SizeResult, reproduce_command
 
-COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2")
+COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2")
 VERDICTS = Path(__file__).with_name("verdicts.json")
 """Name -> what the card in docs/papers says, which a wheel does not contain."""
 Z90 = 1.645
@@ -245,8 +245,8 @@ def draw_differences(card: PaperCard) -> str:
         series = [(f"{one['arm']}, {size}", one) for size, result in card.sizes.items() for one in result["verdicts"]]
         for number, (label, verdict) in enumerate(series):
             d = verdict["differences"]
-            colour = COLOURS[number % len(COLOURS)]
-            axes.plot(range(1, len(d) + 1), d, "o-", color=colour, markersize=4, linewidth=0.8, label=label)
+            color = COLORS[number % len(COLORS)]
+            axes.plot(range(1, len(d) + 1), d, "o-", color=color, markersize=4, linewidth=0.8, label=label)
         axes.set_xlabel("pair")
         axes.set_ylabel(f"{paper.metric}, arm - control")
         axes.legend(frameon=False)

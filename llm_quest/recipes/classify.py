@@ -54,7 +54,7 @@ from llm_quest.techniques.score_head import ScoreHead, find_score_head
 from llm_quest.train.rng_state import derive_seed
 
 
-class LabelledTextConfig(RowsConfig):
+class LabeledTextConfig(RowsConfig):
     """Texts with labels."""
 
     forms = LABELED_TEXT_FORMS
@@ -69,12 +69,12 @@ class LabelledTextConfig(RowsConfig):
 
 
 class ClassifyConfig(BatchedConfig):
-    """A model and labelled texts in, a classifier out."""
+    """A model and labeled texts in, a classifier out."""
 
     recipe: Literal["classify"]
     model: StartModelConfig
     tokenizer: FreshTokenizer = None
-    data: LabelledTextConfig = LabelledTextConfig()
+    data: LabeledTextConfig = LabeledTextConfig()
     sequence_length: int = Field(default=128, ge=1, description="tokens of a text that are read, at most")
     trainable: Literal["all", "last_block", "head"] = Field(
         default="all", description="what learns: everything, the last block with the last norm and the head, the head"
@@ -97,7 +97,7 @@ class ClassifyConfig(BatchedConfig):
 
 
 def build_classify(config: ClassifyConfig, context: Context) -> Job:
-    """Model, labelled texts, classification loss."""
+    """Model, labeled texts, classification loss."""
     parallel, log = context.parallel, context.log
     config, model, tokenizer = begin_finetuning(config, context, builtin_labeled_texts)
     tokenizer.model_max_length = config.sequence_length

@@ -132,7 +132,7 @@ class RunConfig(StrictModel):
         default=0, description="decides initial weights, data order, dropout and samples, each by a stream of its own"
     )
     max_steps: PositiveInt = Field(
-        default=1000, description="optimiser steps of the whole run; more of them make a finished run longer"
+        default=1000, description="optimizer steps of the whole run; more of them make a finished run longer"
     )
     optim: Annotated[str, Choice(OPTIMIZERS)] = Field(
         default="adamw", description="muon updates the hidden matrices and AdamW the rest, at one learning rate"
@@ -276,12 +276,12 @@ class RunConfig(StrictModel):
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of an optimiser step over all processes, which share them equally."""
+        """Rows of an optimizer step over all processes, which share them equally."""
         return 1
 
     @property
     def steps_per_batch(self) -> int:
-        """Optimiser steps that learn from the same rows."""
+        """Optimizer steps that learn from the same rows."""
         return 1
 
     @property
@@ -295,12 +295,12 @@ class RunConfig(StrictModel):
 
 
 class BatchedConfig(RunConfig):
-    """The batch of one optimiser step, over all processes; micro-batches change memory, not the result."""
+    """The batch of one optimizer step, over all processes; micro-batches change memory, not the result."""
 
     num_train_epochs: PositiveFloat | None = Field(
         default=None, description="passes over the data, in place of max_steps, which then follows from its rows"
     )
-    batch_size: PositiveInt = Field(default=32, description="rows in an optimiser step, over all processes")
+    batch_size: PositiveInt = Field(default=32, description="rows in an optimizer step, over all processes")
     micro_batch_size: PositiveInt | None = Field(
         default=None, description="rows at once on each process; null: as many as fit 8,192 tokens"
     )

@@ -83,7 +83,7 @@ class PairBatchedConfig(BatchedConfig):
 
     tokenizer: FreshTokenizer = None
 
-    batch_size: PositiveInt = Field(default=16, description="pairs in an optimiser step, over all processes")
+    batch_size: PositiveInt = Field(default=16, description="pairs in an optimizer step, over all processes")
     sequence_length: int = Field(default=256, ge=4, description="tokens of a prompt with an answer, at most")
 
     @property

@@ -1,6 +1,6 @@
 """`quest train iterative`: GRPO with a reward model that is trained on (DeepSeekMath, arXiv:2402.03300, algorithm 1).
 
-      reward model 0   from policy 0 and its samples, labelled by the verifier (or the environment)
+      reward model 0   from policy 0 and its samples, labeled by the verifier (or the environment)
       policy i         GRPO from policy i-1, its reference, with reward model i-1
       reward model i   trained on with comparisons of policy i's samples, a tenth of each batch from earlier iterations
 

@@ -1,4 +1,4 @@
-"""`quest train kto`: single answers labelled as desirable or not -> a model that gives desirable ones more probability
+"""`quest train kto`: single answers labeled as desirable or not -> a model that gives desirable ones more probability
 than it had, without pairs and without a reward model.
 
 Commonly got wrong: the reference point is the mean over all processes' rows, not over one process's own; held-out rows
@@ -62,13 +62,13 @@ EVAL_BATCH_SIZE = 16
 
 
 class UnpairedDataConfig(ConversationDataConfig):
-    """Answers that are labelled as desirable or not; a pair is one of each."""
+    """Answers that are labeled as desirable or not; a pair is one of each."""
 
     forms = (*RATED_FORMS, *PREFERENCE_FORMS)
 
 
 class KtoConfig(PairBatchedConfig):
-    """A model that answers and labelled answers in, a model that prefers the desirable ones out."""
+    """A model that answers and labeled answers in, a model that prefers the desirable ones out."""
 
     recipe: Literal["kto"]
     model: StartModelConfig
@@ -85,7 +85,7 @@ class KtoConfig(PairBatchedConfig):
 
 
 class KTOLoader:
-    """A `contracts.Loader` of labelled rows that carry the reference point z of their step: the policy reads the
+    """A `contracts.Loader` of labeled rows that carry the reference point z of their step: the policy reads the
     mismatched answers of all processes' rows before it learns from their own.
 
     policy_context: inside it the policy is whole and in the precision of the step. needs_kl: False where z is not read;
@@ -134,9 +134,9 @@ class UnpairedEvaluator:
     @torch.no_grad()
     def evaluate(self, model: Any, step: int) -> Mapping[str, float]:
         objective, device = self.make_objective(model), next(model.parameters()).device
-        labelled = [self.rows.collate(numbers) for numbers in length_grouped_indices(self.rows, EVAL_BATCH_SIZE)]
-        z = reference_point([gains_with_mismatch(model, labelled)]) if objective.loss.needs_kl else torch.zeros(())
-        batches = [own_rows(batch, z).to(device) for batch in labelled]
+        labeled = [self.rows.collate(numbers) for numbers in length_grouped_indices(self.rows, EVAL_BATCH_SIZE)]
+        z = reference_point([gains_with_mismatch(model, labeled)]) if objective.loss.needs_kl else torch.zeros(())
+        batches = [own_rows(batch, z).to(device) for batch in labeled]
         log_probs = [sequence_log_probs(model, rows) for rows in batches]
         gains = [log_p - rows.reference_log_probs for log_p, rows in zip(log_probs, batches, strict=True)]
         losses = [objective.loss_of(log_p, rows) for log_p, rows in zip(log_probs, batches, strict=True)]
@@ -159,7 +159,7 @@ def area_under_curve(rewards: Tensor, desirable: Tensor) -> float:
 
 
 def build_kto(config: KtoConfig, context: Context) -> Job:
-    """Model, labelled rows, reference, KTO loss."""
+    """Model, labeled rows, reference, KTO loss."""
     parallel, log, out = context.parallel, context.log, context.run_dir
     config, model, tokenizer = begin_finetuning(config, context, builtin_preferences)
     loss = config.build_loss()
@@ -194,7 +194,7 @@ def build_kto(config: KtoConfig, context: Context) -> Job:
 
 
 def prepare_unpaired(config: KtoConfig, tokenizer: Tokenizer, loss: UnpairedLoss, log: LogFn) -> PreferenceData:
-    """Prepare the labelled rows of a source with mismatched answers, and held-out ones."""
+    """Prepare the labeled rows of a source with mismatched answers, and held-out ones."""
     data, drop_report = config.data, DropReport()
     chat = open_chat_template(data, tokenizer)
     learned, held_out = load_split_rows(

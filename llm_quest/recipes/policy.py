@@ -85,7 +85,7 @@ class PolicyConfig(RunConfig):
     max_new_tokens: PositiveInt = Field(default=32, description="tokens of a completion, at most")
     temperature: float = Field(default=1.0, gt=0, description="of the samples; log-probabilities are taken at the same")
     num_iterations: PositiveInt = Field(default=1, description="passes over a rollout (mu)")
-    num_mini_batches: PositiveInt = Field(default=1, description="optimiser steps per pass")
+    num_mini_batches: PositiveInt = Field(default=1, description="optimizer steps per pass")
     dynamic_sampling_rounds: PositiveInt | None = Field(
         default=None,
         description="rounds of prompts until all groups have a spread (DAPO); null: 4 for dapo, else 1",

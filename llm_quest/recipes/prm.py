@@ -1,4 +1,4 @@
-"""`quest train prm`: solutions whose steps are labelled -> a process reward model, which scores the end of every
+"""`quest train prm`: solutions whose steps are labeled -> a process reward model, which scores the end of every
 step.
 
 Commonly got wrong: a step's label is at the separator that ends it, not before; separators in the question end no step;
@@ -16,7 +16,7 @@ from pydantic import Field
 from llm_quest.data.document import DropReport
 from llm_quest.data.loader import length_grouped_indices, repeat_by_weight
 from llm_quest.data.row_forms import STEP_FORMS
-from llm_quest.data.step_labels import StepDataset, TokenizedSteps, read_labelled_steps, tokenize_steps
+from llm_quest.data.step_labels import StepDataset, TokenizedSteps, read_labeled_steps, tokenize_steps
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.objectives.process_reward import ProcessRewardLoss
@@ -41,7 +41,7 @@ EVAL_BATCH_SIZE = 16
 
 
 class StepDataConfig(RowsConfig):
-    """Solutions with labelled steps."""
+    """Solutions with labeled steps."""
 
     forms = STEP_FORMS
     held_out: float = Field(
@@ -52,7 +52,7 @@ class StepDataConfig(RowsConfig):
 
 
 class PrmConfig(PairBatchedConfig):
-    """A model and solutions with labelled steps in, a model that scores steps out."""
+    """A model and solutions with labeled steps in, a model that scores steps out."""
 
     recipe: Literal["prm"]
     model: StartModelConfig
@@ -61,7 +61,7 @@ class PrmConfig(PairBatchedConfig):
 
 
 def build_prm(config: PrmConfig, context: Context) -> Job:
-    """Model, labelled steps, the loss at the end of each."""
+    """Model, labeled steps, the loss at the end of each."""
     parallel, log = context.parallel, context.log
     config, model, tokenizer = begin_finetuning(config, context, no_builtin_rows)
     train, held_out, drop_report = prepare_steps(config, tokenizer)
@@ -87,7 +87,7 @@ def build_prm(config: PrmConfig, context: Context) -> Job:
 
 
 def no_builtin_rows() -> Any:
-    raise UsageError("labelled steps are not built in: give data.source=FILE with prompt, completions and labels")
+    raise UsageError("labeled steps are not built in: give data.source=FILE with prompt, completions and labels")
 
 
 def plain_prompt_ids(tokenizer: Tokenizer) -> list[int]:
@@ -102,7 +102,7 @@ def prepare_steps(
     drop_report = DropReport()
     data = config.data
     learned, held_back = load_split_rows(
-        data, read_labelled_steps, drop_report, builtin=no_builtin_rows, limit=data.max_samples
+        data, read_labeled_steps, drop_report, builtin=no_builtin_rows, limit=data.max_samples
     )
     encode = partial(tokenizer.encode, add_special_tokens=False)
     train, held_out = (

@@ -82,7 +82,7 @@ class VitConfig(VisionConfig):
     recipe: Literal["vit"]
     data: ImageDataConfig = ImageDataConfig()
     model: VitModelConfig = VitModelConfig()
-    batch_size: PositiveInt = Field(default=128, description="images in an optimiser step, over all processes")
+    batch_size: PositiveInt = Field(default=128, description="images in an optimizer step, over all processes")
     problem_type: Literal["single_label_classification", "multi_label_classification"] | None = Field(
         default=None,
         description="one label of an image, or any number; null: as the table of labels has it (a list: any)",

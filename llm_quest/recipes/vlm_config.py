@@ -131,7 +131,7 @@ class VlmConfig(VisionConfig):
         min_length=1,
         description="the parts that learn; the others are frozen",
     )
-    batch_size: PositiveInt = Field(default=64, description="images in an optimiser step, over all processes")
+    batch_size: PositiveInt = Field(default=64, description="images in an optimizer step, over all processes")
     sequence_length: int = Field(default=256, ge=8, description="tokens in a row: an image's patches and its text")
     caption_first_steps: NonNegativeInt = Field(
         default=0, description="in so many first steps the caption comes first, where there is one"

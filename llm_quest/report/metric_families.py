@@ -38,7 +38,7 @@ LOSS_TERMS = (
 )  # fmt: skip
 FAMILIES = (
     Family("Held-out bits per byte", (("eval/bits_per_byte", "model"),), "bits"),
-    Family("Terms of the loss, and the sum that is optimised", (("loss", "sum"), *LOSS_TERMS)),
+    Family("Terms of the loss, and the sum that is optimized", (("loss", "sum"), *LOSS_TERMS)),
     Family(
         "Rewards of pairs",
         (

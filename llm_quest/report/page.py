@@ -103,18 +103,18 @@ def plot_loss(records: Sequence[RunRecord]) -> str:
 
 
 def family_curves(records: Sequence[RunRecord], family: Family) -> Iterator[Curve]:
-    """All lines of a single run, those that it has; of several runs the first line of each, in the run's colour."""
+    """All lines of a single run, those that it has; of several runs the first line of each, in the run's color."""
     for number, record in enumerate(records):
         found = [(metric, label) for metric, label in family.lines if metric in record.names]
         for place, (metric, label) in enumerate(found if len(records) == 1 else found[:1]):
             held_out = metric.startswith("eval/")
-            colour, name = (place, label) if len(records) == 1 else (number, record.name)
-            yield metric_curve(record, metric, colour, rough=not held_out, dots=held_out, name=name)
+            color, name = (place, label) if len(records) == 1 else (number, record.name)
+            yield metric_curve(record, metric, color, rough=not held_out, dots=held_out, name=name)
 
 
 def score_lines(records: Sequence[RunRecord]) -> Iterator[Curve]:
     """Curves of further held-out shares: all of a single run; of several runs the first of each, in the run's
-    colour."""
+    color."""
     for number, record in enumerate(records):
         scores = {name: one for name, one in record.scores.items() if not is_plotted(f"eval/{name}")}
         for place, (name, (steps, values)) in enumerate(scores.items()):

@@ -1,6 +1,6 @@
-"""Curves and bars as SVG with the colours and font of the HTML, in its light and its dark theme.
+"""Curves and bars as SVG with the colors and font of the HTML, in its light and its dark theme.
 
-matplotlib draws with stand-in colours; afterwards each stand-in becomes a variable of the page's style sheet. It is
+matplotlib draws with stand-in colors; afterwards each stand-in becomes a variable of the page's style sheet. It is
 imported when the first picture is drawn, and its settings are afterwards as they were.
 """
 
@@ -56,13 +56,13 @@ RC_PARAMS: dict[Any, Any] = {
 @dataclass(frozen=True)
 class Curve:
     """A named line over steps. values: NaN leaves a gap and a mark on the x axis; so does a step in `nonfinite_steps`.
-    smooth: drawn faint under its running mean. show_points: measured only now and then, so each point is shown. colour:
+    smooth: drawn faint under its running mean. show_points: measured only now and then, so each point is shown. color:
     a number, the same for one run on the whole page."""
 
     name: str
     steps: Sequence[float]
     values: Sequence[float]
-    colour: int = 0
+    color: int = 0
     smooth: bool = False
     show_points: bool = False
     nonfinite_steps: Sequence[float] = ()
@@ -109,14 +109,14 @@ def plot_curves(
 
 def draw_curve(axes: Axes, line: Curve) -> None:
     """Draw one line, and marks where it has no number."""
-    colour = SERIES[line.colour % len(SERIES)]
+    color = SERIES[line.color % len(SERIES)]
     steps, values = downsample(line.steps, line.values)
     rough = line.smooth and len(values) > 20
     if rough:
-        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.45)
+        axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.45)
     mark = "o" if line.show_points or len(values) == 1 else ""
     axes.plot(
-        steps, moving_average(values) if rough else values, color=colour, linewidth=1.8, marker=mark, label=line.name
+        steps, moving_average(values) if rough else values, color=color, linewidth=1.8, marker=mark, label=line.name
     )
     gaps = {step for step, value in zip(line.steps, line.values, strict=True) if not math.isfinite(value)} | {
         *line.nonfinite_steps
@@ -149,13 +149,13 @@ def set_y_limits(axes: Axes, lines: Sequence[Curve], level: tuple[str, float] | 
 
 
 def plot_bars(title: str, values: Mapping[str, float], *, ours: Sequence[str], unit: str) -> str:
-    """An SVG plot of horizontal bars, the shortest on top, `ours` in the accent colour, each with its number."""
+    """An SVG plot of horizontal bars, the shortest on top, `ours` in the accent color, each with its number."""
     if not values:
         return ""
     names = sorted(values, key=lambda name: values[name], reverse=True)
     with new_figure(title, 9.6, 0.6 + 0.34 * len(names)) as (figure, axes):
-        colours = [SERIES[ours.index(name) % len(SERIES)] if name in ours else FAINT for name in names]
-        axes.barh(range(len(names)), [values[name] for name in names], color=colours, height=0.68)
+        colors = [SERIES[ours.index(name) % len(SERIES)] if name in ours else FAINT for name in names]
+        axes.barh(range(len(names)), [values[name] for name in names], color=colors, height=0.68)
         for place, name in enumerate(names):
             weight = "bold" if name in ours else "normal"
             beside: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
@@ -181,7 +181,7 @@ def new_figure(title: str, width: float, height: float) -> Iterator[tuple[Figure
 
 
 def figure_to_svg(figure: Figure, title: str) -> str:
-    """The <svg> element alone, as wide as its container, in the HTML's colours and font, with a label for screen
+    """The <svg> element alone, as wide as its container, in the HTML's colors and font, with a label for screen
     readers."""
     written = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -212,7 +212,7 @@ def downsample(steps: Sequence[float], values: Sequence[float]) -> tuple[list[fl
 
 
 def moving_average(values: Sequence[float]) -> list[float]:
-    """The mean of a point and its neighbours on both sides (one part in WINDOWS of the line); at the ends, where they
+    """The mean of a point and its neighbors on both sides (one part in WINDOWS of the line); at the ends, where they
     are on one side, the value there of the straight line through them. So it neither lags behind nor ends in the last
     value's noise. NaN stays a gap and is left out."""
     reach = max(2, len(values) // (2 * SMOOTHING_WINDOWS))

@@ -61,7 +61,7 @@ class RunSummary:
 
 
 def summarize_run(record: RunRecord, number: int) -> RunSummary:
-    """Summarise one run."""
+    """Summarize one run."""
     status, good = run_status(record)
     drop_report = drop_report_of(record)
     found = record.env.get("warnings") or []
@@ -177,7 +177,7 @@ def key_figures(record: RunRecord) -> Iterator[KeyFigure]:
 
 
 def loss_figures(record: RunRecord) -> Iterator[KeyFigure]:
-    """The main loss, and where other terms are added to it, the sum that is optimised and each of them by its name."""
+    """The main loss, and where other terms are added to it, the sum that is optimized and each of them by its name."""
     main, unit = main_loss_metric(record), loss_unit(record)
     if (loss := record.last(main)) is None:
         return
@@ -186,7 +186,7 @@ def loss_figures(record: RunRecord) -> Iterator[KeyFigure]:
     yield KeyFigure(label, f"{loss:.3f}", f"held-out {held:.3f}, {unit}" if held is not None else unit)
     terms = [(name, value) for metric, name in LOSS_TERMS if (value := record.last(metric)) is not None]
     if terms and main != "loss":
-        yield KeyFigure("optimised sum", f"{record.last('loss'):.3f}", "the loss with the terms below")
+        yield KeyFigure("optimized sum", f"{record.last('loss'):.3f}", "the loss with the terms below")
     yield from (KeyFigure(f"term: {name}", f"{value:.4f}", "before its weight") for name, value in terms)
 
 

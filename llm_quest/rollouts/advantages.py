@@ -89,29 +89,29 @@ def gdpo_advantages(
     rewards: Float[Tensor, "R P G"], weights: Sequence[float], estimator: AdvantageEstimator
 ) -> Float[Tensor, "P G"]:
     """GDPO (arXiv:2601.05242): several rewards, each made an advantage by itself, so that a reward of small scale is
-    not drowned; their weighted sum; and its normalisation over the whole batch, (A - mean) / (std + eps), so that the
+    not drowned; their weighted sum; and its normalization over the whole batch, (A - mean) / (std + eps), so that the
     size of a step does not grow with the number of rewards. A sample that one reward could not score is in no statistic
     and gets 0. Differs: so does a group in which every reward is without spread, where the paper's form gives -mean of
     the batch, which is rounding."""
     parts = torch.stack([weight * estimator(reward) for weight, reward in zip(weights, rewards, strict=True)])
     unknown = rewards.isnan().any(dim=0)
     summed = parts.sum(dim=0).masked_fill(unknown, torch.nan)
-    normalised = (summed - summed.nanmean()) / (nan_std(summed.reshape(1, -1), dim=1) + ADVANTAGE_EPS)
+    normalized = (summed - summed.nanmean()) / (nan_std(summed.reshape(1, -1), dim=1) + ADVANTAGE_EPS)
     silent = unknown | ~parts.any(dim=2).any(dim=0)[:, None]
-    return normalised.masked_fill(silent, 0.0)
+    return normalized.masked_fill(silent, 0.0)
 
 
 def process_supervision_advantages(
     steps: Sequence[Sequence[tuple[int, float]]], lengths: Sequence[int], *, ddof: int = 0
 ) -> list[Float[Tensor, " T"]]:
-    """Process supervision (arXiv:2402.03300, section 4.1.3): per token, the sum of the normalised rewards of this step
+    """Process supervision (arXiv:2402.03300, section 4.1.3): per token, the sum of the normalized rewards of this step
     and the later ones. steps: of each output of one question, (index of the step's last token, its reward); NaN stays
     out. Tokens after the last step get 0, so let the last step end at the end-of-text token.
 
-        o_1, steps end at tokens 2, 5, 8, normalised -.5 .5 1.5     A_1 = 1.5 1.5 1.5 | 2 2 2 | 1.5 1.5 1.5 | 0
+        o_1, steps end at tokens 2, 5, 8, normalized -.5 .5 1.5     A_1 = 1.5 1.5 1.5 | 2 2 2 | 1.5 1.5 1.5 | 0
 
     ddof: the variance is divided by n - ddof; n by default, which the example above needs, while `group_std_advantages`
-    divides by n - 1. Sums of centred rewards depend on how many steps there are: watch the number of steps per
+    divides by n - 1. Sums of centered rewards depend on how many steps there are: watch the number of steps per
     answer."""
     pooled = torch.tensor([r for output in steps for _, r in output if r == r], dtype=torch.float64)
     flat = pooled.numel() <= ddof or pooled.max() - pooled.min() <= MIN_REWARD_SPREAD
@@ -160,8 +160,8 @@ class RewardPipeline:
     ranks the sample below those that were scored (with rewards of -1, above them).
 
     estimator: how rewards become advantages. per_reward_advantages: each reward is made an advantage by itself, then
-    they are added and normalised over the batch (GDPO). overlong_window, max_new_tokens: the last `overlong` tokens of
-    the budget are penalised more and more (DAPO's soft punishment); 0: not. filter_truncated: what the budget cut is
+    they are added and normalized over the batch (GDPO). overlong_window, max_new_tokens: the last `overlong` tokens of
+    the budget are penalized more and more (DAPO's soft punishment); 0: not. filter_truncated: what the budget cut is
     not learned from. step_rewards: process supervision in place of the outcome. keep_uniform_groups: groups without
     spread count in the loss's divisor, and a KL term acts on them, as in GRPO, Dr. GRPO and TRL; off: they leave the
     batch, and a step is the larger, the more of the groups are flat."""
@@ -261,7 +261,7 @@ class RewardPipeline:
 
 
 def fill_missing_rewards(rewards: Float[Tensor, "R P G"], weights: Sequence[float]) -> Float[Tensor, "R P G"]:
-    """A reward that is NaN at the mean of its group (0 where the whole group is NaN), which adds nothing to a centred
+    """A reward that is NaN at the mean of its group (0 where the whole group is NaN), which adds nothing to a centered
     advantage. A sample that no reward with a weight could score stays NaN."""
     known = ~rewards.isnan()
     means = torch.where(known, rewards, 0.0).sum(dim=2, keepdim=True) / known.sum(dim=2, keepdim=True).clamp(min=1)

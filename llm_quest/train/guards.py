@@ -73,7 +73,7 @@ def initial_loss_warning(loss: float, expected: float) -> str:
     empty."""
     if abs(loss - expected) <= 0.2 * abs(expected):
         return ""
-    return f"the first loss is {loss:.3f}, expected about {expected:.3f}: look at the initialisation and at the targets"
+    return f"the first loss is {loss:.3f}, expected about {expected:.3f}: look at the initialization and at the targets"
 
 
 def find_bad_parameter(model: nn.Module) -> str:

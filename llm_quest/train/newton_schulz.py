@@ -116,7 +116,7 @@ def default_form(device: torch.device) -> str:
 def orthogonalize(gradient: Tensor, rows: Sequence[int] | None = None, steps: int = 5, form: str = "") -> Tensor:
     """Orthogonalize a gradient (..., rows, columns): 0.2 sqrt(max(rows, columns)) times about U V^T, for each of the
     matrices that are stacked in it by these numbers of rows (None: one matrix). form: of `MUON_FORMS`; empty:
-    `default_form`. Neighbours of one size (keys and values, gate and up) are one batch."""
+    `default_form`. Neighbors of one size (keys and values, gate and up) are one batch."""
     one_form = MUON_FORMS[form or default_form(gradient.device)]
     runs = [(size, len(list(run))) for size, run in itertools.groupby(rows or gradient.shape[-2:-1])]
     done = []

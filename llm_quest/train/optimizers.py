@@ -7,7 +7,7 @@ equally):
 
 NS, five Newton-Schulz steps, turns U S V^T into about U V^T (`newton_schulz.py`). The
 factor 0.2 sqrt(max) gives the update the root mean square of an AdamW update, so both share one learning rate (Liu et
-al. 2025). Commonly got wrong: a fused projection is several matrices stacked by rows, and orthogonalising the stack
+al. 2025). Commonly got wrong: a fused projection is several matrices stacked by rows, and orthogonalizing the stack
 mixes them.
 
 A schedule is `step -> multiplier of the peak rate`: warm-up, then one of four shapes. Resuming needs nothing from it,

@@ -127,7 +127,7 @@ class TrainSession:
             return
         self.state.rng.seed()
         if bad := self.parallel.first_nonempty(find_bad_parameter(self.model)):
-            raise GuardStop(f"{bad} before the first step: look at the initialisation or at the loaded weights")
+            raise GuardStop(f"{bad} before the first step: look at the initialization or at the loaded weights")
         self.log_event("started", steps=self.args.max_steps)
 
     def forward_backward(self, signal_handler: SignalHandler) -> step.StepStats | None:

@@ -48,13 +48,13 @@ def test_the_code_is_set_line_against_line(found):
     assert list(found.code) == ["Config", "block", "assemble"]
 
 
-def test_colour_changes_nothing_but_colour(found):
-    plain, coloured = found.lines(), found.lines(colour=True)
-    stripped = [line.replace("\033[0m", "") for line in coloured]
+def test_color_changes_nothing_but_color(found):
+    plain, colored = found.lines(), found.lines(color=True)
+    stripped = [line.replace("\033[0m", "") for line in colored]
     for code in ("\033[1m", "\033[2m", "\033[31m", "\033[32m"):
         stripped = [line.replace(code, "") for line in stripped]
     assert stripped == plain
-    assert any(line.startswith("\033[32m+ ") for line in coloured)
+    assert any(line.startswith("\033[32m+ ") for line in colored)
 
 
 def test_old_and_new_code_can_be_read_back(found):
@@ -87,7 +87,7 @@ def test_a_preset_stands_for_itself_and_a_family_for_its_nearest_size():
     assert diff_families("gpt2", "gpt2-tiny").a == "gpt2"
 
 
-def test_every_pair_of_neighbouring_families_can_be_compared():
+def test_every_pair_of_neighboring_families_can_be_compared():
     """Layers and code of all, and the numbers, whose counting takes longest, of some: every preset's are printed by
     another test."""
     for a, b in pairwise(FAMILIES):

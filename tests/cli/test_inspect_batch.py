@@ -29,8 +29,8 @@ def test_answers_stand_between_brackets_or_in_green_and_no_escape_sequence_survi
     assert "2 rows of 64 tokens" in lines[0]
     assert all(line.count("[[") == 1 and line.endswith("<|im_end|>]]") for line in lines[1:])
     assert lines[1].startswith("row 0, document 0, positions 0..")
-    coloured = "\n".join(found.lines(colour=True)).replace(GREEN, "").replace(RESET, "")
-    assert "\x1b" not in coloured + "".join(lines)
+    colored = "\n".join(found.lines(color=True)).replace(GREEN, "").replace(RESET, "")
+    assert "\x1b" not in colored + "".join(lines)
 
 
 def test_json_tells_every_token_with_position_and_document(pairs: list[str]):

@@ -117,7 +117,7 @@ def test_flops_are_two_per_weight_and_four_per_pair_and_channel():
     assert scores == config.num_hidden_layers * 4 * 32 * config.num_attention_heads * config.head_dim
 
 
-def test_the_catalogue_holds_every_preset_and_is_json():
+def test_the_catalog_holds_every_preset_and_is_json():
     found = list_presets()
     names = [one.name for page in (*FAMILIES, *VISION_FAMILIES) for one in page.presets]
     assert [row["name"] for row in found.as_json()] == names

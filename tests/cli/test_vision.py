@@ -64,7 +64,7 @@ def test_a_run_that_looks_is_judged_on_what_it_held_out(vit: Path, vlm: Path):
     marks = evaluate_run(str(vit / "run"), log=quiet)
     assert marks.scores == json.loads((vit / "run" / "summary.json").read_text())["scores"]
     code, out, _ = run("eval", str(vlm / "run"), "--json")
-    assert (code, set(json.loads(out)["scores"])) == (0, {"caption", "colour", "count", "relation"})
+    assert (code, set(json.loads(out)["scores"])) == (0, {"caption", "color", "count", "relation"})
 
 
 def test_something_is_said_about_an_image(vlm: Path):

@@ -167,7 +167,7 @@ def test_the_library_gives_a_document_per_module_and_leaves_tests_out():
     ]
 
 
-def test_an_unknown_part_names_its_neighbour():
+def test_an_unknown_part_names_its_neighbor():
     with pytest.raises(
         UsageError, match="no part 'topic'; it has topics, docstrings, source; did you mean builtin:topics"
     ):

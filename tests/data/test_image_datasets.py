@@ -1,4 +1,4 @@
-"""Labelled images: the split is clean, a row of training is a function of its number, augmentation does what it
+"""Labeled images: the split is clean, a row of training is a function of its number, augmentation does what it
 says."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Folders of labelled images: which files count, and what is told of the others and of the two sides."""
+"""Folders of labeled images: which files count, and what is told of the others and of the two sides."""
 
 from __future__ import annotations
 

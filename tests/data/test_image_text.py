@@ -42,7 +42,7 @@ def test_a_row_is_image_question_answer_and_only_the_answer_and_its_end_are_lear
     tokens, targets = WRITER.encode_row(
         [
             QuestionAnswer("count", "how many red circles?", "two"),
-            QuestionAnswer("colour", "what colour are the squares?", "blue"),
+            QuestionAnswer("color", "what colour are the squares?", "blue"),
         ]
     )
     assert tokens[:5] == [TOKENIZER.start_token_id, IMAGE, IMAGE, IMAGE, IMAGE]

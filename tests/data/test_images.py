@@ -102,10 +102,10 @@ TURNED = {
     ],
     ids=["16 bits", "whole numbers to 65535", "whole numbers to 255", "floats to 255", "floats to 1"],
 )
-def test_grey_of_more_than_8_bits_keeps_its_range(tmp_path: Path, deep: np.ndarray):
+def test_gray_of_more_than_8_bits_keeps_its_range(tmp_path: Path, deep: np.ndarray):
     Image.fromarray(deep).save(tmp_path / "a.tiff")
-    grey = np.asarray(load_image(tmp_path / "a.tiff"))
-    assert (grey == np.arange(256, dtype=np.uint8).reshape(16, 16, 1)).all()
+    gray = np.asarray(load_image(tmp_path / "a.tiff"))
+    assert (gray == np.arange(256, dtype=np.uint8).reshape(16, 16, 1)).all()
 
 
 @pytest.mark.parametrize("values", [[-1.0, 0.5], [0.0, 300.0], [0.0, float("nan")]])

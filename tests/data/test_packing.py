@@ -113,7 +113,7 @@ def test_epochs_and_seeds_have_their_own_order_of_documents_and_rows():
     documents = [[3 + i] * 3 for i in range(40)]
     feed = loader_of(documents, batch_size=32, sequence_length=5)  # 160 inputs are 32 rows
     epochs = [feed.batches(step)[0].input_ids.tolist() for step in range(2)]
-    assert sorted(epochs[0]) != sorted(epochs[1])  # other neighbours, so other documents' order
+    assert sorted(epochs[0]) != sorted(epochs[1])  # other neighbors, so other documents' order
     assert loader_of(documents, batch_size=32, sequence_length=5, seed=1).batches(0)[0].input_ids.tolist() != epochs[0]
     alone = loader_of([list(range(3, 43))], batch_size=10, micro_batch_size=10)
     assert (

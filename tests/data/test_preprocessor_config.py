@@ -254,10 +254,10 @@ def test_the_first_file_of_google_vit_is_read():
 
 
 def test_a_16_bit_image_is_that_of_its_8_bits(tmp_path: Path):
-    grey = photo(40, 28, "L")
-    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "a.png")
+    gray = photo(40, 28, "L")
+    Image.fromarray(np.asarray(gray).astype(np.uint16) * 257).save(tmp_path / "a.png")
     buffer = io.BytesIO()
-    grey.save(buffer, "PNG")
+    gray.save(buffer, "PNG")
     theirs = reference("CLIPImageProcessor", {})
     ours = parse_preprocessor_config({}, "clip")(load_image(tmp_path / "a.png"))
     assert_equal(ours, pixels(theirs, Image.open(buffer)))

@@ -24,7 +24,7 @@ from llm_quest.data.prompt_rows import read_prompt_rows
 from llm_quest.data.records import iter_records
 from llm_quest.data.row_forms import ROW_FORMS
 from llm_quest.data.sources import DataSource, absolute_source, checked, load_rows
-from llm_quest.data.step_labels import read_labelled_steps
+from llm_quest.data.step_labels import read_labeled_steps
 from llm_quest.data.text_classification import read_labeled_texts
 from llm_quest.data.unpaired import read_unpaired
 from llm_quest.errors import DataError, MissingError, QuestError, UsageError
@@ -281,7 +281,7 @@ def test_a_value_of_any_type_in_a_row_of_code_is_read_or_refused(name: str):
     """A law over every form of row, at each of its places."""
     examples = [form.example for forms in ROW_FORMS.values() for form in forms]
     rows = [replace_at(one, path, ODD_VALUES[name]) for one in examples for path in leaf_paths(one) if path]
-    parsers = [read_conversations, read_preferences, read_prompt_rows, read_unpaired, read_labelled_steps]
+    parsers = [read_conversations, read_preferences, read_prompt_rows, read_unpaired, read_labeled_steps]
     for parse in (*parsers, read_labeled_texts):
         for row in rows:
             with contextlib.suppress(QuestError):

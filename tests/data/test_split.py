@@ -64,7 +64,7 @@ def test_a_large_family_stays_together():
 
 
 def test_near_copies_lie_on_one_side():
-    corpus = corpus_of(*(text for i in range(60) for text in (prose(i), "# another licence\n" + prose(i))))
+    corpus = corpus_of(*(text for i in range(60) for text in (prose(i), "# another license\n" + prose(i))))
     parts = split_corpus(corpus)
     held = {d.source for d in parts.val}
     assert held

@@ -31,9 +31,9 @@ def told(key: int, scene: Scene = SCENE) -> list[tuple[str, str]]:
 
 
 def test_a_scene_in_words():
-    """By colour and shape, by colour, by shape, as the key says."""
+    """By color and shape, by color, by shape, as the key says."""
     assert SCENE.caption == "two red circles left of one blue square"
-    both, colours, shapes = (told(key) for key in (0, 1, 2))
+    both, colors, shapes = (told(key) for key in (0, 1, 2))
     assert both == [
         ("describe:", "two red circles left of one blue square"),
         ("how many red circles?", "two"),
@@ -43,14 +43,14 @@ def test_a_scene_in_words():
         ("where are the red circles?", "left"),
         ("where are the blue squares?", "right"),
     ]
-    assert colours == [
+    assert colors == [
         (q.replace("red circles", "red things").replace("blue squares", "blue things"), a) for q, a in both
     ]
     assert shapes == [(q.replace("red circles", "circles").replace("blue squares", "squares"), a) for q, a in both]
 
 
 def test_a_name_that_fits_both_groups_is_never_used():
-    """Alike in colour they are told apart by shape, alike in shape by colour."""
+    """Alike in color they are told apart by shape, alike in shape by color."""
     alike = Scene(ShapeGroup(2, "red", "circle"), ShapeGroup(1, "red", "square"), "above")
     assert {told(key, alike)[1][0] for key in range(6)} == {"how many red circles?", "how many circles?"}
     alike = Scene(ShapeGroup(2, "red", "circle"), ShapeGroup(1, "blue", "circle"), "above")
@@ -91,12 +91,12 @@ def test_a_question_has_one_answer(index: int):
     questions = [turn.question for turn in split_scene(1, index).question_answers]
     assert len(set(questions)) == len(questions)
     one = split_scene(1, index)
-    assert any(turn.kind == "colour" for turn in one.question_answers) == (one.first.shape != one.second.shape)
+    assert any(turn.kind == "color" for turn in one.question_answers) == (one.first.shape != one.second.shape)
 
 
-def blobs(picture: np.ndarray, colour: tuple[int, int, int]) -> list[tuple[float, float]]:
-    """(down, across) of every connected patch of about this colour."""
-    near = np.abs(picture.astype(int) - np.array(colour)).sum(axis=2) < 60
+def blobs(picture: np.ndarray, color: tuple[int, int, int]) -> list[tuple[float, float]]:
+    """(down, across) of every connected patch of about this color."""
+    near = np.abs(picture.astype(int) - np.array(color)).sum(axis=2) < 60
     found = []
     while near.any():
         stack, members = [tuple(np.argwhere(near)[0])], []

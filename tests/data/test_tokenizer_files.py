@@ -131,7 +131,7 @@ def llama_pieces() -> list[tuple[str, float, int]]:
 
 
 def merge_by_score(text: str, pieces: list[tuple[str, float, int]]) -> list[int]:
-    """SentencePiece's BPE by its definition: the neighbours whose piece has the highest score are merged first."""
+    """SentencePiece's BPE by its definition: the neighbors whose piece has the highest score are merged first."""
     scores = {name: score for name, score, kind in pieces if kind == 1}
     ids, symbols = {name: number for number, (name, _, _) in enumerate(pieces)}, list(META + text.replace(" ", META))
     while True:

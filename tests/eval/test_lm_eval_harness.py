@@ -63,7 +63,7 @@ def written(harness: LmEvalModel) -> tuple[str, str]:
     return next((c, text) for c, text in zip(contexts, texts, strict=True) if len(text) > 2 and text[-1].isalpha())
 
 
-def test_greedy_is_recognised(harness: LmEvalModel) -> None:
+def test_greedy_is_recognized(harness: LmEvalModel) -> None:
     context, text = written(harness)
     other = text[:-1] + ("b" if text[-1] == "a" else "a")
     likely = harness.loglikelihood([asked("loglikelihood", context, one) for one in (text, other)])

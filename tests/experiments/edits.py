@@ -2,7 +2,7 @@
 
 words        a comment in a function                                        said, not run
 name         another name for a local variable                              said, not run
-order        two neighbouring statements that need nothing of each other    runs, and every pair is identical
+order        two neighboring statements that need nothing of each other    runs, and every pair is identical
 draws        other random numbers of the same distribution                  runs, and the pairs differ by chance"""
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def rename_local(package: Path, sources: list[Path], rng: random.Random) -> Edit
 
 
 def swap_statements(package: Path, sources: list[Path], rng: random.Random) -> Edit | None:
-    """Two neighbouring assignments to names; neither reads what the other writes, and at most one calls anything."""
+    """Two neighboring assignments to names; neither reads what the other writes, and at most one calls anything."""
     file, function, text = draw_function(sources, rng)
     if function is None:
         return None

@@ -159,7 +159,7 @@ def test_every_arm_gets_the_same_number_of_rates():
     edge, inside = search({1e-3: 3.0, 4e-3: 2.0, 16e-3: 1.0}), search({1e-3: 2.0, 4e-3: 1.0, 16e-3: 1.5})
     assert needs_extension({"edge": edge, "inside": inside}, 3)
     assert edge.next_rate() == 64e-3
-    assert inside.next_rate() == 8e-3, "between the best and the better of its neighbours"
+    assert inside.next_rate() == 8e-3, "between the best and the better of its neighbors"
     assert not needs_extension({"inside": inside}, 3)
     seven = search({x: x for x in np.geomspace(1e-4, 1e-2, 7).tolist()})
     assert not needs_extension({"seven": seven}, 3), "not for ever"

@@ -25,7 +25,7 @@ from llm_quest.data.prompt_rows import read_prompt_rows
 from llm_quest.data.records import iter_records
 from llm_quest.data.row_forms import ROW_FORMS
 from llm_quest.data.sentencepiece_model import read_sentencepiece
-from llm_quest.data.step_labels import read_labelled_steps
+from llm_quest.data.step_labels import read_labeled_steps
 from llm_quest.data.text_classification import read_labeled_texts
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.unpaired import read_unpaired
@@ -281,7 +281,7 @@ TARGETS: tuple[Target, ...] = (
         for name, parse in {
             "conversations": read_conversations, "preferences": read_preferences, "prompts": read_prompt_rows,
             "classes": read_labeled_texts, "single answers": read_unpaired,
-            "labelled steps": read_labelled_steps, "captions": read_caption_rows,
+            "labeled steps": read_labeled_steps, "captions": read_caption_rows,
         }.items()
     ),
     Target("config.json", inspect_config, family_configs),

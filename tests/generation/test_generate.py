@@ -69,7 +69,7 @@ def test_a_greedy_text_is_what_the_model_says_without_a_cache(model):
 CHOICES = [{"temperature": 0.0}, {"top_p": 0.9, "repetition_penalty": 1.2}, {"top_k": 9}]
 
 
-def test_a_row_writes_the_same_text_alone_and_among_neighbours(model, request):
+def test_a_row_writes_the_same_text_alone_and_among_neighbors(model, request):
     """One family greedily, the next in the next manner."""
     choice = CHOICES[TINY.index(request.node.callspec.params["model"]) % 3]
     together = generate(model, RAGGED, max_new_tokens=20, seed=3, **choice)
@@ -120,7 +120,7 @@ def test_log_probabilities_are_of_the_distribution_that_was_sampled(gpt2):
     assert (plain - torch.tensor(row.logprobs)).abs().max() > 0.1
 
 
-def test_a_row_ends_at_any_of_its_eos_tokens_and_its_neighbours_go_on(model):
+def test_a_row_ends_at_any_of_its_eos_tokens_and_its_neighbors_go_on(model):
     """B47: one row's eos is nobody else's."""
     free = tokens_of(generate(model, RAGGED[:3], max_new_tokens=20, temperature=0.0, eos_token_id=()))
     eos = [free[0][4], free[1][9]]

@@ -1,4 +1,4 @@
-"""What is drawn from, against a definition spelt out token by token in float64."""
+"""What is drawn from, against a definition spelled out token by token in float64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def normalized(weights: dict[int, float]) -> dict[int, float]:
 
 
 def by_hand(logits: list[float], sampling: SamplingParams) -> dict[int, float]:
-    """The distribution as the docstring tells it: every filter renormalises before the next one looks."""
+    """The distribution as the docstring tells it: every filter renormalizes before the next one looks."""
     top = max(logits)
     p = normalized({token: math.exp((x - top) / sampling.temperature) for token, x in enumerate(logits)})
     ranked = sorted(p, key=lambda token: -p[token])

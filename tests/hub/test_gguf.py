@@ -1,4 +1,4 @@
-"""GGUF files: the package `gguf` reads what we write, we read what it writes, and both quantise to the same bits."""
+"""GGUF files: the package `gguf` reads what we write, we read what it writes, and both quantize to the same bits."""
 
 from __future__ import annotations
 

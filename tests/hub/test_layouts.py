@@ -497,8 +497,8 @@ def test_block_scaled_fp8_is_decoded_exactly(tmp_path, name: str):
     shapes = [t.shape for t in stored.values() if t.dtype == torch.float8_e4m3fn]
     assert any(rows % 16 for rows, _ in shapes) or any(columns % 32 for _, columns in shapes)
     safetensors.torch.save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    quantised = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 32], "activation_scheme": "dynamic"}
-    edit_config(folder, lambda c: c.update(quantization_config=quantised, torch_dtype="bfloat16", dtype="bfloat16"))
+    quantized = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 32], "activation_scheme": "dynamic"}
+    edit_config(folder, lambda c: c.update(quantization_config=quantized, torch_dtype="bfloat16", dtype="bfloat16"))
     for dtype in (torch.float32, torch.bfloat16):
         save(load(folder, dtype=dtype), tmp_path / str(dtype))
         ours = safetensors.torch.load_file(tmp_path / str(dtype) / "model.safetensors")

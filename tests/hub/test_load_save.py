@@ -285,11 +285,11 @@ CONFIGS = {
     "uneven heads": ({"num_key_value_heads": 3}, "cannot share 3 key/value heads"),
     "odd head": ({"head_dim": 7}, "rotary width 7"),
     "unknown rope": ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "'spiral' is unknown"),
-    "quantised": (
+    "quantized": (
         {"quantization_config": {"quant_method": "gptq"}},
-        "quantised by gptq; plain floats, fp8, mxfp4 are read",
+        "quantized by gptq; plain floats, fp8, mxfp4 are read",
     ),
-    "quantised somehow": ({"quantization_config": {"bits": 4}}, "quantised by an unnamed method"),
+    "quantized somehow": ({"quantization_config": {"bits": 4}}, "quantized by an unnamed method"),
     "odd blocks": (
         {"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}},
         "weight_block_size is 128",

@@ -26,7 +26,7 @@ from llm_quest.data.preferences import read_preferences
 from llm_quest.data.prompt_rows import PromptRow, read_prompt_rows
 from llm_quest.data.records import Record, iter_records
 from llm_quest.data.row_forms import ROW_FORMS, describe_forms
-from llm_quest.data.step_labels import read_labelled_steps
+from llm_quest.data.step_labels import read_labeled_steps
 from llm_quest.data.template_messages import MessageWriter
 from llm_quest.data.text_classification import read_labeled_texts
 from llm_quest.data.unpaired import read_unpaired
@@ -37,7 +37,7 @@ READERS: dict[str, Reader] = {
     "sft": read_conversations,
     "reward, dpo": read_preferences,
     "kto": read_unpaired,
-    "prm": read_labelled_steps,
+    "prm": read_labeled_steps,
     "grpo": read_prompt_rows,
     "classify": read_labeled_texts,
     "vlm": read_caption_rows,

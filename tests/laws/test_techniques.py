@@ -57,7 +57,7 @@ EXAMPLES: dict[str, Any] = {
     "neftune": NEFTune(),
 }
 STRETCHED = "defined on the frequencies it was first trained with"
-NORMED = "its queries are normalised after projection"
+NORMED = "its queries are normalized after projection"
 REFUSED: dict[tuple[str, str], str] = {
     **{
         ("qk_clip", page): NORMED

@@ -219,7 +219,7 @@ def test_rescaling_multiplies_each_heads_logits_and_leaves_the_values(
     assert torch.equal(layer.qkv(x)[2], values)
 
 
-def test_rescaling_one_head_leaves_its_neighbours_bit_by_bit(generator: torch.Generator):
+def test_rescaling_one_head_leaves_its_neighbors_bit_by_bit(generator: torch.Generator):
     layer = mixer(6, 3)
     x = torch.randn(2, 5, 12, generator=generator, dtype=torch.float64)
     before = logits_of(layer, x)

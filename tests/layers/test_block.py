@@ -21,7 +21,7 @@ from tests.laws.subjects import attention, own, random_tokens, shared
 NAME = "single and parallel sublayers"
 
 
-def test_parallel_sublayers_read_the_same_normalised_input(generator: torch.Generator):
+def test_parallel_sublayers_read_the_same_normalized_input(generator: torch.Generator):
     norm, mixer, mlp = RMSNorm(32, 1e-5), attention(32, None), GatedMLP(32, 64, F.silu)
     x = torch.randn(2, 5, 32, generator=generator)
     scope = Scope.unpadded(x)

@@ -36,7 +36,7 @@ def test_building_leaves_the_global_random_state_alone(name: str):
 
 
 @every_page
-def test_nothing_is_left_uninitialised(name: str):
+def test_nothing_is_left_uninitialized(name: str):
     """Memory full of NaN before the first values; none after."""
     config = preset(name).config
     model = materialize(build_meta_model(config), "cpu", torch.float32)
@@ -81,7 +81,7 @@ def test_experts_write_into_the_stream_too():
 
 
 def test_a_layer_without_known_first_values_is_an_error_and_not_garbage():
-    with pytest.raises(AssertionError, match="no initialisation known for Conv1d"):
+    with pytest.raises(AssertionError, match="no initialization known for Conv1d"):
         init_normal_(nn.Sequential(nn.Conv1d(1, 1, 1)), std=0.02, out_std=0.02)
 
 

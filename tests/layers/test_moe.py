@@ -126,7 +126,7 @@ def test_a_routers_bias_chooses_and_weighs():
     torch.testing.assert_close(weights, torch.tensor([[0.75, 0.25]]))
 
 
-def test_a_row_does_not_depend_on_its_neighbours_in_the_batch():
+def test_a_row_does_not_depend_on_its_neighbors_in_the_batch():
     layer = filled(MixtureOfExperts(SoftmaxRouter(16, 8, top_k=2, norm_topk_prob=True), Experts(8, 16, 16, F.silu)))
     x = torch.randn(4, 9, 16, generator=seeded())
     together = layer(x, Scope.unpadded(x[..., 0]))

@@ -38,8 +38,8 @@ def test_eps_lies_inside_the_root_where_it_shows_on_small_inputs(eps: float, gen
     expected = x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
     torch.testing.assert_close(RMSNorm(32, eps).double()(x), expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(RMSNorm(32, eps)(x.float()).double(), expected, rtol=0, atol=1e-6)
-    centred = x - x.mean(-1, keepdim=True)
-    expected = centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+    centered = x - x.mean(-1, keepdim=True)
+    expected = centered / (centered.pow(2).mean(-1, keepdim=True) + eps).sqrt()
     torch.testing.assert_close(LayerNorm(32, eps).double()(x), expected, rtol=0, atol=1e-12)
 
 
@@ -80,7 +80,7 @@ def test_a_norm_across_heads_by_hand():
     torch.testing.assert_close(y[0, 0], torch.tensor([[1.2, 0.0], [0.0, 16.0]]))
 
 
-def test_each_head_is_normalised_alone_with_its_own_weight():
+def test_each_head_is_normalized_alone_with_its_own_weight():
     """Heads (1, 3) and (0, 4): means 2 and 2, deviations 1 and 2."""
     norm = PerHeadLayerNorm(2, 2, 0.0)
     with torch.no_grad():

@@ -69,7 +69,7 @@ def test_a_pair_by_hand():
     torch.testing.assert_close(at(RotaryEmbedding(2, 10000.0), torch.tensor([1.0, 0.0]), 3), expected)
 
 
-def test_pairs_are_halves_not_neighbours():
+def test_pairs_are_halves_not_neighbors():
     """d = 4, theta 16: frequencies 1 and 1/4; the pairs are (0, 2) and (1, 3)."""
     turned = at(RotaryEmbedding(4, 16.0), torch.tensor([1.0, 1.0, 0.0, 0.0]), 2)
     torch.testing.assert_close(turned, torch.tensor([math.cos(2), math.cos(0.5), math.sin(2), math.sin(0.5)]))
@@ -87,12 +87,12 @@ def test_half_split_equals_the_interleaved_form_of_a_reordered_vector(generator:
     torch.testing.assert_close(at(RotaryEmbedding(width, 10000.0), x, position)[order], interleaved)
 
 
-def test_interleaved_weights_turn_neighbours_and_give_the_same_products(generator: torch.Generator):
+def test_interleaved_weights_turn_neighbors_and_give_the_same_products(generator: torch.Generator):
     q, k = torch.randn(2, 8, generator=generator)
-    neighbours = RotaryEmbedding(8, 10000.0, interleaved=True)
+    neighbors = RotaryEmbedding(8, 10000.0, interleaved=True)
     order = [0, 2, 4, 6, 1, 3, 5, 7]
-    torch.testing.assert_close(at(neighbours, q, 9), at(RotaryEmbedding(8, 10000.0), q[order], 9))
-    torch.testing.assert_close(at(neighbours, q, 9) @ at(neighbours, k, 9), q @ k)
+    torch.testing.assert_close(at(neighbors, q, 9), at(RotaryEmbedding(8, 10000.0), q[order], 9))
+    torch.testing.assert_close(at(neighbors, q, 9) @ at(neighbors, k, 9), q @ k)
 
 
 def test_only_the_first_numbers_of_a_head_turn_when_the_rotary_width_is_smaller(generator: torch.Generator):
@@ -197,7 +197,7 @@ def test_longrope_needs_a_factor_for_every_pair():
 
 
 def test_interleaved_pairs_of_a_part_of_a_head_leave_the_rest_in_its_order():
-    """GLM-4: neighbours within the first half; the second half passes through as it is."""
+    """GLM-4: neighbors within the first half; the second half passes through as it is."""
     x = torch.arange(8.0).view(1, 1, 1, 8)
     turned = RotaryEmbedding(4, 10_000.0, interleaved=True)(x, Scope(torch.zeros(1, 1, dtype=torch.int64)))
     assert turned.flatten().tolist() == [0, 2, 1, 3, 4, 5, 6, 7]

@@ -131,7 +131,7 @@ def test_the_loop_in_cpp_is_taken_where_it_beats_both_other_forms():
     }
 
 
-def test_a_kernel_of_quantised_weights_that_is_slower_is_not_taken():
+def test_a_kernel_of_quantized_weights_that_is_slower_is_not_taken():
     assert choose_weight_kernel(machine("avx2"), "int8").value
     slow = choose_weight_kernel(machine("avx2", weights__int8__1=2.0), "int8")
     assert not slow.value

@@ -1,5 +1,5 @@
 """Every family beyond GPT-2 and Llama against transformers: the folder it saves, loaded by us, all tensors
-randomised."""
+randomized."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from llm_quest.data.document import DropReport
 from llm_quest.data.records import Record
-from llm_quest.data.step_labels import StepDataset, TokenizedSteps, parse_labelled_steps, tokenize_steps
+from llm_quest.data.step_labels import StepDataset, TokenizedSteps, parse_labeled_steps, tokenize_steps
 from llm_quest.errors import DataError, UsageError
 from llm_quest.objectives.process_reward import ProcessRewardLoss
 from llm_quest.objectives.readouts import READOUTS, read_rewards, score_tokens, step_ends, token_scores
@@ -103,7 +103,7 @@ def encode(text: str) -> list[int]:
 
 def test_rows_are_trls_and_labels_stand_at_the_separators_last_token():
     row = {"prompt": "2+2:", "completions": ["a", "bc"], "labels": [True, 0.5]}
-    steps = parse_labelled_steps(Record(row, "rows.jsonl:1"))
+    steps = parse_labeled_steps(Record(row, "rows.jsonl:1"))
     (found,) = tokenize_steps([steps], [1], encode, "\n\n", 32, DropReport())
     assert found.input_ids == (1, *encode("2+2:a\n\nbc\n\n"))
     assert (found.ends, found.labels) == ((7, 11), (1.0, 0.5))
@@ -127,6 +127,6 @@ def test_rows_are_trls_and_labels_stand_at_the_separators_last_token():
         ({"prompt": [1], "completions": ["b"], "labels": [True]}, "'prompt'"),
     ],
 )
-def test_rows_that_are_not_labelled_steps_are_refused(row, said):
+def test_rows_that_are_not_labeled_steps_are_refused(row, said):
     with pytest.raises(DataError, match=said):
-        parse_labelled_steps(Record(row, "rows.jsonl:1"))
+        parse_labeled_steps(Record(row, "rows.jsonl:1"))

@@ -57,9 +57,9 @@ def test_vector_rm_1_as_a_batch_with_centering():
     assert (loss.total / loss.count).item() == pytest.approx(0.643669, abs=1e-6)
     right, number = loss.metrics["rewards/accuracy"]
     assert (right / number).item() == 0.5
-    centred = RewardModelLoss(model, center_coefficient=0.01)(batch)
-    assert ((centred.total - loss.total) / loss.count).item() == pytest.approx(0.024050, abs=1e-6)
-    assert (centred.total / loss.count).item() == pytest.approx(0.667719, abs=1e-6)
+    centered = RewardModelLoss(model, center_coefficient=0.01)(batch)
+    assert ((centered.total - loss.total) / loss.count).item() == pytest.approx(0.024050, abs=1e-6)
+    assert (centered.total / loss.count).item() == pytest.approx(0.667719, abs=1e-6)
 
 
 def test_vector_rm_1_ranked_answers_are_one_element():

@@ -50,7 +50,7 @@ TEXTS: dict[str, str] = {
     "classify": "model: {load: FOLDER/modules}\ndata: {source: FOLDER/labels.jsonl}\n" + BATCH,
     "reward": "model: {load: FOLDER/modules}\ndata: {source: FOLDER/pairs.jsonl}\n" + BATCH,
     "dpo": "model: {load: FOLDER/modules}\ndata: {source: FOLDER/pairs.jsonl}\n" + BATCH,
-    "kto": "model: {load: FOLDER/modules}\ndata: {source: FOLDER/labelled.jsonl}\n" + BATCH,
+    "kto": "model: {load: FOLDER/modules}\ndata: {source: FOLDER/labeled.jsonl}\n" + BATCH,
     "prm": "model: {load: FOLDER/modules}\ndata: {source: FOLDER/steps.jsonl}\n" + BATCH,
     "gkd": "model: {load: FOLDER/base}\nteacher: {load: FOLDER/taller, beta: 0.5}\nmax_new_tokens: 8\n"
     + "data: {source: FOLDER/pairs.jsonl}\n" + BATCH,
@@ -84,10 +84,10 @@ def prepare(folder: Path) -> None:
         {"prompt": f"say {w}", "chosen": w, "rejected": v, "completion": w} for w in WORDS for v in WORDS if v != w
     ]
     written(folder / "pairs.jsonl", pairs)
-    labelled = [
+    labeled = [
         {"prompt": one["prompt"], "completion": one["rejected"], "label": n % 3 > 0} for n, one in enumerate(pairs)
     ]
-    written(folder / "labelled.jsonl", labelled)
+    written(folder / "labeled.jsonl", labeled)
     steps = [{"prompt": f"say {w}", "completions": [w, v], "labels": [True, w > v]} for w in WORDS for v in WORDS]
     written(folder / "steps.jsonl", steps)
     written(folder / "labels.jsonl", [{"text": f"say {w} {v}", "label": str(w > v)} for w in WORDS for v in WORDS])

@@ -15,15 +15,15 @@ from llm_quest.recipes.schema import Choice, StrictModel
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 
 PACKAGE = Path(llm_quest.__file__).parent
-COLOURS = {"red": 1, "green": 2}
+COLORS = {"red": 1, "green": 2}
 
 
 class Painted(StrictModel):
-    colour: Annotated[str, Choice(COLOURS)] = "red"
-    other: Annotated[str, Choice(COLOURS)] | None = None
+    color: Annotated[str, Choice(COLORS)] = "red"
+    other: Annotated[str, Choice(COLORS)] | None = None
 
 
-@pytest.mark.parametrize("key", ["colour", "other"])
+@pytest.mark.parametrize("key", ["color", "other"])
 def test_a_choice_takes_the_tables_names_and_tells_them(key: str) -> None:
     assert parse_config(Painted, read_yaml(f"{key}: green", "a")) == Painted.model_validate({key: "green"})
     with pytest.raises(UsageError, match=r"'gren' is not one of red, green.*, did you mean 'green'\?"):

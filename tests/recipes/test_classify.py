@@ -56,14 +56,14 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text with a colour in it is a colour."""
+    """A text with a color in it is a color."""
     file = tmp_path_factory.mktemp("rows") / "rows.csv"
     with file.open("w", newline="") as out:
         writer = csv.writer(out)
         writer.writerow(["mail", "kind"])
         for word in WORDS:
             for n in range(10):
-                writer.writerow([f"say, {word} {n}", "colour" if word in WORDS[:3] else "thing"])
+                writer.writerow([f"say, {word} {n}", "color" if word in WORDS[:3] else "thing"])
         writer.writerow([" ", "thing"])
     return file
 
@@ -86,7 +86,7 @@ def trained(start: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 def test_it_tells_apart_what_it_was_taught(trained: Path):
     found = classify_text(str(trained), "say, green 7")
-    assert found.label == "colour"
+    assert found.label == "color"
     assert sum(found.probabilities.values()) == pytest.approx(1.0)
     assert classify_text(str(trained), "say, moon 7").label == "thing"
     assert json.loads((trained / "data.json").read_text())["dropped"] == {"empty text": 1}
@@ -151,7 +151,7 @@ def test_mistakes_are_told(pairs: list[str], trained: Path, start: Path, tmp_pat
         started("classify", RECIPE, tmp_path / "a", *pairs[:2])
     with pytest.raises(UsageError, match="techniques decide what is trained"):
         started("classify", RECIPE, tmp_path / "a", *pairs, "techniques=[lora]", "trainable=head")
-    with pytest.raises(UsageError, match="the model tells apart colour, thing, the texts say"):
+    with pytest.raises(UsageError, match="the model tells apart color, thing, the texts say"):
         started(
             "classify",
             RECIPE,

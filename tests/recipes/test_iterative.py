@@ -86,7 +86,7 @@ def test_a_reward_model_rewards_a_plain_grpo_run(done: tuple[Path, list[str]], w
         started(tmp_path / "no", *from_(warm, f"rewards=[{{name: model, load: {warm}}}]"))
 
 
-def test_episodes_are_judged_and_labelled_by_their_environment(warm: Path, tmp_path: Path):  # noqa: F811
+def test_episodes_are_judged_and_labeled_by_their_environment(warm: Path, tmp_path: Path):  # noqa: F811
     """Comparisons of whole episodes, in which the environment's text stands; its reward is reported beside."""
     file, out = tmp_path / "my_env.py", tmp_path / "run"
     file.write_text(ENVIRONMENT)

@@ -110,7 +110,7 @@ def test_pairs_are_taken_apart_and_labels_may_be_text(start: Path, tmp_path: Pat
         ({"prompt": "a", "completion": "b"}, "expected those of one form: .*prompt, completion, label"),
     ],
 )
-def test_rows_that_are_not_labelled_answers_are_refused(row, said, start: Path, tmp_path: Path):
+def test_rows_that_are_not_labeled_answers_are_refused(row, said, start: Path, tmp_path: Path):
     source = written(tmp_path / "rows.jsonl", [row])
     with pytest.raises(DataError, match=said):
         started("kto", TEXT, tmp_path / "run", f"model.load={start}", f"data.source={source}")

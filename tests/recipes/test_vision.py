@@ -238,7 +238,7 @@ def test_settings_that_do_not_fit_are_refused_with_what_to_do(tmp_path: Path):
 
 def test_scenes_are_learned_from_and_the_run_answers_questions(tmp_path: Path):
     outcome = vlm_run(tmp_path, "run", "max_steps=3")
-    assert set(outcome.scores) == {"caption", "colour", "count", "relation"}
+    assert set(outcome.scores) == {"caption", "color", "count", "relation"}
     model, tokenizer = quest.load(tmp_path / "run"), load_tokenizer(tmp_path / "run")
     assert tokenizer.token_to_id("<image>") == model.config.image_token_id
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"

@@ -295,9 +295,9 @@ def test_the_training_loss_is_the_main_loss_of_every_run_and_other_terms_have_na
     both = words(write_report([plain, ahead], out=tmp_path / "both.html"))
     assert "training loss 2.000 2.500" in both
     alone = words(write_report([ahead]))
-    for told in ("training loss 2.500", "optimised sum 5.000", "term: 1 tokens further 4.0000", "term: load balancing"):
+    for told in ("training loss 2.500", "optimized sum 5.000", "term: 1 tokens further 4.0000", "term: load balancing"):
         assert told in alone, told
-    assert "optimised sum" not in read(write_report([plain])).text
+    assert "optimized sum" not in read(write_report([plain])).text
 
 
 def test_several_policies_are_compared_by_one_line_of_each_family(tmp_path):

@@ -1,4 +1,4 @@
-"""Pictures that take their colours from the page."""
+"""Pictures that take their colors from the page."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import llm_quest
 from llm_quest.report.plots import CSS_VARIABLES, MAX_POINTS, Curve, downsample, moving_average, plot_bars, plot_curves
 
 
-def test_no_stand_in_colour_is_left_and_the_page_decides():
+def test_no_stand_in_color_is_left_and_the_page_decides():
     svg = plot_curves(
-        "loss", [Curve("a", range(9), [9.0 - i for i in range(9)]), Curve("b", range(9), [1.0] * 9, colour=1)]
+        "loss", [Curve("a", range(9), [9.0 - i for i in range(9)]), Curve("b", range(9), [1.0] * 9, color=1)]
     )
-    assert not [colour for colour in CSS_VARIABLES if colour in svg]
+    assert not [color for color in CSS_VARIABLES if color in svg]
     assert {"var(--ink)", "var(--line)", "var(--s1)", "var(--s2)"} <= {v for v in CSS_VARIABLES.values() if v in svg}
 
 
@@ -28,7 +28,7 @@ def test_a_picture_is_well_formed_and_says_what_it_shows():
 
 
 def test_names_of_runs_are_escaped():
-    svg = plot_curves("loss", [Curve("<script>", [1, 2], [2.0, 1.0]), Curve("b", [1, 2], [2.0, 1.0], colour=1)])
+    svg = plot_curves("loss", [Curve("<script>", [1, 2], [2.0, 1.0]), Curve("b", [1, 2], [2.0, 1.0], color=1)])
     assert "<script>" not in svg
     assert "&lt;script&gt;" in svg
 

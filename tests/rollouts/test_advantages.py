@@ -106,7 +106,7 @@ def test_two_rewards_made_advantages_apart_or_together():
     )
 
 
-def test_gdpo_normalises_the_sum_over_the_batch():
+def test_gdpo_normalizes_the_sum_over_the_batch():
     """r - mean, two groups of two: right +-1/2 in both, form +-1/2 in the first alone. Their sums, 1 -1 1/2 -1/2, have
     mean 0 and variance (1 + 1 + 1/4 + 1/4) / 3 = 5/6; a third group, flat in both, counts as two zeros: 5/2 / 5 =
     1/2."""

@@ -84,7 +84,7 @@ def sample(text: str, *, conversational: bool = False, **columns: object) -> Sam
 BATCH = [sample("one", answer="one", level=1), sample("x", answer="y", level=2), sample("four", answer="four", level=1)]
 
 
-def test_a_function_gets_completions_prompts_and_every_column_and_may_import_its_neighbours(file: Path):
+def test_a_function_gets_completions_prompts_and_every_column_and_may_import_its_neighbors(file: Path):
     reward = FunctionReward(f"{file}:score")
     assert reward(BATCH) == [2.0, 0.0, 2.0]
     assert reward([]) == []

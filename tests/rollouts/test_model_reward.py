@@ -1,4 +1,4 @@
-"""A reward model's food: comparisons labelled from outside, and a tenth of them from before."""
+"""A reward model's food: comparisons labeled from outside, and a tenth of them from before."""
 
 import numpy as np
 import pytest

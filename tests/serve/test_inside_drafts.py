@@ -55,7 +55,7 @@ def module_logits(model: Decoder, ids: list[int], drafted: int) -> np.ndarray:
 
 
 def distribution(logits: np.ndarray, params: SamplingParams, past: list[int]) -> np.ndarray:
-    """What is drawn from; at temperature 0 the penalised softmax."""
+    """What is drawn from; at temperature 0 the penalized softmax."""
     return plain_filters(logits, replace(params, temperature=1.0) if params.is_greedy else params, past)
 
 

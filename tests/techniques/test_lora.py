@@ -198,7 +198,7 @@ def test_dropout_is_of_the_input_and_of_the_adapter_alone():
     torch.testing.assert_close(adapted(x)[0], layer(x)[0] + 40.0)
 
 
-def test_the_optimiser_remembers_the_adapter_alone():
+def test_the_optimizer_remembers_the_adapter_alone():
     model = LoRA(rank=2)(own("llama3.2-tiny", torch.float32))
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     for optimizer in (make_adamw(model, lr=1e-3), make_muon(model, lr=1e-3, row_splits=model.row_splits())):

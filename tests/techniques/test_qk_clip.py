@@ -263,7 +263,7 @@ def test_the_largest_logit_goes_to_the_log_and_gradients_are_untouched():
 
 @pytest.mark.parametrize("name", ["qwen3-tiny", "gemma3-tiny", "qwen3-next-tiny"])
 def test_under_q_and_k_norm_it_is_refused_with_the_reason(name: str):
-    with pytest.raises(UsageError, match="queries are normalised after projection; remove the technique"):
+    with pytest.raises(UsageError, match="queries are normalized after projection; remove the technique"):
         QKClip()(build(name))
 
 

@@ -68,7 +68,7 @@ class RateGrid:
         return max(len(found) for found in self.losses.values())
 
     def vertex(self) -> float:
-        """The minimum of the parabola through the best rate and its neighbours, as a power of 2."""
+        """The minimum of the parabola through the best rate and its neighbors, as a power of 2."""
         best = self.best(self.seeds)
         around = [best - 1, best, best + 1]
         if not all(len(self.losses.get(octave, ())) >= self.seeds for octave in around):
@@ -78,7 +78,7 @@ class RateGrid:
 
 def search_rates(measure: Callable[[int, int], float], center: int, seeds: int) -> RateGrid:
     """Five rates around 2^center with one seed, more until there are MARGIN on both sides of the best (a flat curve has
-    several minima), and then all seeds for the best and its neighbours. measure: (octave, seed) -> loss."""
+    several minima), and then all seeds for the best and its neighbors. measure: (octave, seed) -> loss."""
     grid = RateGrid({octave: [measure(octave, 1)] for octave in range(center - 2, center + 3) if is_allowed(octave)})
     for count in range(1, seeds + 1):
         best = grid.best(max(1, count - 1))
@@ -169,7 +169,7 @@ def main() -> int:
     parser.add_argument("--factor", type=int, default=16, help="times the base's width")
     parser.add_argument("--kinds", default="mup,standard")
     parser.add_argument("--optims", default="adamw,muon")
-    parser.add_argument("--seeds", type=int, default=2, help="of the best rate and its neighbours; standard has one")
+    parser.add_argument("--seeds", type=int, default=2, help="of the best rate and its neighbors; standard has one")
     parser.add_argument("--center", type=int, default=-5, help="power of 2: the middle of the base's first rates")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)

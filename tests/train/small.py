@@ -166,7 +166,7 @@ def go(
 
 
 def digest(folder: Path | str) -> str:
-    """Of a checkpoint's weights and optimiser state."""
+    """Of a checkpoint's weights and optimizer state."""
     total = hashlib.sha256()
     for name in ("model.safetensors", "optim.safetensors"):
         total.update((Path(folder) / name).read_bytes())

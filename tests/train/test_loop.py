@@ -193,7 +193,7 @@ def test_a_nan_is_skipped_counted_shown_and_null_in_the_log(tmp_path):
     assert [text.split(":")[0] for text in show.events] == ["started", "skipped", "skipped", "saved", "finished"]
 
 
-def test_a_skipped_step_leaves_weights_and_optimiser_as_they_were():
+def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were():
     ends = []
     for bad, steps in (({3, 4}, 5), (set(), 3)):
         made = trapped(dropout=0.0)

@@ -97,7 +97,7 @@ def test_ours_equals_torchs_muon_over_ten_steps_in_float64(generator):
     )
 
 
-def test_a_fused_projection_is_orthogonalised_part_by_part(generator):
+def test_a_fused_projection_is_orthogonalized_part_by_part(generator):
     model = nn.Sequential(nn.Linear(16, 24, bias=False))
     model[0].weight.data.zero_()
     gradient = torch.randn(24, 16, generator=generator)

@@ -98,7 +98,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_name(tmp_path):
         go(4, run)
 
 
-def test_a_checkpoint_of_another_model_optimiser_or_feed_is_refused(tmp_path):
+def test_a_checkpoint_of_another_model_optimizer_or_feed_is_refused(tmp_path):
     with RunDir(tmp_path / "run") as run:
         go(2, run)
         wider = objective()

@@ -1,7 +1,7 @@
 """Speculative decoding (Leviathan, Kalman & Matias 2022, arXiv:2211.17192): a drafter guesses, the model checks all
 guesses in one pass, and the text has exactly the distribution the model alone would give it.
 
-      x ~ q     accept with probability min(1, p(x) / q(x))     else draw from max(p - q, 0), normalised
+      x ~ q     accept with probability min(1, p(x) / q(x))     else draw from max(p - q, 0), normalized
 
 Greedy: a guess is accepted while it is the most probable token, so the text is the plain one token for token.
 
@@ -10,7 +10,7 @@ Greedy: a guess is accepted while it is the most probable token, so the text is 
 
 Differs: the paper draws one more token from p when all guesses are accepted. Here a steady drafter guesses that token
 too, and it is judged like the others. The law is the same, and the token at a place depends on the text before it and
-on the seed alone, not on where a cycle began or how far it looked: so a row writes the same text whoever its neighbours
+on the seed alone, not on where a cycle began or how far it looked: so a row writes the same text whoever its neighbors
 are, and however the lookahead adapts.
 
 Commonly got wrong: p and q must be filtered alike; an eos may stand anywhere among the accepted; where rounding leaves
@@ -44,7 +44,7 @@ from llm_quest.models.decoder import Decoder
 DraftSource = Decoder | str
 """A smaller model, or "mtp" or "ngram"."""
 TRIAL_LENGTHS = (4, 8)
-"""A sampled row judges its drafter twice, by its first so many tokens: the clock and the neighbours, which could change
+"""A sampled row judges its drafter twice, by its first so many tokens: the clock and the neighbors, which could change
 its text, are not asked."""
 
 

@@ -1,6 +1,6 @@
 """Rejection sampling of drafted tokens against the target model's logits.
 
-          x ~ q     accept with probability min(1, p(x) / q(x))     else draw from max(p - q, 0), normalised
+          x ~ q     accept with probability min(1, p(x) / q(x))     else draw from max(p - q, 0), normalized
 
 Commonly got wrong: p and q must be filtered alike; where rounding leaves max(p - q, 0) empty, p itself is drawn from; a
 token's log-probability is p's, never q's."""
@@ -24,7 +24,7 @@ def acceptance_probability(p: Float[Tensor, "*batch"], q: Float[Tensor, "*batch"
 
 
 def residual_distribution(p: Float[Tensor, "*batch V"], q: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch V"]:
-    """The distribution to draw from after a rejection: max(p - q, 0), normalised. Where p and q are the same, only
+    """The distribution to draw from after a rejection: max(p - q, 0), normalized. Where p and q are the same, only
     rounding can reject: then p."""
     left = (p - q).clamp(min=0)
     total = left.sum(dim=-1, keepdim=True)

@@ -27,7 +27,7 @@ class GrpoSettings:
     max_steps: int = 40
     prompts_per_rollout: int = 16  # questions in a rollout
     num_generations: int = 8  # samples of each
-    num_iterations: int = 2  # optimiser steps on one rollout
+    num_iterations: int = 2  # optimizer steps on one rollout
     max_new_tokens: int = 6
     epsilon: float = 0.2
     beta: float = 0.0  # of the KL to where it began
@@ -122,7 +122,7 @@ def pad_batch(prompts: list[list[int]], completions: list[list[int]], advantages
 
 
 def policy_step(model: Llama, optimizer: torch.optim.Optimizer, batch: RolloutBatch, settings: GrpoSettings) -> float:
-    """One optimiser step; the loss."""
+    """One optimizer step; the loss."""
     loss = grpo_loss(target_log_probs(model, batch.inputs, batch.targets), batch, settings)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

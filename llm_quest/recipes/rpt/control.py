@@ -53,7 +53,7 @@ class RptControlConfig(RunConfig):
     targets: Literal["all", "selected"] = Field(
         default="all", description="tokens of the loss: all, or those at the places of RPT"
     )
-    batch_size: PositiveInt = Field(default=64, description="documents in an optimiser step, over all processes")
+    batch_size: PositiveInt = Field(default=64, description="documents in an optimizer step, over all processes")
     micro_batch_tokens: PositiveInt = Field(default=8192, description="tokens in a micro-batch")
     eval_steps: NonNegativeInt = Field(default=50, description="steps between evaluations; 0: only at the end")
 

@@ -99,7 +99,7 @@ def test_a_greedy_text_is_the_plain_one_token_for_token(name):
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("kind", DRAFTS)
 @pytest.mark.parametrize("choice", [{"top_p": 0.9, "repetition_penalty": 1.2}, {"top_k": 9, "temperature": 0.6}])
-def test_a_sampled_row_is_the_same_alone_and_among_neighbours(name, kind, choice):
+def test_a_sampled_row_is_the_same_alone_and_among_neighbors(name, kind, choice):
     model = target(name, "float64")
     draft = drafting(kind, model)
     together = generate(model, RAGGED, max_new_tokens=14, seed=3, draft=draft, **choice)
@@ -324,7 +324,7 @@ def test_a_draft_with_a_shorter_context_is_right_up_to_its_last_place_and_not_as
 
 
 @pytest.mark.parametrize("beyond", ["stop", "slide"])
-def test_a_sampled_row_ends_with_the_context_alone_and_among_neighbours(beyond):
+def test_a_sampled_row_ends_with_the_context_alone_and_among_neighbors(beyond):
     model = target("gpt2-tiny", "float64")
     context = model.config.max_position_embeddings
     prompts = [list(range(context - 3)), list(range(context - 12)), [7, 3]]
@@ -335,8 +335,8 @@ def test_a_sampled_row_ends_with_the_context_alone_and_among_neighbours(beyond):
     assert [len(row.tokens) for row in rows] == lengths
 
 
-def test_a_row_with_less_room_than_its_neighbours_reads_no_guess_beyond_its_context():
-    """It writes what it would write anyway, and its neighbours look further ahead."""
+def test_a_row_with_less_room_than_its_neighbors_reads_no_guess_beyond_its_context():
+    """It writes what it would write anyway, and its neighbors look further ahead."""
     model = target("llama3.2-tiny", "float64")
     context, sampling = model.config.max_position_embeddings, SamplingParams(temperature=1e-6)
     (text,) = generate(model, [[5]], max_new_tokens=context - 1, temperature=0.0)
