@@ -9,7 +9,17 @@
     undecided (cap)                at the largest number of pairs
     undecided (time)               where time ran out first; the same command goes on
 
-and leaves when decided. A run that diverges is an outcome of its own: it is neither averaged nor dropped."""
+and leaves when decided. A run that diverges is an outcome of its own: it is neither averaged nor dropped.
+
+Where the claim is that an arm is not worse (non-inferiority) or no different (equivalence), an effect between 0 and
+delta must not end the comparison: whichever of "worse" and "no difference" came first would be chance. There the 90 %
+interval is compared with delta instead of 0, and where differences are not normal the sign-symmetric evidence against
+an effect of delta must reach 10 as well:
+
+    not worse by delta, no difference larger than delta   the interval lies below delta; within (-delta, delta)
+    worse by more than delta, better by more than delta   it lies above delta; below -delta (equivalence alone)
+
+Each is false in 5 % of experiments at most, of effects on the wrong side of delta."""
 
 from __future__ import annotations
 
@@ -24,8 +34,10 @@ from llm_quest.experiments import sequential
 from llm_quest.experiments.sequential import FIRST_LOOK
 
 Outcome = Literal[
-    "better", "worse", "no difference larger than delta", "undecided (cap)", "undecided (time)", "invalid", "open"
-]
+    "better", "worse", "no difference larger than delta", "not worse by delta", "worse by more than delta",
+    "better by more than delta", "undecided (cap)", "undecided (time)", "invalid", "open",
+]  # fmt: skip
+Margin = Literal["", "not worse", "no difference"]
 STABILITY_THRESHOLD = 20.0
 
 
@@ -33,13 +45,15 @@ STABILITY_THRESHOLD = 20.0
 class Claim:
     """What is fixed before the first pair. metric: the name in a run's metrics. delta: the smallest difference worth
     having, in the metric's units. cap: the largest number of pairs. normal: whether differences are near enough to
-    normal for the t statistic alone (losses); accuracies and rewards are not."""
+    normal for the t statistic alone (losses); accuracies and rewards are not. margin: what is claimed against delta;
+    empty: an effect of either sign, or none larger than delta."""
 
     metric: str
     delta: float
     cap: int
     greater_is_better: bool
     normal: bool
+    margin: Margin = ""
 
 
 @dataclass
@@ -105,7 +119,10 @@ class Comparison:
         """The outcome after the newest pair. reached: the evidence is enough, among all arms."""
         if (fault := self.stability_fault(arm)) is not None:
             return fault
-        if len(arm.arm) >= FIRST_LOOK:
+        if len(arm.arm) >= FIRST_LOOK and self.claim.margin:
+            if outcome := self.look_at_margin(arm):
+                return outcome, "" if any(arm.differences) else "every pair is identical"
+        elif len(arm.arm) >= FIRST_LOOK:
             mean = float(np.mean(arm.differences))
             if reached and self.signs_agree(arm):
                 return ("better" if (mean > 0) == self.claim.greater_is_better else "worse"), ""
@@ -115,6 +132,26 @@ class Comparison:
         if self.pairs >= self.claim.cap:
             return "undecided (cap)", ""
         return "open", ""
+
+    def look_at_margin(self, arm: ArmProgress) -> Outcome | None:
+        """What the harm (what an arm is worse by) decides, beside delta; None where its interval holds delta."""
+        delta = self.claim.delta
+        beside = self.side(arm, delta)
+        if beside > 0:
+            return "worse by more than delta"
+        if self.claim.margin == "not worse":
+            return "not worse by delta" if beside < 0 else None
+        other = self.side(arm, -delta)
+        if other < 0:
+            return "better by more than delta"
+        return "no difference larger than delta" if beside < 0 < other else None
+
+    def side(self, arm: ArmProgress, bound: float, alpha: float = 0.1) -> int:
+        """1 where all of the arm's harm's interval lies above the bound, -1 below, 0 where the bound is within."""
+        harm = -np.array(arm.differences) if self.claim.greater_is_better else np.array(arm.differences)
+        low, high = sequential.sequential_interval(harm.tolist(), self.claim.cap, alpha)
+        signs = self.claim.normal or float(sequential.sign_evidence(harm - bound)) >= sequential.SIGN_THRESHOLD
+        return int(signs) * (int(low > bound) - int(high < bound))
 
     def stability_fault(self, arm: ArmProgress) -> tuple[Outcome, str] | None:
         only_arm = len(set(arm.diverged) - set(arm.control_diverged))
@@ -151,8 +188,16 @@ class Comparison:
             "pairing_gain": finite_or_none(sequential.pairing_gain(arm.arm, arm.control)) if enough else None,
             "diverged": arm.diverged, "control_diverged": arm.control_diverged,
             "divergence_bound": sequential.divergence_bound(arm.started) if arm.started and not arm.diverged else None,
-            "size": describe_size(low, high, claim.delta) if arm.outcome in ("better", "worse") and d else "",
+            "size": self.describe_effect_size(arm),
         }  # fmt: skip
+
+    def describe_effect_size(self, arm: ArmProgress) -> str:
+        """What the 95 % interval says beyond the outcome."""
+        if arm.outcome in ("better", "worse") and arm.differences:
+            return describe_size(*sequential.sequential_interval(arm.differences, self.claim.cap), self.claim.delta)
+        if self.claim.margin and arm.outcome in ("not worse by delta", "no difference larger than delta"):
+            return ("", "worse than the control by less", "better than the control")[self.side(arm, 0.0, 0.05)]
+        return ""
 
 
 def finite_or_none(value: float) -> float | None:

@@ -7,12 +7,13 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_quest.experiments.arms import CONTROL
+from llm_quest.experiments.sequential import sequential_interval
 from llm_quest.experiments.verdict_lines import describe_verdict
 from llm_quest.files import atomic_write_json, atomic_write_text, damaged_file_errors, load_json
 from llm_quest.papers.paper import Paper, judge
@@ -21,7 +22,6 @@ from llm_quest.papers.reproduce import SizeResult, reproduce_command
 COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2")
 VERDICTS = Path(__file__).with_name("verdicts.json")
 """Name -> what the card in docs/papers says, which a wheel does not contain."""
-Z90 = 1.645
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,18 @@ class PaperCard:
     file: Path
 
     @property
+    def deciding(self) -> SizeResult:
+        """The largest size that is decided, otherwise the largest one."""
+        found = list(self.sizes.values())[::-1]
+        return next((one for one in found if size_verdict(self.paper, one) in ("confirmed", "refuted")), found[0])
+
+    @property
     def verdict(self) -> str:
-        """At the largest size that is decided, otherwise at the largest one."""
-        found = [size_verdict(self.paper, result) for result in self.sizes.values()]
-        return next((one for one in reversed(found) if one in ("confirmed", "refuted")), found[-1])
+        return size_verdict(self.paper, self.deciding)
 
     @property
     def trend(self) -> str:
-        return describe_trend(
-            {s: claim_verdict(self.paper, r)["differences"] for s, r in self.sizes.items()}, self.sizes
-        )
+        return describe_trend(self.paper, self.sizes)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -52,9 +54,10 @@ class PaperCard:
 
     def summary(self) -> dict[str, str]:
         """What the package ships of it."""
-        last = list(self.sizes.values())[-1]
+        last, trend = self.deciding, self.trend.partition(" ")[0]
+        sizes = ", ".join(self.sizes) + (f" ({trend})" if trend else "")
         return {
-            "verdict": self.verdict, "sizes": ", ".join(self.sizes), "date": last["date"], "machine": last["machine"],
+            "verdict": self.verdict, "sizes": sizes, "date": last["date"], "machine": last["machine"],
             "effect": describe_effect(claim_verdict(self.paper, last)),
         }  # fmt: skip
 
@@ -77,7 +80,7 @@ def size_verdict(paper: Paper, result: SizeResult) -> str:
     found = claim_verdict(paper, result)
     if found["differences"] and not any(found["differences"]):
         return "undecided"
-    return judge(paper.expect, found["outcome"], found["size"])
+    return judge(paper.expect, found["outcome"])
 
 
 def describe_found(paper: Paper, verdict: Mapping[str, Any]) -> list[str]:
@@ -90,29 +93,31 @@ def describe_effect(verdict: Mapping[str, Any]) -> str:
     return f"{interval[0]:+.3g} to {interval[1]:+.3g}" if interval else "not bounded"
 
 
-def describe_trend(differences: Mapping[str, Sequence[float]], sizes: Mapping[str, SizeResult]) -> str:
-    """Whether the effect grows, holds or fades: the slope of the differences against the logarithm of the parameters,
-    with its 90 % interval. Empty for one size."""
-    points = [
-        (math.log2(sizes[size]["arms"][CONTROL]["parameters"]), d) for size, own in differences.items() for d in own
-    ]
-    means = [statistics.fmean(own) for own in differences.values() if own]
-    if len(means) < 2 or len(points) < 4:
+def describe_trend(paper: Paper, sizes: Mapping[str, SizeResult]) -> str:
+    """How the effect of the claim's arm changes from the smallest size to the largest; empty for one size.
+
+    c = (m_2 - m_1) sign(m) +- sqrt(h_1^2 + h_2^2), with m_i -+ h_i the 90 % sequential interval of a size, and m the
+    mean that is farther from 0:
+
+        grows     c > 0          fades     c < 0          turns     the two intervals lie on different sides of 0
+        holds     -delta < c < delta                      unclear   otherwise"""
+    means, halves = [], []
+    for found in (claim_verdict(paper, result) for result in sizes.values()):
+        low, high = sequential_interval(found["differences"], paper.cap, 0.1)
+        means.append((low + high) / 2)
+        halves.append((high - low) / 2)
+    if len(means) < 2 or not all(map(math.isfinite, halves)):
         return ""
-    x0, y0 = (statistics.fmean(column) for column in zip(*points, strict=True))
-    spread = math.fsum((x - x0) ** 2 for x, _ in points)
-    slope = math.fsum((x - x0) * (y - y0) for x, y in points) / spread
-    freedom = len(points) - 2
-    residual = math.fsum((y - y0 - slope * (x - x0)) ** 2 for x, y in points) / freedom
-    half = (Z90 + 1.52 / freedom + 1.42 / freedom**2) * math.sqrt(residual / spread)
-    away = slope * math.copysign(1.0, means[0])
-    word = "holds"
-    if away - half > 0:
-        word = "grows"
-    elif away + half < 0 and abs(means[-1]) < abs(means[0]) / 2:
-        word = "fades"
-    between = f"90 % between {slope - half:+.3g} and {slope + half:+.3g}"
-    return f"{word} with size: {slope:+.3g} per doubling of the parameters, {between}"
+    change, half = means[-1] - means[0], math.hypot(halves[0], halves[-1])
+    farther = max(means[0], means[-1], key=abs)
+    if all(abs(means[i]) > halves[i] for i in (0, -1)) and means[0] * means[-1] < 0:
+        word = "turns"
+    elif abs(change) > half:
+        word = "grows" if change * farther > 0 else "fades"
+    else:
+        word = "holds" if abs(change) + half < paper.delta else "unclear"
+    first, last = next(iter(sizes)), list(sizes)[-1]
+    return f"{word} from {first} to {last}: arm - control moves by {change - half:+.3g} to {change + half:+.3g} (90 %)"
 
 
 def write_card(paper: Paper, sizes: Mapping[str, SizeResult], out: Path) -> PaperCard:
@@ -153,11 +158,11 @@ def card_parts(card: PaperCard) -> Iterator[str]:
     paper = card.paper
     yield f"# {paper.title}\n\n[arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})"
     yield f"**Claim.** {paper.claim}"
-    expected = paper.expect.replace("difference", "different by more than delta")
+    words = {"not worse": "not worse by delta", "no difference": "not different by more than delta"}
     yield (
         f"**Experiment.** {paper.on.about} Arms: {', '.join(arm_words(paper))}. {paper.metric}, delta "
         f"{paper.delta:g}, at most {paper.cap} pairs of runs with shared seeds. Confirmed if the first arm is "
-        f"{expected}. Predicted before the first run: {paper.prediction:.0%}."
+        f"{words.get(paper.expect, paper.expect)}. Predicted before the first run: {paper.prediction:.0%}."
     )
     yield f"## Verdict: {card.verdict}\n\n{verdict_words(card)}"
     yield f"![paired differences against the pair]({paper.name}.svg)"

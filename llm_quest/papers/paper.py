@@ -19,12 +19,11 @@ from llm_quest.data import generated_text
 FOLDER = Path(__file__).with_name("claims")
 BENCHES = "benches"
 Expected = Literal["better", "not worse", "no difference", "worse"]
-NO_DIFFERENCE = "no difference larger than delta"
-CONFIRMS: Mapping[str, tuple[str, ...]] = {
-    "better": ("better",), "not worse": ("better", NO_DIFFERENCE), "no difference": (NO_DIFFERENCE,),
-    "worse": ("worse",),
+CONFIRMS: Mapping[str, str] = {
+    "better": "better", "not worse": "not worse by delta", "no difference": "no difference larger than delta",
+    "worse": "worse",
 }  # fmt: skip
-"""What a claim expects of its arm -> the outcomes that confirm it; the other decided ones refute it."""
+"""What a claim expects of its arm -> the outcome that confirms it; the other decided ones refute it."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +121,8 @@ def read_papers() -> dict[str, Paper]:
     return found
 
 
-def judge(expect: str, outcome: str, size: str = "") -> str:
-    """confirmed, refuted, undecided or invalid. outcome, size: of the claim's arm, as the comparison words them; a real
-    effect by less than delta is no difference larger than delta."""
+def judge(expect: str, outcome: str) -> str:
+    """confirmed, refuted, undecided or invalid. outcome: of the claim's arm, as the comparison words it."""
     if outcome == "invalid" or outcome.startswith("undecided"):
         return outcome.partition(" ")[0]
-    small = size == "by less than delta"
-    return "confirmed" if outcome in CONFIRMS[expect] or (small and NO_DIFFERENCE in CONFIRMS[expect]) else "refuted"
+    return "confirmed" if outcome == CONFIRMS[expect] else "refuted"

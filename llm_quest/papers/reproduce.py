@@ -42,14 +42,20 @@ def make_paper_plan(paper: Paper, size: str, log: LogFn, *, first_seed: int = 1)
         Arm(name, paper.fill_in(given, size), own_code(), paper.metrics.get(name, ""))
         for name, given in paper.arms.items()
     ]
-    greater = is_greater_better(paper.metric)
     return Plan(
         recipe, base, tuple(resolve_arms(recipe, base, arms, log)), Arm(CONTROL, (), own_code()),
-        Claim(paper.metric, paper.delta, paper.cap, greater, not greater),
+        comparison_claim(paper),
         paper.budget or ("flops" if recipe == "pretrain" else "steps"), paper.rates, paper.tuning_seeds, AA_PAIRS,
         first_seed, tuple(paper.secondary), paper.claim, reproduce_command(paper, size, first_seed),
         tuple(make_base(paper, name, size) for name in paper.all_bases),
     )  # fmt: skip
+
+
+def comparison_claim(paper: Paper) -> Claim:
+    """What is fixed before the first pair; by it a card's verdict follows from its differences."""
+    greater = is_greater_better(paper.metric)
+    margin = paper.expect if paper.expect in ("not worse", "no difference") else ""
+    return Claim(paper.metric, paper.delta, paper.cap, greater, not greater, margin)
 
 
 def reproduce_command(paper: Paper, size: str, first_seed: int = 1) -> str:

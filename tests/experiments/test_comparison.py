@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,55 @@ def test_it_stops_where_the_simulated_rule_stops(effect: float):
 def test_for_an_accuracy_more_is_better():
     accuracy = Claim("eval/accuracy", 0.03, 12, greater_is_better=True, normal=False)
     assert compare([0.1 + 0.01 * (i % 3) for i in range(12)], accuracy).arms["arm"].outcome == "better"
+
+
+NOT_WORSE = replace(LOSS, margin="not worse")
+EQUIVALENT = replace(LOSS, margin="no difference")
+HALFWAY = [0.7, 0.8, 0.9, 0.8]
+
+
+@pytest.mark.parametrize(
+    ("claim", "d", "outcome", "size"),
+    [
+        (NOT_WORSE, [-2.0, -2.1, -1.9, -2.0], "not worse by delta", "better than the control"),
+        (NOT_WORSE, [0.1, -0.1, 0.2, -0.2], "not worse by delta", ""),
+        (NOT_WORSE, HALFWAY, "not worse by delta", "worse than the control by less"),
+        (NOT_WORSE, [2.0, 2.1, 1.9, 2.0], "worse by more than delta", ""),
+        (NOT_WORSE, [1.4, 1.5, 1.6, 1.5] * 3, "undecided (cap)", ""),
+        (EQUIVALENT, HALFWAY, "no difference larger than delta", "worse than the control by less"),
+        (EQUIVALENT, [2.0, 2.1, 1.9, 2.0], "worse by more than delta", ""),
+        (EQUIVALENT, [-2.0, -2.1, -1.9, -2.0], "better by more than delta", ""),
+        (EQUIVALENT, [-1.4, -1.5, -1.6, -1.5] * 3, "undecided (cap)", ""),
+        (LOSS, HALFWAY, "worse", "by less than delta"),
+    ],
+)
+def test_claims_of_a_margin_are_compared_with_delta(claim: Claim, d: list[float], outcome: str, size: str):
+    """An effect between 0 and delta would end a comparison with 0 as worse or as no difference, by chance."""
+    found = compare(d, claim).verdict("arm")
+    assert (found["outcome"], found["size"]) == (outcome, size)
+
+
+def test_a_margin_of_accuracies_needs_the_signs_too():
+    """Four pairs of one sign reach 8 at most."""
+    accuracy = Claim("eval/accuracy", 0.03, 12, greater_is_better=True, normal=False, margin="not worse")
+    found = compare([0.1, 0.11, 0.12] * 4, accuracy).verdict("arm")
+    assert (found["outcome"], found["pairs"]) == ("not worse by delta", 5)
+    assert compare([-0.1, -0.11, -0.12] * 4, accuracy).arms["arm"].outcome == "worse by more than delta"
+
+
+@pytest.mark.parametrize(("effect", "outcome"), [(1.5, "not worse by delta"), (1.5, "worse by more than delta")])
+def test_an_effect_of_delta_is_called_either_in_one_experiment_of_twenty(effect: float, outcome: str):
+    found = [compare(list(row), NOT_WORSE).arms["arm"].outcome for row in walks(effect, 12, seed=8)[:400]]
+    assert found.count(outcome) / 400 <= 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5
+
+
+def test_an_effect_below_delta_is_not_refuted():
+    """Half of delta (0.75 sigma). A comparison with 0 says worse in a third of experiments and none in half of them."""
+    rows = walks(0.75, 12, seed=9)[:300]
+    margins, effects = ([compare(list(row), claim).arms["arm"].outcome for row in rows] for claim in (NOT_WORSE, LOSS))
+    assert margins.count("worse by more than delta") <= 3
+    assert margins.count("not worse by delta") > 150
+    assert effects.count("worse") > 90
 
 
 def test_identical_runs_are_no_difference():

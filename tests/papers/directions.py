@@ -1,7 +1,7 @@
 """The direction of decided claims, measured anew: `python -m tests.papers.directions [NAME ...] [--count N]`.
 
-Asked are cards that say better or worse with differences so far from 0, for their number, that one pair of complete
-runs with the rates that the card tuned has the same sign in 98 of 100 cases. Where it has not, two more seeds are
+Asked are cards whose differences lie so far from 0, for their number, that one pair of complete runs with the rates
+that the card tuned has the same sign in 98 of 100 cases. Where it has not, two more seeds are
 measured, and the mean of the three counts. CI asks two of them, others every day; 15 to 35 s of CPU a claim. Exit
 code 1 where a direction has changed."""
 
@@ -56,7 +56,7 @@ def strong_directions(cards: Path = CARDS) -> list[Direction]:
         size, result = next(iter(card["sizes"].items()))
         rates = {name: arm["learning_rate"] for name, arm in result["arms"].items()}
         for verdict in result["verdicts"]:
-            if verdict["outcome"] in ("better", "worse") and is_strong(verdict["differences"]):
+            if is_strong(verdict["differences"]):
                 sign = 1 if verdict["mean"] > 0 else -1
                 found.append(Direction(card["paper"], size, verdict["arm"], sign, rates))
     return found
