@@ -15,6 +15,7 @@ import llm_quest
 from llm_quest.atomic_dirs import SWEEP_SECONDS, atomic_dir
 from llm_quest.errors import UsageError, tolerate_failure
 from llm_quest.files import atomic_write_text, parse_digits, read_pointer, update_text
+from tests.sources import nodes_of, package_files
 
 PACKAGE = Path(llm_quest.__file__).parent
 
@@ -109,8 +110,8 @@ WRITES_IN_A_STAGE = {
 def test_nobody_writes_a_file_in_place():
     """A file that is rewritten in place is half a file when the process is killed, and follows a stranger's link."""
     found = set()
-    for file in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for file in package_files(PACKAGE):
+        for node in nodes_of(file):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute | ast.Name):
                 continue
             name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id

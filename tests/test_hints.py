@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from llm_quest.cli.main import app
 from llm_quest.recipes import RECIPES
 from llm_quest.recipes.recipe import get_recipe
+from tests.sources import nodes_of, package_files
 
 PACKAGE = Path(__file__).parents[1] / "llm_quest"
 QUEST: Any = typer.main.get_command(app)
@@ -72,12 +73,12 @@ class Message(NamedTuple):
 
 
 def messages_of(file: Path) -> Iterator[Message]:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    nodes = nodes_of(file)
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    bodies = [node.body for node in ast.walk(tree) if isinstance(node, owners) and node.body]
+    bodies = [node.body for node in nodes if isinstance(node, owners) and node.body]
     docstrings = {id(body[0].value) for body in bodies if isinstance(body[0], ast.Expr)}
-    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-    for node in ast.walk(tree):
+    parts = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in nodes:
         match node:
             case ast.JoinedStr(values=values):
                 text = "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in values)
@@ -91,7 +92,7 @@ def messages_of(file: Path) -> Iterator[Message]:
 
 @functools.cache
 def messages() -> tuple[Message, ...]:
-    return tuple(message for file in sorted(PACKAGE.rglob("*.py")) for message in messages_of(file))
+    return tuple(message for file in package_files(PACKAGE) for message in messages_of(file))
 
 
 def sentences() -> list[Message]:
@@ -129,8 +130,7 @@ def knows(recipe: str, key: str) -> bool:
 @functools.cache
 def parameter_names() -> frozenset[str]:
     """Parameters of our functions and fields of our classes: what advice to a Python caller may name."""
-    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in PACKAGE.rglob("*.py")]
-    nodes = [node for tree in trees for node in ast.walk(tree)]
+    nodes = [node for file in package_files(PACKAGE) for node in nodes_of(file)]
     fields = [
         one.target
         for node in nodes

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sources import nodes_of, package_files, parse_file
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llm_quest"
 LEVELS = (
@@ -51,13 +53,8 @@ ONE_WAY = {
 }
 """Imports inside a level, each with its reason; the other way round is refused."""
 TRAIN_MAY_IMPORT = ("contracts", "errors", "files", "atomic_dirs", "progress", "manifest", "tensor_files", "machine")
-FILES = sorted(PACKAGE.rglob("*.py"))
+FILES = package_files(PACKAGE)
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-
-
-@functools.cache
-def tree(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"), str(file))
 
 
 def package_of(file: Path) -> str:
@@ -82,8 +79,9 @@ def imported_names(node: ast.AST) -> Iterator[str]:
         yield from (name if name in MODULES or module == "llm_quest" else module for name in names)
 
 
+@functools.cache
 def imports(file: Path) -> set[str]:
-    return {name for node in ast.walk(tree(file)) for name in imported_names(node)}
+    return {name for node in nodes_of(file) for name in imported_names(node)}
 
 
 def packages_imported(file: Path) -> set[str]:
@@ -188,14 +186,14 @@ def test_other_peoples_implementations_are_not_imported(file: Path):
     foreign = {"transformers", "trl", "peft", "litgpt", "torchtune", "x_transformers", "tests", "benchmarks"}
     found = {name.split(".")[0] for name in imports(file)} & foreign
     if file == PACKAGE / "hub" / "verify.py":
-        at_the_top = {name.split(".")[0] for node in tree(file).body for name in imported_names(node)}
+        at_the_top = {name.split(".")[0] for node in parse_file(file).body for name in imported_names(node)}
         found = found - {"transformers"} | at_the_top & foreign
     assert not found
 
 
 def called(file: Path) -> Iterator[tuple[str, ast.Call]]:
     """The dotted name of everything called in this file, and the call."""
-    for node in ast.walk(tree(file)):
+    for node in nodes_of(file):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), node
 
@@ -234,7 +232,7 @@ def test_no_process_is_started_through_a_shell(file: Path):
 def test_library_files_have_no_main_block(file: Path):
     if file.name == "__main__.py" or "flat" in file.parts:
         return
-    compared = [ast.unparse(node.left) for node in ast.walk(tree(file)) if isinstance(node, ast.Compare)]
+    compared = [ast.unparse(node.left) for node in nodes_of(file) if isinstance(node, ast.Compare)]
     assert "__name__" not in compared
 
 
@@ -249,14 +247,14 @@ def docstrings(module: ast.Module) -> set[int]:
     "file", [f for f in FILES if package_of(f) in ("layers", "models", "scope")], ids=lambda f: f.name
 )
 def test_layers_and_models_name_no_accelerator(file: Path):
-    prose = docstrings(tree(file))
+    prose = docstrings(parse_file(file))
     strings = [
         node.value
-        for node in ast.walk(tree(file))
+        for node in nodes_of(file)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose
     ]
     assert not [text for text in strings if any(device in text for device in ("cuda", "mps", "xpu"))]
-    attributes = {node.attr for node in ast.walk(tree(file)) if isinstance(node, ast.Attribute)}
+    attributes = {node.attr for node in nodes_of(file) if isinstance(node, ast.Attribute)}
     assert not attributes & {"cuda", "mps", "xpu"}
 
 
@@ -268,8 +266,8 @@ FAMILIES += ("neox", "pythia", "olmo", "granite", "cohere", "glm", "exaone", "he
 def test_no_familys_name_decides_anything_in_a_layer(file: Path):
     """Docstrings may say who uses a thing, and a published rule may have its inventor's name (`Llama3Scaling`, a
     frequency scaling); an argument, an attribute or a string may not."""
-    prose = docstrings(tree(file))
-    for node in ast.walk(tree(file)):
+    prose = docstrings(parse_file(file))
+    for node in nodes_of(file):
         match node:
             case ast.arg(arg=name) | ast.Attribute(attr=name) | ast.FunctionDef(name=name):
                 words = name
@@ -332,9 +330,9 @@ def test_no_function_and_no_table_is_written_twice():
     """Two copies drift apart. The flat recipes repeat the package on purpose."""
     seen: dict[str, str] = {}
     for file in FILES:
-        for node in [] if "flat" in file.parts else tree(file).body:
+        for node in [] if "flat" in file.parts else parse_file(file).body:
             used = {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Load)}
-            if (text := code_text(node)) and not used & local_names(tree(file)):
+            if (text := code_text(node)) and not used & local_names(parse_file(file)):
                 here = f"{file.relative_to(PACKAGE)}:{node.lineno}"
                 assert text not in seen, f"{here} repeats {seen[text]}"
                 seen[text] = here
@@ -349,7 +347,7 @@ def literal_tables() -> Iterator[tuple[str, set[frozenset[str]]]]:
     """Tables at the top of a file, with their entries: the pairs of a dict, whichever side is the key, and the texts of
     a list. Numbers are left out (the sizes of tiny models), and `old_keys.py`, whose table is of what was before."""
     for file in FILES:
-        for node in tree(file).body if file.name != "old_keys.py" else ():
+        for node in parse_file(file).body if file.name != "old_keys.py" else ():
             for table in ast.walk(node) if isinstance(node, ast.Assign | ast.AnnAssign) else ():
                 entries: set[frozenset[str]] = set()
                 if isinstance(table, ast.Dict):

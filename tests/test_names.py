@@ -16,6 +16,8 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.sources import nodes_of, package_files, parse_file
+
 PACKAGE = Path(__file__).parents[1] / "llm_quest"
 
 
@@ -64,13 +66,13 @@ confidence_interval baseline tokenizer chat_template special_tokens stop_strings
 
 @functools.cache
 def trees() -> dict[Path, ast.Module]:
-    return {file: ast.parse(file.read_text(encoding="utf-8")) for file in sorted(PACKAGE.rglob("*.py"))}
+    return {file: parse_file(file) for file in package_files(PACKAGE)}
 
 
 def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     """All functions and methods, with the file and the line of each."""
-    for file, tree in trees().items():
-        for node in ast.walk(tree):
+    for file in trees():
+        for node in nodes_of(file):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 yield f"{file.relative_to(PACKAGE)}:{node.lineno}: {node.name}", node
 
@@ -80,9 +82,9 @@ def begins_with_participle(name: str) -> bool:
     return first not in NOT_PARTICIPLES and (first in IRREGULAR or bool(re.fullmatch(r"[a-z]+ed", first)))
 
 
-def identifiers(tree: ast.Module) -> Iterator[str]:
+def identifiers(file: Path) -> Iterator[str]:
     """What a file defines, stores or takes as an argument."""
-    for node in ast.walk(tree):
+    for node in nodes_of(file):
         match node:
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name):
                 yield name
@@ -118,8 +120,8 @@ def own_names(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> se
 def test_a_docstring_says_first_what_a_thing_is():
     """Not what one of its fields means, and not "The same" or "Of them"."""
     elliptic = []
-    for file, tree in trees().items():
-        for node in ast.walk(tree) if "flat" not in file.parts else ():
+    for file in trees():
+        for node in nodes_of(file) if "flat" not in file.parts else ():
             if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name[0] != "_":
                 text = ast.get_docstring(node) or ""
                 field = re.match(r"(\w+)(, \w+)*( \([^)]*\))?:(?!:)", text)
@@ -151,7 +153,7 @@ def definitions() -> dict[str, set[str]]:
         found[file.parent.name if file.stem == "__init__" else file.stem].update(members(tree))
         found[file.parent.name].add(file.stem)
         found[file.parent.parent.name].add(file.parent.name)
-        for node in ast.walk(tree):
+        for node in nodes_of(file):
             if isinstance(node, ast.ClassDef) and not node.bases:
                 found[node.name].update(members(node))
     return found
@@ -172,8 +174,8 @@ def is_missing(reference: str) -> bool:
 
 def test_what_a_docstring_refers_to_exists():
     lost = []
-    for file, tree in trees().items():
-        for node in ast.walk(tree):
+    for file in trees():
+        for node in nodes_of(file):
             if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
                 named = re.findall(r"`(\w[\w/]*\.\w[\w.]*)(?:\([^`]*\))?`", node.value.value)
                 found = [one for one in named if one not in OTHER_NAMES and is_missing(one)]
@@ -192,7 +194,7 @@ def test_few_names_are_defined_in_three_files_or_more():
 
 
 def test_the_fields_terms_occur_in_names():
-    spelled = {name.lower().replace("_", "") for tree in trees().values() for name in identifiers(tree)}
+    spelled = {name.lower().replace("_", "") for file in trees() for name in identifiers(file)}
     spelled |= {file.stem.replace("_", "") for file in trees()}
     absent = [term for term in TERMS if not any(term.replace("_", "") in word for word in spelled)]
     assert len(absent) <= MAX_ABSENT_TERMS, absent

@@ -18,6 +18,7 @@ from pathlib import Path
 import llm_quest
 from llm_quest.recipes.config_schema import RunConfig
 from llm_quest.train.arguments import TrainingArguments
+from tests.sources import nodes_of, package_files, parse_file
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llm_quest"
@@ -52,7 +53,12 @@ def names_bound(node: ast.stmt) -> Iterator[str]:
             yield name
 
 
-def names_mentioned(node: ast.AST) -> Iterator[str]:
+@functools.cache
+def names_mentioned(node: ast.AST) -> frozenset[str]:
+    return frozenset(mentions(node))
+
+
+def mentions(node: ast.AST) -> Iterator[str]:
     for one in ast.walk(node):
         match one:
             case ast.Name(id=name) | ast.Attribute(attr=name) | ast.alias(name=name):
@@ -65,8 +71,8 @@ def names_mentioned(node: ast.AST) -> Iterator[str]:
 def definitions() -> dict[str, list[tuple[Path, ast.stmt]]]:
     """Name -> where it is defined at the top of a file."""
     found: dict[str, list[tuple[Path, ast.stmt]]] = collections.defaultdict(list)
-    for file in sorted(PACKAGE.rglob("*.py")):
-        for node in top_level(ast.parse(file.read_text(encoding="utf-8")).body):
+    for file in package_files(PACKAGE):
+        for node in top_level(parse_file(file).body):
             for name in names_bound(node):
                 found[name].append((file, node))
             if isinstance(node, ast.ImportFrom):  # `import f as g`: who says g means f
@@ -146,7 +152,7 @@ UNSET_ARGUMENTS: dict[str, str] = {}
 
 def classes() -> Iterator[tuple[str, ast.ClassDef]]:
     for file in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in nodes_of(file):
             if isinstance(node, ast.ClassDef) and "flat" not in file.parts:
                 yield str(file.relative_to(PACKAGE)), node
 
@@ -167,8 +173,7 @@ def test_every_public_method_is_called():
 def test_every_training_argument_is_set_by_a_recipe():
     """By a key of its name, which `train_settings` passes on, or by an argument."""
     fields = {one.name for one in dataclasses.fields(TrainingArguments)} - RunConfig.model_fields.keys()
-    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in (PACKAGE / "recipes").rglob("*.py")]
-    nodes = [node for tree in trees for node in ast.walk(tree)]
+    nodes = [node for file in package_files(PACKAGE / "recipes") for node in nodes_of(file)]
     given = {node.arg for node in nodes if isinstance(node, ast.keyword)}
     given |= {getattr(key, "value", None) for node in nodes if isinstance(node, ast.Dict) for key in node.keys}
     assert fields - given == set(UNSET_ARGUMENTS)
@@ -189,20 +194,18 @@ SET_ON_OTHERS = {
 """Attribute that a test sets on an object of somebody else's."""
 
 
-def attributes(tree: ast.AST, context: type[ast.expr_context]) -> set[str]:
+def attributes(nodes: Iterable[ast.AST], context: type[ast.expr_context]) -> set[str]:
     """Names of attributes that are read (ast.Load) or set (ast.Store)."""
-    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
-    return {node.attr for node in nodes if isinstance(node.ctx, context)}
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, context)}
 
 
 def test_tests_set_attributes_that_somebody_reads():
     """One of an old name would be set and read by nobody, and the test could not fail."""
-    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in PACKAGE.rglob("*.py")]
-    names = {name for tree in trees for name in attributes(tree, ast.Load)}
-    names |= {name for tree in trees for node in ast.walk(tree) for name in variables(node)}
+    nodes = [node for file in package_files(PACKAGE) for node in nodes_of(file)]
+    names = attributes(nodes, ast.Load) | {name for node in nodes for name in variables(node)}
     for file in (ROOT / "tests").rglob("*.py"):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        lost = attributes(tree, ast.Store) - names - attributes(tree, ast.Load) - SET_ON_OTHERS.keys()
+        here = nodes_of(file)
+        lost = attributes(here, ast.Store) - names - attributes(here, ast.Load) - SET_ON_OTHERS.keys()
         assert not lost, f"{file.name} sets what nobody reads"
 
 

@@ -66,3 +66,13 @@ def test_what_has_no_shapes_is_left_as_it_is():
         return f"{a}{b}"
 
     assert check_shapes(plain) is plain
+
+
+def test_what_is_compiled_is_not_compiled_anew_after_calls_of_other_shapes():
+    """The set of the shapes that have been seen grows with every test: traced, each of its entries would be guarded."""
+    graphs = []
+    compiled = torch.compile(product, backend=lambda graph, inputs: graphs.append(graph) or graph, fullgraph=True)
+    for size in (7, 8, 9):
+        assert compiled(ones(2, 3), ones(3, 5)).shape == (2, 5)
+        product(ones(2, size), ones(size, 5))
+    assert len(graphs) == 1

@@ -53,6 +53,7 @@ def settings(text: Path, steps: int = 60) -> list[str]:
     return [
         f"data.source={text}", "data.separator='\\n\\n'", "tokenizer.vocab_size=300", "sequence_length=32",
         "batch_size=6", "optim=adamw", f"max_steps={steps}", "warmup_steps=3", "model.config.num_hidden_layers=1",
+        "samples.every_steps=0", "eval_baselines=false",
     ]  # fmt: skip
 
 

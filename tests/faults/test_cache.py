@@ -32,6 +32,7 @@ from llm_quest.recipes.assembly import train_or_load_tokenizer
 from tests.data.test_tokens import PARTS, TOKENIZER
 from tests.faults.failing_files import failing_files
 from tests.machine import PROFILES
+from tests.sources import nodes_of
 
 PACKAGE = Path(llm_quest.__file__).parent
 COMPILER = '#!/bin/sh\nfor a; do [ "$before" = -o ] && echo library > "$a"; before=$a; done\n'
@@ -161,7 +162,7 @@ def test_every_file_that_uses_the_cache_is_judged_here() -> None:
     found = set()
     for file in PACKAGE.rglob("*.py"):
         text = file.read_text(encoding="utf-8")
-        for node in ast.walk(ast.parse(text)) if "cache_dirs" in text else ():
+        for node in nodes_of(file) if "cache_dirs" in text else ():
             if isinstance(node, ast.ImportFrom) and node.module == "llm_quest.cache_dirs":
                 found.add(file.relative_to(PACKAGE).as_posix())
     assert found == set(USERS) | KEEPS_RESULTS

@@ -20,6 +20,7 @@ from tests.faults.recipe_files import check_recipe, measure
 from tests.faults.training import check_training, count_training_calls
 from tests.faults.writers import WRITERS, Writer, check_writer, count_calls
 from tests.recipes.every_recipe import prepare
+from tests.sources import nodes_of, package_files
 
 PACKAGE = Path(llm_quest.__file__).parent
 PRIMITIVES = {
@@ -57,8 +58,8 @@ def test_a_writer_whose_disk_fails_leaves_the_old_or_the_new_content(writer: Wri
 @cache
 def calls_of_package() -> list[tuple[str, ast.Call]]:
     """Every call in the package, with its file."""
-    trees = {str(file.relative_to(PACKAGE)): ast.parse(file.read_text()) for file in sorted(PACKAGE.rglob("*.py"))}
-    return [(name, node) for name, tree in trees.items() for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    nodes = ((str(file.relative_to(PACKAGE)), node) for file in package_files(PACKAGE) for node in nodes_of(file))
+    return [(name, node) for name, node in nodes if isinstance(node, ast.Call)]
 
 
 def name_of(call: ast.Call) -> str:

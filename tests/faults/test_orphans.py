@@ -20,6 +20,7 @@ from llm_quest import child_process
 from llm_quest.child_process import end_with_parent
 from llm_quest.data.template_sandbox import render_prompt
 from llm_quest.rollouts.worker_process import WorkerProcess
+from tests.sources import nodes_of
 
 PACKAGE = Path(llm_quest.__file__).parent
 processes = multiprocessing.get_context("spawn")
@@ -154,7 +155,7 @@ def test_every_module_that_starts_a_process_says_how_it_ends() -> None:
     for file in sorted(PACKAGE.rglob("*.py")):
         text = file.read_text(encoding="utf-8")
         if "subprocess" in text or "multiprocessing" in text:
-            calls = [node.func for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+            calls = [node.func for node in nodes_of(file) if isinstance(node, ast.Call)]
             names = {ast.unparse(call).rpartition(".")[2] if isinstance(call, ast.Attribute) else "" for call in calls}
             if names & {"run", "Popen", "Process", "get_context", "check_output", "call"}:
                 name = str(file.relative_to(PACKAGE))

@@ -29,6 +29,7 @@ from llm_quest.recipes.recipe import load_recipe
 from tests.faults.__main__ import main as campaign
 from tests.faults.failing_files import failing_files
 from tests.recipes.tuned import base
+from tests.sources import nodes_of
 
 PACKAGE = Path(llm_quest.__file__).parent
 RECIPE = """
@@ -187,7 +188,7 @@ def test_a_run_folder_that_can_only_be_read_is_one_message_and_such_a_cache_is_n
 def test_text_files_are_read_and_written_in_utf8_whatever_the_locale() -> None:
     for file in sorted(PACKAGE.rglob("*.py")):
         text = file.read_text(encoding="utf-8")
-        for node in ast.walk(ast.parse(text)) if "read_text" in text or "write_text" in text else ():
+        for node in nodes_of(file) if "read_text" in text or "write_text" in text else ():
             match node:
                 case ast.Call(func=ast.Attribute(attr="read_text" | "write_text"), keywords=words):
                     assert {word.arg for word in words} & {"encoding", "errors"}, f"{file.name}:{node.lineno}"
