@@ -4,6 +4,7 @@ without uncommitted changes."""
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import os
 import shutil
@@ -47,8 +48,9 @@ def load_code_tree(root: Path, revision: str = "") -> CodeTree:
     return CodeTree(root, digest.hexdigest()[:16], revision or describe_revision(root))
 
 
+@functools.cache
 def own_code() -> CodeTree:
-    """This package."""
+    """This package, as it was when a process first asked: its modules are imported, and an edit on disk is not run."""
     return load_code_tree(PACKAGE.parent)
 
 

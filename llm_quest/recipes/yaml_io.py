@@ -7,6 +7,8 @@ a number, `no` and `enabled` are words, `1:30` is not ninety.
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +20,8 @@ import yaml
 from llm_quest.errors import DataError, UsageError
 
 MAX_BYTES, MAX_DEPTH, MAX_NODES, MAX_ALIASES = 2**20, 32, 10_000, 32
+MAX_CACHED = 16_384
+"""Characters of a text whose settings are kept."""
 
 KeyPath = tuple[str, ...]
 
@@ -87,6 +91,14 @@ def read_yaml_file(file: File) -> RawConfig:
 
 def read_yaml(text: str, name: str) -> RawConfig:
     """Read the settings in a text. name: of the text, for messages."""
+    found = parse_yaml(text, name) if len(text) <= MAX_CACHED else parse_yaml.__wrapped__(text, name)
+    return RawConfig(copy.deepcopy(found.tree), name, dict(found.locations), list(found.problems))
+
+
+@functools.lru_cache(maxsize=512)
+def parse_yaml(text: str, name: str) -> RawConfig:
+    """Parse the settings in a text; the result is shared, and not to be changed. (A recipe is read several times: for
+    its schema, for a model that is named on the command line, by every run of an experiment. PyYAML takes 10 ms.)"""
     settings = RawConfig({}, name)
     try:
         problem = find_limit_violation(text)

@@ -29,7 +29,7 @@ from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.schema import StrictModel
 from llm_quest.recipes.vit import VitConfig
 from llm_quest.recipes.vlm_config import VlmConfig
-from llm_quest.recipes.yaml_io import apply_overrides, read_yaml, read_yaml_file
+from llm_quest.recipes.yaml_io import ConfigProblem, apply_overrides, read_yaml, read_yaml_file
 
 GOOD = "recipe: pretrain\nmodel:\n  preset: llama3.2-tiny\n"
 
@@ -222,3 +222,18 @@ def test_a_missing_space_behind_a_colon_is_told() -> None:
 def test_a_path_of_images_is_a_folder() -> None:
     assert load_raw_config("vit", ["data.path=a"]).tree["data"]["source"] == "folder"
     assert load_raw_config("vit", ["data.path=a", "data.source=cifar10"]).tree["data"]["source"] == "cifar10"
+
+
+def test_what_is_changed_in_settings_is_not_in_those_of_the_next_reader():
+    """A text is parsed once in a process."""
+    first = read_yaml("a: {b: [1, 2]}\nc: 1\na: 2", "x.yaml")
+    assert first.problems
+    first = read_yaml("a: {b: [1, 2]}", "x.yaml")
+    first.tree["a"]["b"].append(3)
+    first.locations.clear()
+    first.problems.append(ConfigProblem("x", "", "y"))
+    again = read_yaml("a: {b: [1, 2]}", "x.yaml")
+    assert again.tree == {"a": {"b": [1, 2]}}
+    assert again.location(("a", "b", "1")) == "x.yaml:1"
+    assert not again.problems
+    assert read_yaml("a: {b: [1, 2]}", "y.yaml").location(("a",)) == "y.yaml:1"
