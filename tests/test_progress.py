@@ -11,7 +11,9 @@ import select
 import struct
 import sys
 import termios
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -148,12 +150,13 @@ def run_on_a_terminal(code: str, terminal: str, env: dict[str, str]) -> None:
     sys.stdout.flush()
 
 
-def on_a_terminal(code: str, width: int, **env: str) -> str:
+def on_a_terminal(code: str, width: int, env: dict[str, str]) -> str:
     """What a program writes to a terminal of so many columns."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     began = processes.Process(target=run_on_a_terminal, args=(code, os.ttyname(follower), env))
-    began.start()
+    with STARTING:
+        began.start()
     while not select.select([leader], [], [], 0.05)[0] and began.is_alive():
         pass  # until it has opened its end
     os.close(follower)
@@ -172,6 +175,23 @@ def on_a_terminal(code: str, width: int, **env: str) -> str:
     return seen.decode()
 
 
+STARTING = threading.Lock()
+TERMINALS: dict[str, tuple[int, dict[str, str]]] = {
+    **{str(width): (width, {}) for width in (60, 80, 200)},
+    "no color": (80, {"NO_COLOR": "1"}),
+    "dumb": (80, {"TERM": "dumb"}),
+}
+"""Columns, and variables of the environment."""
+
+
+@pytest.fixture(scope="module")
+def shown() -> dict[str, str]:
+    """What the slow run writes to each of them, all at once: it sleeps most of the time."""
+    with ThreadPoolExecutor(len(TERMINALS)) as pool:
+        runs = {name: pool.submit(on_a_terminal, SLOW_RUN, *given) for name, given in TERMINALS.items()}
+        return {name: run.result() for name, run in runs.items()}
+
+
 def drawn_lines(output: str) -> list[str]:
     """Every line that was drawn, without control sequences."""
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output)
@@ -179,8 +199,8 @@ def drawn_lines(output: str) -> list[str]:
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
-def test_the_bar_fits_the_terminal_and_events_stay_above_it(width: int):
-    lines = drawn_lines(on_a_terminal(SLOW_RUN, width))
+def test_the_bar_fits_the_terminal_and_events_stay_above_it(width: int, shown: dict[str, str]):
+    lines = drawn_lines(shown[str(width)])
     assert max(map(len, lines)) <= width
     assert any(line.startswith("reading rows, 0 s") for line in lines)
     bars = [line for line in lines if re.match(r"step 3/1000 +[━╸╺ ]+ .*(step/s|s/step)  ETA \d+:\d\d:\d\d$", line)]
@@ -193,11 +213,11 @@ def test_the_bar_fits_the_terminal_and_events_stay_above_it(width: int):
     assert lines[-1] == "result"
 
 
-def test_no_color_and_dumb_terminals_are_heard(monkeypatch):
+def test_no_color_and_dumb_terminals_are_heard(monkeypatch, shown: dict[str, str]):
     colors = re.compile(r"\x1b\[[0-9;]*(3[0-9]|4[0-9]|9[0-7])[0-9;]*m")
-    assert colors.search(on_a_terminal(SLOW_RUN, 80))
-    assert not colors.search(on_a_terminal(SLOW_RUN, 80, NO_COLOR="1"))
-    assert "\x1b" not in on_a_terminal(SLOW_RUN, 80, TERM="dumb")
+    assert colors.search(shown["80"])
+    assert not colors.search(shown["no color"])
+    assert "\x1b" not in shown["dumb"]
 
     class Terminal:
         def isatty(self) -> bool:

@@ -64,7 +64,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 def serve_folder(folder: Path, isolated: bool) -> Iterator[str]:
     handler = type("OneHandler", (Handler,), {"isolated": isolated})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/"
     finally:

@@ -3,6 +3,7 @@ with their answers."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,10 +116,16 @@ class RptDocuments:
 
 def split_problems(config: RptDataConfig, seed: int) -> tuple[list[Problem], list[Problem]]:
     """Draw a task's training and held-out problems."""
-    task, stream = parse_task(source_name(config)), derive_seed(seed, "documents")
-    return unique_problems(task, "train", config.document_count, stream), unique_problems(
-        task, "validation", NUM_HELD_OUT, stream
-    )
+    train, held_out = draw_splits(source_name(config), config.document_count, derive_seed(seed, "documents"))
+    return list(train), list(held_out)
+
+
+@functools.lru_cache(maxsize=2)
+def draw_splits(name: str, number: int, seed: int) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
+    """Draw the splits of a task once for the checks, the warm-up and the run."""
+    task = parse_task(name)
+    train = unique_problems(task, "train", number, seed)
+    return tuple(train), tuple(unique_problems(task, "validation", NUM_HELD_OUT, seed))
 
 
 def load_documents(
