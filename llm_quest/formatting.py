@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+from llm_quest.errors import UsageError
 
 
 def format_bytes(number_of_bytes: float) -> str:
@@ -20,6 +23,14 @@ def format_quantity(number: float) -> str:
         if number >= scale:
             return f"{number / scale:.3g} {unit}"
     return f"{number:,.0f}"
+
+
+def parse_quantity(text: str, option: str) -> float:
+    """`50k`, `1.5M`, `4B`, `2e9` -> the number. UsageError for another text, which names the option."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmgbt]?)", text.strip().lower())
+    if match is None:
+        raise UsageError(f"{option} {text!r} is no number of parameters; write 50k, 500M or 1.5B")
+    return float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}[match[2]]
 
 
 def format_duration(seconds: float) -> str:

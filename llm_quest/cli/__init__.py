@@ -1,2 +1,1 @@
-"""The command line, `quest`. Commands import what they need when they run, so that `quest --help` is
-quick."""
+"""The command line, `quest`. A command imports what it needs when it runs, so that `quest --help` is fast."""

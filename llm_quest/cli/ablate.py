@@ -1,14 +1,13 @@
-"""`quest ablate`: arms of a recipe against a control, until a sequential test decides."""
+"""`quest ablate`: compares arms of a recipe with a control, until a sequential test decides."""
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_quest.cli.output import command_line
 from llm_quest.contracts import LogFn
 from llm_quest.errors import UsageError
 from llm_quest.experiments.arms import CONTROL, Arm, default_pairs, parse_arms, refuse_own_keys, resolve_arms
@@ -16,10 +15,10 @@ from llm_quest.experiments.budgets import BUDGETS
 from llm_quest.experiments.code_tree import own_code
 from llm_quest.experiments.comparison import Claim
 from llm_quest.experiments.confirmation import DEV, TEST, has_halves, plan_confirmation
-from llm_quest.experiments.experiment import Experiment, Plan
+from llm_quest.experiments.experiment import Experiment, ExperimentPlan
 from llm_quest.experiments.ledger import Ledger
 from llm_quest.experiments.measurements import require_reported_seeds
-from llm_quest.experiments.page import write_page
+from llm_quest.experiments.page import write_experiment_page
 from llm_quest.experiments.sequential import FIRST_LOOK, THRESHOLDS
 from llm_quest.experiments.verdict_lines import describe_verdict
 from llm_quest.experiments.worker_pool import exclusive_pool
@@ -36,7 +35,7 @@ PROTOCOL = Path(__file__).parents[1] / "experiments" / "agents.md"
 
 @dataclass(frozen=True)
 class AblateOptions:
-    """What the command line gives."""
+    """The options of `quest ablate`."""
 
     vary: Sequence[str] = ()
     arms: Sequence[str] = ()
@@ -98,13 +97,13 @@ def run_ablation(recipe: str, pairs: Sequence[str], options: AblateOptions, *, o
         log(f"experiment {plan.experiment}: {describe_plan(plan)}")
         result = Experiment(plan, out, pool, ledger, log).run()
         atomic_write_json(folder / "result.json", result)
-        write_page(result, out, folder / "report.html")
+        write_experiment_page(result, out, folder / "report.html")
     return AblationReport(result, folder, ledger.file)
 
 
-def make_plan(recipe: str, pairs: Sequence[str], options: AblateOptions, out: Path, log: LogFn) -> Plan:
-    """The plan, with all that is wrong with the options said before anything runs."""
-    check_options(options)
+def make_plan(recipe: str, pairs: Sequence[str], options: AblateOptions, out: Path, log: LogFn) -> ExperimentPlan:
+    """The plan. UsageError for wrong options, before anything runs."""
+    check_ablate_options(options)
     if not recipe:
         raise UsageError("no recipe was given: quest ablate pretrain --vary optim=adamw,muon, for example")
     refuse_own_keys(pairs, allowed=("max_steps",))
@@ -120,20 +119,15 @@ def make_plan(recipe: str, pairs: Sequence[str], options: AblateOptions, out: Pa
     claim = make_claim(found.name, options)
     arms = resolve_arms(recipe, base, parse_arms(options.vary, options.arms, options.code, out / "code"), log)
     budget = options.budget or ("steps" if found.name in POLICIES else "flops")
-    return Plan(
+    return ExperimentPlan(
         recipe, tuple(base), tuple(arms), Arm(CONTROL, (), own_code()), claim, budget,
         options.rates, options.tuning_seeds, options.aa_pairs, options.first_seed,
         tuple(options.metrics[1:]), options.question, command_line(),
     )  # fmt: skip
 
 
-def command_line() -> str:
-    """The command that is running, as it can be typed again."""
-    return shlex.join(["quest", *sys.argv[1:]])
-
-
-def check_options(options: AblateOptions) -> None:
-    """UsageError for options that no verdict can rest on."""
+def check_ablate_options(options: AblateOptions) -> None:
+    """UsageError for options that allow no verdict."""
     if options.cap < FIRST_LOOK:
         raise UsageError(
             f"--cap {options.cap}: {options.cap} pairs decide nothing; the first look is after {FIRST_LOOK}. "
@@ -158,8 +152,8 @@ def make_claim(recipe: str, options: AblateOptions) -> Claim:
     return Claim(metric, DEFAULT_DELTA if options.delta is None else options.delta, options.cap, greater, normal)
 
 
-def describe_plan(plan: Plan) -> str:
-    """How many runs there are at most."""
+def describe_plan(plan: ExperimentPlan) -> str:
+    """The plan in a line: arms, metric, delta, and how many runs there are at most."""
     arms = 1 + len(plan.arms)
     tuning = arms * plan.rates * plan.tuning_seeds if plan.rates > 1 else 0
     noise = 2 * plan.aa_pairs + 1 if plan.aa_pairs else 0

@@ -33,8 +33,8 @@ PROGRESS_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class BatchGenerateReport:
-    """What a command wrote. rows: in the file. new, tokens, seconds: of this command. dropped: reason -> number of
-    prompts without a row. finished: finish reason -> number of rows in the file."""
+    """The result of `quest generate --prompts`. rows: in the file. new, tokens, seconds: of this command. dropped:
+    reason -> number of prompts without a row. finished: finish reason -> number of rows in the file."""
 
     out: str
     prompts: int
@@ -172,7 +172,7 @@ def output_settings(
     options: GenerationOptions,
     stopping_criteria: StoppingCriteria,
 ) -> dict[str, Any]:
-    """Everything that the rows depend on."""
+    """The settings that the rows depend on, with hashes of the model, the tokenizer and the prompts."""
     digest = hashlib.sha256()
     for one in prompt_texts:
         digest.update(one.text.encode() + b"\0")

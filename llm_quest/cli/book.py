@@ -1,4 +1,4 @@
-"""`quest book` and `quest learn`: the book beside the package, built as a site, and its exercises."""
+"""`quest book` and `quest learn`: build and open the book of a clone, and run its exercises."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def open_book(folder: Path, *, renew: bool, browser: bool, log: LogFn) -> str:
     """Build the site unless the folder has it, and show it. Returns the address of its first page."""
     first = folder / "index.html"
     if renew or not first.is_file():
-        build(folder, log)
+        build_book(folder, log)
     address = first.resolve().as_uri()
     if browser:
         webbrowser.open(address)
@@ -27,7 +27,7 @@ def open_book(folder: Path, *, renew: bool, browser: bool, log: LogFn) -> str:
 
 
 def run_lesson(action: str | None, name: str | None, folder: Path, log: LogFn) -> tuple[bool, list[str]]:
-    """List, begin or judge exercises and games; whether the answer is right, and what to say."""
+    """List, begin or check exercises and games. Returns whether the answer is right, and the lines to print."""
     learn = import_from_checkout("book.learn")
     if action is None:
         return True, list(learn.overview(folder))
@@ -42,7 +42,7 @@ def run_lesson(action: str | None, name: str | None, folder: Path, log: LogFn) -
 
 
 def import_from_checkout(module: str) -> Any:
-    """A module of the book, which lies beside the package in a clone."""
+    """Import a module of the book, which is beside the package in a clone. UsageError without a clone."""
     if not (CHECKOUT / "book" / "chapters").is_dir():
         raise UsageError(
             "the book and its exercises come with a clone of LLM Quest: git clone it, then make install-test"
@@ -52,7 +52,7 @@ def import_from_checkout(module: str) -> Any:
     return importlib.import_module(module)
 
 
-def build(folder: Path, log: LogFn) -> None:
+def build_book(folder: Path, log: LogFn) -> None:
     """Build the site into a folder. UsageError without a checkout, or where the folder holds other files."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:

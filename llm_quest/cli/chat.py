@@ -1,4 +1,5 @@
-"""`quest generate` and `quest chat`: text is printed while it is generated, without control characters."""
+"""`quest generate`, and the parts that it shares with other commands: loading a model and printing its text as it is
+generated, without control characters."""
 
 from __future__ import annotations
 
@@ -32,8 +33,8 @@ from llm_quest.train.parallel import resolve_device
 def load_text_model(
     name_or_path: str, device: str, dtype: str, log: LogFn, *, vision: bool = False
 ) -> tuple[Decoder, Tokenizer]:
-    """The model and tokenizer of a command. dtype auto: bfloat16 on a GPU that has it, else float32. vision: with the
-    part that reads images, where there is one."""
+    """Load the model and the tokenizer of a command. dtype auto: bfloat16 on a GPU that has it, else float32. vision:
+    with the part that reads images, where there is one."""
     torch_device = resolve_device(device)
     kind = resolve_dtype(dtype, torch_device)
     if torch_device.type == "cpu":
@@ -56,14 +57,14 @@ def load_for_generation(
     dtype: str,
     log: LogFn,
 ) -> tuple[Decoder, Tokenizer, GenerationOptions]:
-    """The model and tokenizer of a command that generates, and its options with every choice made."""
+    """Load the model and the tokenizer of a command that generates; its options with the model's own defaults."""
     model, tokenizer = load_text_model(name_or_path, device, dtype, log)
     return model, tokenizer, options.with_advice(model.generation_config, defaults, log)
 
 
 def note_busy_cores(log: LogFn) -> None:
-    """Say where fewer threads are faster, because there are fewer cores or other programs keep some busy. They are not
-    taken: the last bits of what a seed gives follow from their number."""
+    """Log that fewer threads are faster, where there are fewer cores or other programs keep some busy. The number is
+    not changed: the last bits of a result depend on it."""
     threads = torch.get_num_threads()
     if threads > usable_cores():
         log(f"note: {describe_threads(threads, option='--threads ')}")
@@ -72,7 +73,7 @@ def note_busy_cores(log: LogFn) -> None:
 
 
 def use_fast_products(dtype: str, log: LogFn) -> None:
-    """Set the form of products with few rows by the machine's profile, and warn of a dtype that is slow here."""
+    """Choose the kernels of products with few rows by the machine's profile, and warn of a dtype that is slow here."""
     profile = load_kernel_rates(log)
     set_few_row_products(choose_few_rows(profile).value, choose_few_row_kernel(profile).value)
     if dtype == "bfloat16" and (warning := slow_bf16_warning(profile)):
@@ -85,7 +86,7 @@ def quantized_kinds(model: nn.Module) -> list[str]:
 
 
 def use_fast_weights(model: nn.Module, kinds: Sequence[str], profile: MachineProfile, log: LogFn) -> None:
-    """Where the profile says that a format is slower than float32 here, multiply with floats, and say so."""
+    """Dequantize the formats that are slower than float32 by the machine's profile, with a warning."""
     for kind in kinds:
         choice = choose_weight_kernel(profile, kind)
         if choice.value:

@@ -1,7 +1,7 @@
-"""A conversation in the terminal: what the user types is a message that is answered, or a command.
+"""Runs a conversation in the terminal: a line is a message, which is answered, or a command.
 
-In a terminal prompt_toolkit reads it: lines can be edited, the arrow keys go through earlier ones, and a pasted text
-keeps its line ends. Anything else (a file, a pipe) is read line by line."""
+In a terminal prompt_toolkit reads the lines: they can be edited, the arrow keys show earlier ones, and a pasted text
+keeps its line ends. A file or a pipe is read line by line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LEAVE = ("/quit", "/exit")
 ReadLine = Callable[[], "str | None"]
 
 
-class Conversation(Protocol):
+class ChatHistory(Protocol):
     """A conversation: messages and replies are added, and all of it is the next prompt."""
 
     system: str | None
@@ -46,29 +46,29 @@ class Conversation(Protocol):
     def reset(self) -> None: ...
 
     def set_system(self, text: str) -> None:
-        """Begin again with this system message. UsageError where there is no place for one."""
+        """Begin again with this system message. UsageError for a conversation that takes none."""
 
     def snapshot(self) -> Any:
-        """What `restore` goes back to."""
+        """The state that `restore` returns to."""
 
     def restore(self, state: Any) -> None: ...
 
 
 @dataclass(frozen=True)
 class ChatCommand:
-    """A command of the conversation. run: does it with the rest of the line."""
+    """A command of the conversation. run: called with the session and the rest of the line."""
 
     help: str
     run: Callable[[ChatSession, str], None]
 
 
 class ChatSession:
-    """Reads messages and answers each. decoder: what answers the next message. commands: of this kind of conversation,
-    besides `CHAT_COMMANDS`."""
+    """Reads messages and answers each. decoder: gives the model that answers the next message. commands: more than
+    `CHAT_COMMANDS`."""
 
     def __init__(
         self,
-        history: Conversation,
+        history: ChatHistory,
         decoder: Callable[[], Decoder],
         options: GenerationOptions,
         stopping_criteria: StoppingCriteria,
@@ -81,13 +81,13 @@ class ChatSession:
         self.begin()
 
     def begin(self) -> None:
-        """Forget what was said."""
+        """Clear the transcript."""
         system = self.history.system
         self.transcript = [{"role": "system", "content": system}] if system else []
         self.asked: tuple[Any, str] | None = None
 
     def run(self) -> None:
-        """Until the user leaves."""
+        """Read lines and answer them until the user leaves."""
         self.log(HINT)
         read = open_user_input(tuple(self.commands))
         while (line := read()) is not None and line not in LEAVE:
@@ -96,11 +96,11 @@ class ChatSession:
                 if word in self.commands:
                     self.commands[word].run(self, rest.strip())
                 elif re.fullmatch(r"/[a-z]+", word):
-                    tell(f"{word} is no command; /help lists them")
+                    print_notice(f"{word} is no command; /help lists them")
                 elif line:
                     self.ask(line)
             except (QuestError, OSError) as error:
-                tell(str(error))
+                print_notice(str(error))
 
     def ask(self, line: str) -> None:
         """Answer a message. One that does not fit is taken back, and the conversation goes on."""
@@ -115,7 +115,7 @@ class ChatSession:
         self.transcript += [{"role": "user", "content": line}, {"role": "assistant", "content": reply}]
 
     def answer(self) -> str:
-        """The reply to what was said; the conversation has it then."""
+        """Generate the reply to the last message and add it to the conversation."""
         model = self.decoder()
         context = model.config.max_position_embeddings
         tokens = self.history.prompt_tokens(context - min(self.options.tokens, context // 2), self.log)
@@ -128,7 +128,7 @@ class ChatSession:
     def retry(self) -> None:
         """Answer the last message once more."""
         if self.asked is None:
-            raise UsageError("there is no answer to try again")
+            raise UsageError("there is no answer to try again: write a message first")
         before, line = self.asked
         self.history.restore(before)
         del self.transcript[-2:]
@@ -139,9 +139,9 @@ class ChatSession:
         if not name:
             raise UsageError("name a file, such as /save talks.jsonl")
         if self.asked is None:
-            raise UsageError("nothing was said yet")
+            raise UsageError("there is nothing to save yet: write a message first")
         append_lines(Path(name), [json.dumps({"messages": self.transcript}, ensure_ascii=False)])
-        tell(f"saved: {len(self.transcript)} messages, in {name}")
+        print_notice(f"saved: {len(self.transcript)} messages, in {name}")
 
     def reset(self, rest: str = "") -> None:
         """Begin a new conversation."""
@@ -152,7 +152,9 @@ class ChatSession:
         """Begin a new conversation with this system message."""
         self.history.set_system(text)
         self.begin()
-        tell("a new conversation, with this system message" if text else "a new conversation, without a system message")
+        print_notice(
+            "a new conversation, with this system message" if text else "a new conversation, without a system message"
+        )
 
     def show_help(self) -> None:
         print_text("".join(f"{word:<9} {command.help}\n" for word, command in self.commands.items()))
@@ -169,8 +171,8 @@ CHAT_COMMANDS: Mapping[str, ChatCommand] = {
 """Commands of every conversation: the table is also their help."""
 
 
-def tell(text: str) -> None:
-    """A line to the user, which is no part of the conversation."""
+def print_notice(text: str) -> None:
+    """Print a line that is no part of the conversation, on stderr."""
     sys.stderr.write(clean_text(text) + "\n")
     sys.stderr.flush()
 
@@ -192,8 +194,8 @@ def stream_answer(
 
 
 def open_user_input(words: tuple[str, ...]) -> ReadLine:
-    """What reads the user's next message: None at the end. words: completed by Tab."""
-    return edit_lines(words) if sys.stdin.isatty() and sys.stdout.isatty() else read_plain_line
+    """A function that reads the user's next line; it returns None at the end. words: completed by Tab."""
+    return make_line_editor(words) if sys.stdin.isatty() and sys.stdout.isatty() else read_plain_line
 
 
 def read_plain_line() -> str | None:
@@ -203,7 +205,7 @@ def read_plain_line() -> str | None:
         return None
 
 
-def edit_lines(words: tuple[str, ...]) -> ReadLine:
+def make_line_editor(words: tuple[str, ...]) -> ReadLine:
     """A line editor with a history."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
@@ -234,8 +236,8 @@ def open_history(file: Path) -> Any:
     """Earlier messages: in a file, or in memory where that cannot be written."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-    class KeptHistory(FileHistory):
-        """A message that cannot be kept is in this session's memory."""
+    class FallbackHistory(FileHistory):
+        """A line that cannot be written is kept in memory."""
 
         def store_string(self, string: str) -> None:
             with tolerate_cache_errors(file.parent):
@@ -244,5 +246,5 @@ def open_history(file: Path) -> Any:
     with tolerate_cache_errors(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))  # for its owner alone
-        return KeptHistory(str(file))
+        return FallbackHistory(str(file))
     return InMemoryHistory()

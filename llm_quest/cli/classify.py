@@ -1,4 +1,4 @@
-"""`quest classify MODEL TEXT|IMAGE`: the probabilities that a classifier gives to each label."""
+"""`quest classify MODEL TEXT|IMAGE`: the probability of each label by a classifier."""
 
 from __future__ import annotations
 
@@ -47,15 +47,14 @@ def classify_input(
 
 @dataclass(frozen=True)
 class TextPrediction:
-    """A text classification. labels: what the text is called: the most probable label, or of a multi-label classifier
-    all above 0.5. probabilities: of every label, the most probable first. tokens: how many of the text were read. cut:
-    how many were not, as in training."""
+    """A text classification. labels: the most probable one, or of a multi-label classifier all above 0.5.
+    probabilities: of every label, the most probable first. tokens: how many of the text were read. cut: how many were
+    left out, as in training."""
 
     labels: tuple[str, ...]
     probabilities: dict[str, float]
     tokens: int
     cut: int
-
     is_multi_label: bool = False
 
     @property
@@ -97,11 +96,20 @@ def classify_text(name_or_path: str, text: str, *, device: str = "auto") -> Text
     if head.problem_type == "regression":
         raise UsageError(f"{name_or_path} predicts numbers (problem_type regression in its config.json), no labels")
     logits = last_token_outputs(model, tokens.to(torch_device), positions.to(torch_device))[0]
-    probabilities = (logits.sigmoid() if head.is_multi_label else logits.softmax(dim=0)).tolist()
     names = unique_names(head.labels or tuple(f"LABEL_{i}" for i in range(head.outputs)))
-    ordered = dict(sorted(zip(names, probabilities, strict=True), key=lambda pair: -pair[1]))
-    said = [name for name, p in ordered.items() if p > 0.5] if head.is_multi_label else list(ordered)[:1]
-    return TextPrediction(tuple(said), ordered, tokens.shape[1], len(whole) - tokens.shape[1], head.is_multi_label)
+    labels, probabilities = rank_labels(logits, names, is_multi_label=head.is_multi_label)
+    read = tokens.shape[1]
+    return TextPrediction(labels, probabilities, read, len(whole) - read, head.is_multi_label)
+
+
+def rank_labels(
+    logits: Tensor, names: Sequence[str], *, is_multi_label: bool
+) -> tuple[tuple[str, ...], dict[str, float]]:
+    """(predicted labels, probability of each label, the most probable first) of logits (V,): a sigmoid each and all
+    above 0.5 with is_multi_label, otherwise a softmax and the most probable one."""
+    probabilities = (logits.sigmoid() if is_multi_label else logits.softmax(dim=0)).tolist()
+    ranked = dict(sorted(zip(names, probabilities, strict=True), key=lambda pair: -pair[1]))
+    return tuple(name for name, p in ranked.items() if p > 0.5) if is_multi_label else tuple(ranked)[:1], ranked
 
 
 def is_image_path(text: str) -> bool:
@@ -161,10 +169,8 @@ def classify_image(
         logits = loaded(preprocess(image)[None].to(torch_device))[0]
         names = unique_names(loaded.config.label_names or tuple(str(i) for i in range(loaded.config.num_labels)))
     is_multi_label = getattr(loaded.config, "problem_type", None) == MULTI_LABEL
-    probabilities = (logits.sigmoid() if is_multi_label else logits.softmax(dim=0)).tolist()
-    ordered = dict(sorted(zip(names, probabilities, strict=True), key=lambda pair: -pair[1]))
-    said = [name for name, p in ordered.items() if p > 0.5] if is_multi_label else list(ordered)[:1]
-    return ImagePrediction(next(iter(ordered)), ordered, tuple(said), is_multi_label)
+    predicted, probabilities = rank_labels(logits, names, is_multi_label=is_multi_label)
+    return ImagePrediction(next(iter(probabilities)), probabilities, predicted, is_multi_label)
 
 
 def label_prompts(model: str, labels: Sequence[str], template: str) -> list[str]:

@@ -47,7 +47,7 @@ def draw_model(model: Decoder | ImageEncoder | TextEncoder | CLIPModel | VisionL
 
 
 def draw_end(model: Any, token: str, output: str) -> list[str]:
-    """The last norm of an encoder, and what its head makes of one token."""
+    """The final norm and the head of an encoder, which reads one token."""
     norm = [f"  ├── norm   {describe_layer(model.norm)}", "  │"]
     if isinstance(model.head, nn.Identity):
         return [*norm, f"  the {token} token's vector (B,D)"]
@@ -168,10 +168,8 @@ def describe_layer(layer: nn.Module) -> str:
     own = (
         layer.named_children() if any(isinstance(table, nn.Embedding) for table in layer.children()) else [("", layer)]
     )
-    held = [
-        (name, inner, describe_shape(inner)) for name, inner in own if not isinstance(inner, nn.Identity | nn.Dropout)
-    ]
-    return ", ".join([f"{kind} " + " and ".join(f"{name} {shape}".strip() for name, _, shape in held)]).strip()
+    held = [(name, describe_shape(inner)) for name, inner in own if not isinstance(inner, nn.Identity | nn.Dropout)]
+    return f"{kind} {' and '.join(f'{name} {shape}'.strip() for name, shape in held)}".strip()
 
 
 def describe_shape(layer: nn.Module) -> str:

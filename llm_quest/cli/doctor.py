@@ -153,8 +153,8 @@ def inspect_machine(folder: str | Path = ".") -> MachineReport:
     return replace(found, warnings=tuple(machine_warnings(found)))
 
 
-def examine_machine(*, renew: bool = False, log: LogFn = lambda text: None) -> MachineReport:
-    """`inspect_machine`, with the machine's profile and a compiler that was tried. renew: measure the profile anew."""
+def diagnose_machine(*, renew: bool = False, log: LogFn = lambda text: None) -> MachineReport:
+    """`inspect_machine`, with the measured profile and a compiler that was tried. renew: measure the profile again."""
     if renew:
         measure_profile(log)
     profile, compiler = load_kernel_rates(log), load_compiler(log)

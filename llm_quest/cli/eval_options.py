@@ -1,4 +1,4 @@
-"""What `quest eval` measures, and which options each measure has: one that would have no effect is refused."""
+"""The measures of `quest eval` and the options of each: an option that would have no effect is refused."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`quest eval MODEL`: what a run measures on its held-out data, bits per byte on a text, accuracy on problems, or
-lm-eval tasks."""
+"""`quest eval MODEL`: evaluates a run on its held-out data, or a model by bits per byte on a text, by accuracy on
+problems, or on lm-eval tasks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from llm_quest.rollouts.model_reward import ModelReward
 
 @dataclass(frozen=True)
 class EvalContext:
-    """Where and how a command evaluates."""
+    """The device, dtype, seed, threads and log of an evaluation."""
 
     device: str
     dtype: str
@@ -43,11 +43,9 @@ class EvalContext:
     threads: int = 0
 
 
-def evaluate_measure(
-    model: str, measures: Mapping[str, str], given: Mapping[str, Any], context: EvalContext
-) -> PerplexityReport | ProblemAccuracy | HeldOutReport | Any:
-    """The measure of which a source is given, or a run's own. given: options by their names in the command; None where
-    one was left out."""
+def evaluate_measure(model: str, measures: Mapping[str, str], given: Mapping[str, Any], context: EvalContext) -> Any:
+    """Evaluate by the measure whose source is given, otherwise by the run's own; the report. given: options by their
+    names in the command; None where one was left out."""
     machine: dict[str, Any] = {"device": context.device, "dtype": context.dtype, "log": context.log}
     kwargs = parse_template_kwargs(given["--chat-template-kwargs"])
     chat, number = ChatOptions(given["--chat"], given["--system"], kwargs), given["--problems"] or 200
@@ -112,7 +110,9 @@ def evaluate_problem_task(
             raise UsageError("--refine is a conversation with the model: leave --no-chat out")
         context = int(model.config.max_position_embeddings)
         refinement = SelfRefinement(refine, encode.messages, encode.chat.encode_prompts, context, prompts)
-    reward = None if reward_model is None else load_reward(reward_model, tokenizer, next(model.parameters()).device)
+    reward = (
+        None if reward_model is None else load_matching_reward(reward_model, tokenizer, next(model.parameters()).device)
+    )
     samples = max(options.num_samples, options.vote, options.best_of)
     told = f"greedy{f' and {samples} samples' if samples else ''}{', through the chat template' if encode.chat else ''}"
     log(f"{options.task}: {len(problems):,} problems, {told}")
@@ -136,7 +136,7 @@ def read_refine_prompts(path: str | None) -> RefinePrompts:
 
 
 def eval_prompt_encoder(name_or_path: str, tokenizer: Tokenizer, chat: ChatOptions) -> PromptEncoder:
-    """How a model is asked: by the recipe's rule, where MODEL is a run that asked problems; else as `chat` says."""
+    """The encoder of problems: that of the recipe for a run that was trained on problems, else as `chat` says."""
     run_dir = find_run(name_or_path)
     tree = {} if run_dir is None else load_run_config(run_dir).tree
     use = tree.get("apply_chat_template") if chat.chat is None else chat.chat
@@ -160,7 +160,7 @@ def open_eval_template(name_or_path: str, tokenizer: Tokenizer, kwargs: Mapping[
     return ChatTemplate(tokenizer, chat_template_kwargs=kwargs)
 
 
-def load_reward(name_or_path: str, tokenizer: Tokenizer, device: torch.device) -> ModelReward:
+def load_matching_reward(name_or_path: str, tokenizer: Tokenizer, device: torch.device) -> ModelReward:
     """A reward model that reads the same ids as the model whose samples it scores."""
     model = load_reward_model(name_or_path, device)
     if load_tokenizer(name_or_path).hash != tokenizer.hash:

@@ -28,7 +28,8 @@ def ablate(
         list[str] | None, typer.Option(metavar="PATCH|WORKTREE", help="An arm that runs an edit of this package.")
     ] = None,
     metric: Annotated[
-        list[str] | None, typer.Option(help="What decides (eval/loss; policies: eval/accuracy); further ones describe.")
+        list[str] | None,
+        typer.Option(help="The metric of the verdict (eval/loss; policies: eval/accuracy); further ones are reported."),
     ] = None,
     delta: Annotated[
         float | None, typer.Option(help="The smallest difference worth having (losses, shares: 0.03).")
@@ -38,10 +39,12 @@ def ablate(
         str, typer.Option(help="What arms spend alike: flops (policies: steps), steps, tokens, seconds, parameters.")
     ] = "",
     rates: Annotated[int, typer.Option(min=1, max=9, help="Learning rates that each arm is tuned over; 1: none.")] = 3,
-    tuning_seeds: Annotated[int, typer.Option(min=1, max=9, help="Seeds of each of them.")] = 2,
+    tuning_seeds: Annotated[int, typer.Option(min=1, max=9, help="Seeds of each learning rate that is tried.")] = 2,
     aa_pairs: Annotated[int, typer.Option(min=0, max=20, help="Pairs of the control with itself; 0: none.")] = 3,
-    first_seed: Annotated[int, typer.Option(min=1, help="Of the reported seeds; 401 for a confirmation.")] = 1,
-    question: Annotated[str, typer.Option(help="What is asked, for the ledger.")] = "",
+    first_seed: Annotated[
+        int, typer.Option(min=1, help="The first of the reported seeds; 401 for a confirmation.")
+    ] = 1,
+    question: Annotated[str, typer.Option(help="The question, for the ledger.")] = "",
     confirm: Annotated[
         str, typer.Option(metavar="EXPERIMENT", help="Ask once more what it found better: test half, fresh seeds.")
     ] = "",
@@ -104,10 +107,11 @@ def ladder(
     set_environment(1, offline)
     with show_progress(quiet):
         from llm_quest.cli import ladder as commands
+        from llm_quest.formatting import parse_quantity
         from llm_quest.machine.hardware import usable_cores
 
         options = commands.LadderOptions(
-            rungs, commands.parse_size(smallest, "--smallest"), commands.parse_size(largest, "--largest"),
+            rungs, parse_quantity(smallest or "0", "--smallest"), parse_quantity(largest or "0", "--largest"),
             commands.parse_ratios(tokens_per_parameter), seeds, rates, tuned_rungs, parametrization, scale,
             run, jobs or usable_cores(),
         )  # fmt: skip
@@ -162,9 +166,9 @@ def merge_ledger(
     json: JsonOption = False,
 ) -> None:
     """Add the rows of other ledgers to this one, each row once."""
-    from llm_quest.cli.ledger import merge
+    from llm_quest.cli.ledger import merge_into_ledger
 
-    print_result(merge(files, file, status_printer(False)), json)
+    print_result(merge_into_ledger(files, file, status_printer(False)), json)
 
 
 def export_ledger(
@@ -176,6 +180,6 @@ def export_ledger(
     json: JsonOption = False,
 ) -> None:
     """Export the ledger."""
-    from llm_quest.cli.ledger import export
+    from llm_quest.cli.ledger import export_ledger_rows
 
-    print_result(export(file, format, out, status_printer(False)), json)
+    print_result(export_ledger_rows(file, format, out, status_printer(False)), json)

@@ -1,6 +1,5 @@
-"""`quest export RUN FOLDER`: writes a run's latest checkpoint as a Hugging Face folder, as one GGUF file, or
-as a page for a browser.
-`quest consolidate RUN`: gives sharded checkpoints the plain form."""
+"""`quest export RUN FOLDER`: writes a run's latest checkpoint as a Hugging Face folder, as one GGUF file, or as a page
+for a browser. `quest consolidate RUN`: joins the shards of checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.load_save import load, parse_dtype, save
 from llm_quest.hub.load_tokenizer import load_preprocess, load_tokenizer
-from llm_quest.hub.locate import resolve_checkpoint
+from llm_quest.hub.locate import is_checkpoint, resolve_checkpoint, run_of_checkpoint
 from llm_quest.hub.save_adapter import save_adapter
 from llm_quest.layers.low_rank import adapter_layers
 from llm_quest.models.decoder import GenerationConfig
@@ -67,12 +66,11 @@ class ConsolidateReport:
 
 
 def consolidate_run(folder: Path) -> ConsolidateReport:
-    """Give the plain form to the sharded checkpoints of a run, or to one checkpoint."""
+    """Join the shards of a run's checkpoints, or of one checkpoint."""
     from llm_quest.train.checkpoint import list_checkpoints
     from llm_quest.train.sharded_checkpoint import consolidate_checkpoint
 
-    one = folder.resolve().parent.name == "checkpoints"
-    found = [folder] if one and folder.is_dir() else list_checkpoints(folder / "checkpoints")
+    found = [folder] if is_checkpoint(folder) and folder.is_dir() else list_checkpoints(folder / "checkpoints")
     if not found:
         raise DataError(f"{folder} has no checkpoint; give a run folder, or one of its checkpoints")
     return ConsolidateReport([str(checkpoint) for checkpoint in found if consolidate_checkpoint(checkpoint)])
@@ -117,7 +115,7 @@ def export_run(
         model = load(run, dtype=dtype)
         save_with_inputs(model, run, folder, overwrite, license)
         return make_export_report(run, folder, model, dtype, advise_next_step(model, folder))
-    if not (run / "model.json").is_file() and not (run / "config.json").is_file() and run.parent.name != "checkpoints":
+    if not (run / "model.json").is_file() and not (run / "config.json").is_file() and not is_checkpoint(run):
         raise DataError(f"{run} is no run folder (it has no model.json); give a folder that quest train wrote")
     if merged or adapter:
         return export_adapter(run, folder, dtype, overwrite, merged, license)
@@ -132,8 +130,8 @@ def export_run(
 
 
 def save_with_inputs(model: Any, run: Path, folder: Path, overwrite: bool, license: str | None) -> None:
-    """Save the model with what makes its inputs: the tokenizer of a model that reads text, the image processor of one
-    that reads images, both of one that reads both."""
+    """Save the model with what prepares its inputs: the tokenizer of a model that reads text, the image processor of
+    one that reads images, both of one that reads both."""
     reads_text = not isinstance(model, ImageEncoder)
     reads_images = isinstance(model, ImageEncoder | VisionLanguageModel | CLIPModel)
     tokenizer = load_tokenizer(run) if reads_text else None
@@ -204,8 +202,7 @@ def advise_next_step(model: Any, folder: Path) -> str:
 
 def base_model_path(run: Path) -> str | None:
     """The model that a run was initialized from, if any."""
-    home = run.resolve().parent.parent if run.resolve().parent.name == "checkpoints" else run
-    config = home / "config.yaml"
+    config = run_of_checkpoint(run) / "config.yaml"
     model = read_yaml_file(config).tree.get("model") if config.is_file() else None
     where = model.get("load") if isinstance(model, dict) else None
     folder = None if where is None else resolve_checkpoint(where)

@@ -12,6 +12,7 @@ from llm_quest.hub.gguf_adapter import save_gguf_adapter
 from llm_quest.hub.gguf_export import GGUFReport, save_gguf
 from llm_quest.hub.load_save import load
 from llm_quest.hub.load_tokenizer import load_tokenizer
+from llm_quest.hub.locate import run_of_checkpoint
 from llm_quest.layers.low_rank import adapter_layers
 from llm_quest.techniques.adapter_merge import merge_adapter, require_adapters
 from llm_quest.techniques.score_head import find_score_head
@@ -81,8 +82,8 @@ def export_gguf(
 
 def model_name(run: Path) -> str:
     """The name of the run or folder, which llama.cpp's programs show."""
-    home = run.resolve()
-    return home.parent.parent.name if home.parent.name == "checkpoints" else home.stem if home.is_file() else home.name
+    home = run_of_checkpoint(run).resolve()
+    return home.stem if home.is_file() else home.name
 
 
 def make_report(run: Path, file: Path, report: GGUFReport, advice: str) -> GGUFExportReport:

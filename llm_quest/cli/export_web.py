@@ -75,17 +75,17 @@ def export_web(
         report = export_gguf(run, stage / MODEL, quantize=quantize, dtype=dtype, merged=merged, remedy=merge)
         if report.bytes > MAX_MODEL_BYTES:
             raise UsageError(f"the model has {report.bytes:,} bytes, and a browser reads 2 GB: add --quantize q4_0")
-        write_page(stage, read_gguf(stage / MODEL), report, run_readme(run, license), model_name(run))
+        write_web_page(stage, read_gguf(stage / MODEL), report, run_readme(run, license), model_name(run))
     return make_web_report(run, folder, report)
 
 
-def write_page(stage: Path, file: GGUFFile, report: GGUFExportReport, readme: Readme, name: str) -> None:
+def write_web_page(stage: Path, file: GGUFFile, report: GGUFExportReport, readme: Readme, name: str) -> None:
     """The page's own files, and its card as README.md."""
     title = readme.title or name
     facts = model_facts(file, report)
     groups = {"Model": facts, "Data": readme.data, "Training": readme.training, "Results": readme.results}
     terms = {"License": readme.license or "not stated: ask who made these weights before you use them"}
-    html = render_page(title, {**groups, "Terms": terms}, page_settings(file))
+    html = render_web_page(title, {**groups, "Terms": terms}, page_settings(file))
     for target, ending in PAGE_FILES.items():
         own = PAGE.with_name(PAGE.name + ending)
         write_text(stage / target, html if ending == ".html" else own.read_text(encoding="utf-8"))
@@ -125,7 +125,7 @@ def page_settings(file: GGUFFile) -> dict[str, Any]:
     }
 
 
-def render_page(title: str, card: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
+def render_web_page(title: str, card: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
     return render_template(PAGE.with_name(PAGE.name + ".html"), title=title, card=card, settings=settings)
 
 

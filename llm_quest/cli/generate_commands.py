@@ -1,4 +1,4 @@
-"""Commands that ask a model: generate, chat, classify, score, evaluate."""
+"""Commands that run a model: generate, chat, classify, score, evaluate."""
 
 from __future__ import annotations
 

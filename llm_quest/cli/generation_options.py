@@ -1,7 +1,7 @@
 """The options of `quest generate` and `quest chat` about sampling, penalties and the form of prompts.
 
-Where the command line says nothing, the model's makers decide: generation_config.json's temperature, top_k, top_p,
-min_p, repetition_penalty and do_sample. Where they say nothing either, the command's own defaults hold."""
+An option that the command line leaves out comes from generation_config.json (temperature, top_k, top_p, min_p,
+repetition_penalty, do_sample), and otherwise from the command's own defaults."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 GENERATE_DEFAULTS: Mapping[str, float] = {"temperature": 0.8}
 CHAT_DEFAULTS: Mapping[str, float] = {"temperature": 0.7, "top_p": 0.95}
-"""What holds where neither the command line nor the model's makers say how to sample."""
+"""Defaults of the commands for a model whose generation_config.json has none."""
 ADVISED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -57,7 +57,7 @@ class GenerationOptions:
     def with_advice(
         self, advice: GenerationConfig | None, defaults: Mapping[str, float], log: LogFn
     ) -> GenerationOptions:
-        """The same options with every choice made; says which of them are the makers' advice."""
+        """The same options with every choice made; logs those that generation_config.json advises."""
         advised = read_advice(advice)
         if self.num_beams > 1:
             advised = {key: value for key, value in advised.items() if key == "repetition_penalty"}
@@ -134,13 +134,13 @@ class GenerationOptions:
         return chat.encode_prompts([[*before, {"role": "user", "content": prompt}] for prompt in prompts])
 
     def as_settings(self) -> dict[str, Any]:
-        """What the text depends on, for the record beside it; options at their default are left out."""
+        """The settings that the text depends on, to be recorded; options at their default are left out."""
         defaults = {one.name: one.default for one in fields(self)} | {"chat_template_kwargs": {}}
         return {key: value for key, value in asdict(self).items() if key != "compile" and value != defaults[key]}
 
 
 def read_advice(advice: GenerationConfig | None) -> dict[str, Any]:
-    """How a model's makers advise to sample it; empty, where they say nothing. do_sample false is temperature 0."""
+    """The sampling that generation_config.json advises; empty where it has none. do_sample false is temperature 0."""
     if advice is None:
         return {}
     said = {key: value for key in ADVISED if (value := getattr(advice, key)) is not None}

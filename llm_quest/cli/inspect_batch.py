@@ -24,7 +24,7 @@ from llm_quest.recipes.planning import open_job
 from llm_quest.recipes.recipe import load_recipe
 from llm_quest.techniques.score_head import find_score_head
 
-SHOWN = TokenBatch | PreferenceBatch | UnpairedBatch | TextClassificationBatch
+SHOWABLE = TokenBatch | PreferenceBatch | UnpairedBatch | TextClassificationBatch
 GREEN, RESET = "\x1b[1;32m", "\x1b[0m"
 
 
@@ -107,9 +107,9 @@ def load_batch_view(recipe: str, overrides: Sequence[str], *, step: int, rows: i
     found, config, settings = load_recipe(recipe, overrides)
     with tempfile.TemporaryDirectory() as scratch, open_job(found, config, settings, log, Path(scratch)) as job:
         batch: Any = job.loader.batches(step)[0]
-        if job.tokenizer is None and isinstance(batch, SHOWN):
+        if job.tokenizer is None and isinstance(batch, SHOWABLE):
             raise UsageError(f"{config.recipe} has no tokenizer to show its tokens with; give its Job one")
-        if job.tokenizer is None or not isinstance(batch, SHOWN):
+        if job.tokenizer is None or not isinstance(batch, SHOWABLE):
             raise UsageError(
                 "inspect-batch shows rows of tokens: of pretrain, sft, reward, dpo, kto, gkd, classify, "
                 f"not of {config.recipe}"

@@ -1,15 +1,14 @@
-"""`quest ladder`: smaller models of a recipe, a law through their losses, and the loss of the recipe's own model before
-it is trained."""
+"""`quest ladder`: trains smaller models of a recipe, fits a scaling law to their losses, and predicts the loss of the
+recipe's own model before it is trained."""
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_quest.cli.output import command_line
 from llm_quest.contracts import LogFn
 from llm_quest.errors import UsageError
 from llm_quest.experiments.arms import default_pairs, refuse_own_keys
@@ -27,7 +26,7 @@ from llm_quest.recipes.recipe import load_recipe
 
 @dataclass(frozen=True)
 class LadderOptions:
-    """What the command line gives. smallest, largest: parameters, 0 for a 64th and a 4th of the model's."""
+    """The options of `quest ladder`. smallest, largest: parameters, 0 for a 64th and a 4th of the model's."""
 
     rungs: int = 5
     smallest: float = 0.0
@@ -89,7 +88,7 @@ def run_ladder(recipe: str, pairs: Sequence[str], options: LadderOptions, *, out
 
 
 def make_ladder_plan(recipe: str, pairs: Sequence[str], options: LadderOptions) -> LadderPlan:
-    """The plan, with all that is wrong with the options said before anything runs."""
+    """The plan. UsageError for wrong options, before anything runs."""
     if options.kind not in PARAMETRIZATIONS:
         raise UsageError(f"--parametrization {options.kind}: known are {', '.join(PARAMETRIZATIONS)}")
     if options.scale not in SCALES:
@@ -107,7 +106,7 @@ def make_ladder_plan(recipe: str, pairs: Sequence[str], options: LadderOptions) 
     )  # fmt: skip
     return LadderPlan(
         recipe, tuple(base), tuple(rungs), target, options.kind, options.scale, own_code(), config.learning_rate,
-        options.seeds, options.rates, options.tuned, options.run, shlex.join(["quest", *sys.argv[1:]]),
+        options.seeds, options.rates, options.tuned, options.run, command_line(),
     )  # fmt: skip
 
 
@@ -117,13 +116,3 @@ def parse_ratios(given: str) -> tuple[float, ...]:
         return tuple(float(one) for one in given.split(",") if one.strip())
     except ValueError:
         raise UsageError(f"--tokens-per-parameter {given}: expected numbers with commas, such as 5,10,20") from None
-
-
-def parse_size(given: str, option: str) -> float:
-    """`50k`, `1.5M`, `300000` -> parameters; empty: 0."""
-    units = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}
-    text = given.strip().lower()
-    try:
-        return float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text or 0)
-    except ValueError:
-        raise UsageError(f"{option} {given}: expected a number of parameters, such as 50k or 1.5M") from None

@@ -1,4 +1,4 @@
-"""`quest ledger`: what was asked and decided, by experiment; merged and exported."""
+"""`quest ledger`: lists, shows, merges and exports the rows of experiments."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ VERDICT_COLUMNS = (
 CLAIM_KEYS = ("experiment", "time", "recipe", "budget", "command")
 FORMATS = ("csv", *TRACKERS)
 EDITED = "its rows were edited: restore the file, or merge the ledgers that it was made of"
-SENTENCES = ("prediction", "outcome", "confirmation")
-"""Kinds of rows that say in words what they found."""
+SENTENCE_KINDS = ("prediction", "outcome", "confirmation")
+"""Kinds of rows that have their finding as a sentence."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LedgerView:
 
 
 def open_ledger(file: Path, log: LogFn) -> list[Row]:
-    """The rows; what is wrong with them is said."""
+    """The rows of a ledger; its faults are logged. UsageError without the file."""
     if not file.is_file():
         raise UsageError(f"{file}: there is no ledger yet; name another with --file, or make one with quest ablate")
     rows = read_rows(file, log)
@@ -68,9 +68,9 @@ def list_rows(rows: Sequence[Row]) -> LedgerView:
         shown.append((name, f"{claim.get('time', '')[:10]}  {asked}"))
         verdicts = latest_verdicts(own)
         shown += [("", describe_verdict(verdict)[0]) for verdict in verdicts]
-        told = [("", row["sentence"]) for row in own if row["kind"] in SENTENCES]
+        told = [("", row["sentence"]) for row in own if row["kind"] in SENTENCE_KINDS]
         shown += told or ([] if verdicts else [("", "not decided: the same command goes on")])
-    kept = [row for row in rows if row["kind"] in ("claim", "verdict", *SENTENCES)]
+    kept = [row for row in rows if row["kind"] in ("claim", "verdict", *SENTENCE_KINDS)]
     return LedgerView(tuple(kept), tuple(align_columns(shown)))
 
 
@@ -93,7 +93,7 @@ def show_rows(name: str, own: Sequence[Row]) -> LedgerView:
         str(claim.get("question") or name),
         *align_columns([(key, str(claim.get(key, ""))) for key in CLAIM_KEYS]),
         *(line for verdict in latest_verdicts(own) for line in describe_verdict(verdict)),
-        *(str(row["sentence"]) for row in own if row["kind"] in SENTENCES),
+        *(str(row["sentence"]) for row in own if row["kind"] in SENTENCE_KINDS),
         *align_columns([run_line(row) for row in runs]),
         *(f"started and not ended: {row['arm']}, seed {row['seed']}" for row in own
           if row["kind"] == "started" and row["run"] not in ended),
@@ -120,7 +120,7 @@ def latest_verdicts(rows: Sequence[Row]) -> list[Row]:
 
 @dataclass(frozen=True)
 class LedgerChange:
-    """What a command wrote."""
+    """The result of a command that writes: a message, and the same as JSON."""
 
     message: str
     content: Mapping[str, Any]
@@ -132,13 +132,13 @@ class LedgerChange:
         return [self.message]
 
 
-def merge(files: Sequence[Path], into: Path, log: LogFn) -> LedgerChange:
+def merge_into_ledger(files: Sequence[Path], into: Path, log: LogFn) -> LedgerChange:
     """All rows of several ledgers in one, each once."""
     added = merge_ledgers(files, into, log)
     return LedgerChange(f"{added:,} new rows in {into}", {"ledger": str(into), "added": added})
 
 
-def export(file: Path, format: str, out: Path | None, log: LogFn) -> LedgerChange:
+def export_ledger_rows(file: Path, format: str, out: Path | None, log: LogFn) -> LedgerChange:
     """Verdicts as a table, or the runs to an experiment tracker."""
     if format not in FORMATS:
         raise UsageError(f"--format {format}: known are {', '.join(FORMATS)}")

@@ -19,7 +19,7 @@ from llm_quest.cli import (
     train_commands,
 )
 from llm_quest.cli.output import (
-    describe_failure,
+    explain_failure,
     failure_json,
     open_streams,
     print_json,
@@ -45,7 +45,7 @@ class RootCommand(typer.core.TyperGroup):
                 print_json(failure_json(type(error).__name__, error.format_message(), error.exit_code))
             raise
         except KeyboardInterrupt as stop:  # of which click makes its own exit code, without a word
-            code, lines = describe_failure(stop)
+            code, lines = explain_failure(stop)
             for line in lines:
                 print_status(line)
             raise typer.Exit(code) from None
@@ -96,10 +96,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": train_commands.doctor,
     "data": train_commands.data,
 }
-ABOUT_A_RECIPE = ("train", "plan", "ablate", "ladder", "race")
+RECIPE_COMMANDS = ("train", "plan", "ablate", "ladder", "race")
 
 for name, command in COMMANDS.items():
-    app.command(name, cls=train_commands.RecipeCommand if name in ABOUT_A_RECIPE else None)(command)
+    app.command(name, cls=train_commands.RecipeCommand if name in RECIPE_COMMANDS else None)(command)
 tokens_app.command("add")(model_commands.add_tokens)
 app.add_typer(tokens_app, name="tokens")
 ledger_app.command("list")(experiment_commands.list_ledger)

@@ -1,13 +1,10 @@
-"""`quest models` lists the presets; `quest show NAME` describes one model: its layers, parameters, cache and cost.
-
-Everything is counted on the model itself, built on the meta device.
-"""
+"""`quest models` and `quest show NAME`: list the presets, and describe one model by its layers, parameters, cache and
+cost, all counted on the model itself, built on the meta device."""
 
 from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -20,7 +17,7 @@ from llm_quest.contracts import Preset
 from llm_quest.cost.flops import ModelCost, image_flops, text_flops
 from llm_quest.errors import DataError, UsageError
 from llm_quest.files import load_json
-from llm_quest.formatting import align_columns, format_bytes
+from llm_quest.formatting import align_columns, format_bytes, parse_quantity
 from llm_quest.hub.config import MAX_CONFIG_BYTES, implausible_fields
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import FAMILIES, VISION_FAMILIES
@@ -57,7 +54,7 @@ def list_presets(words: Sequence[str] = (), max_parameters: str | None = None) -
     """The presets whose name, family, hub id or notes hold every word (upper or lower case), with at most so many
     parameters (`4B`, `500M`). Published models have their published counts; others are counted on the meta device.
     UsageError where none is left, with the names that are near."""
-    most = math.inf if max_parameters is None else parse_count(max_parameters)
+    most = math.inf if max_parameters is None else parse_quantity(max_parameters, "--max-parameters")
     rows = [preset_row(family, one) for family in ALL_FAMILIES for one in family.presets]
     found = [row for row in rows if row["parameters"] <= most and holds_words(row, words)]
     if not found:
@@ -75,16 +72,6 @@ def holds_words(row: Mapping[str, Any], words: Sequence[str]) -> bool:
     """Whether every word stands somewhere in a row."""
     text = " ".join(str(row[key] or "") for key in ("name", "family", "hub", "notes")).lower()
     return all(word.lower() in text for word in words)
-
-
-def parse_count(text: str) -> float:
-    """A number of parameters: 500M, 1.5B, 2e9."""
-    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([kmbt]?)", text.strip().lower())
-    try:
-        assert match is not None
-        return float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[match[2]]
-    except (AssertionError, ValueError):
-        raise UsageError(f"{text!r} is no number of parameters; write 500M or 1.5B") from None
 
 
 def preset_row(family: Family, one: Preset) -> dict[str, Any]:
@@ -277,14 +264,14 @@ def family_docstring(family: Family) -> str:
 
 def config_values(config: Any) -> dict[str, Any]:
     """Field -> value; rotary embeddings as a short description."""
-    return {field.name: plain_value(getattr(config, field.name)) for field in fields(config)}
+    return {field.name: to_plain_value(getattr(config, field.name)) for field in fields(config)}
 
 
-def plain_value(value: Any) -> Any:
+def to_plain_value(value: Any) -> Any:
     if isinstance(value, bool | int | float | str | None):
         return value
     if isinstance(value, tuple | list):
-        return [plain_value(item) for item in value]
+        return [to_plain_value(item) for item in value]
     return describe_rotary(value) if isinstance(value, RotaryEmbedding) else str(value)
 
 

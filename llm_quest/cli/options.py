@@ -32,7 +32,8 @@ TokensOption = Annotated[
     int, typer.Option("--tokens", "--max-new-tokens", "-n", min=1, help="Maximum number of new tokens.")
 ]
 TemperatureOption = Annotated[
-    float | None, typer.Option(min=0.0, help="0: greedy decoding. Default: the makers' advice, else 0.8 (chat: 0.7).")
+    float | None,
+    typer.Option(min=0.0, help="0: greedy decoding. Default: generation_config.json's, else 0.8 (chat: 0.7)."),
 ]
 TopKOption = Annotated[int | None, typer.Option(min=1, help="Sample from the k most probable tokens.")]
 TopPOption = Annotated[
@@ -42,7 +43,7 @@ MinPOption = Annotated[
     float | None, typer.Option(min=0.0, max=1.0, help="Sample from tokens at least p times as probable as the first.")
 ]
 RepetitionPenaltyOption = Annotated[
-    float | None, typer.Option(min=0.01, help="Divides the logits of tokens that occurred.")
+    float | None, typer.Option(min=0.01, help="Above 1: tokens that occurred become less probable.")
 ]
 PresencePenaltyOption = Annotated[float, typer.Option(help="Subtracted from the logits of generated tokens.")]
 FrequencyPenaltyOption = Annotated[float, typer.Option(help="The same, times how often each was generated.")]

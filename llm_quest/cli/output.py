@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import sys
 import tempfile
 import traceback
@@ -52,7 +53,7 @@ UNSAFE_CHARACTERS = re.compile(
 
 @contextmanager
 def show_progress(quiet: bool = False) -> Iterator[None]:
-    """Inside: phases and training runs are shown on stderr, in the main process."""
+    """Show phases and training runs on stderr inside the block, in the main process."""
     if quiet or os.environ.get("RANK", "0") != "0":
         yield
     elif is_terminal(sys.stderr):
@@ -114,7 +115,7 @@ def print_status(text: str = "") -> None:
 
 
 def show_warnings() -> None:
-    """From here on a warning of ours is one line on stderr, of the main process alone; others are shown as before."""
+    """Print a `QuestWarning` as one line on stderr, in the main process alone; others are shown as before."""
     show_others = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
@@ -124,6 +125,11 @@ def show_warnings() -> None:
             print_status(f"warning: {message}")
 
     warnings.showwarning = show
+
+
+def command_line() -> str:
+    """The command that is running, as it can be typed again."""
+    return shlex.join(["quest", *sys.argv[1:]])
 
 
 def discard_status(text: str = "") -> None:
@@ -200,7 +206,7 @@ def run_with_exit_code(command: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except BaseException as error:
-        code, lines = describe_failure(error)
+        code, lines = explain_failure(error)
         for line in lines:
             print_status(line)
         if "--json" in sys.argv and lines and not isinstance(error, KeyboardInterrupt):
@@ -215,25 +221,25 @@ def failure_json(kind: str, message: str, exit_code: int, **more: Any) -> dict[s
     return {"error": {"kind": kind, "message": message, "exit_code": exit_code, **more}}
 
 
-def describe_failure(error: BaseException) -> tuple[int, list[str]]:
+def explain_failure(error: BaseException) -> tuple[int, list[str]]:
     """(exit code, lines to print) of a failure. Nothing is printed for one that another process of the run shows."""
     return exit_code_of(error), [] if is_shown_elsewhere(error) else failure_lines(error)
 
 
 def failure_lines(error: BaseException) -> list[str]:
-    """The message: cause, place, cure."""
+    """The lines of a message: cause, place, remedy."""
     if isinstance(error, QuestError):
         return [f"quest: {part}" for line in str(error).splitlines() for part in wrap_line(line)]
     if isinstance(error, KeyboardInterrupt):
         return ["quest: interrupted"]
     if is_out_of_memory(error):
-        return [f"quest: out of memory: {first_line(error)}", *OUT_OF_MEMORY_REMEDIES]
+        return [f"quest: out of memory: {first_message_line(error)}", *OUT_OF_MEMORY_REMEDIES]
     if isinstance(error, OSError) and error.errno in DISK_REMEDIES:
         return [shorten_line(f"quest: {one_line(error.filename or 'the output')}: {DISK_REMEDIES[error.errno]}", 300)]
     if isinstance(error, OSError) and error.filename is not None:
         return [shorten_line(f"quest: {one_line(error.filename)}: {error.strerror}", 300)]
     return [
-        f"quest: a bug in LLM Quest: {type(error).__name__}: {first_line(error)}",
+        f"quest: a bug in LLM Quest: {type(error).__name__}: {first_message_line(error)}",
         f"the details are in {write_crash_file(error)}",
     ]
 
@@ -252,7 +258,7 @@ def one_line(name: object) -> str:
     return " ".join(str(name).split("\n"))
 
 
-def first_line(error: BaseException) -> str:
+def first_message_line(error: BaseException) -> str:
     return (str(error).splitlines() or ["(no message)"])[0][:300]
 
 

@@ -55,7 +55,9 @@ def reproduce(
     paper: Annotated[str, typer.Argument(help="A name from `quest papers`.")],
     size: Annotated[str, typer.Option(help="0.3M, 1M, 4M, or several by comma; default: the smallest.")] = "",
     minutes: Annotated[float, typer.Option(min=0, help="Begin no run later; the same command goes on.")] = 60,
-    first_seed: Annotated[int, typer.Option(min=1, help="Of the reported seeds; 401 for a confirmation.")] = 1,
+    first_seed: Annotated[
+        int, typer.Option(min=1, help="The first of the reported seeds; 401 for a confirmation.")
+    ] = 1,
     jobs: Annotated[int, typer.Option(min=0, help="Runs side by side; 0: one per core.")] = 0,
     out: Annotated[Path | None, typer.Option(help="The folder of the card (default: the cache).")] = None,
     json: JsonOption = False,

@@ -1,4 +1,4 @@
-"""`quest score MODEL`: the numbers that a reward model gives to conversations."""
+"""`quest score MODEL`: scores conversations with a reward model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,9 @@ from llm_quest.hub.load_save import load
 from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.hub.locate import locate_model
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.classification import pad_rows
-from llm_quest.objectives.readouts import read_rewards
+from llm_quest.objectives.reward_model import score_rows
 from llm_quest.techniques.score_head import find_score_head
 from llm_quest.train.parallel import resolve_device
-
-SCORE_BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,8 @@ class ConversationScore:
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """A number for each conversation, in the order in which they were given. accuracy: of rows of preferences, the part
-    whose best answer has the highest number; None without such rows."""
+    """The score of each conversation, in the order in which they were given. accuracy: the share of rows of preferences
+    whose best answer has the highest score; None without such rows."""
 
     model: str
     scores: tuple[ConversationScore, ...]
@@ -61,10 +58,9 @@ def score_conversations(
 ) -> ScoreReport:
     """Score the conversations or the preferences of a file, or answers to one prompt, with a run of `quest train
     reward` or a published ...ForSequenceClassification of one output."""
-    groups = read_scored(file, prompt, answers)
+    groups = read_score_groups(file, prompt, answers)
     conversations = [one for group in groups for one in group]
-    torch_device = resolve_device(device)
-    model = load_reward_model(name_or_path, torch_device)
+    model = load_reward_model(name_or_path, resolve_device(device))
     tokenizer = load_tokenizer(name_or_path)
     if locate_model(name_or_path).run_dir is not None:
         tokenizer.chat_template = end_template_at_answer(tokenizer)
@@ -73,14 +69,14 @@ def score_conversations(
     for row, one in zip(rows, conversations, strict=True):
         if len(row) > context:
             raise DataError(f"{one.where}: {len(row):,} tokens, the model reads {context:,}; shorten the conversation")
-    scores = score_rows(model, rows, torch_device)
+    scores = score_rows(model, rows).tolist()
     found = zip(scores, conversations, strict=True)
     told = tuple(ConversationScore(score, one.answer, one.where) for score, one in found)
     return ScoreReport(name_or_path, told, ranking_accuracy(scores, groups))
 
 
 def load_reward_model(name_or_path: str, device: torch.device) -> Decoder:
-    """A model that gives one number. UsageError for another."""
+    """A model with a score head of one output. UsageError for another."""
     model = load(name_or_path, device=device, dtype="float32")
     head = find_score_head(model) if isinstance(model, Decoder) else None
     if head is None or head.outputs != 1:
@@ -98,11 +94,11 @@ def ranking_accuracy(scores: Sequence[float], groups: Sequence[Sequence[Conversa
     return sum(right) / len(right) if right else None
 
 
-def read_scored(file: str | None, prompt: str | None, answers: Sequence[str]) -> list[list[Conversation]]:
-    """What is to be scored, the answers of a row of preferences together, the best first. UsageError unless it is a
-    file, or a prompt with answers."""
+def read_score_groups(file: str | None, prompt: str | None, answers: Sequence[str]) -> list[list[Conversation]]:
+    """The conversations to score, in groups: the answers of a row of preferences together, the best first. UsageError
+    unless a file is given, or a prompt with answers."""
     if file is not None and prompt is None and not answers:
-        return [read_scored_row(record) for record in read_records(file)]
+        return [read_conversations_of_row(record) for record in read_records(file)]
     if file is not None or prompt is None or not answers:
         raise UsageError("give a FILE of conversations or preferences, or --prompt with one --answer or more")
     return [
@@ -111,7 +107,7 @@ def read_scored(file: str | None, prompt: str | None, answers: Sequence[str]) ->
     ]
 
 
-def read_scored_row(record: Record) -> list[Conversation]:
+def read_conversations_of_row(record: Record) -> list[Conversation]:
     """A conversation, or those that a row of preferences makes with each of its answers."""
     if not any(set(form.keys) <= set(record.row) for form in PREFERENCE_FORMS):
         return [parse_conversation(record)]
@@ -120,13 +116,3 @@ def read_scored_row(record: Record) -> list[Conversation]:
         Conversation((*row.question, Message("assistant", answer)), f"{row.where}, answer {number}", tools=row.tools)
         for number, answer in enumerate(row.answers, 1)
     ]
-
-
-@torch.no_grad()
-def score_rows(model: Decoder, rows: Sequence[Sequence[int]], device: torch.device) -> list[float]:
-    """The number of every row of ids, read at its last token."""
-    found: list[float] = []
-    for first in range(0, len(rows), SCORE_BATCH_SIZE):
-        tokens, positions = pad_rows(rows[first : first + SCORE_BATCH_SIZE])
-        found += read_rewards(model, tokens.to(device), positions.to(device)).tolist()
-    return found

@@ -1,4 +1,4 @@
-"""`quest serve`: a model and its adapters behind OpenAI's HTTP interface."""
+"""`quest serve`: serves a model and its adapters through OpenAI's HTTP interface."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import QuestError, UsageError
 from llm_quest.hub.adapter_config import CONFIG, read_adapter_config
 from llm_quest.hub.load_adapter import load_adapter
-from llm_quest.hub.locate import locate_adapter, locate_model
+from llm_quest.hub.locate import is_checkpoint, locate_adapter, locate_model
 from llm_quest.hub.pooling import Pooling, read_pooling
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.multimodal import VisionLanguageModel
@@ -53,7 +53,7 @@ def serve_models(
                 raise UsageError(
                     f"--adapter {adapter}={folder}: this is the name of the model; give another, or --name"
                 )
-            models[adapter] = load_adapted(name_or_path, folder, served_name, device, dtype, log)
+            models[adapter] = load_with_adapter(name_or_path, folder, served_name, device, dtype, log)
         if draft is not None:
             base = models[served_name]
             source = load_draft(draft, base.model, base.tokenizer, name_or_path, device, dtype, log)
@@ -116,8 +116,8 @@ def find_pooling(name_or_path: str, log: LogFn) -> Pooling | None:
         return None
 
 
-def load_adapted(name_or_path: str, folder: str, parent: str, device: str, dtype: str, log: LogFn) -> LoadedModel:
-    """The base with an adapter. Weights that are mapped from the base's files are in memory once."""
+def load_with_adapter(name_or_path: str, folder: str, parent: str, device: str, dtype: str, log: LogFn) -> LoadedModel:
+    """Load the base with an adapter. Weights that are mapped from the base's files are in memory once."""
     model, tokenizer, images = load_decoder(name_or_path, device, dtype, lambda line: None)
     with adapter_folder(folder) as adapter:
         load_adapter(model, adapter)
@@ -133,7 +133,7 @@ def load_adapted(name_or_path: str, folder: str, parent: str, device: str, dtype
 def adapter_folder(path: str) -> Iterator[Path]:
     """The folder of an adapter. The adapter of a run, or of one of its checkpoints, is exported while it is read."""
     run = locate_adapter(path)
-    if not (run / "model.json").is_file() and run.parent.name != "checkpoints":
+    if not (run / "model.json").is_file() and not is_checkpoint(run):
         yield run
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""`quest generate --draft`: speculative decoding, with its speed measured against plain decoding."""
+"""`quest generate --draft`: decodes speculatively, and measures the speed against plain decoding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`quest techniques`: every technique with its options, their defaults, and the words that switch it on."""
+"""`quest techniques`: lists the techniques with their options, defaults, and the setting that applies each."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ COMMANDS = {
     "quantize": "RECIPE techniques='[quantize, lora]'",
     "score_head": "classify",
 }
-"""Techniques that `RECIPE techniques='[NAME]'` does not switch on: with a setting or a recipe of their own, beside
-another one, or only of a model without a scaling."""
+"""Techniques that `RECIPE techniques='[NAME]'` does not apply: they have a setting or a recipe of their own, or need
+another technique or a model without rotary scaling."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""`quest chat` with a model that reads text: the conversation as messages in the folder's chat template, or as plain
-text."""
+"""`quest chat` with a model that reads text: the prompt is the conversation, rendered with the folder's chat template
+or as plain text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`quest tokens add MODEL FOLDER TOKEN...`: a model with more tokens, written as a Hugging Face folder."""
+"""`quest tokens add MODEL FOLDER TOKEN...`: adds tokens to a model and writes it as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llm_quest.techniques.token_rows import add_tokens
 
 @dataclass(frozen=True)
 class AddedTokens:
-    """What `quest tokens add` wrote. ids: of each new token. rows: of the embedding, before and after."""
+    """The result of `quest tokens add`. ids: of each new token. rows: of the embedding, before and after."""
 
     folder: str
     ids: dict[str, int]

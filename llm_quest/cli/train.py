@@ -1,4 +1,4 @@
-"""`quest train` and `quest plan`: from a recipe's name to a run folder with a report, or to what that would cost."""
+"""`quest train` and `quest plan`: run a recipe and write its report, or estimate its cost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llm_quest.contracts import LogFn
 from llm_quest.cost.plan import Plan
 from llm_quest.errors import UsageError, tolerate_failure
 from llm_quest.files import atomic_write_json
-from llm_quest.hub.locate import resolve_checkpoint
+from llm_quest.hub.locate import is_checkpoint, resolve_checkpoint, run_of_checkpoint
 from llm_quest.recipes.config import config_to_yaml
 from llm_quest.recipes.config_schema import RunConfig
 from llm_quest.recipes.engine import run_recipe
@@ -58,8 +58,8 @@ def start_training(
     folder, resume = choose_run_dir(recipe, config, out, resume)
     env = inspect_machine(folder).as_json()
     outcome = run_recipe(found, config, settings, folder, resume=resume, accept=accept, env=env, quiet=quiet, log=log)
-    if outcome.exit_code:  # who asked to stop does not wait for a picture
-        log(f"no report is drawn of a run that was stopped; quest report {folder} draws it")
+    if outcome.exit_code:  # a stopped command ends at once
+        log(f"a run that was stopped gets no report; quest report {folder} writes it")
     elif os.environ.get("RANK", "0") == "0":
         write_plan_and_report(folder, predict_cost(found, config, settings, folder), log)
     return outcome
@@ -84,8 +84,8 @@ def choose_run_dir(recipe: str, config: RunConfig, out: Path | None, resume: str
             raise UsageError(
                 f"--resume {resume}: no such folder; give auto, never, a run folder or a checkpoint in one (RUN@good)"
             )
-        if place.parent.name == "checkpoints":
-            return out or place.resolve().parent.parent, str(place)
+        if is_checkpoint(place):
+            return out or run_of_checkpoint(place), str(place)
         if out is not None and out.resolve() != place.resolve():
             raise UsageError(f"--resume {resume} continues in that folder, and --out names {out}; give one of them")
         return place, "auto"
@@ -119,7 +119,7 @@ def write_plan_and_report(folder: Path, training_plan: Plan | None, log: LogFn) 
 def estimate_cost(
     recipe: str, overrides: Sequence[str], *, measure: bool, log: LogFn, ladder: Path | None = None
 ) -> Plan:
-    """What a recipe would cost on this machine, with the loss that a ladder predicts. Nothing is left on disk."""
+    """Estimate the cost of a recipe on this machine, with the loss that a ladder predicts. Nothing is left on disk."""
     from llm_quest.recipes.planning import plan_recipe
 
     found, config, settings = load_recipe(recipe, overrides)

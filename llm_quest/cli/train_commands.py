@@ -1,4 +1,4 @@
-"""Commands about runs: train, plan, look at batches, settings and data, write reports."""
+"""Commands about runs: train, plan, inspect batches, settings and data, write reports."""
 
 from __future__ import annotations
 
@@ -222,6 +222,6 @@ def doctor(
     """Describe this machine: python, torch, cores, memory, devices, measured rates and what `auto` makes of them, with
     warnings."""
     set_environment(threads)
-    from llm_quest.cli.doctor import examine_machine
+    from llm_quest.cli.doctor import diagnose_machine
 
-    print_result(examine_machine(renew=renew, log=status_printer(json)), json)
+    print_result(diagnose_machine(renew=renew, log=status_printer(json)), json)

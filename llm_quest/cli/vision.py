@@ -1,4 +1,4 @@
-"""`quest generate --image` and `quest chat` with images: a vision-language model answers prompts about images."""
+"""`quest generate --image` and `quest chat` with images: answer prompts about images with a vision-language model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def load_matching_preprocess(name_or_path: str, config: Any) -> ImageProcessor:
 
 @dataclass
 class ImagePrompt:
-    """A vision-language model, the images that are in view, and what builds prompts about them."""
+    """A vision-language model, the images of the prompt, and the encoding of prompts about them."""
 
     model: VisionLanguageModel
     tokenizer: Tokenizer
@@ -133,7 +133,7 @@ def describe_images(
 
 
 def require_image_options(options: GenerationOptions, draft: str | None) -> None:
-    """UsageError for what is not there for prompts with images."""
+    """UsageError for options that prompts with images do not support."""
     if draft:
         raise UsageError("--draft does not work with --image: leave one of them out")
     if options.slide:

@@ -198,13 +198,13 @@ def evaluate_problems(
 
     def answer_greedily(some: Sequence[Problem], prompts: Sequence[list[int]]) -> list[Sample]:
         draw = SamplingParams(temperature=0.0)
-        return [group[0] for group in complete_prompts(model, tokenizer, some, prompts, draw, **settings)]
+        return [group[0] for group in sample_problems(model, tokenizer, some, prompts, draw, **settings)]
 
     prompts = [encoder(problem) for problem in problems]
     greedy = answer_greedily(problems, prompts)
     sampling_params = SamplingParams(temperature=temperature)
     drawn = (
-        complete_prompts(model, tokenizer, problems, prompts, sampling_params, n=num_samples, **settings)
+        sample_problems(model, tokenizer, problems, prompts, sampling_params, n=num_samples, **settings)
         if num_samples
         else []
     )
@@ -272,12 +272,12 @@ def sample_answers(
 ) -> list[list[Sample]]:
     """Draw n samples of each problem. A problem's samples depend on the seed and not on the other problems."""
     prompts = [encode_prompt(problem) for problem in problems]
-    return complete_prompts(
+    return sample_problems(
         model, tokenizer, problems, prompts, sampling_params, max_new_tokens=max_new_tokens, n=n, seed=seed
     )
 
 
-def complete_prompts(
+def sample_problems(
     model: Decoder,
     tokenizer: Tokenizer,
     problems: Sequence[Problem],

@@ -1,4 +1,4 @@
-"""The arms of an experiment: settings on top of the control's (`--vary`, `--arm`), or edited code (`--code`).
+"""Parses the arms of an experiment: settings on top of the control's (`--vary`, `--arm`), or edited code (`--code`).
 
 --vary optim=adamw,muon         an arm for each value that differs from the control's
 --arm big='model.config.hidden_size=96 learning_rate=1e-3'
@@ -25,13 +25,13 @@ FIXED = {
     "muon_form": "float32", "save_steps": "0", "report_to": "[]", "eval_steps": "0", "eval_baselines": "false",
     "samples.every_steps": "0", "seed_per_module": "true",
 }  # fmt: skip
-"""What is the same for all arms unless it is given: what decides last bits, what pairs start weights, and what costs
-time and decides nothing. Keys that a recipe does not have are left out."""
+"""Settings of all arms unless they are given: those that decide last bits, that pair first weights, or that cost time
+and change no result. Keys that a recipe does not have are left out."""
 OWN_KEYS = ("seed", "max_steps", "num_train_epochs", "max_time")
 """Keys that the experiment sets for each run."""
 EVALUATION_KEYS = ("held_out", "validation", "eval_part", "eval_tokens", "eval_problems", "eval_num_samples")
 EVALUATION_CODE = ("eval/", "data/split.py")
-"""What scores all arms alike: an arm that changes it would be measured by itself."""
+"""Code that scores all arms: an arm that changes it would be scored by another measure."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Arm:
 
 
 def default_pairs(recipe: str, pairs: Sequence[str]) -> list[str]:
-    """FIXED for a recipe, without what is given."""
+    """FIXED for a recipe, without the keys that are given."""
     fields = load_recipe(recipe, pairs)[0].Config.model_fields
     given = {pair.partition("=")[0].strip().partition(".")[0] for pair in pairs}
     keys = {key: value for key, value in FIXED.items() if key.partition(".")[0] in fields}
@@ -134,7 +134,7 @@ def refuse_own_keys(pairs: Sequence[str], allowed: Sequence[str] = ()) -> None:
 
 
 def resolve_arms(recipe: str, base: Sequence[str], arms: Sequence[Arm], log: LogFn) -> list[Arm]:
-    """The arms that differ from the control; of the others it is said. UsageError where none is left, and for settings
+    """The arms that differ from the control; the others are logged. UsageError where none is left, and for settings
     that the recipe refuses."""
     control, own, kept = resolve_settings(recipe, tuple(base)), own_code(), list[Arm]()
     dropped = []

@@ -1,5 +1,5 @@
-"""Runs that arms begin from (a policy to be fine-tuned, a teacher), one for each seed, shared by the arms of a pair:
-`<name>` in settings is the folder of its run."""
+"""Trains the runs that arms begin from (a policy to fine-tune, a teacher): one for each seed, which the arms of a pair
+share. `<name>` in settings is the folder of its run."""
 
 from __future__ import annotations
 

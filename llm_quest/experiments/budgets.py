@@ -1,4 +1,4 @@
-"""Equal budgets: how many steps each arm trains, so that all spend what the control spends.
+"""Computes equal budgets: the steps of each arm, so that all spend what the control spends.
 
     flops        counted FLOPs of training (forward, backward, all heads): the default
     steps        the same number of steps
@@ -21,7 +21,7 @@ BUDGETS: Mapping[str, str | None] = {
     "flops": "flops_per_step", "steps": None, "tokens": "units_per_step", "seconds": "step_seconds",
     "parameters": "parameters",
 }  # fmt: skip
-"""Name -> what a description of an arm calls it, of one step."""
+"""Budget -> the key of an arm's description that has its cost for one step."""
 Description = Mapping[str, Any]
 
 

@@ -1,5 +1,5 @@
-"""The code that an arm runs: this package, or an edit of it (`--code`): a patch, applied to a copy, or a git worktree
-without uncommitted changes."""
+"""Opens the code that an arm runs: this package, or an edit of it (`--code`), which is a patch, applied to a copy, or a
+git worktree without uncommitted changes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import Any
 from llm_quest.errors import UsageError
 
 PACKAGE = Path(__file__).parents[1]
-LEFT_OUT = ("cli", "papers", "report", "experiments", "__pycache__")
-"""Parts that change nothing of what a run computes."""
+EXCLUDED_PARTS = ("cli", "papers", "report", "experiments", "__pycache__")
+"""Parts that do not change the result of a run."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class CodeTree:
 def source_files(package: Path) -> dict[str, Path]:
     """The files that decide what a run computes, by their path in the package."""
     found = {str(file.relative_to(package)): file for file in package.rglob("*") if file.suffix in (".py", ".yaml")}
-    return {name: found[name] for name in sorted(found) if not set(Path(name).parts) & set(LEFT_OUT)}
+    return {name: found[name] for name in sorted(found) if not set(Path(name).parts) & set(EXCLUDED_PARTS)}
 
 
 def load_code_tree(root: Path, revision: str = "") -> CodeTree:
@@ -72,14 +72,14 @@ def git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(arguments, 127, "", "git is not installed")
 
 
-OF_NAMES = ("locals", "vars", "eval", "exec", "dir")
+NAME_READERS = ("locals", "vars", "eval", "exec", "dir")
 """Functions that read the names of local variables."""
 
 
 def code_content(code: types.CodeType) -> tuple[Any, ...]:
     """What compiled code does: all of it but lines and the names of local variables that are no arguments."""
     arguments = code.co_argcount + code.co_kwonlyargcount + sum(bool(code.co_flags & flag) for flag in (4, 8))
-    names = code.co_varnames if set(OF_NAMES) & set(code.co_names) else code.co_varnames[:arguments]
+    names = code.co_varnames if set(NAME_READERS) & set(code.co_names) else code.co_varnames[:arguments]
     constants = [code_content(one) if isinstance(one, types.CodeType) else repr(one) for one in code.co_consts]
     sizes = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_nlocals, code.co_flags)
     outer = (len(code.co_cellvars), len(code.co_freevars), code.co_exceptiontable)
@@ -143,8 +143,8 @@ def open_worktree(folder: Path) -> CodeTree:
     if changes := status.stdout.splitlines():
         files = ", ".join(line[3:] for line in changes[:3])
         raise UsageError(
-            f"--code {folder} has uncommitted changes ({files}{', ...' if len(changes) > 3 else ''}): nobody could run "
-            "that code again\ncommit them there, or give them as a patch: git diff > edit.patch"
+            f"--code {folder} has uncommitted changes ({files}{', ...' if len(changes) > 3 else ''}), so "
+            "that code could not be run again\ncommit them there, or give them as a patch: git diff > edit.patch"
         )
     return load_code_tree(folder)
 

@@ -1,4 +1,4 @@
-"""The comparison of arms with a control, pair by pair, and its verdicts.
+"""Compares arms with a control, pair by pair, until each has a verdict.
 
 `Comparison.add_pair` takes the measurements of one seed, in the order of the seeds; after each pair every open arm is
 
@@ -9,7 +9,8 @@
     undecided (cap)                at the largest number of pairs
     undecided (time)               where time ran out first; the same command goes on
 
-and leaves when decided. A run that diverges is an outcome of its own: it is neither averaged nor dropped.
+and takes part in no further pair once decided. A run that diverges is an outcome of its own: it is neither averaged nor
+dropped.
 
 Where the claim is that an arm is not worse (non-inferiority) or no different (equivalence), an effect between 0 and
 delta must not end the comparison: whichever of "worse" and "no difference" came first would be chance. There the 90 %
@@ -205,12 +206,12 @@ def finite_or_none(value: float) -> float | None:
 
 
 def finite_interval(low: float, high: float) -> list[float] | None:
-    """None where too few pairs bound nothing."""
+    """None for an interval without bounds, of too few pairs."""
     return [low, high] if math.isfinite(low) and math.isfinite(high) else None
 
 
 def describe_size(low: float, high: float, delta: float) -> str:
-    """The size of a real effect against delta."""
+    """The size of an effect, compared with delta."""
     if low >= delta or high <= -delta:
         return "by at least delta"
     return "by less than delta" if -delta < low and high < delta else ""

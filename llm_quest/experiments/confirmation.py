@@ -1,9 +1,9 @@
-"""A confirmation: what an experiment found better on the dev half of the held-out data, asked once more on the test
-half and on fresh seeds (`quest ablate --confirm EXPERIMENT`).
+"""Plans a confirmation: arms that were better on the dev half of the held-out data are compared again on the test half
+and on fresh seeds (`quest ablate --confirm EXPERIMENT`).
 
-    dev     every experiment is tuned and scored on it, as often as one likes
-    test    nothing else opens it: once for each experiment, at most MAX_CONFIRMATIONS times for a ledger, and the
-            opening is a row of the ledger before the first run
+    dev     every experiment is tuned and scored on it, any number of times
+    test    only confirmations are scored on it: one for each experiment, at most MAX_CONFIRMATIONS in a ledger, and
+            each is a row of the ledger before its first run
 
 Arms, budget, delta and cap are those of the experiment, the learning rates those that it tuned, and the arms those that
 it found better."""
@@ -18,7 +18,7 @@ from llm_quest.errors import DataError, UsageError
 from llm_quest.experiments.arms import CONTROL, Arm
 from llm_quest.experiments.code_tree import CodeTree, load_code_tree, open_edit, own_code
 from llm_quest.experiments.comparison import Claim
-from llm_quest.experiments.experiment import Plan
+from llm_quest.experiments.experiment import ExperimentPlan
 from llm_quest.experiments.ledger import Ledger, Row
 from llm_quest.recipes.recipe import load_recipe
 
@@ -36,7 +36,7 @@ def has_halves(recipe: str, pairs: Sequence[str]) -> bool:
     return True
 
 
-def plan_confirmation(ledger: Ledger, name: str, code: Sequence[str], copies: Path, command: str) -> Plan:
+def plan_confirmation(ledger: Ledger, name: str, code: Sequence[str], copies: Path, command: str) -> ExperimentPlan:
     """The plan of a confirmation, the same each time it is asked for; its row is added to the ledger. UsageError where
     there is nothing to confirm."""
     rows = ledger.rows()
@@ -58,7 +58,7 @@ def plan_confirmation(ledger: Ledger, name: str, code: Sequence[str], copies: Pa
             "tested by it: hold out other documents (data.held_out, data.validation), with another ledger (--out)"
         )
     first = mine["first_seed"] if mine else fresh_seed(rows, plan.claim.cap)
-    plan = Plan(**{**vars(plan), "first_seed": first})
+    plan = ExperimentPlan(**{**vars(plan), "first_seed": first})
     where = "the test half" if TEST in plan.pairs else "fresh seeds"
     sentence = f"asked once more on {where}, seeds from {first}: {plan.experiment}"
     arms = [arm.name for arm in plan.arms]
@@ -80,7 +80,7 @@ def find_better_verdicts(rows: Sequence[Row], name: str) -> dict[str, Row]:
 
 def plan_of_claim(
     claim: Row, kept: Mapping[str, Row], code: list[str], copies: Path, command: str
-) -> Plan:  # fmt: skip
+) -> ExperimentPlan:  # fmt: skip
     """The plan of an experiment's kept arms on the test half. UsageError for one that was scored on all held-out
     data, or by other code than this package's."""
     name, settings = claim["experiment"], tuple(claim["settings"])
@@ -99,7 +99,7 @@ def plan_of_claim(
     trees = {own.hash: own, **{tree.hash: tree for tree in edited_trees(code, copies)}}
     arms = [rebuild_arm(arm, claim["arms"][arm], verdict, trees) for arm, verdict in kept.items()]
     rate = next(iter(kept.values()))["learning_rates"][CONTROL]
-    return Plan(
+    return ExperimentPlan(
         claim["recipe"], (*settings, f"learning_rate={rate:g}"), tuple(arms), Arm(CONTROL, (), own),
         Claim(**claim["claim"]), claim["budget"], 1, 1, 0, 1, tuple(claim["secondary"]), claim["question"], command,
         confirms=name,

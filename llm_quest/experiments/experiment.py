@@ -1,4 +1,4 @@
-"""An experiment from its claim to its verdict: `quest ablate`.
+"""Runs an experiment from its claim to its verdicts: `quest ablate`.
 
     claim (ledger) ─► what the arms begin with and cost ─► equal budgets ─► equal tuning ─► A/A pairs ─► pairs until
     every arm is decided ─► verdicts (ledger), result.json, report.html
@@ -33,7 +33,7 @@ from llm_quest.experiments.measurements import (
     Record,
     RunRequest,
     hash_inputs,
-    metric_value,
+    read_metric,
 )
 from llm_quest.experiments.noise import measure_noise
 from llm_quest.experiments.tuning import RateSearch, describe_search, first_grid, needs_extension
@@ -45,9 +45,9 @@ UNIGRAM_MARGIN = 0.05
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What an experiment is. pairs: the control's settings. rates, tuning_seeds: how many learning rates each arm
-    tries, on how many seeds (one rate: no tuning). aa_pairs: pairs of the control with itself. first_seed: of the
+class ExperimentPlan:
+    """The settings of an experiment. pairs: the control's settings. rates, tuning_seeds: how many learning rates each
+    arm tries, on how many seeds (one rate: no tuning). aa_pairs: pairs of the control with itself. first_seed: of the
     reported ones. secondary: metrics that are described. bases: runs that arms begin from, in their order. confirms:
     the experiment whose finding is asked once more."""
 
@@ -69,7 +69,7 @@ class Plan:
 
     def content(self) -> dict[str, Any]:
         """What is fixed before the first run, as JSON can hold it."""
-        arms = {arm.name: describe_arm(arm) for arm in (self.control, *self.arms)}
+        arms = {arm.name: arm_to_json(arm) for arm in (self.control, *self.arms)}
         return {
             "question": self.question, "recipe": self.recipe, "settings": list(self.pairs), "arms": arms,
             "claim": asdict(self.claim), "budget": self.budget, "rates": self.rates,
@@ -85,7 +85,7 @@ class Plan:
         return f"{Path(self.recipe).stem}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
-def describe_arm(arm: Arm) -> dict[str, Any]:
+def arm_to_json(arm: Arm) -> dict[str, Any]:
     """An arm as JSON can hold it."""
     return {"settings": list(arm.pairs), "code": arm.code.hash} | ({"metric": arm.metric} if arm.metric else {})
 
@@ -95,7 +95,14 @@ class Experiment:
     run is begun: OutOfTime before the first pairs, "undecided (time)" after them."""
 
     def __init__(
-        self, plan: Plan, root: Path, pool: WorkerPool, ledger: Ledger, log: LogFn, *, deadline: float = math.inf
+        self,
+        plan: ExperimentPlan,
+        root: Path,
+        pool: WorkerPool,
+        ledger: Ledger,
+        log: LogFn,
+        *,
+        deadline: float = math.inf,
     ):
         self.plan, self.root, self.pool, self.ledger, self.log = plan, root, pool, ledger, log
         self.deadline = deadline
@@ -197,7 +204,7 @@ class Experiment:
     def value(self, record: Record, name: str, metric: str = "") -> float | None:
         vocab_size = self.descriptions[name]["vocab_size"]
         own = self.arms[name].metric or self.plan.claim.metric
-        return metric_value(record, metric or own, name, vocab_size)
+        return read_metric(record, metric or own, name, vocab_size)
 
     def tune(self) -> None:
         """Give each arm its learning rate."""

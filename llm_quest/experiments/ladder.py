@@ -1,4 +1,4 @@
-"""A ladder from its claim to its outcome: `quest ladder`.
+"""Runs a ladder from its claim to its outcome: `quest ladder`.
 
     claim (ledger) ─► the rates, tuned on two rungs ─► all rungs, every seed ─► law and leave-one-out ─►
     prediction (ledger, before the large run) ─► with --run the large run ─► how far it was (ledger)
@@ -20,11 +20,10 @@ from llm_quest.contracts import LogFn
 from llm_quest.errors import GuardStop
 from llm_quest.experiments.code_tree import CodeTree
 from llm_quest.experiments.ledger import Ledger
-from llm_quest.experiments.measurements import TUNING_SEEDS, Measurements, Record, RunRequest, hash_inputs, metric_value
+from llm_quest.experiments.measurements import TUNING_SEEDS, Measurements, Record, RunRequest, hash_inputs, read_metric
 from llm_quest.experiments.rungs import Rung
 from llm_quest.experiments.scaling_law import (
     LadderPoint,
-    Prediction,
     fit_scaling_law,
     leave_one_out,
     noise_of,
@@ -39,8 +38,8 @@ METRIC = "eval/loss"
 
 @dataclass(frozen=True)
 class LadderPlan:
-    """What a ladder is. rates: learning rates tried on each tuned rung (1: the recipe's own). tuned: how many rungs are
-    tuned: the smallest, and the middle one. run: how many large runs are made after the prediction."""
+    """The settings of a ladder. rates: learning rates tried on each tuned rung (1: the recipe's own). tuned: how many
+    rungs are tuned: the smallest, and the middle one. run: how many large runs are made after the prediction."""
 
     recipe: str
     pairs: tuple[str, ...]
@@ -133,7 +132,7 @@ class Ladder:
         return RunRequest(rung.name, tuple(self.settings_of(rung, rate)), seed, self.plan.code, role)
 
     def value(self, record: Record, name: str, metric: str = METRIC) -> float | None:
-        return metric_value(record, metric, name, self.vocab_size)
+        return read_metric(record, metric, name, self.vocab_size)
 
     def tune(self) -> None:
         """The learning rates of the smallest rung and of the middle one. The parametrization carries a rate over sizes;
@@ -192,7 +191,7 @@ class Ladder:
         sd, freedom = noise_of(points, law, form)
         rungs = [
             {**describe_rung(rung), "learning_rate": self.rate_of(rung), "losses": losses[rung.name],
-             "predicted_by_others": as_json(one),
+             "predicted_by_others": asdict(one),
              "covered": one.covers(point.mean), "fitted": law.predict(rung.n, rung.tokens)}
             for rung, point, one in zip(self.plan.rungs, points, left_out, strict=True)
         ]  # fmt: skip
@@ -203,7 +202,7 @@ class Ladder:
                             for name, search in self.searches.items()},
             "run_sd": sd, "degrees_of_freedom": freedom, "rungs": rungs, "covered": covered,
             "largest_error": left_out[-1].loss / points[-1].mean - 1,
-            "prediction": as_json(prediction), "measured": None, "notes": self.notes,
+            "prediction": asdict(prediction), "measured": None, "notes": self.notes,
         }  # fmt: skip
 
     def compare(self, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,10 +220,6 @@ class Ladder:
         row = {"sentence": sentence, "measured": outcome, "command": self.plan.command}
         self.ledger.append("outcome", self.plan.experiment, row)
         return {"measured": outcome}
-
-
-def as_json(prediction: Prediction) -> dict[str, Any]:
-    return asdict(prediction)
 
 
 def describe_prediction(result: Mapping[str, Any]) -> str:

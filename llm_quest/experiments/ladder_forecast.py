@@ -1,4 +1,4 @@
-"""The loss of a planned run by a ladder that was measured before: `quest plan --ladder FILE`."""
+"""Predicts the loss of a planned run from a measured ladder: `quest plan --ladder FILE`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llm_quest.files import load_json
 from llm_quest.recipes.pretrain import resolve_model_config
 from llm_quest.recipes.recipe import load_recipe
 
-ALIKE = ("data", "tokenizer", "sequence_length", "batch_size", "optim", "lr_scheduler_type", "min_lr_ratio")
+SHARED_SETTINGS = ("data", "tokenizer", "sequence_length", "batch_size", "optim", "lr_scheduler_type", "min_lr_ratio")
 """Settings that a ladder and the run that it predicts share."""
 RATIO_TOLERANCE = 0.1
 
@@ -70,7 +70,7 @@ def require_alike(ladder: Mapping[str, Any], recipe: str, pairs: Sequence[str]) 
     """UsageError where the run differs from the ladder in more than sizes."""
     theirs = resolve_settings(ladder["recipe"], tuple(ladder["settings"]))
     mine = resolve_settings(recipe, tuple(pairs))
-    other = [key for key in ALIKE if mine.get(key) != theirs.get(key)]
+    other = [key for key in SHARED_SETTINGS if mine.get(key) != theirs.get(key)]
     if mine["model"]["family"] != theirs["model"]["family"] or mine["model"]["preset"] != theirs["model"]["preset"]:
         other.append("model")
     if other:

@@ -1,4 +1,4 @@
-"""The HTML page of a ladder: its curve, the prediction, the table of sizes."""
+"""Writes the HTML page of a ladder: its curve, the prediction, the table of sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_quest.experiments.ladder import describe_outcome, describe_prediction
-from llm_quest.experiments.page import Table, render_page, settings_table
+from llm_quest.experiments.page import Table, render_experiment_page, settings_table
 from llm_quest.experiments.scaling_law import ScalingLaw
 from llm_quest.files import atomic_write_text
 from llm_quest.report.plots import Curve, plot_curves
@@ -22,7 +22,7 @@ def write_ladder_page(result: Mapping[str, Any], file: Path) -> None:
     if result["measured"]:
         outcome = describe_outcome(result["target"]["name"], result["prediction"], result["measured"])
         cards.append([outcome])
-    text = render_page(
+    text = render_experiment_page(
         title=result["question"],
         subtitle=f"{result['experiment']} · {result['metric']} · {result['parametrization']}, "
         f"scale {result['scale']}, {result['seeds']} seeds",

@@ -1,7 +1,7 @@
 """The ledger of experiments: one JSON object a line, appended and never edited, in files that can be merged.
 
     claim     what is asked, written before the first run: metric, direction, delta, cap, arms, settings, code, seeds
-    started   a run, before its first step: a run that is hidden leaves a hole
+    started   a run, before its first step, so that a run whose end was left out shows
     run       the same run at its end: status, metrics, cost
     verdict   of an arm, with the numbers that decide it
     confirmation   an experiment is asked once more, on the test half of the held-out data

@@ -1,5 +1,5 @@
-"""The runs of an experiment: each is measured once and kept as a record, under a name that follows from everything that
-decides its numbers. A command that was killed goes on where it was, and experiments share the runs of their control."""
+"""Measures the runs of an experiment: each once, kept as a record under a hash of everything that its numbers depend
+on. A command that was killed continues where it was, and experiments share the runs of their control."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class OutOfTime(Exception):
 
 Record = dict[str, Any]
 REPORTED_SEEDS, TUNING_SEEDS, AA_SEEDS = range(1, 101), range(101, 201), range(301, 401)
-"""Seeds have classes: those that a verdict reports, those that rates are tuned on, those of A/A pairs."""
+"""Seeds for three purposes, which never overlap: reported in a verdict, tuning of rates, A/A pairs."""
 
 
 def require_reported_seeds(first: int, cap: int) -> None:
@@ -84,7 +84,7 @@ class Measurements:
     def measure(self, requests: Sequence[RunRequest], what: str) -> list[Record]:
         """The records, in the order of the requests. Equal requests are one run."""
         folders = [self.folder(request) for request in requests]
-        missing = {folder: request for folder, request in zip(folders, requests, strict=True) if not is_there(folder)}
+        missing = {folder: request for folder, request in zip(folders, requests, strict=True) if not has_record(folder)}
         if missing and time.monotonic() > self.deadline:
             raise OutOfTime
         for folder, request in missing.items():
@@ -95,7 +95,7 @@ class Measurements:
         }
         with phase(what, len(futures)) as now:
             for future in concurrent.futures.as_completed(futures):
-                require_whole(future.result(), *futures[future])
+                require_ended(future.result(), *futures[future])
                 now.done += 1
         self.runs += len(futures)
         records = [read_record(folder) for folder in folders]
@@ -110,11 +110,11 @@ class Measurements:
 
 
 def hash_inputs(about: Mapping[str, Any]) -> str:
-    """What runs of a description (`worker.describe_job`) read: rows, code of rewards, models."""
+    """The hashes of what runs of a description (`worker.describe_job`) read: rows, code of rewards, models."""
     return json.dumps({**about["identity"], **about.get("files", {})}, sort_keys=True)
 
 
-def is_there(folder: Path) -> bool:
+def has_record(folder: Path) -> bool:
     return (folder / "record.json").is_file()
 
 
@@ -131,7 +131,7 @@ def describe_request(request: RunRequest, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def require_whole(record: Record, folder: Path, request: RunRequest) -> None:
+def require_ended(record: Record, folder: Path, request: RunRequest) -> None:
     """BusyError for a run that neither finished nor diverged."""
     if record["status"] not in ("finished", "diverged"):
         raise BusyError(
@@ -140,7 +140,7 @@ def require_whole(record: Record, folder: Path, request: RunRequest) -> None:
         )
 
 
-def metric_value(record: Mapping[str, Any], metric: str, arm: str, vocab_size: int | None = None) -> float | None:
+def read_metric(record: Mapping[str, Any], metric: str, arm: str, vocab_size: int | None = None) -> float | None:
     """A number of a run; None if it diverged: stopped by a guard, not finite, or a loss above that of equal
     probabilities. UsageError for a metric that it does not report."""
     if record["status"] == "diverged":

@@ -1,8 +1,8 @@
-"""A/A pairs: what equal arms differ by. They are measured before anything is compared.
+"""Measures how much equal arms differ (A/A pairs), before anything is compared.
 
-the control twice with one seed           the same bits, or nothing else may be said
-micro-batches of another size             another order of sums and nothing else: the noise of pairing
-the control with another seed             what runs vary by without pairing"""
+the control twice with one seed           the same bits, or the experiment ends
+micro-batches of another size             another order of sums and nothing else: the noise of a pair
+the control with another seed             the noise without pairing"""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ NOISE_FACTORS = {2: 31.9, 3: 6.3, 4: 3.7, 5: 2.9}
 """Pairs -> how many times larger than measured a standard deviation may be (95 %)."""
 
 
-class Bench(Protocol):
-    """What A/A pairs need of an experiment: its plan, what its arms are, and runs."""
+class ExperimentRuns(Protocol):
+    """The part of an experiment that A/A pairs need: its plan, descriptions of its arms, and runs."""
 
     plan: Any
     descriptions: dict[str, dict[str, Any]]
@@ -33,7 +33,7 @@ class Bench(Protocol):
     def note(self, text: str) -> None: ...
 
 
-def measure_noise(bench: Bench) -> dict[str, Any]:
+def measure_noise(bench: ExperimentRuns) -> dict[str, Any]:
     """The noise floor. DataError where a run is not repeatable."""
     seeds = AA_SEEDS[: bench.plan.aa_pairs]
     plain = [bench.request(CONTROL, seed, "aa") for seed in seeds]
@@ -45,14 +45,14 @@ def measure_noise(bench: Bench) -> dict[str, Any]:
     if values[0] != values[len(seeds)]:
         raise DataError(
             f"the control's run isn't repeatable: with seed {seeds[0]} it gave {values[0]} and {values[len(seeds)]}\n"
-            "nothing can be compared on such a bench; look for what draws random numbers without the run's seed"
+            "so nothing can be compared; look for code that draws random numbers without the run's seed"
         )
     single = [value for value in values[: len(seeds)] if value is not None]
     pairs = zip(values[: len(seeds)], values[len(seeds) + 1 :], strict=False)
     return describe_noise(bench, nuisance, single, [b - a for a, b in pairs if a is not None and b is not None])
 
 
-def nuisance_setting(bench: Bench) -> str:
+def nuisance_setting(bench: ExperimentRuns) -> str:
     """A setting that changes the order of sums alone; empty where there is none."""
     control = bench.descriptions[CONTROL]
     rows = int(control["rows"])
@@ -62,7 +62,7 @@ def nuisance_setting(bench: Bench) -> str:
     return f"micro_batch_size={sizes[-1]}" if possible else ""
 
 
-def describe_noise(bench: Bench, nuisance: str, single: Sequence[float], d: Sequence[float]) -> dict[str, Any]:
+def describe_noise(bench: ExperimentRuns, nuisance: str, single: Sequence[float], d: Sequence[float]) -> dict[str, Any]:
     """The noise in numbers, and what it means for delta."""
     pair_sd = statistics.stdev(d) if len(d) > 1 else None
     run_sd = statistics.stdev(single) if len(single) > 1 else None

@@ -1,5 +1,5 @@
-"""The HTML page of an experiment: verdicts, paired differences, evidence, training curves, tuning, costs. It fetches
-nothing and holds no script."""
+"""Writes the HTML page of an experiment: verdicts, paired differences, evidence, training curves, tuning, costs. The
+page loads nothing else and has no script."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ TEMPLATE = Path(__file__).with_name("page.html")
 Table = list[tuple[str, ...]]
 
 
-def write_page(result: Mapping[str, Any], root: Path, file: Path) -> None:
+def write_experiment_page(result: Mapping[str, Any], root: Path, file: Path) -> None:
     """Write the page. root: the folder of the runs."""
     claim = result["claim"]
-    text = render_page(
+    text = render_experiment_page(
         title=result["question"] or result["experiment"],
         subtitle=f"{result['experiment']} · {claim['metric']}, delta {claim['delta']}, at most {claim['cap']} pairs · "
         f"equal {result['budget']}",
@@ -31,7 +31,7 @@ def write_page(result: Mapping[str, Any], root: Path, file: Path) -> None:
         cards=[describe_verdict(verdict) for verdict in result["verdicts"]],
         notes=result["notes"],
         second="Pairs",
-        pictures=draw_plots(result, root),
+        pictures=draw_experiment_plots(result, root),
         tables=[
             ("Arms", arms_table(result)),
             ("Learning rates", rates_table(result)),
@@ -42,7 +42,7 @@ def write_page(result: Mapping[str, Any], root: Path, file: Path) -> None:
     atomic_write_text(file, text)
 
 
-def render_page(*, pictures: Iterable[tuple[str, str, bool]], **content: Any) -> str:
+def render_experiment_page(*, pictures: Iterable[tuple[str, str, bool]], **content: Any) -> str:
     """The page from its template. pictures: (heading, svg, whether it takes the whole width)."""
     from markupsafe import Markup
 
@@ -50,7 +50,7 @@ def render_page(*, pictures: Iterable[tuple[str, str, bool]], **content: Any) ->
     return render_template(TEMPLATE, pictures=drawn, **content)
 
 
-def draw_plots(result: Mapping[str, Any], root: Path) -> Iterator[tuple[str, str, bool]]:
+def draw_experiment_plots(result: Mapping[str, Any], root: Path) -> Iterator[tuple[str, str, bool]]:
     """(heading, svg, whether it takes the whole width)."""
     claim, verdicts = result["claim"], result["verdicts"]
     differences = [

@@ -1,4 +1,4 @@
-"""A race under fixed rules: held-out bits per byte of one corpus, within counted FLOPs and memory: `quest race`.
+"""Runs a race under fixed rules: held-out bits per byte of one corpus, within counted FLOPs and memory: `quest race`.
 
 An entry is a pretraining recipe from random weights. Its FLOPs are counted by `cost/`, not timed, and its memory is
 counted too, both before anything runs; the score is the mean of five seeds. A record's 95 % interval lies below the one
@@ -20,7 +20,7 @@ from llm_quest.errors import GuardStop, UsageError
 from llm_quest.experiments.arms import default_pairs
 from llm_quest.experiments.code_tree import CodeTree
 from llm_quest.experiments.ledger import Ledger
-from llm_quest.experiments.measurements import Measurements, RunRequest, hash_inputs, metric_value
+from llm_quest.experiments.measurements import Measurements, RunRequest, hash_inputs, read_metric
 from llm_quest.experiments.scaling_law import student_quantile
 from llm_quest.experiments.worker_pool import WorkerPool
 from llm_quest.formatting import format_bytes
@@ -32,7 +32,7 @@ SCORE = "eval/bits_per_byte"
 
 @dataclass(frozen=True)
 class RaceRules:
-    """What every entry keeps. record: the score to beat (docs/race.md)."""
+    """The rules of every entry. record: the score to beat (docs/race.md)."""
 
     corpus: str = "builtin"
     held_out: float = 0.05
@@ -85,7 +85,7 @@ def run_race(
     about = pool.submit(code, {"do": "describe", "recipe": recipe, "pairs": [*whole, "seed=1"]}).result()
     measurements = Measurements(recipe, root, pool, ledger, experiment, hash_inputs(about))
     requests = [RunRequest("entry", whole, seed, code, "report") for seed in range(1, seeds + 1)]
-    scores = [metric_value(record, SCORE, "entry") for record in measurements.measure(requests, "the race's seeds")]
+    scores = [read_metric(record, SCORE, "entry") for record in measurements.measure(requests, "the race's seeds")]
     if None in scores:
         raise GuardStop(f"seed {scores.index(None) + 1} of the entry diverged: an entry counts with all of its seeds")
     found = score_entry([score for score in scores if score is not None], flops, rules)

@@ -65,7 +65,7 @@ def count_multiplying(config: Any, length: int) -> tuple[int, int]:
 def candidate_shapes(config: Any, scale: str) -> Iterator[tuple[Any, int, float]]:
     """(config, parameters, how far its shape is from the model's) of smaller models. scale: of SCALES."""
     heads, layers = config.num_attention_heads, config.num_hidden_layers
-    period = pattern_period(config)
+    period = layer_period(config)
     for count in range(1, heads + 1):
         wanted = layers if scale == "width" else layers * count / heads
         near = {layers} if scale == "width" else {max(1, round(wanted / period) + n) * period for n in (-1, 0, 1)}
@@ -74,7 +74,7 @@ def candidate_shapes(config: Any, scale: str) -> Iterator[tuple[Any, int, float]
             yield small, count_parameters(build_meta_model(small)), abs(math.log(depth / wanted))
 
 
-def pattern_period(config: Any) -> int:
+def layer_period(config: Any) -> int:
     """After how many layers the kinds of layers repeat; all of them where they do not."""
     patterns = [tuple(getattr(config, name)) for name in PATTERNS if getattr(config, name, ())]
     layers: int = config.num_hidden_layers

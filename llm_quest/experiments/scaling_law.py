@@ -1,14 +1,15 @@
-"""A scaling law through the losses of a ladder, and what it predicts for a larger model.
+"""Fits a scaling law to the losses of a ladder and predicts the loss of a larger model.
 
       L(N)    = E + A N^-a               runs with the same number of tokens per parameter
       L(N, D) = E + A N^-a + B D^-b      several of them (Hoffmann et al. 2022, arXiv:2203.15556)
 
 For given exponents the other numbers are a linear least-squares problem with numbers >= 0, so the fit is a search over
-the exponents alone: no first values, no local minima (variable projection). N and D are divided by their geometric
-means, which changes A and B and nothing else.
+the exponents alone, without initial values or local minima (variable projection, Golub and Pereyra 1973). N and D are
+divided by their geometric means, which changes A and B and nothing else.
 
-Intervals come from fits to losses drawn again: each mean anew with the standard deviation of runs, pooled over all
-sizes, or that of the residuals where it is larger (a form that does not fit is an error too), and one new run's own.
+Intervals come from a parametric bootstrap: the law is fitted to means drawn with the standard deviation of a run,
+pooled over all sizes, or that of the residuals where it is larger (a form that does not fit is an error too), and the
+noise of the new run is added.
 Commonly got wrong: drawing the seeds of each size again, of which there are three, gives intervals that cover 82 %
 where 95 % are promised."""
 

@@ -1,4 +1,4 @@
-"""Sequential statistics of paired differences: tests and intervals that stay valid however often one looks.
+"""Sequential statistics of paired differences: tests and intervals that are valid after every pair.
 
 d_1 .. d_n are the differences arm - control of n pairs, m and s their mean and standard deviation (n - 1), t = sqrt(n)
 m / s. The evidence is the Bayes factor of t with a normal prior of variance 1 on effect / sigma (Lai 1976; Wang and

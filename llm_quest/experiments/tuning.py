@@ -1,4 +1,4 @@
-"""Equal tuning: every arm tries the same number of learning rates on the same seeds, which are never reported.
+"""Tunes the learning rates of all arms equally: the same number of rates on the same seeds, which are never reported.
 
 The grid is wide (two octaves apart) and each rate is repeated; the rate that is used is the vertex of the parabola
 through the best point and its neighbors in log2(rate). While the best rate of any arm lies at the edge of its grid,

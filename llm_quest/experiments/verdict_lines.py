@@ -1,4 +1,4 @@
-"""Verdicts in words, and the rows of the live table."""
+"""Describes verdicts in words, and formats the rows of the live table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llm_quest.experiments import sequential
 from llm_quest.experiments.comparison import Comparison
 
 PAIRING_HELPS = 1.3
-"""A pairing gain of less is said."""
+"""A smaller pairing gain is reported."""
 
 
 def describe_verdict(found: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A process that runs arms, one after another: requests are JSON lines on stdin, answers JSON lines on stdout. It runs
+"""Runs arms in a process, one after another: requests are JSON lines on stdin, answers JSON lines on stdout. It runs
 the package on its PYTHONPATH, which is an edited one for arms of `--code`, and ends when its parent does.
 
     {"do": "run", "recipe": "tiny", "pairs": ["seed=1"], "folder": "..."}   -> the record, written to record.json too
@@ -28,7 +28,7 @@ from filelock import FileLock
 import llm_quest
 from llm_quest.errors import GuardStop, QuestError, UsageError, shorten_line
 from llm_quest.eval.evaluators import LossEvaluator
-from llm_quest.experiments.measurements import is_there, read_record
+from llm_quest.experiments.measurements import has_record, read_record
 from llm_quest.files import atomic_write_json
 from llm_quest.progress import utc_now
 from llm_quest.recipes.engine import run_recipe
@@ -46,7 +46,7 @@ def run_arm(request: dict[str, Any]) -> dict[str, Any]:
     folder = Path(request["folder"])
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
-        return read_record(folder) if is_there(folder) else train_arm(request, folder)
+        return read_record(folder) if has_record(folder) else train_arm(request, folder)
 
 
 def train_arm(request: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def handle_request(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_requests(requests: queue.Queue[dict[str, Any]]) -> None:
-    """Requests of the parent; its end is ours, also in the middle of a run."""
+    """Read the parent's requests; end this process with it, also in the middle of a run."""
     for line in sys.stdin:
         requests.put(json.loads(line))
     os._exit(0)

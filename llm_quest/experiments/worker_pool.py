@@ -1,4 +1,4 @@
-"""Runs of arms side by side, each in a process of its own with one thread: starting torch once for many runs."""
+"""Runs arms in parallel, each in a process with one thread that is used again, so that torch is imported once."""
 
 from __future__ import annotations
 

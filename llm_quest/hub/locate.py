@@ -136,14 +136,24 @@ def read_step(checkpoint: Path | None, which: str) -> int | None:
         raise DataError(f"{file} does not say which checkpoint is the {which} one ({error}); name a step") from None
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of a run: its parent is called `checkpoints`."""
+    return folder.resolve().parent.name == "checkpoints"
+
+
+def run_of_checkpoint(folder: Path) -> Path:
+    """The run folder of a checkpoint; any other folder as it is."""
+    return folder.resolve().parent.parent if is_checkpoint(folder) else folder
+
+
 def locate_local(folder: Path) -> ModelLocation:
     """Locate a published folder, a run, or a checkpoint within a run."""
     if (folder / "config.json").exists():
         return ModelLocation(folder, str(folder))
     if (folder / "model.json").exists():
         return ModelLocation(usable_checkpoint(folder), str(folder), run_dir=folder)
-    run = folder.resolve().parent.parent
-    if folder.resolve().parent.name == "checkpoints" and (run / "model.json").exists():
+    run = run_of_checkpoint(folder)
+    if is_checkpoint(folder) and (run / "model.json").exists():
         if fault := find_weights_fault(require_whole(folder)):
             raise DataError(f"{folder} is damaged: {fault}; name the run, whose last undamaged checkpoint is used")
         return ModelLocation(folder, str(folder), run_dir=run)

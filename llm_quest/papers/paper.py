@@ -82,7 +82,7 @@ class Paper:
     def fill_in(self, pairs: Sequence[Any], size: str) -> tuple[str, ...]:
         """Settings with the numbers of a size in place of $names."""
         values = {**self.on.sizes[size], "generated": generated_text.__file__, "claims": str(FOLDER)}
-        return tuple(Template(pair).substitute(values) for pair in flatten(pairs))
+        return tuple(Template(pair).substitute(values) for pair in flatten_pairs(pairs))
 
     @property
     def hash(self) -> str:
@@ -90,7 +90,12 @@ class Paper:
         words = {"title", "claim", "prediction", "replication", "notes", "bench", "sizes"}
         words |= set() if self.metrics else {"metrics"}
         content = {key: value for key, value in vars(self).items() if key not in words}
-        bench = [self.on.recipe, list(flatten(self.on.settings)), dict(self.on.bases), without_seconds(self.on.sizes)]
+        bench = [
+            self.on.recipe,
+            list(flatten_pairs(self.on.settings)),
+            dict(self.on.bases),
+            without_seconds(self.on.sizes),
+        ]
         text = json.dumps([content, bench], sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -99,10 +104,10 @@ def without_seconds(sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[st
     return {name: {key: x for key, x in numbers.items() if key != "seconds"} for name, numbers in sizes.items()}
 
 
-def flatten(pairs: Sequence[Any]) -> Iterator[str]:
+def flatten_pairs(pairs: Sequence[Any]) -> Iterator[str]:
     """Settings of lists within lists: YAML's aliases name whole lists."""
     for pair in pairs:
-        yield from [pair] if isinstance(pair, str) else flatten(pair)
+        yield from [pair] if isinstance(pair, str) else flatten_pairs(pair)
 
 
 @functools.cache

@@ -16,10 +16,10 @@ from llm_quest.experiments.arms import CONTROL, Arm, default_pairs, resolve_arms
 from llm_quest.experiments.bases import Base
 from llm_quest.experiments.code_tree import own_code
 from llm_quest.experiments.comparison import Claim
-from llm_quest.experiments.experiment import Experiment, Plan
+from llm_quest.experiments.experiment import Experiment, ExperimentPlan
 from llm_quest.experiments.ledger import Ledger
 from llm_quest.experiments.measurements import OutOfTime
-from llm_quest.experiments.page import write_page
+from llm_quest.experiments.page import write_experiment_page
 from llm_quest.experiments.worker_pool import exclusive_pool
 from llm_quest.files import atomic_write_json
 from llm_quest.machine.profile import identify_machine
@@ -31,7 +31,7 @@ AA_PAIRS = 2
 SizeResult = dict[str, Any]
 
 
-def make_paper_plan(paper: Paper, size: str, log: LogFn, *, first_seed: int = 1) -> Plan:
+def make_paper_plan(paper: Paper, size: str, log: LogFn, *, first_seed: int = 1) -> ExperimentPlan:
     """The experiment of a claim at a size. UsageError for a size that it does not have."""
     if size not in paper.all_sizes:
         raise UsageError(f"{paper.name} has no size {size}; it has {', '.join(paper.all_sizes)}")
@@ -42,7 +42,7 @@ def make_paper_plan(paper: Paper, size: str, log: LogFn, *, first_seed: int = 1)
         Arm(name, paper.fill_in(given, size), own_code(), paper.metrics.get(name, ""))
         for name, given in paper.arms.items()
     ]
-    return Plan(
+    return ExperimentPlan(
         recipe, base, tuple(resolve_arms(recipe, base, arms, log)), Arm(CONTROL, (), own_code()),
         comparison_claim(paper),
         paper.budget or ("flops" if recipe == "pretrain" else "steps"), paper.rates, paper.tuning_seeds, AA_PAIRS,
@@ -100,7 +100,7 @@ def measure_paper(
         log(f"{paper.name} at {size}: {minutes:g} minutes were over before four pairs; the same command goes on")
         return None
     atomic_write_json(folder / "result.json", result)
-    write_page(result, root, folder / "report.html")
+    write_experiment_page(result, root, folder / "report.html")
     return shorten_result(result, experiment.costs) | {"page": str(folder / "report.html")}
 
 

@@ -26,7 +26,7 @@ from llm_quest.rollouts.environments import EnvironmentClient, EnvironmentHost, 
 from llm_quest.rollouts.episodes import EpisodeSampler, TurnEncoder
 from llm_quest.rollouts.included_environments import ENVIRONMENTS, read_paragraphs
 from llm_quest.rollouts.sampler import PolicyPrompt, Sample, Sampler, copy_numbers
-from llm_quest.rollouts.user_code import check_reference, hash_of_file
+from llm_quest.rollouts.user_code import check_reference, hash_user_code
 
 RESETS_AT_ONCE = 64
 HELD_OUT_GAMES = 10
@@ -114,13 +114,13 @@ def check_environment_options(environment: str, options: Mapping[str, Any]) -> N
 def environment_hashes(environment: str | None, options: Mapping[str, Any]) -> dict[str, str]:
     """Name -> hash of each file that decides the environment, which a resumed run may not change."""
     if environment == "functions":
-        return {f"environment.{one}": hash_of_file(one) for one in options.get("functions", ())}
+        return {f"environment.{one}": hash_user_code(one) for one in options.get("functions", ())}
     if environment == "file_search":
         text = "\0".join(read_paragraphs(str(options["folder"])))
         return {"environment.folder": hashlib.sha256(text.encode()).hexdigest()}
     if environment is None or environment in ENVIRONMENTS:
         return {}
-    return {"environment": hash_of_file(environment)}
+    return {"environment": hash_user_code(environment)}
 
 
 def start_environment(

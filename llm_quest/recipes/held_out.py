@@ -14,7 +14,7 @@ from llm_quest.contracts import LogFn
 from llm_quest.errors import DataError, UsageError
 from llm_quest.formatting import align_columns
 from llm_quest.hub.load_save import load
-from llm_quest.hub.locate import locate_model, resolve_checkpoint
+from llm_quest.hub.locate import locate_model, resolve_checkpoint, run_of_checkpoint
 from llm_quest.manifest import read_manifest
 from llm_quest.progress import phase
 from llm_quest.recipes.config import load_run_config, parse_config
@@ -59,8 +59,7 @@ class HeldOutReport:
 
 def find_run(name_or_path: str) -> Path | None:
     """The run folder of a run or of one of its checkpoints; None for anything else."""
-    folder = resolve_checkpoint(name_or_path).resolve()
-    folder = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    folder = run_of_checkpoint(resolve_checkpoint(name_or_path).resolve())
     return folder if (folder / "config.yaml").is_file() else None
 
 

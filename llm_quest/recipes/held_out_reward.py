@@ -14,7 +14,7 @@ from llm_quest.data.problems import Problem
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.eval.policy import DrawAnswers, PolicyEvaluator, Refinement
-from llm_quest.eval.problems import complete_prompts, sample_answers
+from llm_quest.eval.problems import sample_answers, sample_problems
 from llm_quest.eval.self_refinement import RefinePrompts, SelfRefinement
 from llm_quest.generation.sampling import SamplingParams
 from llm_quest.models.decoder import Decoder
@@ -76,7 +76,7 @@ def complete_greedily(
 ) -> list[Sample]:  # fmt: skip
     """The greedy completion of each prompt."""
     greedy = SamplingParams(temperature=0.0)
-    groups = complete_prompts(model, tokenizer, problems, prompts, greedy, max_new_tokens=max_new_tokens)
+    groups = sample_problems(model, tokenizer, problems, prompts, greedy, max_new_tokens=max_new_tokens)
     return [group[0] for group in groups]
 
 

@@ -29,11 +29,11 @@ from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, Posit
 from llm_quest.recipes.schema import Choice, LocalPath, StrictModel
 from llm_quest.recipes.step_rewards import ModelStepRewards, ReadoutReward
 from llm_quest.rollouts.advantages import StepRewards, WeightedReward
-from llm_quest.rollouts.function_reward import CountsFailures, FunctionReward
+from llm_quest.rollouts.function_reward import FailureSummary, FunctionReward
 from llm_quest.rollouts.judge_reward import JudgeReward, read_judge_prompt
 from llm_quest.rollouts.model_reward import ModelReward
 from llm_quest.rollouts.rewards import CorrectnessReward, EnvironmentReward, FormatReward, RandomReward
-from llm_quest.rollouts.user_code import check_reference, hash_of_file, split_reference
+from llm_quest.rollouts.user_code import check_reference, hash_user_code, split_reference
 from llm_quest.rollouts.verifier_process import MathVerifyReward
 from llm_quest.techniques.score_head import find_score_head
 from llm_quest.train.parallel import DistributedContext
@@ -50,7 +50,7 @@ class RewardContext:
     log: LogFn
 
 
-def load_reward_model(spec: RewardSpec, context: RewardContext) -> Reward:
+def make_model_reward(spec: RewardSpec, context: RewardContext) -> Reward:
     """Load a reward model that reads the policy's ids, by its own read-out or another one."""
     model = load_scoring_model(str(spec.load), context.tokenizer, context.parallel)
     own = find_readout(model)
@@ -119,7 +119,7 @@ REWARDS: dict[str, RewardBuilder] = {
     "format": lambda spec, context: FormatReward(),
     "environment": lambda spec, context: EnvironmentReward(),
     "random": lambda spec, context: RandomReward(derive_seed(context.seed, "random reward")),
-    "model": load_reward_model,
+    "model": make_model_reward,
     "math_verify": lambda spec, context: MathVerifyReward(),
 }
 """Name -> the function that builds the reward."""
@@ -249,7 +249,7 @@ def reward_file_hashes(specs: Sequence[RewardSpec]) -> dict[str, str]:
     found = {}
     for label, spec in zip(reward_labels(specs), specs, strict=True):
         if spec.function is not None:
-            found[f"reward {label}"] = hash_of_file(spec.function)
+            found[f"reward {label}"] = hash_user_code(spec.function)
         if spec.prompt is not None:
             found[f"reward {label}"] = hashlib.sha256(Path(spec.prompt).read_bytes()).hexdigest()
     return found
@@ -257,5 +257,5 @@ def reward_file_hashes(specs: Sequence[RewardSpec]) -> dict[str, str]:
 
 def reward_failures(rewards: Sequence[WeightedReward]) -> list[str]:
     """A line for each reward that failed on some samples."""
-    counted = [(one.name, one.reward_fn.summary()) for one in rewards if isinstance(one.reward_fn, CountsFailures)]
+    counted = [(one.name, one.reward_fn.summary()) for one in rewards if isinstance(one.reward_fn, FailureSummary)]
     return [f"the reward {name} failed, {summary}" for name, summary in counted if summary]

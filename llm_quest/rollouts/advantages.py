@@ -1,15 +1,14 @@
-"""From groups of samples to advantages: rewards, which groups are kept, reward shaping, and how much better than its
-siblings a sample was.
+"""Computes advantages from groups of samples: rewards, their shaping, which groups are kept, and the estimators.
 
-rewards (P,G) are of P prompts with G samples each; NaN is unscorable, stays out of every statistic and gets 0. A group
-whose rewards lie within `MIN_REWARD_SPREAD` of each other holds no news, and gets exactly 0.
+rewards (P,G) are of P prompts with G samples each. NaN marks a sample that could not be scored: it is in no statistic,
+and its advantage is 0. A group whose rewards lie within `MIN_REWARD_SPREAD` of each other gets advantages of exactly 0.
 
 Commonly got wrong: a tiny eps under the standard deviation as the only guard, which blows rounding up to a full-sized
 advantage; NaN counted as 0, which makes "could not be judged" the worst (or with rewards of -1 the best) of its group.
 
-Which groups are kept is judged on the *first* reward that applies alone, the raw correctness, before anything shapes
-it: length or format noise makes a group that is all wrong look mixed, and its gradient is noise (DAPO's filter, got
-wrong in NeMo-RL #2431).
+Whether a group is kept follows from the *first* reward that applies to it, the raw correctness, before any shaping:
+with a reward for length or format a group that is all wrong looks mixed, and its gradient is noise (DAPO's filter; an
+error of NeMo-RL, #2431).
 """
 
 from __future__ import annotations
@@ -72,8 +71,8 @@ def batch_std_advantages(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
 
 
 def maxrl_advantages(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-    """(r - mean) / mean, for rewards of 0 and 1 (MaxRL): hard prompts weigh more, as under the logarithm of the pass
-    rate."""
+    """(r - mean) / mean, for rewards of 0 and 1 (MaxRL): hard prompts weigh more, as in the gradient of the logarithm
+    of the pass rate."""
     mean = rewards.nanmean(dim=1, keepdim=True)
     return torch.where(mean > 0, mean_centered_advantages(rewards) / mean.clamp(min=1e-12), 0.0)
 
@@ -88,11 +87,11 @@ def nan_std(rewards: Tensor, dim: int) -> Tensor:
 def gdpo_advantages(
     rewards: Float[Tensor, "R P G"], weights: Sequence[float], estimator: AdvantageEstimator
 ) -> Float[Tensor, "P G"]:
-    """GDPO (arXiv:2601.05242): several rewards, each made an advantage by itself, so that a reward of small scale is
-    not drowned; their weighted sum; and its normalization over the whole batch, (A - mean) / (std + eps), so that the
-    size of a step does not grow with the number of rewards. A sample that one reward could not score is in no statistic
-    and gets 0. Differs: so does a group in which every reward is without spread, where the paper's form gives -mean of
-    the batch, which is rounding."""
+    """GDPO (arXiv:2601.05242): advantages of each reward by itself, so that a reward of small scale counts too; their
+    weighted sum; and its normalization over the whole batch, (A - mean) / (std + eps), so that the size of a step does
+    not grow with the number of rewards. A sample that one reward could not score is in no statistic and gets 0.
+    Differs: so does a group in which every reward is without spread, where the paper's form gives -mean of the batch,
+    which is rounding."""
     parts = torch.stack([weight * estimator(reward) for weight, reward in zip(weights, rewards, strict=True)])
     unknown = rewards.isnan().any(dim=0)
     summed = parts.sum(dim=0).masked_fill(unknown, torch.nan)
@@ -138,7 +137,7 @@ SampleGroup = Sequence[Sample]
 
 
 StepRewards = Callable[[Sample], Sequence[tuple[int, float]]]
-"""A sample -> (index of the step's last token, its reward) for each step it took."""
+"""A sample -> (index of the step's last token, its reward) for each of its steps."""
 
 
 @dataclass(frozen=True)
@@ -154,17 +153,17 @@ class WeightedReward:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardPipeline:
-    """From rewards to advantages. rewards: the first one that applies to a group says what is right there. A reward
-    that is NaN for a sample (it does not apply, or it failed) stands at the mean of its group, so that it says nothing
-    about that sample; a sample for which every reward is NaN is not learned from. Differs: TRL adds 0 there, which
-    ranks the sample below those that were scored (with rewards of -1, above them).
+    """Computes rewards and advantages of groups. rewards: the first one that applies to a group decides what is right
+    there. A reward that is NaN for a sample (it does not apply, or it failed) is replaced by the mean of its group, so
+    that it neither raises nor lowers that sample; a sample whose rewards are all NaN is left out. Differs: TRL adds 0
+    there, which ranks the sample below those that were scored (with rewards of -1, above them).
 
-    estimator: how rewards become advantages. per_reward_advantages: each reward is made an advantage by itself, then
-    they are added and normalized over the batch (GDPO). overlong_window, max_new_tokens: the last `overlong` tokens of
-    the budget are penalized more and more (DAPO's soft punishment); 0: not. filter_truncated: what the budget cut is
-    not learned from. step_rewards: process supervision in place of the outcome. keep_uniform_groups: groups without
-    spread count in the loss's divisor, and a KL term acts on them, as in GRPO, Dr. GRPO and TRL; off: they leave the
-    batch, and a step is the larger, the more of the groups are flat."""
+    estimator: rewards (P,G) -> advantages. per_reward_advantages: advantages of each reward by itself, then added and
+    normalized over the batch (GDPO). overlong_window, max_new_tokens: within the last `overlong_window` tokens of the
+    budget a penalty grows to 1 (DAPO's soft punishment); 0: none. filter_truncated: samples that the budget cut are
+    left out. step_rewards: process supervision in place of the outcome. keep_uniform_groups: groups without spread
+    count in the loss's divisor, and a KL term acts on them, as in GRPO, Dr. GRPO and TRL; off: they leave the batch,
+    and the larger their share, the larger is the step."""
 
     rewards: tuple[WeightedReward, ...]
     estimator: AdvantageEstimator = ADVANTAGE_ESTIMATORS["std"]
@@ -177,17 +176,17 @@ class RewardPipeline:
 
     def __post_init__(self) -> None:
         if not self.rewards:
-            raise UsageError("no reward was given: name at least one, the first says what is right")
+            raise UsageError("no reward was given: name at least one; the first one decides what is right")
         if self.overlong_window and not 0 < self.overlong_window < self.max_new_tokens:
             raise UsageError(
-                f"overlong is {self.overlong_window}: give fewer tokens than the budget of {self.max_new_tokens}"
+                f"overlong_window {self.overlong_window}: give fewer tokens than max_new_tokens, {self.max_new_tokens}"
             )
         if self.per_reward_advantages and len(self.rewards) < 2:
-            raise UsageError("separately has no effect with one reward; leave it out")
+            raise UsageError("per_reward_advantages has no effect with one reward: leave it out")
         if self.step_rewards is not None and (self.per_reward_advantages or self.overlong_window):
             raise UsageError(
-                "separately and overlong have no effect under process supervision: the steps' rewards take the place "
-                "of the outcome's; leave them out"
+                "per_reward_advantages and overlong_window have no effect with step_rewards, which take the place of "
+                "the outcome's reward: leave them out"
             )
 
     def compute_rewards(self, groups: Sequence[SampleGroup]) -> Float[Tensor, "R P G"]:
@@ -203,7 +202,7 @@ class RewardPipeline:
         return rewards
 
     def is_mixed(self, rewards: Float[Tensor, "R P G"]) -> list[bool]:
-        """Which groups hold both better and worse, by the first reward that applies to them."""
+        """Whether each group has samples of different rewards, by the first reward that applies to the group."""
         deciding = rewards[0]
         for later in rewards[1:]:
             deciding = torch.where(deciding.isnan().all(dim=1, keepdim=True), later, deciding)
@@ -216,7 +215,8 @@ class RewardPipeline:
         rewards: Float[Tensor, "R P G"],
         penalty: Float[Tensor, "P G"] | None = None,
     ) -> list[list[np.ndarray | None]]:
-        """Per sample and token; None where a sample is not to be learned from. penalty: taken off the rewards (KL)."""
+        """Advantages per sample and token; None for a sample that is left out. penalty: subtracted from the rewards
+        (KL)."""
         weights = [judge.weight for judge in self.rewards]
         known = fill_missing_rewards(rewards, weights)
         unscored = known.isnan().any(dim=0)
@@ -247,7 +247,7 @@ class RewardPipeline:
         return [each.numpy().astype(np.float32) for each in found]
 
     def shape_rewards(self, groups: Sequence[SampleGroup], rewards: Tensor, penalty: Tensor | None) -> Tensor:
-        """Rewards (R,P,G); the first one with what length and divergence cost."""
+        """Rewards (R,P,G), with the penalties for length and divergence added to the first one."""
         first = rewards[0].clone()
         if self.overlong_window:
             lengths = [
@@ -261,8 +261,8 @@ class RewardPipeline:
 
 
 def fill_missing_rewards(rewards: Float[Tensor, "R P G"], weights: Sequence[float]) -> Float[Tensor, "R P G"]:
-    """A reward that is NaN at the mean of its group (0 where the whole group is NaN), which adds nothing to a centered
-    advantage. A sample that no reward with a weight could score stays NaN."""
+    """Replace a reward that is NaN by the mean of its group (0 where the whole group is NaN), which adds nothing to a
+    centered advantage. A sample that no reward with a weight could score stays NaN."""
     known = ~rewards.isnan()
     means = torch.where(known, rewards, 0.0).sum(dim=2, keepdim=True) / known.sum(dim=2, keepdim=True).clamp(min=1)
     counted = torch.tensor([weight != 0 for weight in weights])
@@ -279,7 +279,7 @@ def total_rewards(rewards: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 def score_groups(weighted_reward: WeightedReward, groups: Sequence[SampleGroup]) -> list[list[float]]:
-    """One reward function on all groups: a call for each, or one for all of them."""
+    """Call one reward function on all groups: once for each, or once for all of them."""
     if not weighted_reward.per_batch:
         return [score_group(weighted_reward, group) for group in groups]
     values = iter(score_group(weighted_reward, [sample for group in groups for sample in group]))
@@ -287,7 +287,7 @@ def score_groups(weighted_reward: WeightedReward, groups: Sequence[SampleGroup])
 
 
 def score_group(weighted_reward: WeightedReward, group: SampleGroup) -> list[float]:
-    """One reward function on one group. DataError where it does not return one finite number (or NaN) a sample."""
+    """Call one reward function on one group. DataError unless it returns one finite number (or NaN) for each sample."""
     found = [float(value) for value in weighted_reward.reward_fn(group)]
     if len(found) != len(group):
         raise DataError(
@@ -308,8 +308,8 @@ def overlong_penalty(length: int, max_new_tokens: int, window: int) -> float:
 def sampling_metrics(
     groups: SampleGroups, rewards: Tensor, reward_pipeline: RewardPipeline
 ) -> dict[str, tuple[float, float]]:
-    """What is reported of the samples, as (sum, count) pairs. `reward` is the weighted sum of the rewards, as it is of
-    held-out answers; of several, each has a name of its own too. `reward_std` is within groups, as TRL has it."""
+    """Metrics of the samples, as (sum, count) pairs. `reward` is the weighted sum of the rewards, as it is of held-out
+    answers; each of several rewards is reported by its name too. `reward_std` is within groups, as TRL has it."""
     samples = [sample for group in groups for sample in group]
     lengths = [sample.num_policy_tokens for sample in samples]
     ended = [length for sample, length in zip(samples, lengths, strict=True) if not sample.truncated]

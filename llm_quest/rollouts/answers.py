@@ -1,4 +1,4 @@
-"""The answer that a completion comes to, in a form in which equal answers are equal: what a majority vote counts."""
+"""Reads the answer of a completion in a canonical form, so that a majority vote can count equal answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def answer_value(sample: Sample) -> Hashable | None:
 
 
 def expression_value(text: str) -> Hashable | None:
-    """What it comes to and the numbers that it uses: whether it is right follows from both."""
+    """The value of an expression and its literals, sorted: both decide whether it is right."""
     try:
         worked = evaluate_expression(text)
     except MalformedExpression:
@@ -37,7 +37,7 @@ def tagged_value(text: str) -> Fraction | None:
 
 
 def normal_value(text: str) -> Hashable | None:
-    """A number, or else the text without what does not matter."""
+    """A number, or else the text as `normalize_answer` leaves it."""
     plain = normalize_answer(text)
     value = parse_fraction(plain)
     return plain if value is None else value
@@ -54,4 +54,4 @@ ANSWER_VALUES: dict[str, Callable[[str], Hashable | None]] = {
     "tagged": tagged_value,
     "equal": normal_value,
 }
-"""Verifier -> the answer in a completion without space around it."""
+"""Verifier -> a function that reads the answer of a stripped completion; None for no answer."""

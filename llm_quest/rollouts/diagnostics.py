@@ -1,7 +1,7 @@
-"""Diagnoses a reinforcement learning run from its metrics: advice in words, and a stop where it cannot learn.
+"""Diagnoses a reinforcement learning run from its metrics: prints advice, and stops a run that cannot learn.
 
-The reward alone proves little: it can rise while the answers get worse. So the diagnostics also read the share of
-groups without spread, truncated completions, the policy's entropy, importance ratios and held-out accuracy."""
+The reward can rise while the answers get worse. So the diagnostics also read the share of groups without spread,
+truncated completions, the policy's entropy, importance ratios and held-out accuracy."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ MetricsRow = Mapping[str, Any]
 WINDOW = 3
 """Rows whose mean reward is compared."""
 LEAST_REWARD_FALL, NOISE_FACTOR = 0.1, 4.0
-"""A mean reward has fallen where it is so much lower, and so many times the noise of a row."""
+"""A fall of the mean reward counts if it is larger than the first, and than so many times the noise of a row."""
 
 
 @dataclass(frozen=True)
 class Symptom:
-    """A condition of a run and the advice for it. is_present(rows): does the newest row of metrics, given those before
-    it, show it? fatal: a run that shows it for long cannot learn. collapse: a run that was well before and shows it has
-    gone wrong, so that its last good checkpoint is kept."""
+    """A condition of a run and the advice for it. is_present(rows): whether the newest row of metrics, given those
+    before it, shows it. fatal: a run that shows it for long cannot learn. collapse: where an earlier row did not show
+    it, the run has got worse, and the last checkpoint before is kept."""
 
     name: str
     is_present: Callable[[Sequence[MetricsRow]], bool]
@@ -36,9 +36,9 @@ class Symptom:
 
 @dataclass
 class Diagnostics:
-    """`on_log(row) -> advice`, each piece once, until its sign is gone and comes back. patience_steps: steps that a
-    fatal sign may last, over at least three rows. symptoms: None for those of a policy. What was seen before a
-    resumption is not remembered."""
+    """`on_log(row) -> advice`: the advice for each symptom when it appears, and again only after it was gone.
+    patience_steps: steps that a fatal symptom may last, over at least three rows. symptoms: None for those of a policy.
+    A resumed run starts without the rows of before."""
 
     patience_steps: int = 30
     symptoms: Sequence[Symptom] | None = None
@@ -50,16 +50,16 @@ class Diagnostics:
     def on_log(self, row: MetricsRow) -> list[str]:
         self.rows.append(row)
         advice = []
-        for sign in SYMPTOMS if self.symptoms is None else self.symptoms:
-            if not sign.is_present(self.rows):
-                self.reported.discard(sign.name)
-                self.last_healthy[sign.name] = row["step"]
-                self.first_seen.pop(sign.name, None)
+        for symptom in SYMPTOMS if self.symptoms is None else self.symptoms:
+            if not symptom.is_present(self.rows):
+                self.reported.discard(symptom.name)
+                self.last_healthy[symptom.name] = row["step"]
+                self.first_seen.pop(symptom.name, None)
                 continue
-            if sign.name not in self.reported:
-                advice.append(sign.advice(row))
-                self.reported.add(sign.name)
-            self._check_fatal(sign, row)
+            if symptom.name not in self.reported:
+                advice.append(symptom.advice(row))
+                self.reported.add(symptom.name)
+            self._check_fatal(symptom, row)
         return advice
 
     @property
@@ -67,7 +67,7 @@ class Diagnostics:
         """The step of the last row before the collapse that the newest row shows; None if it shows none, or has shown
         it from the first row on."""
         known = SYMPTOMS if self.symptoms is None else self.symptoms
-        names = [sign.name for sign in known if sign.collapse and sign.name in self.reported]
+        names = [one.name for one in known if one.collapse and one.name in self.reported]
         return min((self.last_healthy[name] for name in names if name in self.last_healthy), default=None)
 
     def _check_fatal(self, symptom: Symptom, row: MetricsRow) -> None:
@@ -83,7 +83,7 @@ def metric_value(row: MetricsRow, name: str, default: float = math.nan) -> float
 
 
 def share_correct(row: MetricsRow) -> float:
-    """How much of a step is right: of several rewards the one that compares with the answer."""
+    """The share of right answers in a step: of several rewards, the one that compares with the answer."""
     named = (metric_value(row, f"rewards/{name}") for name in ("correct", "math_verify"))
     return next((value for value in named if not math.isnan(value)), metric_value(row, "reward"))
 
@@ -101,7 +101,7 @@ def mostly_uniform_groups(rows: Sequence[MetricsRow]) -> bool:
 
 
 def longer_without_gain(rows: Sequence[MetricsRow]) -> bool:
-    """Half as long again as in the beginning, and no better."""
+    """Completions are 1.5 times as long as in the first row, and the reward is no higher."""
     first, last = rows[0], rows[-1]
     return metric_value(last, "completions/mean_length") > 1.5 * metric_value(
         first, "completions/mean_length"
@@ -109,7 +109,7 @@ def longer_without_gain(rows: Sequence[MetricsRow]) -> bool:
 
 
 def reward_without_accuracy(rows: Sequence[MetricsRow]) -> bool:
-    """Since the first look at held-out problems the reward has risen by a tenth and accuracy has not."""
+    """Since the first evaluation on held-out problems the reward has risen by 0.1 and accuracy has not."""
     looked = [row for row in rows if not math.isnan(metric_value(row, "eval/accuracy"))]
     if len(looked) < 2:
         return False
@@ -119,7 +119,7 @@ def reward_without_accuracy(rows: Sequence[MetricsRow]) -> bool:
 
 
 def reward_fell(rows: Sequence[MetricsRow]) -> bool:
-    """What the reward had gained is lost again, by the mean of the newest rows, and more than chance explains."""
+    """The mean reward of the newest rows is back at that of the first ones, and the fall is larger than the noise."""
     rewards = [reward for row in rows if math.isfinite(reward := metric_value(row, "reward"))]
     if len(rewards) < 3 * WINDOW:
         return False
@@ -135,8 +135,8 @@ SYMPTOMS: tuple[Symptom, ...] = (
         "never right",
         never_correct,
         lambda row: (
-            f"every group is all alike (mean reward {metric_value(row, 'reward'):.3g}): nothing tells a better sample "
-            "from a worse one. Fine-tune longer first, take an easier level, or raise num_generations"
+            f"all samples of every group have the same reward (mean {metric_value(row, 'reward'):.3g}): no sample is "
+            "better than another. Fine-tune longer first, take an easier level, or raise num_generations"
         ),
         fatal=True,
     ),
@@ -144,23 +144,23 @@ SYMPTOMS: tuple[Symptom, ...] = (
         "always right",
         always_correct,
         lambda row: (
-            f"every group is all alike (mean reward {metric_value(row, 'reward'):.3g}): there is nothing left to "
-            "learn here. Take a harder level"
+            f"all samples of every group have the same reward (mean {metric_value(row, 'reward'):.3g}): there is "
+            "nothing left to learn here. Take a harder level"
         ),
         fatal=True,
     ),
     Symptom(
         "nothing scored",
         lambda rows: metric_value(rows[-1], "rewards/unscorable") >= 0.999,
-        lambda row: "not one sample could be scored: look at the reward and at the gold answers",
+        lambda row: "no sample could be scored: check the reward and the gold answers",
         fatal=True,
     ),
     Symptom(
         "mostly flat",
         mostly_uniform_groups,
         lambda row: (
-            f"{metric_value(row, 'frac_reward_zero_std'):.0%} of the groups are all alike and teach nothing: draw "
-            "until groups are mixed (dynamic_sampling_rounds=4), or choose problems nearer to what the model can do"
+            f"{metric_value(row, 'frac_reward_zero_std'):.0%} of the groups have equal rewards and give no gradient: "
+            "draw until groups are mixed (dynamic_sampling_rounds=4), or choose problems of fitting difficulty"
         ),
     ),
     Symptom(
@@ -183,7 +183,7 @@ SYMPTOMS: tuple[Symptom, ...] = (
         "no chance left",
         lambda rows: metric_value(rows[-1], "entropy") < 0.05,
         lambda row: (
-            f"the policy hardly varies any more ({metric_value(row, 'entropy'):.3f} nats a token): lower "
+            f"the entropy of the policy is low ({metric_value(row, 'entropy'):.3f} nats a token): lower "
             "learning_rate, raise loss_kwargs.epsilon_high, or add an entropy bonus (entropy_coef)"
         ),
         collapse=True,
@@ -226,8 +226,8 @@ SYMPTOMS: tuple[Symptom, ...] = (
         reward_without_accuracy,
         lambda row: (
             f"the reward rises ({metric_value(row, 'reward'):.3f}) and held-out accuracy does not "
-            f"({metric_value(row, 'eval/accuracy'):.3f}): the policy has learned the reward, not the task; read its "
-            "samples"
+            f"({metric_value(row, 'eval/accuracy'):.3f}): the policy exploits the reward and does not learn "
+            "the task; read its samples"
         ),
     ),
 )

@@ -1,41 +1,38 @@
-"""Environments: what a policy talks to over several turns.
+"""Environments of multi-turn reinforcement learning, and their client, which runs a user's class in a process.
 
 An environment is a class with two methods:
 
       class Env:
-          tools = [...]                                         perhaps: what the chat template shows (`tool_schema.py`)
+          tools = [...]                                             optional: for chat templates (`tool_schema.py`)
           def reset(self, row) -> messages                          row: the columns of a row, as a dict
-          def step(self, completion) -> (messages, reward, done)    what is answered, what is paid, whether it ends
+          def step(self, completion) -> (messages, reward, done)    the answer, its reward, whether the episode ends
 
 Messages are {"role": ..., "content": ...}, or a text for one message of the user. One object plays one episode; those
 of one row must begin with the same messages, for their rewards are compared. The environment's text is in the context
-of the policy and is never learned.
+of the policy and has no loss.
 
 Commonly got wrong: the context of the next turn is rendered and tokenized anew, so that the policy is trained on ids
-that it never sampled; or the answers of tools are learned, and the policy invents them."""
+that it never sampled; or the answers of tools have a loss, and the policy learns to invent them."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
-from llm_quest.errors import GuardStop, UsageError
-from llm_quest.rollouts.included_environments import ENVIRONMENTS
+from llm_quest.errors import UsageError
+from llm_quest.rollouts.included_environments import ENVIRONMENTS, Messages
 from llm_quest.rollouts.tool_schema import tool_schemas
 from llm_quest.rollouts.user_code import load_user_object
-from llm_quest.rollouts.worker_process import WorkerFailure, WorkerProcess, describe_exception
+from llm_quest.rollouts.worker_process import FailureCounter, WorkerFailure, WorkerProcess, describe_exception
 
-Messages = list[dict[str, Any]]
 Row = Mapping[str, Any]
-MAX_FAILED_BATCHES = 5
 
 
 class Environment(Protocol):
-    """One episode. See this file's first lines."""
+    """One episode: the methods that a class of an environment has."""
 
     def reset(self, row: Row) -> Any: ...
 
@@ -43,7 +40,7 @@ class Environment(Protocol):
 
 
 class EpisodeFailure(NamedTuple):
-    """An environment that raised, or gave what is no answer."""
+    """An environment that raised, or returned something else than messages, reward and done."""
 
     message: str
 
@@ -121,17 +118,16 @@ def finite_reward(given: Any) -> float:
 
 @dataclass
 class EnvironmentClient:
-    """The environments of a batch, by requests that always get an answer: of an environment that raises, hangs or
-    crashes, EpisodeFailure. call: answers requests, and raises WorkerFailure where it cannot. Failures are counted, and
-    the first of each kind is told. GuardStop after MAX_FAILED_BATCHES batches in a row in which all fail."""
+    """The environments of a batch, by requests that always get an answer: EpisodeFailure for an environment that
+    raises, hangs or crashes. call: answers requests, and raises WorkerFailure where it cannot. Failures are counted,
+    and the first of each kind is logged. GuardStop after MAX_FAILED_BATCHES batches in a row in which all fail."""
 
     name: str
     call: Callable[[tuple[str, Any]], Any]
     log: Callable[[str], None] = print
 
     def __post_init__(self) -> None:
-        self.failures: Counter[str] = Counter()
-        self.failed_in_a_row = 0
+        self.failures = FailureCounter(f"the environment {self.name}", self.log)
 
     @cached_property
     def tools(self) -> tuple[dict[str, Any], ...]:
@@ -154,29 +150,22 @@ class EnvironmentClient:
             given = self.call(request)
             found = dict(given) if isinstance(given, dict) else dict(enumerate(given))
         except WorkerFailure as failure:
-            self.count(failure.kind, failure.message)
+            self.failures.count(failure.kind, failure.message)
             found = {number: EpisodeFailure(failure.message) for number in numbers}
         failed = [one for one in found.values() if isinstance(one, EpisodeFailure)]
         for one in failed:
-            self.count("exception", one.message)
-        self.failed_in_a_row = self.failed_in_a_row + 1 if failed and len(failed) == len(found) else 0
-        if self.failed_in_a_row >= MAX_FAILED_BATCHES:
-            raise GuardStop(f"the environment {self.name} failed in every episode: {failed[0].message}")
+            self.failures.count("exception", one.message)
+        self.failures.end_batch(bool(failed) and len(failed) == len(found), failed[0].message if failed else "")
         return found
-
-    def count(self, kind: str, message: str) -> None:
-        if not self.failures[kind]:
-            self.log(f"the environment {self.name}, {kind}: {message}. Counted from now on, and not told again")
-        self.failures[kind] += 1
 
     def failure_lines(self) -> list[str]:
         """How often it failed, by kind, in a line; none where it never did."""
-        counts = ", ".join(f"{kind}: {number}" for kind, number in sorted(self.failures.items()))
+        counts = self.failures.summary()
         return [f"the environment {self.name} failed, {counts}"] if counts else []
 
 
 def serve_environments(reference: str, options: Mapping[str, Any]) -> Callable[[tuple[str, Any]], Any]:
-    """The requests of the process in which a user's environments live."""
+    """The handler of the process in which a user's environments run."""
     make = ENVIRONMENTS[reference] if reference in ENVIRONMENTS else load_user_object(reference)
     return EnvironmentHost(lambda: make(**options)).answer
 

@@ -174,7 +174,9 @@ class EpisodeSampler:
         for episode, messages in zip(episodes, first, strict=True):
             same = list(messages) == [dict(message) for message in episode.prompt.problem.messages]
             if not same and not isinstance(messages, EpisodeFailure):
-                self.environments.count("unequal beginning", "reset gave other messages for the same row than before")
+                self.environments.failures.count(
+                    "unequal beginning", "reset gave other messages for the same row than before"
+                )
             if not same:
                 episode.fail()
 

@@ -1,4 +1,4 @@
-"""Arithmetic that a model wrote, worked out exactly and within bounds. Nothing it writes is ever evaluated by Python.
+"""Evaluates arithmetic that a model wrote, exactly and within bounds, and never by Python's `eval`.
 
       sum     = product { (+|-) product }        numbers: unsigned integers without leading zeros, at most 12 digits
       product = factor { (*|/) factor }          limits: 200 characters, brackets 20 deep
@@ -31,8 +31,8 @@ class ExpressionValue:
 
 
 def evaluate_expression(text: str) -> ExpressionValue:
-    """The value of an expression and the numbers used in it. Malformed for anything else, a division by zero
-    included."""
+    """The value of an expression and the numbers used in it. MalformedExpression for anything else, also for a division
+    by zero."""
     if len(text) > MAX_EXPRESSION_CHARACTERS:
         raise MalformedExpression(f"longer than {MAX_EXPRESSION_CHARACTERS} characters")
     if not text.isascii():

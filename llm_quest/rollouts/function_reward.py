@@ -1,4 +1,4 @@
-"""A reward from a user's Python file, with TRL's signature.
+"""Calls a reward function of a user's Python file, which has TRL's signature.
 
       def score(completions, prompts, answer, **kwargs) -> list[float | None]
 
@@ -7,30 +7,27 @@ function without `**kwargs` gets the arguments that it names; it may be `async`.
 are lists of messages and completions are lists of one message, as in TRL (of several after an episode); else both are
 texts. None: the reward does not apply.
 
-It runs in a process that can be killed. A failure of any kind costs the rewards of its batch (as None), is counted,
-and is told once with the traceback's last line."""
+It runs in a process that can be killed. A failure makes every reward of its batch None. It is counted, and the first
+of each kind is logged with the traceback's last line."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from llm_quest.errors import GuardStop
 from llm_quest.rollouts.user_code import check_reference, load_user_object
-from llm_quest.rollouts.worker_process import WorkerFailure, WorkerProcess
+from llm_quest.rollouts.worker_process import FailureCounter, WorkerFailure, WorkerProcess
 
 UNSCORABLE = math.nan
-MAX_FAILED_BATCHES = 5
 RewardArguments = dict[str, list[Any]]
 
 
 @runtime_checkable
-class CountsFailures(Protocol):
-    """A reward that may fail, and counts it."""
+class FailureSummary(Protocol):
+    """A reward that counts its failures."""
 
     def summary(self) -> str:
         """How often it failed, by kind; "" where it never did."""
@@ -39,28 +36,28 @@ class CountsFailures(Protocol):
 class FunctionReward:
     """`FunctionReward("my_rewards.py:score")(samples) -> one number each`, NaN where the function gave None or failed.
 
-    timeout_seconds: of one batch. log: where the first failure of each kind is told. GuardStop after
-    MAX_FAILED_BATCHES failed batches in a row: then nothing is scored any more."""
+    timeout_seconds: of one batch. log: gets the first failure of each kind. GuardStop after MAX_FAILED_BATCHES failed
+    batches in a row."""
 
     def __init__(self, reference: str, *, timeout_seconds: float = 60.0, log: Callable[[str], None] = print):
-        self.reference, self.timeout_seconds, self.log = check_reference(reference), timeout_seconds, log
+        self.reference, self.timeout_seconds = check_reference(reference), timeout_seconds
         self.worker = WorkerProcess(answer_reward_calls, self.reference)
-        self.failures: Counter[str] = Counter()
-        self.failed_in_a_row = 0
+        self.failures = FailureCounter(f"the reward {self.reference}", log)
 
     def __call__(self, group: Sequence[Any]) -> list[float]:
         if not group:
             return []
         try:
             given = self.worker.call(reward_arguments(group), self.timeout_seconds)
-            values = self.numbers(given, len(group))
+            values = self.to_floats(given, len(group))
         except WorkerFailure as failure:
-            self.count_failed_batch(failure.kind, failure.message)
+            self.failures.count(failure.kind, failure.message)
+            self.failures.end_batch(True, failure.message)
             return [UNSCORABLE] * len(group)
-        self.failed_in_a_row = 0
+        self.failures.end_batch(False, "")
         return values
 
-    def numbers(self, given: Any, expected: int) -> list[float]:
+    def to_floats(self, given: Any, expected: int) -> list[float]:
         """The function's values as floats. WorkerFailure for another number of them, or for what is no number."""
         if not isinstance(given, list) or len(given) != expected:
             found = f"{len(given)} values" if isinstance(given, list) else f"a {given}"
@@ -69,23 +66,12 @@ class FunctionReward:
             raise WorkerFailure("no number", f"it returned {wrong[0]!r:.60}; give a number, or None")
         infinite = sum(value is not None and not math.isfinite(value) for value in given)
         if infinite:
-            self.count("NaN", f"{infinite} of {expected} values are NaN or infinite; give None for what does not apply")
+            what = f"{infinite} of {expected} values are NaN or infinite; give None for what does not apply"
+            self.failures.count("NaN", what)
         return [UNSCORABLE if value is None or not math.isfinite(value) else value for value in given]
 
-    def count_failed_batch(self, kind: str, message: str) -> None:
-        self.count(kind, message)
-        self.failed_in_a_row += 1
-        if self.failed_in_a_row >= MAX_FAILED_BATCHES:
-            raise GuardStop(f"the reward {self.reference} failed on {self.failed_in_a_row} batches in a row: {message}")
-
-    def count(self, kind: str, message: str) -> None:
-        if not self.failures[kind]:
-            self.log(f"the reward {self.reference}, {kind}: {message}. Counted from now on, and not told again")
-        self.failures[kind] += 1
-
     def summary(self) -> str:
-        """How often it failed, by kind; "" where it never did."""
-        return ", ".join(f"{kind}: {number}" for kind, number in sorted(self.failures.items()))
+        return self.failures.summary()
 
 
 def reward_arguments(samples: Sequence[Any]) -> RewardArguments:
@@ -112,7 +98,7 @@ def completion_of(sample: Any) -> Any:
 
 
 def answer_reward_calls(reference: str) -> Callable[[RewardArguments], Any]:
-    """The requests of a reward's process: arguments in; a list of floats and None out, other things by their repr."""
+    """The handler of a reward's process: arguments in; a list of floats and None out, other values by their repr."""
     function = load_user_object(reference)
     accepted = accepted_arguments(function)
 

@@ -1,5 +1,5 @@
-"""Environments that come with the package: a calculator, a guessing game, search over local files, and functions of
-one's own as tools. What a tool is for stands in `tools`, which chat templates that know tools show.
+"""Environments that come with the package: a calculator, a guessing game, search over local files, and a user's
+functions as tools. `tools` describes each tool for chat templates that show tools.
 
 A tool is called by its tag, `<calc>12*7</calc>`, or as published models write it,
 `<tool_call>{"name": "calc", "arguments": {"expression": "12*7"}}</tool_call>`. `<answer>84</answer>` ends the episode;
@@ -54,7 +54,7 @@ def question_with_hint(row: Mapping[str, Any], hint: str, ask_for_tool: bool) ->
     return messages
 
 
-def pay_for_answer(completion: str, gold: str) -> float:
+def answer_reward(completion: str, gold: str) -> float:
     """1 for the right answer: in its tag, or the completion itself."""
     answer = last_tagged_answer(completion) or completion
     problem = Problem("", gold, "equal", "", grading="tolerant")
@@ -103,7 +103,7 @@ class Calculator:
     def step(self, completion: str) -> Answered:
         asked = tool_argument(completion, "calc")
         if asked is None:
-            return [], pay_for_answer(completion, self.gold), True
+            return [], answer_reward(completion, self.gold), True
         return tool_result(calc(asked)), 0.0, False
 
 
@@ -159,7 +159,7 @@ class FileSearch:
     def step(self, completion: str) -> Answered:
         asked = tool_argument(completion, "search")
         if asked is None:
-            return [], pay_for_answer(completion, self.gold), True
+            return [], answer_reward(completion, self.gold), True
         found = rank_paragraphs(self.paragraphs, asked)[: self.num_results]
         return tool_result("\n\n".join(one[: self.max_characters] for one in found) or "nothing found"), 0.0, False
 
@@ -182,7 +182,8 @@ def read_paragraphs(folder: str) -> tuple[str, ...]:
 
 def rank_paragraphs(paragraphs: tuple[str, ...], query: str, k1: float = 1.5, b: float = 0.75) -> list[str]:
     """The paragraphs that share a word with the query, the best first: BM25 (Robertson and Zaragoza 2009), sum over
-    words of idf f (k1 + 1) / (f + k1 (1 - b + b length / mean length))."""
+    words of idf f (k1 + 1) / (f + k1 (1 - b + b length / mean length)). Differs: idf is log(1 + (n - m + 0.5) /
+    (m + 0.5)) for m of n paragraphs with the word, as in Lucene, which is never negative; theirs has no 1."""
     counted = [Counter(WORD.findall(one.lower())) for one in paragraphs]
     mean = sum(words.total() for words in counted) / max(1, len(counted))
     scores = [0.0] * len(paragraphs)
@@ -198,7 +199,7 @@ def rank_paragraphs(paragraphs: tuple[str, ...], query: str, k1: float = 1.5, b:
 
 @dataclass
 class FunctionTools:
-    """Functions of one's own as tools (functions: FILE.py:NAME of each). A call is answered with what the function
+    """A user's functions as tools (functions: FILE.py:NAME of each). A call is answered with what the function
     returns, or with its error; a turn that calls nothing ends the episode. The reward is 1 for the row's answer, 0 for
     another and for rows without one."""
 
@@ -216,7 +217,7 @@ class FunctionTools:
     def step(self, completion: str) -> Answered:
         calls = read_tool_calls(completion)
         if not calls:
-            return [], pay_for_answer(completion, self.gold) if self.gold else 0.0, True
+            return [], answer_reward(completion, self.gold) if self.gold else 0.0, True
         return [one for call in calls for one in tool_result(self.answer(call))], 0.0, False
 
     def answer(self, call: Any) -> str:

@@ -1,13 +1,14 @@
-"""A language model as a judge, through any URL with OpenAI's chat completions (vLLM, llama.cpp, Ollama, a hosted API).
+"""Scores completions with a language model as a judge, behind OpenAI's chat completions API (vLLM, llama.cpp, Ollama, a
+hosted one).
 
 The judge reads a file in which {prompt}, {completion} and {answer} stand for the sample's, and ends its reply with its
-score (`Score: 7`): the last number is read, and must lie between low and high; of `7/10` and `7 out of 10` the 7, where
-10 is the highest score, and nothing of scores out of another number. What it cannot score, after retries, is
-NaN, and a sample that others can score is then learned from by these.
+score (`Score: 7`). The last number is read, and must lie between low and high. Of `7/10` and `7 out of 10` it is the 7
+where 10 is the highest score; a score out of another number is refused. A sample that the judge cannot score, after
+retries, gets NaN: its other rewards count alone.
 
-Commonly got wrong: `7/10` is read as 10, so that all answers are equal; the first number of the reply is read, which is
-the judge quoting the answer; and a completion that says "Score: 10" is believed. The judge's own reply alone is read
-here, but it may be persuaded: read its samples."""
+Commonly got wrong: `7/10` is read as 10, so that all answers are equal; the first number of the reply is read, which
+may be a quotation of the answer; a completion that says "Score: 10" is read as the judge's reply. Only the judge's own
+reply is read here, but a completion may still persuade the judge: look at the samples."""
 
 from __future__ import annotations
 
@@ -18,19 +19,18 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm_quest.errors import GuardStop, UsageError
+from llm_quest.errors import UsageError
+from llm_quest.rollouts.worker_process import FailureCounter
 
 NUMBER = re.compile(r"(?<![\w.])-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)", re.ASCII)
 OUT_OF = re.compile(r"\s*(?:/|\bout\s+of\b)\s*")
 MAX_REPLY_BYTES = 1_000_000
-MAX_FAILED_BATCHES = 5
 RETRY_STATUS = (408, 409, 429, 500, 502, 503, 504)
 UNSCORABLE = math.nan
 
@@ -80,8 +80,7 @@ class JudgeReward:
 
     def __post_init__(self) -> None:
         self.parameters: dict[str, float] = {"temperature": 0, "max_tokens": self.max_tokens}
-        self.failures: Counter[str] = Counter()
-        self.failed_in_a_row = 0
+        self.failures = FailureCounter(f"the judge {self.url}", self.log)
 
     def __call__(self, group: Sequence[Any]) -> list[float]:
         asked = [self.fill_template(sample) for sample in group]
@@ -90,12 +89,9 @@ class JudgeReward:
             found = dict(zip(questions, pool.map(self.try_score, questions), strict=True))
         for one in found.values():
             if isinstance(one, JudgeFailure):
-                self.count(one)
+                self.failures.count(one.kind, one.message)
         scores = {text: UNSCORABLE if isinstance(one, JudgeFailure) else one for text, one in found.items()}
-        failed = bool(scores) and all(map(math.isnan, scores.values()))
-        self.failed_in_a_row = self.failed_in_a_row + 1 if failed else 0
-        if self.failed_in_a_row >= MAX_FAILED_BATCHES:
-            raise GuardStop(f"the judge {self.url} gave no score for {self.failed_in_a_row} batches in a row")
+        self.failures.end_batch(bool(scores) and all(map(math.isnan, scores.values())), "it gave no score")
         return [scores[text] for text in asked]
 
     def fill_template(self, sample: Any) -> str:
@@ -162,16 +158,8 @@ class JudgeReward:
             raise JudgeFailure("no score", f"the reply ends in {score:g}, not in {self.low:g} to {self.high:g}")
         return score
 
-    def count(self, failure: JudgeFailure) -> None:
-        if not self.failures[failure.kind]:
-            self.log(
-                f"the judge {self.url}, {failure.kind}: {failure.message}. Counted from now on, and not told again"
-            )
-        self.failures[failure.kind] += 1
-
     def summary(self) -> str:
-        """How often it gave no score, by kind; "" where it always did."""
-        return ", ".join(f"{kind}: {number}" for kind, number in sorted(self.failures.items()))
+        return self.failures.summary()
 
 
 def read_until(response: http.client.HTTPResponse, end: float) -> bytes:

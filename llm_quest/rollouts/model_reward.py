@@ -1,7 +1,7 @@
-"""A reward model as a reward function, and the comparisons that it is trained on while the policy changes.
+"""Scores completions with a reward model, and makes the comparisons that it is trained on while the policy changes.
 
-Commonly got wrong: the reward model labels its own training data, which teaches it nothing; and only the newest samples
-are learned from, so that what it knew before is forgotten (DeepSeekMath, arXiv:2402.03300, replays a tenth)."""
+Commonly got wrong: the reward model labels its own training data, from which it learns nothing new; it is trained on
+the newest samples alone and forgets the earlier ones (DeepSeekMath, arXiv:2402.03300, section 4.1.4, replays 10 %)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ModelReward:
 def make_comparisons(
     groups: Sequence[Sequence[Sample]], gold_reward_fn: Reward, seed: int = 0
 ) -> list[TokenizedPreference]:
-    """From each group with both better and worse: one of its best beside one of its worst, by the gold reward."""
+    """A comparison from each group whose samples differ: one of its best and one of its worst, by the gold reward."""
     found = []
     for number, group in enumerate(groups):
         scored = [

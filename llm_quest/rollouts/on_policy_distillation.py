@@ -1,11 +1,11 @@
-"""Rows for on-policy distillation (GKD, Agarwal et al. 2024, arXiv:2306.13649, algorithm 1): with probability lmbda a
-step's answers are what the student writes now, else those of the data. Whose they are changes no loss: the teacher's
-distribution is the target at every token of the answer.
+"""Loads rows for on-policy distillation (GKD, Agarwal et al. 2024, arXiv:2306.13649, algorithm 1): with probability
+lmbda the student samples a step's answers now, else they are those of the data. The loss is the same for both: the
+teacher's distribution is the target at every token of the answer.
 
       lmbda 0: supervised distillation      lmbda 1: on-policy      between: a step is one or the other, by (seed, step)
 
 No gradient goes through the sampling. Commonly got wrong: the student samples with dropout; the teacher reads the
-answer without its prompt; the end of an answer that the budget cut is made up.
+answer without its prompt; an end-of-text token is appended to an answer that the budget cut.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class GKDLoader:
 
 
 def collate_answers(pairs: Sequence[PromptAnswer]) -> TokenBatch:
-    """Rows of prompt and answer, the answer's tokens learned."""
+    """Rows of prompt and answer, with a loss at the answer's tokens."""
     tokens, positions = pad_with_positions([[*prompt, *answer[:-1]] for prompt, answer in pairs])
     targets = np.full(tokens.shape, IGNORE_INDEX)
     for number, (prompt, answer) in enumerate(pairs):

@@ -1,9 +1,9 @@
-"""Rewards: a group of samples of one prompt in, one number each out; NaN where none can be given.
+"""Reward functions: each maps the samples of one prompt to a number each, NaN for a sample that cannot be scored.
 
-`CorrectnessReward` is what the verifier says. `RandomReward` and `FormatReward` are the controls without which a curve
-proves nothing: some models improve under any reward (arXiv:2506.10947). `SafeReward` wraps a reward function that may
-fail. Where a program can check the steps of an answer, `compute_step_rewards` says which token ends each step, and what
-the step is worth (process supervision)."""
+`CorrectnessReward` is the verifier's outcome. `RandomReward` and `FormatReward` are controls: some models improve under
+any reward (arXiv:2506.10947), so that a rising curve alone proves nothing. `SafeReward` wraps a reward function that
+may fail. `compute_step_rewards` gives the last token and the reward of each step of an answer whose steps a program can
+check (process supervision)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def score_correctness(sample: Sample) -> float:
 
 @dataclass(frozen=True)
 class EnvironmentReward:
-    """The sum of what the environment paid in an episode; NaN where it failed."""
+    """The sum of an episode's rewards from its environment; NaN where that failed."""
 
     def __call__(self, group: Sequence[Sample]) -> list[float]:
         return [sample.episode_reward for sample in group]
@@ -54,7 +54,8 @@ class FormatReward:
 
 @dataclass(frozen=True)
 class RandomReward:
-    """1 or 0 by the toss of a coin that knows the seed and the sample, not its worth: a control."""
+    """1 with probability `share`, else 0, by a generator of the seed and the sample's ids: a control that does not
+    depend on whether the answer is right."""
 
     seed: int = 0
     share: float = 0.5
@@ -69,8 +70,8 @@ class RandomReward:
 
 @dataclass
 class SafeReward:
-    """A reward that may fail. Raises inside it make the group unscorable; they are counted, with the first message
-    kept. A wrong number of values, or values that are no numbers, is the author's mistake: UsageError."""
+    """A reward that may fail: an exception inside it makes the group's rewards NaN and is counted, and the first
+    message is kept. UsageError for a wrong number of values, and for values that are no numbers."""
 
     reward_fn: Reward
     name: str = "reward"

@@ -1,4 +1,4 @@
-"""Rollouts: a loader whose rows the policy generates itself.
+"""Loads rollouts: rows that the policy generates itself, with rewards and advantages.
 
       prompts -> groups of samples -> rewards -> advantages -> rows -> micro-batches of each optimizer step
 
@@ -10,7 +10,7 @@ log-probabilities are those that were sampled, the reference is scored only wher
 advantage is 0 is not read at all where nothing else acts on it: it counts in the loss's divisor alone.
 
 Commonly got wrong: groups without spread left out of the divisor too. GRPO's eq. 3 and Dr. GRPO average over all
-samples of all prompts (TRL too), so that one mixed group among seven flat ones makes an eighth of a step.
+samples of all prompts (TRL too), so that one mixed group among seven without spread makes an eighth of a step.
 Differs: a step in which every advantage is 0 is skipped, while TRL's optimizer makes one with a gradient of 0.
 """
 
@@ -98,8 +98,7 @@ class ValueBaseline:
 
 @dataclass
 class RolloutBuffer:
-    """One rollout: its rows, what was measured while it was made, and all groups that were sampled for it (none after
-    a resumption)."""
+    """One rollout: its rows, its metrics, and all groups that were sampled for it (none after a resumption)."""
 
     number: int
     rows: list[PolicyRow]
@@ -153,7 +152,9 @@ class RolloutLoader:
                 "least 2 (one alone has no spread)"
             )
         if plan.kl_coef and "reference_log_probs" not in self.scorers:
-            raise UsageError("KL in the reward needs a reference policy")
+            raise UsageError(
+                f"kl_coef is {plan.kl_coef:g}: a KL penalty needs a reference policy; give scorers reference_log_probs"
+            )
         if plan.prompts_per_rollout % world_size:
             raise UsageError(
                 f"{plan.prompts_per_rollout} prompts cannot be shared by {world_size} processes; make them a multiple "
@@ -181,7 +182,7 @@ class RolloutLoader:
         return empty_row(*self.scorers, *(() if self.value_baseline is None else ("values", "returns")))
 
     def minibatch(self, step_in_rollout: int) -> list[PolicyRow]:
-        """The rows of one step of the rollout; every pass deals them out anew."""
+        """The rows of one step of the rollout; every pass shuffles them anew."""
         assert self.rollout is not None
         iteration, part = divmod(step_in_rollout, self.plan.minibatches)
         rows = list(self.rollout.rows)
@@ -292,7 +293,7 @@ class RolloutLoader:
         return baseline.gae.rows_with_values(rows, values, penalties)
 
     def score_rows(self, rows: Sequence[PolicyRow]) -> list[PolicyRow]:
-        """The same rows in the same order; those that are read with what the scorers say of them."""
+        """The same rows in the same order, with the scorers' numbers in those that are read."""
         read = self.rows_to_read(rows)
         fields: list[dict[str, np.ndarray]] = [{} for _ in read]
         for name, scorer in self.scorers.items():
@@ -304,8 +305,8 @@ class RolloutLoader:
     def row_values(
         self, rows: Sequence[PolicyRow], scorer: RowScorer | None, *, every_token: bool = False
     ) -> list[np.ndarray]:
-        """What a scorer says of every row's tokens, in the rows' order; each process scores its part. every_token: of
-        all that are read, not of the completion's alone."""
+        """A scorer's numbers for the tokens of every row, in the rows' order; each process scores its part.
+        every_token: for all tokens that are read, not the completion's alone."""
         assert scorer is not None
         mine: dict[int, np.ndarray] = {}
         device = next(self.policy.parameters()).device

@@ -1,7 +1,7 @@
-"""Samples groups of completions from the policy, by the same engine and the same weights that are trained.
+"""Samples groups of completions from the policy, with the weights that are trained and the package's own generation.
 
-Sampling is pure: temperature alone. Top-k, top-p and min-p draw from another distribution than the one that is scored
-afterwards, and the ratio of the policy with itself would be the mass they kept."""
+Temperature is the only setting. Top-k, top-p and min-p sample from another distribution than the one that is scored
+afterwards: the importance ratio of the policy with itself would then be the probability mass that they keep, not 1."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Sample:
 
     @property
     def num_turns(self) -> int:
-        """How often the policy wrote."""
+        """The number of the policy's messages."""
         return max(1, sum(message["role"] == "assistant" for message in self.messages))
 
 

@@ -1,5 +1,5 @@
-"""The JSON schema of a Python function, by which a chat template shows it to a model as a tool: what transformers'
-`get_json_schema` makes of a function with annotated arguments and a docstring in Google's form."""
+"""Makes the JSON schema of a Python function, by which a chat template shows it to a model as a tool: the result of
+transformers' `get_json_schema` for a function with annotated arguments and a docstring in Google's form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECTION = re.compile(r"^\s*(Args|Arguments|Returns|Raises|Example|Examples|Yield
 
 
 def tool_schemas(tools: Sequence[Any]) -> tuple[dict[str, Any], ...]:
-    """Schemas as they are, and of functions theirs."""
+    """The schema of each tool, which is a function or a schema already."""
     return tuple(dict(one) if isinstance(one, Mapping) else function_schema(one) for one in tools)
 
 

@@ -1,4 +1,4 @@
-"""Functions and classes from a user's Python file, named `FILE.py:NAME`."""
+"""Loads functions and classes from a user's Python file, named `FILE.py:NAME`."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def load_user_object(reference: str) -> Any:
     return getattr(module, name)
 
 
-def hash_of_file(reference: str) -> str:
+def hash_user_code(reference: str) -> str:
     """sha256 of the file and of the modules beside it that it imports by name: what a resumed run may not change."""
     first, *others = find_imports(split_reference(reference)[0])
     digest = hashlib.sha256(first.read_bytes())

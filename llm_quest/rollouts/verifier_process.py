@@ -1,5 +1,5 @@
-"""A verifier that may hang, in a process that can be killed. For heavy checkers (math-verify); our own are bounded and
-run in place."""
+"""Runs a verifier that may hang in a process that can be killed: math-verify. The verifiers of `verifiers.py` are
+bounded and run in the trainer's own process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llm_quest.data.problems.problem import Problem
 from llm_quest.errors import MissingError, import_extra, install_command
 from llm_quest.rollouts.sampler import Sample
 from llm_quest.rollouts.verifiers import UNSCORABLE
-from llm_quest.rollouts.worker_process import WorkerFailure, WorkerProcess
+from llm_quest.rollouts.worker_process import WorkerFailure, WorkerProcess, describe_counts
 
 CheckFunction = Callable[[Problem, str], float]
 
@@ -48,7 +48,7 @@ class VerifierProcess:
 
 
 def answer_checks(verifier: CheckFunction, warm_up: tuple[Problem, str] | None) -> Callable[[Any], float]:
-    """The requests of a verifier's process."""
+    """The handler of a verifier's process."""
     if warm_up is not None:
         verifier(*warm_up)
     return lambda request: float(verifier(*request))
@@ -79,5 +79,4 @@ class MathVerifyReward:
         return [0.0 if sample.truncated else self.verify(sample.problem, sample.text) for sample in group]
 
     def summary(self) -> str:
-        """How often it gave no answer, by kind; "" where it always did."""
-        return ", ".join(f"{kind}: {number}" for kind, number in sorted(self.verify.failures.items()))
+        return describe_counts(self.verify.failures)

@@ -1,10 +1,9 @@
-"""Is an answer right? Three outcomes: right, wrong, unscorable. `VERIFIERS` lists the verifiers by the name that a
-problem carries.
+"""Verifies answers: each is right, wrong or unscorable. `VERIFIERS` lists the verifiers by the name in a problem.
 
-What the model got wrong in form is wrong; what the *verifier* cannot judge (a gold answer that does not parse, an
-optional package that failed, a time-out) is unscorable: NaN, kept out of the statistics, counted apart. A verifier
-reads the completion alone, the whole of it, to the letter: no search for something that looks like an answer, so that
-listing every number, answering twice or echoing the prompt earns nothing.
+An answer in a wrong form is wrong. One that the *verifier* cannot judge (a gold answer that does not parse, an optional
+package that failed, a time-out) is unscorable: NaN, in no statistic, and counted apart. A verifier reads the whole
+completion and nothing else. It does not search for something that looks like an answer, so listing every number,
+answering twice or echoing the prompt earns nothing.
 
 Verifiers are pure functions of (problem, completion text)."""
 
@@ -34,7 +33,8 @@ MAX_COMPLETION_CHARACTERS = 100_000
 
 
 def verify_answer(problem: Problem, text: str) -> float:
-    """RIGHT, WRONG or UNSCORABLE. Where the problem has an answer form, the verifier reads the answer in it alone."""
+    """CORRECT, INCORRECT or UNSCORABLE. Where the problem has an answer form, the verifier reads only the answer that
+    has it."""
     if len(text) > MAX_COMPLETION_CHARACTERS:
         return INCORRECT
     if problem.answer_form:
@@ -163,7 +163,7 @@ VERIFIERS: dict[str, Verifier] = {
 
 
 def is_well_formed(problem: Problem, text: str) -> bool:
-    """Has the completion the form of an answer, whatever its value? What a format reward pays for."""
+    """Whether the completion has the form of an answer, whatever its value (for a format reward)."""
     if problem.answer_form:
         answer = extract_answer(problem.answer_form, problem.grading, text)
         return answer is not None and FORMAT_CHECKS[problem.verifier](answer)

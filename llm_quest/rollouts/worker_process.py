@@ -11,17 +11,20 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from llm_quest.child_process import end_with_parent
-from llm_quest.errors import UsageError
+from llm_quest.errors import GuardStop, UsageError
 
 START_TIMEOUT_SECONDS = 60.0
+MAX_FAILED_BATCHES = 5
 SAFE_PATH = "llm-quest"
 """A value of PYTHONSAFEPATH by which it is known as ours."""
 
@@ -30,11 +33,41 @@ Setup = Callable[..., Handler]
 
 
 class WorkerFailure(Exception):
-    """A request without an answer. kind: an exception, a hang or a crash; message: what is known of it."""
+    """A request without an answer. kind: exception, hang or crash. message: its cause."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
         self.kind, self.message = kind, message
+
+
+@dataclass
+class FailureCounter:
+    """Counts the failures of a user's code or of a service by kind, and logs the first of each kind. subject: what
+    fails, as messages name it."""
+
+    subject: str
+    log: Callable[[str], None] = print
+    counts: Counter[str] = field(default_factory=Counter)
+    failed_batches: int = 0
+
+    def count(self, kind: str, message: str) -> None:
+        if not self.counts[kind]:
+            self.log(f"{self.subject}, {kind}: {message}. Further failures of this kind are counted, not logged")
+        self.counts[kind] += 1
+
+    def end_batch(self, failed: bool, message: str) -> None:
+        """Note whether a whole batch failed. GuardStop after MAX_FAILED_BATCHES in a row, with the newest message."""
+        self.failed_batches = self.failed_batches + 1 if failed else 0
+        if self.failed_batches >= MAX_FAILED_BATCHES:
+            raise GuardStop(f"{self.subject} failed on {self.failed_batches} batches in a row: {message}")
+
+    def summary(self) -> str:
+        return describe_counts(self.counts)
+
+
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """How often something failed, by kind; "" where it never did."""
+    return ", ".join(f"{kind}: {number}" for kind, number in sorted(counts.items()))
 
 
 class WorkerProcess:
@@ -113,8 +146,8 @@ class WorkerProcess:
 
 @contextmanager
 def without_working_folder() -> Iterator[None]:
-    """Inside, a Python that is started looks for no module in the working folder, which may be a stranger's: a file
-    multiprocessing.py there would be run."""
+    """Inside, a Python that is started looks for no module in the working folder, which may hold code of others: a
+    file multiprocessing.py there would be run."""
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ.setdefault("PYTHONSAFEPATH", SAFE_PATH)
     try:
@@ -125,11 +158,11 @@ def without_working_folder() -> Iterator[None]:
 
 
 def serve_requests(pipe: Connection, setup: Setup, arguments: tuple[Any, ...], by_signal: bool = True) -> None:
-    """The process's life: set up, then answer until the pipe closes or the parent is gone. Ctrl-C is the trainer's to
-    handle. by_signal: whether the main thread started it (`end_with_parent`)."""
+    """The main function of the process: set up, then answer until the pipe closes or the parent is gone. SIGINT is
+    ignored, since the trainer handles it. by_signal: whether the main thread started it (`end_with_parent`)."""
     if (parent := multiprocessing.parent_process()) is not None and parent.pid is not None:
         end_with_parent(parent.pid, by_signal)
-    if os.environ.get("PYTHONSAFEPATH") == SAFE_PATH:  # what the user's code starts is its own affair
+    if os.environ.get("PYTHONSAFEPATH") == SAFE_PATH:  # not for processes that the user's code starts
         del os.environ["PYTHONSAFEPATH"]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdout = sys.stderr

@@ -77,7 +77,7 @@ def test_mistakes_are_said_and_the_conversation_goes_on(folder: Path, tmp_path: 
     result = talk(
         folder, "/retry", "/save", f"/save {file}", "/sav", "red", f"/save {absent}", "/help", f"/save {file}"
     )
-    for said in ("no answer to try again", "name a file", "nothing was said yet", "/sav is no command", "No such file"):
+    for said in ("no answer to try again", "name a file", "nothing to save yet", "/sav is no command", "No such file"):
         assert said in result.stderr
     assert all(f"{word} " in result.stdout for word in CHAT_COMMANDS)
     assert len(read_conversations(file)) == 1

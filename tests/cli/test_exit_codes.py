@@ -10,7 +10,7 @@ import pytest
 
 from llm_quest import errors
 from llm_quest.cli import output
-from llm_quest.cli.output import describe_failure, run_with_exit_code
+from llm_quest.cli.output import explain_failure, run_with_exit_code
 
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 CLASSES = [
@@ -45,7 +45,7 @@ def test_every_class_of_failure_has_a_row_of_its_own_in_the_docs_and_in_the_code
     "name", ["n" * 5000, "/".join(["n" * 200] * 20), "two\nlines" * 90], ids=["long", "deep", "lines"]
 )
 def test_an_error_of_a_file_with_a_long_name_is_one_line_that_ends_with_the_cure(number: int, name: str):
-    (line,) = describe_failure(OSError(number, "why it failed", name))[1]
+    (line,) = explain_failure(OSError(number, "why it failed", name))[1]
     assert len(line) <= errors.LONGEST_LINE
     assert line.endswith(errors.DISK_REMEDIES.get(number, "why it failed")[-90:])
 
@@ -60,7 +60,7 @@ def test_a_failure_has_the_same_words_on_a_terminal_and_in_json(failure, monkeyp
     code = run_with_exit_code(fail)
     said = capsys.readouterr()
     reply = json.loads(said.out)["error"]
-    assert (code, said.err.splitlines()) == describe_failure(failure)
+    assert (code, said.err.splitlines()) == explain_failure(failure)
     problems = {"problems": str(failure).splitlines()} if isinstance(failure, errors.QuestError) else {}
     assert reply == {"kind": type(failure).__name__, "message": said.err.rstrip("\n"), "exit_code": code, **problems}
     assert code in documented_codes()

@@ -18,7 +18,7 @@ import pytest
 
 from llm_quest.cli import main as cli
 from llm_quest.cli.main import app
-from llm_quest.cli.output import describe_failure, run_with_exit_code
+from llm_quest.cli.output import explain_failure, run_with_exit_code
 from llm_quest.errors import BusyError, DataError, GuardStop, MissingError, ResourceError, UsageError
 
 RunQuest = Callable[..., subprocess.CompletedProcess[str]]
@@ -290,7 +290,7 @@ def test_models_piped_into_something_that_stops_reading_ends_quietly(tmp_path: P
     ],
 )
 def test_every_kind_of_failure_has_its_exit_code_and_at_most_four_lines(error: BaseException, code: int) -> None:
-    found, lines = describe_failure(error)
+    found, lines = explain_failure(error)
     assert found == code
     assert 1 <= len(lines) <= 4
 

@@ -197,7 +197,7 @@ def test_models_are_searched_by_words_and_by_size():
     [
         (("lamma3.2",), None, "no model has 'lamma3.2'; near: llama"),
         (("gpt2",), "1K", "no model has 'gpt2' and at most 1K parameters"),
-        ((), "big", "'big' is no number of parameters; write 500M or 1.5B"),
+        ((), "big", "'big' is no number of parameters; write 50k, 500M or 1.5B"),
         ((), "1..5B", "'1..5B' is no number of parameters"),
     ],
 )

@@ -80,7 +80,7 @@ def main() -> None:
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    measurements.require_whole = die_later
+    measurements.require_ended = die_later
     with WorkerPool(1) as pool:
         run_experiment(plan_of(text, root, **SHORT), root, pool)
 

@@ -23,7 +23,7 @@ from llm_quest.experiments.code_tree import (
     source_content,
 )
 from llm_quest.experiments.confirmation import DEV
-from llm_quest.experiments.measurements import metric_value, require_reported_seeds
+from llm_quest.experiments.measurements import read_metric, require_reported_seeds
 from llm_quest.experiments.tuning import RateSearch, first_grid, needs_extension
 from llm_quest.experiments.verdict_lines import interval_bar
 from tests.experiments.bench import patch_package
@@ -170,12 +170,12 @@ def test_every_arm_gets_the_same_number_of_rates():
 
 def test_a_run_that_does_not_report_a_finite_loss_has_diverged():
     finished = {"status": "finished", "metrics": {"eval/loss": 5.0, "eval/odd": None}}
-    assert metric_value(finished, "eval/loss", "arm", 512) == 5.0
-    assert metric_value(finished, "eval/loss", "arm", 100) is None, "above ln(vocabulary)"
-    assert metric_value(finished, "eval/odd", "arm") is None
-    assert metric_value({"status": "diverged", "metrics": {}}, "eval/loss", "arm") is None
+    assert read_metric(finished, "eval/loss", "arm", 512) == 5.0
+    assert read_metric(finished, "eval/loss", "arm", 100) is None, "above ln(vocabulary)"
+    assert read_metric(finished, "eval/odd", "arm") is None
+    assert read_metric({"status": "diverged", "metrics": {}}, "eval/loss", "arm") is None
     with pytest.raises(UsageError, match="arm reports no such number; it has eval/loss"):
-        metric_value(finished, "eval/accuracy", "arm")
+        read_metric(finished, "eval/accuracy", "arm")
 
 
 def test_seeds_have_classes():

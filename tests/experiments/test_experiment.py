@@ -26,7 +26,7 @@ from llm_quest.experiments.code_tree import own_code
 from llm_quest.experiments.confirmation import MAX_CONFIRMATIONS, plan_confirmation
 from llm_quest.experiments.ledger import Ledger, find_faults
 from llm_quest.experiments.measurements import Measurements, OutOfTime, RunRequest, hash_inputs
-from llm_quest.experiments.page import write_page
+from llm_quest.experiments.page import write_experiment_page
 from llm_quest.experiments.verdict_lines import describe_verdict
 from llm_quest.experiments.worker import describe_arm, run_arm
 from llm_quest.experiments.worker_pool import WorkerPool
@@ -100,7 +100,7 @@ def test_the_ledger_tells_everything_in_order(finished: tuple[dict[str, Any], li
 
 
 def test_the_page_shows_curves_and_differences(finished: tuple[dict[str, Any], list[str]], root: Path, tmp_path: Path):
-    write_page(finished[0], root, tmp_path / "page.html")
+    write_experiment_page(finished[0], root, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert page.count("<svg") == 3
     assert "<script" not in page

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llm_quest.cli.ladder import LadderOptions, make_ladder_plan, parse_ratios, parse_size
+from llm_quest.cli.ladder import LadderOptions, make_ladder_plan, parse_ratios
 from llm_quest.cli.ledger import list_experiments
 from llm_quest.cli.train import estimate_cost
 from llm_quest.errors import DataError, UsageError
@@ -18,9 +18,10 @@ from llm_quest.experiments.ladder import Ladder, LadderPlan, describe_rung
 from llm_quest.experiments.ladder_forecast import forecast_loss, read_ladder
 from llm_quest.experiments.ladder_page import write_ladder_page
 from llm_quest.experiments.ledger import Ledger, find_faults
-from llm_quest.experiments.rungs import choose_shapes, pattern_period
+from llm_quest.experiments.rungs import choose_shapes, layer_period
 from llm_quest.experiments.scaling_law import LadderPoint, fit_scaling_law, leave_one_out, predict_loss
 from llm_quest.experiments.worker import handle_request
+from llm_quest.formatting import parse_quantity
 from llm_quest.models.build import build_meta_model, count_parameters, preset
 from llm_quest.models.resize import resize_config
 from tests.experiments.bench import write_text
@@ -148,7 +149,7 @@ def test_rungs_keep_shape_and_tokens_and_carry_the_rate(plan: LadderPlan):
         assert f"parametrization.base.hidden_size={small.config.hidden_size}" in rung.pairs
         assert rung.tokens / rung.n == pytest.approx(0.5, rel=0.01)
         assert rung.config.hidden_size == 4 * rung.config.num_attention_heads
-    assert pattern_period(preset("qwen3-next-tiny").config) == 4
+    assert layer_period(preset("qwen3-next-tiny").config) == 4
 
 
 @pytest.mark.parametrize("family", ["qwen3-tiny", "qwen3-next-tiny"])
@@ -181,11 +182,12 @@ def test_what_makes_no_ladder_is_said(text: Path, pairs: tuple[str, ...], option
 
 
 def test_numbers_of_the_command_line():
-    assert (parse_size("50k", "--smallest"), parse_size("1.5M", "--smallest"), parse_size("", "")) == (5e4, 1.5e6, 0)
+    assert [parse_quantity(one, "--smallest") for one in ("50k", "1.5M", "0", "2e9")] == [5e4, 1.5e6, 0, 2e9]
     assert parse_ratios("5, 10") == (5.0, 10.0)
-    for given in (lambda: parse_size("many", "--smallest"), lambda: parse_ratios("5;10")):
-        with pytest.raises(UsageError, match="expected"):
-            given()
+    with pytest.raises(UsageError, match="--smallest 'many' is no number of parameters"):
+        parse_quantity("many", "--smallest")
+    with pytest.raises(UsageError, match="expected"):
+        parse_ratios("5;10")
     with pytest.raises(UsageError, match="of the kind sft"):
         make_ladder_plan("sft", ["model.load=x", "data.source=y"], LadderOptions())
 

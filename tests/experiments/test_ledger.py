@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_quest.cli.ledger import export, list_experiments, merge, show_experiment
+from llm_quest.cli.ledger import export_ledger_rows, list_experiments, merge_into_ledger, show_experiment
 from llm_quest.errors import UsageError
 from llm_quest.experiments.comparison import Claim, Comparison
 from llm_quest.experiments.ledger import Ledger, find_faults, read_rows
@@ -76,17 +76,17 @@ def test_a_cut_last_row_is_named_and_skipped_and_the_next_stands_behind_it(file:
 
 def test_ledgers_merge_in_any_order_to_the_same_set(tmp_path: Path):
     one, two = fill(tmp_path / "1.jsonl", "one").file, fill(tmp_path / "2.jsonl", "two").file
-    assert merge([one, two], tmp_path / "a.jsonl", print).content["added"] == 24
-    merge([two], tmp_path / "b.jsonl", print)
-    merge([one, two], tmp_path / "b.jsonl", print)
+    assert merge_into_ledger([one, two], tmp_path / "a.jsonl", print).content["added"] == 24
+    merge_into_ledger([two], tmp_path / "b.jsonl", print)
+    merge_into_ledger([one, two], tmp_path / "b.jsonl", print)
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
-    assert merge([one], tmp_path / "a.jsonl", print).content["added"] == 0
+    assert merge_into_ledger([one], tmp_path / "a.jsonl", print).content["added"] == 0
     rows = read_rows(tmp_path / "a.jsonl", print)
     assert find_faults(rows) == []
     places = {row["id"]: place for place, row in enumerate(rows)}
     assert all(places[row["parent"]] < place for place, row in enumerate(rows) if row["parent"])
     with pytest.raises(UsageError, match="no such ledger"):
-        merge([tmp_path / "nowhere.jsonl"], tmp_path / "a.jsonl", print)
+        merge_into_ledger([tmp_path / "nowhere.jsonl"], tmp_path / "a.jsonl", print)
 
 
 def test_experiments_are_listed_and_shown(file: Path):
@@ -105,13 +105,13 @@ def test_experiments_are_listed_and_shown(file: Path):
 
 
 def test_verdicts_are_exported_as_a_table_and_runs_to_a_tracker(file: Path, tmp_path: Path):
-    assert export(file, "csv", None, print).content["verdicts"] == 1
+    assert export_ledger_rows(file, "csv", None, print).content["verdicts"] == 1
     head, row = file.with_suffix(".csv").read_text().splitlines()
     assert dict(zip(head.split(","), row.split(","), strict=False))["outcome"] == "better"
-    assert export(file, "tensorboard", tmp_path / "board", print).content["runs"] == 5
+    assert export_ledger_rows(file, "tensorboard", tmp_path / "board", print).content["runs"] == 5
     assert len(list((tmp_path / "board").rglob("events.out*"))) == 5
     with pytest.raises(UsageError, match="known are csv, tensorboard, wandb, trackio"):
-        export(file, "excel", None, print)
+        export_ledger_rows(file, "excel", None, print)
 
 
 def test_a_verdict_is_json_that_any_reader_takes(file: Path):

@@ -25,7 +25,7 @@ from safetensors.numpy import save as save_bytes
 
 from llm_quest.cli.generation_options import parse_template_kwargs
 from llm_quest.cli.jsonl_output import JsonlOutput
-from llm_quest.cli.ledger import export, list_experiments, merge, show_experiment
+from llm_quest.cli.ledger import export_ledger_rows, list_experiments, merge_into_ledger, show_experiment
 from llm_quest.cli.models import read_family_config
 from llm_quest.data.answer_layout import AnswerLayout
 from llm_quest.data.conversations import read_conversations
@@ -329,8 +329,8 @@ def ledger_values() -> list[Any]:
 def read_ledger(file: Path) -> object:
     """Everything that a command does with a ledger."""
     log = [].append
-    merge([file], file.parent / "merged.jsonl", log)
-    export(file, "csv", None, log)
+    merge_into_ledger([file], file.parent / "merged.jsonl", log)
+    export_ledger_rows(file, "csv", None, log)
     for name in experiments(read_rows(file, log)):
         with contextlib.suppress(UsageError):  # a beginning of several names
             show_experiment(file, name, log).lines()

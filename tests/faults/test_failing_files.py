@@ -152,10 +152,10 @@ def test_a_writer_in_place_is_found(tmp_path: Path):
 
 
 def test_messages_of_a_failing_disk_name_the_file_and_the_remedy():
-    from llm_quest.cli.output import describe_failure
+    from llm_quest.cli.output import explain_failure
 
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EFBIG):
-        code, lines = describe_failure(OSError(number, os.strerror(number), "runs/a/metrics.jsonl"))
+        code, lines = explain_failure(OSError(number, os.strerror(number), "runs/a/metrics.jsonl"))
         assert (code, len(lines)) == (5, 1)
         assert lines[0].startswith("quest: runs/a/metrics.jsonl: ")
         assert "; " in lines[0]

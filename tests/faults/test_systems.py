@@ -20,7 +20,7 @@ import torch
 
 import llm_quest
 from llm_quest.cache_dirs import TemporaryCache
-from llm_quest.cli.output import describe_failure, open_streams, print_status
+from llm_quest.cli.output import explain_failure, open_streams, print_status
 from llm_quest.cli.train import start_training
 from llm_quest.errors import QuestWarning, UsageError
 from llm_quest.machine.profile import read_profile
@@ -165,7 +165,7 @@ def message_of(call: Callable[[], Any], folder: Path) -> tuple[int, str]:
     try:
         call()
     except Exception as error:
-        code, lines = describe_failure(error)
+        code, lines = explain_failure(error)
         assert 1 <= len(lines) <= 4
         return code, "\n".join(lines)
     raise AssertionError("nothing failed")

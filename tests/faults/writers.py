@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from llm_quest.cli.jsonl_output import open_jsonl_output
-from llm_quest.cli.output import describe_failure, write_crash_file
+from llm_quest.cli.output import explain_failure, write_crash_file
 from llm_quest.data.corpus import load_corpus
 from llm_quest.data.split import split_corpus
 from llm_quest.data.tokenizer import Tokenizer
@@ -407,7 +407,7 @@ def fail_once(writer: Writer, folder: Path, kind: str, number: int, allowed: Seq
 def message_fault(error: Exception) -> str:
     """What is wrong with the message of an error: it has one to four lines, and is not a bug of ours."""
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
-        code, lines = describe_failure(error)
+        code, lines = explain_failure(error)
     if code == 1:
         place = traceback.extract_tb(error.__traceback__)
         own = [f"{Path(one.filename).name}:{one.lineno}" for one in place if "llm_quest" in one.filename]

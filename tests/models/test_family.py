@@ -138,7 +138,7 @@ def test_the_table_names_every_parameter_once(page, size):
     assert len({str(theirs) for theirs in names.values()}) == len(names)
 
 
-@pytest.mark.parametrize("family", (*FAMILIES, *VISION_FAMILIES), ids=lambda family: family.name)
+@pytest.mark.parametrize("family", [*FAMILIES, *VISION_FAMILIES], ids=lambda family: family.name)
 def test_tables_that_a_model_computes_are_ignored_and_no_weight_is(family):
     """Old files hold them: rotary frequencies, and the numbers of the positions."""
     assert family.ignores("model.layers.0.self_attn.rotary_emb.inv_freq")

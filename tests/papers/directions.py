@@ -22,8 +22,8 @@ from typing import Any
 
 from llm_quest.experiments.arms import CONTROL, Arm
 from llm_quest.experiments.budgets import budget_pairs
-from llm_quest.experiments.experiment import Plan
-from llm_quest.experiments.measurements import metric_value
+from llm_quest.experiments.experiment import ExperimentPlan
+from llm_quest.experiments.measurements import read_metric
 from llm_quest.experiments.scaling_law import student_quantile
 from llm_quest.experiments.worker import describe_arm, run_arm
 from llm_quest.papers import load_paper
@@ -98,10 +98,10 @@ def measure_difference(direction: Direction, seed: str, root: Path) -> float:
     return values[0] - values[1]
 
 
-def final_value(plan: Plan, arm: Arm, pairs: Sequence[str], folder: Path) -> float:
+def final_value(plan: ExperimentPlan, arm: Arm, pairs: Sequence[str], folder: Path) -> float:
     """The claim's metric of a run. AssertionError where it diverged."""
     record = run_arm({"recipe": plan.recipe, "pairs": list(pairs), "folder": str(folder)})
-    value = metric_value(record, arm.metric or plan.claim.metric, arm.name)
+    value = read_metric(record, arm.metric or plan.claim.metric, arm.name)
     assert value is not None, f"{arm.name} diverged: {record['reason']}"
     return value
 

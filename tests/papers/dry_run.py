@@ -13,7 +13,7 @@ from typing import Any
 
 from llm_quest.experiments.arms import CONTROL
 from llm_quest.experiments.budgets import budget_pairs
-from llm_quest.experiments.measurements import metric_value
+from llm_quest.experiments.measurements import read_metric
 from llm_quest.experiments.worker import describe_arm, run_arm
 from llm_quest.papers import PAPERS, load_paper
 from llm_quest.papers.reproduce import make_paper_plan
@@ -56,7 +56,7 @@ def run_in_short(name: str, root: Path) -> str:
         folder = root / f"{name}-{arm.name}"
         record = run_arm({"recipe": plan.recipe, "pairs": [*pairs, *SHORT[plan.recipe]], "folder": str(folder)})
         found[arm.name] = [
-            metric_value(record, metric, arm.name) for metric in (arm.metric or paper.metric, *paper.secondary)
+            read_metric(record, metric, arm.name) for metric in (arm.metric or paper.metric, *paper.secondary)
         ]
     assert all(None not in values for values in found.values()), f"an arm diverged: {found}"
     return ", ".join(f"{arm} {values[0]:.4f}" for arm, values in found.items())

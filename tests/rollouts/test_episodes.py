@@ -266,14 +266,14 @@ def test_a_users_environment_lives_in_a_process_that_can_be_killed(tmp_path: Pat
     for word, kind in (("hang", "hang"), ("die", "crash")):
         client.reset([{"prompt": "a"}, {"prompt": "b"}])
         assert all(isinstance(one, EpisodeFailure) for one in client.step({0: word, 1: "x"}).values())
-        assert client.failures[kind] == 1
+        assert client.failures.counts[kind] == 1
     assert isinstance(client.reset([{"prompt": "a"}])[0], list), "the next batch has a new process"
     assert len(client.failure_lines()) == 1
 
 
 def test_an_environment_that_fails_in_every_episode_ends_the_run():
     client = EnvironmentClient("broken", EnvironmentHost(Broken).answer, log=lambda line: None)
-    with pytest.raises(GuardStop, match=r"in every episode: .*no such tool"):
+    with pytest.raises(GuardStop, match=r"batches in a row: .*no such tool"):
         play_broken(client)
 
 

@@ -12,9 +12,10 @@ import pytest
 
 from llm_quest.data.problems import Problem
 from llm_quest.errors import GuardStop, UsageError
-from llm_quest.rollouts.function_reward import MAX_FAILED_BATCHES, FunctionReward, reward_arguments
+from llm_quest.rollouts.function_reward import FunctionReward, reward_arguments
 from llm_quest.rollouts.sampler import Sample
-from llm_quest.rollouts.user_code import check_reference, hash_of_file
+from llm_quest.rollouts.user_code import check_reference, hash_user_code
+from llm_quest.rollouts.worker_process import MAX_FAILED_BATCHES
 
 FILE = """
 import asyncio
@@ -178,9 +179,9 @@ def test_a_file_whose_import_fails_is_named_with_the_line(tmp_path: Path):
 def test_another_text_of_the_file_has_another_hash(tmp_path: Path):
     file = tmp_path / "r.py"
     file.write_text("def score(): pass")
-    before = hash_of_file(f"{file}:score")
+    before = hash_user_code(f"{file}:score")
     file.write_text("def score(): pass  # other")
-    assert hash_of_file(f"{file}:score") != before
+    assert hash_user_code(f"{file}:score") != before
 
 
 @pytest.mark.parametrize(
@@ -200,11 +201,11 @@ def test_a_module_beside_the_file_that_it_imports_is_part_of_its_hash(said: str,
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    before = hash_of_file(f"{tmp_path}/r.py:score")
+    before = hash_user_code(f"{tmp_path}/r.py:score")
     (tmp_path / "not_imported.py").write_text("other")
-    assert hash_of_file(f"{tmp_path}/r.py:score") == before
+    assert hash_user_code(f"{tmp_path}/r.py:score") == before
     (tmp_path / module).write_text("other = 1")
-    assert hash_of_file(f"{tmp_path}/r.py:score") != before
+    assert hash_user_code(f"{tmp_path}/r.py:score") != before
 
 
 def test_the_process_of_a_users_code_imports_no_torch():

@@ -15,8 +15,9 @@ import pytest
 
 from llm_quest.data.problems import Problem
 from llm_quest.errors import GuardStop, UsageError
-from llm_quest.rollouts.judge_reward import MAX_FAILED_BATCHES, JudgeReward, read_judge_prompt
+from llm_quest.rollouts.judge_reward import JudgeReward, read_judge_prompt
 from llm_quest.rollouts.sampler import Sample
+from llm_quest.rollouts.worker_process import MAX_FAILED_BATCHES
 
 TEMPLATE = "Rate the answer to {prompt} from 0 to 10.\n---\n{completion}\n---\nEnd with Score: N."
 
@@ -178,7 +179,7 @@ def test_no_server_at_all_ends_the_run_after_some_batches():
     reward = JudgeReward("http://127.0.0.1:9/v1", "m", TEMPLATE, max_retries=0, log=lambda line: None)
     for _ in range(MAX_FAILED_BATCHES - 1):
         assert math.isnan(reward([sample("a")])[0])
-    with pytest.raises(GuardStop, match="gave no score for 5 batches"):
+    with pytest.raises(GuardStop, match="failed on 5 batches in a row: it gave no score"):
         reward([sample("a")])
 
 

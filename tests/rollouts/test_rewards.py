@@ -8,7 +8,7 @@ import pytest
 
 from llm_quest.data.problems import Problem
 from llm_quest.errors import MissingError, UsageError
-from llm_quest.rollouts.function_reward import CountsFailures
+from llm_quest.rollouts.function_reward import FailureSummary
 from llm_quest.rollouts.rewards import CorrectnessReward, FormatReward, RandomReward, SafeReward
 from llm_quest.rollouts.sampler import Sample
 from llm_quest.rollouts.verifier_process import MathVerifyReward, VerifierProcess, verify_with_math_verify
@@ -97,7 +97,7 @@ def test_what_a_verifier_imports_is_not_in_the_time_of_an_answer() -> None:
 def test_answers_that_math_verify_did_not_judge_are_counted() -> None:
     reward = MathVerifyReward()
     assert reward([sample(r"$\frac{264}{2}$"), sample("$131$")]) == [1.0, 0.0]
-    assert isinstance(reward, CountsFailures)
+    assert isinstance(reward, FailureSummary)
     assert reward.summary() == ""
     reward.verify.failures["hang"] += 2
     assert reward.summary() == "hang: 2"

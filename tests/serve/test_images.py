@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import llm_quest as quest
-from llm_quest.cli.serve import load_adapted, load_model
+from llm_quest.cli.serve import load_model, load_with_adapter
 from llm_quest.cli.vision import ImagePrompt
 from llm_quest.data.image_chat import ImageTurn
 from llm_quest.generation.generate import generate
@@ -96,7 +96,7 @@ def test_an_adapter_of_the_text_part_answers_about_images_too(folder: Path, tmp_
             if name.endswith(".B"):
                 parameter.normal_(generator=torch.Generator().manual_seed(1))
     save_adapter(tuned, tmp_path / "adapter", base=str(folder))
-    served = load_adapted(str(folder), str(tmp_path / "adapter"), "model", "cpu", "float32", lambda line: None)
+    served = load_with_adapter(str(folder), str(tmp_path / "adapter"), "model", "cpu", "float32", lambda line: None)
     first = images(folder)[:1]
     with serving({"adapted": served}) as running:
         for files in (first, []):

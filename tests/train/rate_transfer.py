@@ -19,7 +19,7 @@ from typing import Any
 
 from llm_quest.experiments.code_tree import own_code
 from llm_quest.experiments.ledger import Ledger
-from llm_quest.experiments.measurements import Measurements, RunRequest, hash_inputs, metric_value
+from llm_quest.experiments.measurements import Measurements, RunRequest, hash_inputs, read_metric
 from llm_quest.experiments.tuning import LARGEST_RATE, parabola_vertex
 from tests.experiments.forked_pool import forked_pool
 
@@ -139,7 +139,7 @@ class Transfer:
         def measure(octave: int, seed: int) -> float:
             request = RunRequest(size.name, size.pairs(self.text, octave), seed, self.code, "report")
             (record,) = self.measurements.measure([request], size.name)
-            loss = metric_value(record, "eval/loss", size.name, VOCAB)
+            loss = read_metric(record, "eval/loss", size.name, VOCAB)
             print(f"{size.name}, 2^{octave}, seed {seed}: {loss}, {record['cpu_seconds']} s", flush=True)
             return float("inf") if loss is None else loss
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llm_quest.errors import DataError
-from llm_quest.hub.locate import resolve_checkpoint, usable_checkpoint
+from llm_quest.hub.locate import is_checkpoint, resolve_checkpoint, run_of_checkpoint, usable_checkpoint
 from llm_quest.train.best_model import BestModel, is_greater_better
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.state import Progress
@@ -128,6 +128,14 @@ def test_every_checkpoint_of_a_run_has_a_name(tmp_path):
         resolve_checkpoint(f"{name}@bets")
     shutil.copytree(run_dir, tmp_path / "run@best")
     assert resolve_checkpoint(f"{name}@best") == tmp_path / "run@best"  # a folder of that name comes first
+
+
+def test_a_checkpoint_is_known_by_its_place_also_as_the_working_folder(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-2"
+    checkpoint.mkdir(parents=True)
+    monkeypatch.chdir(checkpoint)
+    assert (is_checkpoint(Path()), run_of_checkpoint(Path())) == (True, tmp_path / "run")
+    assert (is_checkpoint(tmp_path / "run"), run_of_checkpoint(tmp_path / "run")) == (False, tmp_path / "run")
 
 
 def test_a_run_without_a_best_checkpoint_says_how_to_get_one(tmp_path):
