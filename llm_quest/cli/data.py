@@ -69,7 +69,7 @@ class RowFormList:
 
 @dataclass(frozen=True)
 class RowSummary:
-    """What a recipe would read of a source: rows of each form, and what it would leave out."""
+    """The rows of a source that a recipe would read, by form, and those that it would leave out."""
 
     source: str
     recipe: str
@@ -81,19 +81,16 @@ class RowSummary:
 
     def lines(self) -> list[str]:
         counted = [f"{count:>9,} rows: {form}" for form, count in self.forms.items()]
-        dropped = [f"left out: {count:,} {reason}" for reason, (count, _) in sorted(self.drop_report.dropped.items())]
         return [
             f"{self.source}, as quest train {self.recipe} reads it",
             *counted,
-            *dropped,
-            *self.drop_report.remarks(),
+            *dropped_lines(self.drop_report),
         ]
 
 
 @dataclass(frozen=True)
 class ImageSummary:
-    """What `quest train vit` would read of a folder: images of each label, in one part or two, and what it would leave
-    out."""
+    """The images of a folder that `quest train vit` would read, by label and part, and those that it leaves out."""
 
     source: str
     labels: dict[str, dict[str, int]]
@@ -109,8 +106,13 @@ class ImageSummary:
         for part, labels in self.labels.items():
             result += [f"{self.images[part]:>9,} images: {part}"]
             result += [f"{count:>13,} {label}" for label, count in labels.items()]
-        result += [f"left out: {count:,} {reason}" for reason, (count, _) in sorted(self.drop_report.dropped.items())]
-        return [*result, *self.drop_report.remarks()]
+        return [*result, *dropped_lines(self.drop_report)]
+
+
+def dropped_lines(report: DropReport) -> list[str]:
+    """What a source leaves out, by reason, and the report's remarks."""
+    dropped = [f"left out: {count:,} {reason}" for reason, (count, _) in sorted(report.dropped.items())]
+    return [*dropped, *report.remarks()]
 
 
 def summarize_images(source: str, columns: Mapping[str, str] | None = None) -> ImageSummary:

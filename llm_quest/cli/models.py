@@ -95,10 +95,10 @@ class ModelCard:
     parts: parameters by part, tied matrices once (with the embedding). cache_per_token: bytes (bf16) that one more
     token adds to the cache; cache_fixed: bytes that do not grow (full windows, states); cache_total: at `context`
     tokens. flops_linear, flops_scores: FLOPs per token of a forward pass over `context` tokens (two per multiply-add;
-    attention counted over all pairs, as in Chowdhery et al. 2022, appendix B); training costs three times as much.
-    load: bytes of weights by dtype. image_tokens: tokens of one image; 0 for a model without images. flops_image: FLOPs
-    of the image encoder and projector for one image, forward. An image encoder has no cache, and its only tokens are
-    those of an image."""
+    attention counts every pair that its kernel is given, masked ones too, as in Chowdhery et al. 2022, appendix B);
+    training costs three times as much. load: bytes of weights by dtype. image_tokens: tokens of one image; 0 for a
+    model without images. flops_image: FLOPs of the image encoder and projector for one image, forward. An image encoder
+    has no cache, and its only tokens are those of an image."""
 
     name: str
     family: str

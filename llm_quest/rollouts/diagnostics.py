@@ -156,7 +156,7 @@ SYMPTOMS: tuple[Symptom, ...] = (
         fatal=True,
     ),
     Symptom(
-        "mostly flat",
+        "mostly uniform",
         mostly_uniform_groups,
         lambda row: (
             f"{metric_value(row, 'frac_reward_zero_std'):.0%} of the groups have equal rewards and give no gradient: "
@@ -180,7 +180,7 @@ SYMPTOMS: tuple[Symptom, ...] = (
         collapse=True,
     ),
     Symptom(
-        "no chance left",
+        "low entropy",
         lambda rows: metric_value(rows[-1], "entropy") < 0.05,
         lambda row: (
             f"the entropy of the policy is low ({metric_value(row, 'entropy'):.3f} nats a token): lower "
@@ -198,7 +198,7 @@ SYMPTOMS: tuple[Symptom, ...] = (
         collapse=True,
     ),
     Symptom(
-        "far ratio",
+        "large ratio",
         lambda rows: metric_value(rows[-1], "ratio/max") > 10,
         lambda row: (
             f"a token became {metric_value(row, 'ratio/max'):.3g} times as likely between sampling and training: lower "
@@ -206,7 +206,7 @@ SYMPTOMS: tuple[Symptom, ...] = (
         ),
     ),
     Symptom(
-        "far from the reference",
+        "large KL",
         lambda rows: metric_value(rows[-1], "kl") > 1,
         lambda row: (
             f"the policy is {metric_value(row, 'kl'):.2f} nats a token from its reference: raise kl_coef or lower the "
@@ -214,7 +214,7 @@ SYMPTOMS: tuple[Symptom, ...] = (
         ),
     ),
     Symptom(
-        "longer for nothing",
+        "longer without gain",
         longer_without_gain,
         lambda row: (
             f"answers grew to {metric_value(row, 'completions/mean_length'):.0f} tokens and are no better: punish "
