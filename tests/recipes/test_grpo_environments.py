@@ -52,7 +52,7 @@ def test_the_reward_of_an_environment_of_ones_own_rises(warm: Path, file: Path, 
     pairs = played(warm, file, "max_steps=24", "learning_rate=4e-3", "kl_coef=0.01", "eval_problems=20")
     started(tmp_path / "run", *pairs, say=said.append)
     before, after = (float(line.split("reward ")[1].split()[0]) for line in said if line.startswith("held out"))
-    assert after - before >= 0.1
+    assert after - before >= 0.1, said
     rows = metrics(tmp_path / "run")
     assert rows[0]["log_ratio"] < 1e-5
     assert rows[0]["kl"] < 1e-6 < rows[-1]["kl"]
