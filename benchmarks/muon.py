@@ -21,13 +21,14 @@ from benchmarks.pairs import race
 from llm_quest.data.batch import TokenBatch
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.machine.choices import choose_muon_form, choose_precision
-from llm_quest.machine.profile import load_profile
+from llm_quest.machine.profile import load_muon_rates
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.llama import Config
 from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.train.optimizers import make_muon
 from llm_quest.train.step import autocast
 
+FORMS = ["float32", "eigenvalues", "gram", "kernel_float32"]
 LENGTH = 256
 ROWS = {"2m": 8, "11m": 32}
 SHAPES = {
@@ -71,7 +72,7 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true")
     parser.add_argument("--forms", action="store_true")
     options = parser.parse_args()
-    profile = load_profile(print)
+    profile = load_muon_rates(print)
     precision, form = choose_precision(profile).value, choose_muon_form(profile).value
     print(f"{torch.get_num_threads()} threads; passes in {precision}, iterations: {form}\n")
     print("| shape, form | passes, ms | our step, ms | of a training step | x torch.optim.Muon (range) |")
@@ -80,7 +81,7 @@ def main() -> None:
         model = quest.build(SHAPES[name])
         run = passes(model, precision, ROWS[name])
         run()
-        forms = ["float32", "eigenvalues", "gram"] if options.forms else [form]
+        forms = FORMS if options.forms else [form]
         contestants = {} if options.alone else {"torch": torch_step(model)}
         contestants |= {one: our_step(model, one) for one in forms} | {"passes": run}
         rows = {row.name: row for row in race(contestants, pairs=options.pairs)}

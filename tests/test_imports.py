@@ -49,6 +49,7 @@ ONE_WAY = {
     ("eval", "rollouts"): "pass@k samples and verifies as a rollout does",
     ("experiments", "recipes"): "an arm is a recipe with settings",
     ("experiments", "report"): "the page of an experiment draws with the plots of a run's report",
+    ("train", "layers"): "a step of Muon is one of the operators in C++",
     ("papers", "experiments"): "measurements of papers and of experiments are kept by the code that made them",
 }
 """Imports inside a level, each with its reason; the other way round is refused."""

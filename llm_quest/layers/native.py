@@ -1,5 +1,5 @@
-"""The package's operators in C++ (quantized_rows.cpp): compiled once per source, torch version and compiler, on first
-use, and kept in the cache folder.
+"""The package's operators in C++ (quantized_rows.cpp, muon_step.cpp): compiled once per source, torch version and
+compiler, on first use, and kept in the cache folder.
 
 Without a working compiler, on another operating system than Linux and macOS, or with LLM_QUEST_NATIVE=0 everything is
 computed by the plain forms; a warning has the reason. Nothing is compiled at import. The instruction set is
@@ -26,7 +26,8 @@ from torch import Tensor
 from llm_quest.cache_dirs import write_to_cache
 from llm_quest.errors import QuestWarning
 
-SOURCES = [Path(__file__).with_name(name) for name in ("quantized_rows.cpp", "quantized_tiles.h")]
+CPP_FILES = ("quantized_rows.cpp", "muon_step.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in (*CPP_FILES, "quantized_tiles.h", "muon_tiles.h", "isa.h")]
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-Wall", "-ffp-contract=off")
 ISA = {"best": 0, "plain": 1, "avx2": 2, "avx512": 3}
 """What the operator's last argument means."""
@@ -88,7 +89,7 @@ def build_library() -> Path:
     command = [cpp_extension.get_cxx_compiler(), *FLAGS, *(f"-I{path}" for path in cpp_extension.include_paths())]
     link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
     identity = "\n".join([torch.__version__, *command, *(source.read_text(encoding="utf-8") for source in SOURCES)])
-    name = f"quantized_rows-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    name = f"operators-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     return write_to_cache("native", lambda root: compile_library(root / name, command, link))
 
 
@@ -102,7 +103,7 @@ def compile_library(library: Path, command: Sequence[str], link: Sequence[str]) 
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
         done = subprocess.run(
-            [*command, str(SOURCES[0]), "-o", str(made), *link],
+            [*command, *map(str, SOURCES[: len(CPP_FILES)]), "-o", str(made), *link],
             capture_output=True,
             text=True,
             timeout=COMPILE_SECONDS,
@@ -125,3 +126,5 @@ def register_shapes() -> None:
     @torch.library.register_fake("llm_quest::float_rows")
     def _(x: Tensor, weight: Tensor, isa: int) -> Tensor:
         return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+    torch.library.register_fake("llm_quest::muon_step", lambda *arguments: None)

@@ -7,23 +7,17 @@
 // half as fast. For four rows of x it has one row of W, and W is read in order.
 //
 // The sum of one (x row, W row) pair has the same order in every tile, so a row's result has the same bits whatever rows
-// come with it. The instruction set is chosen at run time; ATEN_CPU_CAPABILITY=avx2|default lowers the choice, as in
-// PyTorch.
+// come with it.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <string>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define VECTORS 1
-#include <immintrin.h>
-#endif
+#include "isa.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -34,7 +28,6 @@ constexpr int64_t GROUP = 32, TILE = 4, STREAMS = 4;
 constexpr int64_t PREFETCH = 1024;  // bytes ahead: 1.5 times as fast with AVX512 here, level with AVX2
 constexpr int64_t MIN_WORK = 1 << 17;  // products that repay a thread
 
-enum Isa : int64_t { BEST = 0, PLAIN = 1, AVX2 = 2, AVX512 = 3 };
 enum Format : int64_t { INT8 = 0, INT4 = 1, NF4 = 2, FLOAT32 = 3, BFLOAT16 = 4 };
 
 using BFloat16 = uint16_t;  // the upper half of a float's bits
@@ -194,20 +187,6 @@ inline float sum_lanes(Floats v) { return _mm512_reduce_add_ps(v); }
 }  // namespace avx512
 #pragma GCC pop_options
 #endif
-
-int64_t best_isa() {
-#ifdef VECTORS
-  const char* named = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string capability = named ? named : "";
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl");
-  if (capability == "default" || !avx2) return PLAIN;
-  return capability == "avx2" || !avx512 ? AVX2 : AVX512;
-#else
-  return PLAIN;
-#endif
-}
 
 template <class Scale>
 void multiply_with(const Product& p, int64_t isa, int64_t begin, int64_t end) {

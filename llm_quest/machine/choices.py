@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from llm_quest.machine.compiler import CompilerTrial
-from llm_quest.machine.probe import DTYPES, ROWS
+from llm_quest.machine.probe import DTYPES, MUON_KERNELS, MUON_SHAPE, MUON_STEPS, ROWS, newton_schulz_flops
 from llm_quest.machine.profile import MachineProfile, has_kernel
 
 ValueT = TypeVar("ValueT")
@@ -79,27 +79,24 @@ def slow_bf16_warning(profile: MachineProfile) -> str:
     return f"bfloat16 was asked for, but on this machine {describe_bf16(profile)}: float32 is faster and more exact"
 
 
-MUON_SHAPE = (384, 1024)
-"""For which Muon's forms are compared: the matrices of the MLP in a model of 11M parameters."""
-
-
 def muon_seconds(profile: MachineProfile) -> dict[str, float]:
     """Form of Muon's iterations -> seconds for one matrix, by the rates of small products and of eigenvectors
     (`train/newton_schulz.py`)."""
     n, m = MUON_SHAPE
-    flops = 2 * n**2 * (2 * m + n)
+    flops = newton_schulz_flops(n, m)
     small = {dtype: profile.rates.get(f"products/{dtype}/small") for dtype in ("float32", "bfloat16")}
-    seconds = {dtype: 5 * flops / rate / 1e9 for dtype, rate in small.items() if rate}
+    seconds = {dtype: flops / rate / 1e9 for dtype, rate in small.items() if rate}
     seconds["gram"] = 2 * n**2 * (2 * m + 17 * n) / profile.rates["products/float32/small"] / 1e9
-    seconds["eigenvalues"] = flops / profile.rates["products/float32/small"] / 1e9
+    seconds["eigenvalues"] = flops / MUON_STEPS / profile.rates["products/float32/small"] / 1e9
     seconds["eigenvalues"] += n**3 / profile.rates["eigenvalues/float32"] / 1e9
-    return seconds
+    kernels = {name.removeprefix("muon/"): profile.rates.get(name) for name in MUON_KERNELS}
+    return seconds | {form: flops / rate / 1e9 for form, rate in kernels.items() if rate}
 
 
 def choose_muon_form(profile: MachineProfile) -> Resolved[str]:
     """The fastest form of Muon's iterations; that by eigenvalues has to be faster by a margin."""
     seconds = muon_seconds(profile)
-    products = min(("float32", "bfloat16", "gram"), key=lambda form: seconds.get(form, math.inf))
+    products = min(seconds.keys() - {"eigenvalues"}, key=lambda form: (seconds[form], form))
     by_eigenvalues = seconds["eigenvalues"] * MIN_GAIN <= seconds[products]
     words = ", ".join(f"{form} {1e3 * time:.1f} ms" for form, time in seconds.items())
     return Resolved("eigenvalues" if by_eigenvalues else products, f"a matrix of 384 x 1024: {words}")
@@ -171,14 +168,19 @@ def choose_compile(profile: MachineProfile, compiler: CompilerTrial, flops: floa
     """Whether a run of so many FLOPs is shorter with the time that compiling takes and the gain that it brings."""
     if not compiler.works:
         return Resolved(False, f"{compiler.problem}; with one, long runs train faster")
-    dtype = "bfloat16" if precision == "bf16" else "float32"
-    rate = profile.rates.get(f"products/{dtype}/large") or profile.rates[f"products/{dtype}/small"]
-    seconds = flops / (UTILIZATION * rate * 1e9)
+    seconds = estimate_run_seconds(profile, flops, precision)
     saved = seconds * (1 - 1 / COMPILE_GAIN[precision])
     cost = profile.compile_seconds or COMPILE_SECONDS
     source = "measured by a run before" if profile.compile_seconds else "estimated"
     text = f"a run of about {rough_duration(seconds)} would be {rough_duration(saved)} shorter"
     return Resolved(saved > cost, f"{text}, and compiling takes {rough_duration(cost)}, {source}")
+
+
+def estimate_run_seconds(profile: MachineProfile, flops: float, precision: str) -> float:
+    """About how long so many FLOPs of training take."""
+    dtype = "bfloat16" if precision == "bf16" else "float32"
+    rate = profile.rates.get(f"products/{dtype}/large") or profile.rates[f"products/{dtype}/small"]
+    return flops / (UTILIZATION * rate * 1e9)
 
 
 def choose_gpu_compile(flops: float) -> Resolved[bool]:

@@ -7,6 +7,7 @@
     few_rows/float32/8/columns    the same by `linear_few_rows`
     few_rows/float32/8/kernel     the same by `linear_by_kernel` (`measure_kernel_rates`)
     attention/float32             GFLOP/s of causal attention, forward and backward, at rows of 128 tokens
+    muon/kernel_float32           GFLOP/s, as published, of Muon's kernel on 384 x 1024 (`measure_muon_rates`)
     weights/int8/1                billion weights per second of an 8-bit matrix, times one row (`measure_kernel_rates`)
     memory/copy                   GB/s read and written by a large copy
 
@@ -32,6 +33,7 @@ from torch.nn import functional as F
 
 from llm_quest.layers import native
 from llm_quest.layers.linear import linear_by_kernel, linear_few_rows
+from llm_quest.layers.muon_kernel import missing_kernel, orthogonalize_by_kernel
 from llm_quest.layers.quantized_kernels import quantized_linear
 from llm_quest.layers.weight_formats import FORMATS, quantize
 
@@ -60,12 +62,16 @@ SECONDS = 0.012
 """The time for calls of one kind; a call that takes longer is made once."""
 BATCH, HEADS, LENGTH, HEAD_DIM = 2, 6, 128, 64
 COPY_BYTES = 48 << 20
+MUON_SHAPE, MUON_STEPS = (384, 1024), 5
+"""For which Muon's forms are compared: the matrices of the MLP in a model of 11M parameters."""
+MUON_KERNELS = {f"muon/kernel_{name}": dtype for name, dtype in DTYPES.items()}
 
 RATES = {
     **{f"products/{dtype}/{size}": "GFLOP/s" for dtype in DTYPES for size in ("small", "large")},
     **{f"few_rows/{dtype}/{rows}/{form}": "GFLOP/s" for dtype in DTYPES for rows in ROWS for form in WITH_KERNEL},
     **{f"attention/{dtype}": "GFLOP/s" for dtype in DTYPES},
     **{f"weights/{kind}/{rows}": "billion/s" for kind in WEIGHT_KINDS for rows in WEIGHT_ROWS},
+    **dict.fromkeys(MUON_KERNELS, "GFLOP/s"),
     "eigenvalues/float32": "n^3/ns",
     "memory/copy": "GB/s",
 }
@@ -111,7 +117,7 @@ def measure_kernel_rates() -> dict[str, float]:
     """The rates of the package's own kernels in C++, and of what they are compared with at the same time. The first
     call may build them, for up to two minutes, so these are measured when they are needed."""
     few_rows = measure_undisturbed_or_alone(_measure_few_rows).rates if native.is_loaded() else {}
-    return few_rows | measure_weight_rates()
+    return few_rows | measure_weight_rates() | measure_muon_rates()
 
 
 def _measure_few_rows(clock: Clock, generator: torch.Generator) -> Iterator[tuple[str, float]]:
@@ -121,13 +127,39 @@ def _measure_few_rows(clock: Clock, generator: torch.Generator) -> Iterator[tupl
 
 def measure_weight_rates() -> dict[str, float]:
     """The rates of quantized weights and of float32's on one row and on eight, on one thread by its own CPU time."""
+    return measure_on_one_thread(_measure_weights)
+
+
+def measure_muon_rates() -> dict[str, float]:
+    """The rates of Muon's kernel in the dtypes that it can be had in, on one thread by its own CPU time: its threads
+    share no matrix."""
+    return measure_on_one_thread(_measure_muon)
+
+
+def measure_on_one_thread(rates_of: Callable[[torch.Generator], Iterator[tuple[str, float]]]) -> dict[str, float]:
+    """Rates of one thread, multiplied by the number of threads."""
     threads, generator = torch.get_num_threads(), torch.Generator().manual_seed(0)
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            return {name: threads * rate for name, rate in _measure_weights(generator)}
+            return {name: threads * rate for name, rate in rates_of(generator)}
     finally:
         torch.set_num_threads(threads)
+
+
+def _measure_muon(generator: torch.Generator) -> Iterator[tuple[str, float]]:
+    x = random_matrix(*MUON_SHAPE, torch.float32, generator)
+    for name, dtype in MUON_KERNELS.items():
+        if not missing_kernel(x.device, dtype):
+            seconds = fast_seconds(
+                time.thread_time, [partial(orthogonalize_by_kernel, x, MUON_STEPS, dtype)], 4 * SECONDS
+            )
+            yield name, newton_schulz_flops(*MUON_SHAPE) / seconds / 1e9
+
+
+def newton_schulz_flops(short: int, long: int) -> int:
+    """FLOPs of Muon's five steps as they are published."""
+    return MUON_STEPS * 2 * short**2 * (2 * long + short)
 
 
 def _measure_weights(generator: torch.Generator) -> Iterator[tuple[str, float]]:

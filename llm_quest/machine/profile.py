@@ -27,7 +27,14 @@ from llm_quest.files import atomic_write_json, parse_digits
 from llm_quest.layers import native
 from llm_quest.machine.compiler import CompilerTrial, find_cpp_compiler, try_cpp_compiler
 from llm_quest.machine.hardware import processor_name
-from llm_quest.machine.probe import RATES, REQUIRED, measure_kernel_rates, measure_rates
+from llm_quest.machine.probe import (
+    MUON_KERNELS,
+    RATES,
+    REQUIRED,
+    measure_kernel_rates,
+    measure_muon_rates,
+    measure_rates,
+)
 
 LogFn = Callable[[str], None]
 
@@ -164,7 +171,8 @@ def load_kernel_rates(log: LogFn = lambda text: None) -> MachineProfile:
     """The profile with the rates of the package's own kernels, which are built and measured when they are first
     needed."""
     profile = load_profile(log)
-    if profile.given or ("weights/float32/1" in profile.rates and (has_kernel(profile) or not native.is_loaded())):
+    whole = has_kernel(profile) and has_muon_kernel(profile)
+    if profile.given or ("weights/float32/1" in profile.rates and (whole or not native.is_loaded())):
         return profile
     log("machine profile: building and measuring the kernels in C++, once")
     profile = replace(profile, rates={**profile.rates, **measure_kernel_rates()})
@@ -175,6 +183,22 @@ def load_kernel_rates(log: LogFn = lambda text: None) -> MachineProfile:
 def has_kernel(profile: MachineProfile) -> bool:
     """Whether the loop over few rows in C++ was measured."""
     return "few_rows/float32/1/kernel" in profile.rates
+
+
+def load_muon_rates(log: LogFn = lambda text: None) -> MachineProfile:
+    """The profile with the rates of Muon's kernel, which is built for it if there is a compiler."""
+    profile = load_profile(log)
+    if profile.given or has_muon_kernel(profile):
+        return profile
+    log("machine profile: building and measuring Muon's kernel in C++, once")
+    profile = replace(profile, rates={**profile.rates, **measure_muon_rates()})
+    _update_profile(profile)
+    return profile
+
+
+def has_muon_kernel(profile: MachineProfile) -> bool:
+    """Whether Muon's kernel was measured."""
+    return any(name in profile.rates for name in MUON_KERNELS)
 
 
 def record_compile_seconds(seconds: float) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from llm_quest.contracts import LogFn
 from llm_quest.layers.linear import set_few_row_products
+from llm_quest.layers.muon_kernel import missing_kernel
 from llm_quest.machine import choices
 from llm_quest.machine.choices import Resolved
 from llm_quest.machine.hardware import (
@@ -28,17 +29,26 @@ from llm_quest.machine.hardware import (
     read_cpu_seconds,
     usable_cores,
 )
-from llm_quest.machine.profile import MachineProfile, load_compiler, load_profile, record_compile_seconds
+from llm_quest.machine.profile import (
+    MachineProfile,
+    load_compiler,
+    load_muon_rates,
+    load_profile,
+    record_compile_seconds,
+)
 from llm_quest.recipes.config import load_raw_config, parse_recorded_config
 from llm_quest.recipes.config_schema import RunConfig
 from llm_quest.recipes.recipe import Context
 from llm_quest.train.checkpoint import list_checkpoints
+from llm_quest.train.newton_schulz import KERNEL_FORMS
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 PRECISION_ALIASES = {"float32": "fp32", "bfloat16": "bf16"}
 """Other name of a precision -> ours."""
 KEPT = "as when this run began"
+MUON_KERNEL_SECONDS = 600.0
+"""Of a run that builds Muon's kernel where it has not been measured, which takes half a minute."""
 
 
 @dataclass(frozen=True)
@@ -178,15 +188,23 @@ def resolve_compile(given: Resolved[bool | str], machine: Machine, config: RunCo
 
 
 def resolve_muon_form(given: Resolved[str], machine: Machine, config: RunConfig) -> Resolved[str]:
-    """Resolve the key `muon_form`."""
+    """Resolve the key `muon_form`. A long run builds and measures the kernel in C++ first. Without the kernel, a form
+    that needs it is computed by its definition, and the reason says so."""
     if given.value != "auto":
         found = given
     elif machine.profile is None:
         fast, why = bf16_support(machine.device)
         found = Resolved("bfloat16" if fast else "float32", why)
     else:
-        found = choices.choose_muon_form(machine.profile)
-    return found if config.optim == "muon" else Resolved(found.value, "")
+        seconds = choices.estimate_run_seconds(machine.profile, machine.flops or 0.0, config.precision)
+        builds = config.optim == "muon" and seconds >= MUON_KERNEL_SECONDS
+        found = choices.choose_muon_form(load_muon_rates(machine.log) if builds else machine.profile)
+    if config.optim != "muon":
+        return Resolved(found.value, "")
+    dtype = KERNEL_FORMS.get(found.value)
+    if dtype is not None and (missing := missing_kernel(machine.device, dtype)):
+        return Resolved(found.value, f"{found.reason}; by its plain form, whose last bits may differ: {missing}")
+    return found
 
 
 def resolve_few_rows(given: Resolved[Any], machine: Machine, config: RunConfig) -> Resolved[choices.FewRows]:

@@ -143,9 +143,12 @@ class RunConfig(StrictModel):
     )
     adam_epsilon: PositiveFloat = Field(default=1e-8, description="added to the root of the average of squares")
     muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="decay of Muon's average of gradients")
-    muon_form: Literal["auto", "float32", "bfloat16", "eigenvalues", "gram"] = Field(
-        default="auto",
-        description="Muon's iterations: products in a dtype, eigenvalues, or products of X X^T; auto: the fastest here",
+    muon_form: Literal["auto", "float32", "bfloat16", "eigenvalues", "gram", "kernel_float32", "kernel_bfloat16"] = (
+        Field(
+            default="auto",
+            description="Muon's iterations: products in a dtype, eigenvalues, products of X X^T, or a kernel in C++; "
+            "auto: the fastest here",
+        )
     )
     weight_decay: float = Field(default=0.1, ge=0, description="of matrices only")
     lr_scheduler_type: Annotated[str, Choice(SCHEDULE_SHAPES)] = Field(

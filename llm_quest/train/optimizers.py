@@ -29,7 +29,8 @@ from torch.optim import AdamW, Optimizer
 
 from llm_quest.contracts import ParameterScale
 from llm_quest.errors import UsageError
-from llm_quest.train.newton_schulz import default_form, orthogonalize
+from llm_quest.layers.muon_kernel import MatrixUpdate, missing_kernel, update_matrices
+from llm_quest.train.newton_schulz import KERNEL_FORMS, default_form, orthogonalize, update_scale
 
 RowSplits = Mapping[str, Sequence[int]]
 Scales = Mapping[str, ParameterScale]
@@ -132,10 +133,32 @@ class Muon(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         ready = [(p, group) for group in self.matrix_groups for p in group["params"] if p.grad is not None]
+        if self.form in KERNEL_FORMS:
+            ready = self._step_by_kernel_(ready)
         for batch in batches_of_one_shape(ready):
             self._update_batch_(batch)
         if self.adamw is not None:
             self.adamw.step()
+
+    def _step_by_kernel_(self, ready: list[tuple[Tensor, dict[str, Any]]]) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Step all that the kernel can read; return the others, of which the kernel only makes the iterations."""
+        dtype, rest = KERNEL_FORMS[self.form], []
+        updates: dict[int, list[MatrixUpdate]] = {}
+        for p, group in ready:
+            update = matrix_update(p, self._momentum_buffer(p), group)
+            if update.fits() and not missing_kernel(p.device, dtype):
+                updates.setdefault(group["steps"], []).append(update)
+            else:
+                rest.append((p, group))
+        for steps, alike in updates.items():
+            update_matrices(alike, steps, dtype)
+        return rest
+
+    def _momentum_buffer(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        return state["momentum"]
 
     def _update_batch_(self, batch: list[tuple[Tensor, dict[str, Any]]]) -> None:
         """One step of matrices of one shape, orthogonalized together."""
@@ -153,12 +176,24 @@ class Muon(Optimizer):
     def _look_ahead(self, p: Tensor, momentum: float, form: str) -> Tensor:
         """Update the momentum; return the gradient moved towards it (Nesterov momentum), in the dtype of the form: what
         is stacked, iterated on and added to the weights is half as much in bfloat16."""
-        state, gradient = self.state[p], p.grad
+        gradient = p.grad
         assert gradient is not None, "a batch holds parameters that have a gradient"
-        if not state:
-            state["momentum"] = torch.zeros_like(p)
-        ahead = gradient.lerp(state["momentum"].lerp_(gradient, 1 - momentum), momentum)
+        ahead = gradient.lerp(self._momentum_buffer(p).lerp_(gradient, 1 - momentum), momentum)
         return ahead.to(torch.bfloat16) if form == "bfloat16" else ahead
+
+
+def matrix_update(p: Tensor, momentum_buffer: Tensor, group: dict[str, Any]) -> MatrixUpdate:
+    """What the kernel is given of a parameter: each of its stacked matrices, for every expert."""
+    assert p.grad is not None, "only parameters that have a gradient are updated"
+    experts, columns = p.shape[:-2].numel(), p.shape[-1]
+    factors = [
+        group["lr"] * update_scale(rows, columns) * part
+        for rows, part in zip(group["rows"], group.get("part_scales", [1.0] * len(group["rows"])), strict=True)
+    ]
+    return MatrixUpdate(
+        p, momentum_buffer, p.grad, [(rows, columns) for rows in group["rows"]] * experts, factors * experts,
+        group["momentum"], 1 - group["lr"] * group["weight_decay"],
+    )  # fmt: skip
 
 
 def batches_of_one_shape(

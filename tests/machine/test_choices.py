@@ -67,6 +67,9 @@ def amx() -> MachineProfile:
     )
 
 
+KERNELS = {"muon__kernel_float32": 440.0, "muon__kernel_bfloat16": 720.0}
+
+
 @pytest.mark.parametrize(
     ("profile", "precision", "muon", "few"),
     [
@@ -74,8 +77,10 @@ def amx() -> MachineProfile:
         (machine("avx2", eigenvalues__float32=1.0), "fp32", "gram", ["float32"]),
         (machine("avx512_bf16"), "bf16", "bfloat16", ["float32"]),
         (amx(), "bf16", "bfloat16", ["float32"]),
+        (machine("avx2", muon__kernel_float32=1000.0), "fp32", "kernel_float32", ["float32"]),
+        (machine("avx512_bf16", **KERNELS), "bf16", "kernel_bfloat16", ["float32"]),
     ],
-    ids=["avx2", "many cores", "avx512_bf16", "amx"],
+    ids=["avx2", "many cores", "avx512_bf16", "amx", "avx2 with a kernel", "avx512_bf16 with kernels"],
 )
 def test_each_machine_has_its_choices_and_says_why(profile, precision, muon, few):
     assert choose_precision(profile).value == precision

@@ -14,7 +14,7 @@ READS = {
     "is_loaded", "find_cpp_compiler", "bf16_support", "get_cpu_capability", "get_capabilities", "cpu_count", "affinity",
     "sched_getaffinity", "measure_rates", "read_cpu_seconds", "native_rows", "float_rows", "device_count",
     "_is_mkldnn_bf16_supported", "identify_machine", "usable_cores", "bf16_instructions", "is_available",
-    "processor_name",
+    "processor_name", "missing_kernel", "orthogonalize_by_kernel", "update_matrices",
 }  # fmt: skip
 """What says something of the processor, its compiler, its load or its GPU, or calls the package's kernels in C++."""
 COMPILER, INSTRUCTIONS = "skipped without a C++ compiler", "computes with the instructions that the processor has"
@@ -52,6 +52,13 @@ LISTED = {
         "test_a_run_keeps_the_loop_in_cpp_and_one_from_before_it_goes_on_without": "expects what a compiler makes",
     },
     "test_gpu_command.py": {"test_without_cuda_it_says_not_run_and_writes_nothing": "skipped where there is a GPU"},
+    "train/test_muon_kernel.py": {
+        "test_the_kernel_is_its_definition_on_every_instruction_set": f"{COMPILER}; {INSTRUCTIONS}",
+        "test_a_step_by_the_kernel_is_the_step_by_the_definition": f"{COMPILER}; {INSTRUCTIONS}",
+        "test_a_step_by_the_kernel_has_the_same_bits_on_any_number_of_threads": f"{COMPILER}; {INSTRUCTIONS}",
+        "test_what_is_not_finite_stays_in_its_own_matrix": f"{COMPILER}; {INSTRUCTIONS}",
+        "test_the_operator_refuses_what_it_would_read_beyond": COMPILER,
+    },
     "train/test_parallel.py": {"test_an_unknown_engine_or_device_says_what_there_is": "asks for one GPU too many"},
 }
 """File -> test -> how it depends on the machine."""

@@ -174,6 +174,39 @@ def test_what_is_asked_for_is_not_decided(machine):
     assert said["products of few rows in the other order"] == "bfloat16 1 to 8 (asked for)"
 
 
+@pytest.mark.parametrize(
+    ("optim", "flops", "measures"), [("muon", 1e18, True), ("muon", 1e12, False), ("adamw", 1e18, False)]
+)
+def test_a_long_run_with_muon_measures_its_kernel(machine, monkeypatch, optim, flops, measures):
+    machine("avx512_bf16")
+    asked = []
+
+    def load_muon_rates(log):
+        asked.append(log)
+        profile = load_profile()
+        return replace(profile, rates={**profile.rates, "muon/kernel_bfloat16": 1e4})
+
+    monkeypatch.setattr(auto, "load_muon_rates", load_muon_rates)
+    monkeypatch.setattr(auto, "missing_kernel", lambda *machine: "")
+    found, said = chosen(f"optim={optim}", flops=flops)
+    assert bool(asked) == measures
+    assert found["muon_form"] == ("kernel_bfloat16" if measures else "bfloat16")
+    assert ("kernel_bfloat16 0.4 ms" in said.get("Muon's iterations", "")) == measures
+
+
+def test_a_resumed_run_keeps_muons_kernel_and_says_where_it_cannot_be_had(machine, monkeypatch):
+    machine("avx2")
+    monkeypatch.setattr(auto, "missing_kernel", lambda device, dtype: "no g++")
+    for optim, line in (
+        ("muon", "kernel_float32 (as when this run began; by its plain form, whose last bits may differ: no g++)"),
+        ("adamw", None),
+    ):
+        said: list[str] = []
+        found = choose_all(config(f"optim={optim}"), {"muon_form": "kernel_float32"}, Machine(CPU, None, said.append))
+        assert found["muon_form"] == "kernel_float32"
+        assert dict(one.split(": ", 1) for one in said).get("Muon's iterations") == line
+
+
 def test_more_threads_than_cores_are_said(machine, monkeypatch):
     monkeypatch.setattr("llm_quest.machine.hardware.affinity", lambda: 64)
     monkeypatch.setattr("llm_quest.machine.hardware.cpu_quotas", lambda root: iter([0.5]))
