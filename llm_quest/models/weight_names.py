@@ -230,7 +230,9 @@ def published_names(entries: Iterable[PublishedWeight]) -> Iterator[str]:
                 yield from names
             case StackTensors(entries=inner):
                 yield from published_names(inner)
-            case Transposed(name=name) | Reshaped(name=name) | AlternatingRows(name=name) | str(name):
+            case Transposed() | Reshaped() | AlternatingRows() | RowsByHead() as entry:
+                yield entry.name
+            case str(name):
                 yield name
 
 
