@@ -27,7 +27,7 @@ import llm_quest as quest
 from llm_quest.cli.export_gguf import export_gguf
 from llm_quest.hub.load_save import save
 from llm_quest.models.build import preset
-from tests.gguf_judge import numbered_tokenizer
+from tests.gguf_judge import word_tokenizer
 from tests.gguf_models import replace
 
 WIDTH, VOCAB = 1024, 32_000
@@ -41,7 +41,7 @@ def write_folder(folder: Path, megabytes: int, dtype: str) -> None:
     sizes = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": layers, "vocab_size": VOCAB}
     heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64}
     config = replace(config, **sizes, **heads, rotary=replace(config.rotary, dim=64))
-    save(quest.build(config, dtype=dtype), folder, tokenizer=numbered_tokenizer(VOCAB))
+    save(quest.build(config, dtype=dtype), folder, tokenizer=word_tokenizer(VOCAB))
 
 
 def copy_synced(source: Path, target: Path) -> None:

@@ -17,7 +17,16 @@ from llm_quest.layers.kv_cache import Cache
 from llm_quest.layers.scaled_dot_product import explicit_attention, fused_attention
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import CausalMask, MaskSpec, Scope
-from tests.laws.option_grid import DTYPES, Cell, all_cells, decode, eager_step, edited, typical_error, verdict
+from tests.laws.option_grid import (
+    DTYPES,
+    Cell,
+    all_cells,
+    decode,
+    eager_step,
+    model_after_technique,
+    typical_error,
+    verdict,
+)
 from tests.laws.subjects import own, random_tokens
 from tests.laws.test_decoder import limit
 
@@ -107,7 +116,7 @@ def texts_equal(setting: Setting, page: str) -> tuple[float, float]:
 @torch.inference_mode()
 def graph_equals(setting: Setting, page: str, dtype: str) -> tuple[float, float]:
     """Compiled steps as a CUDA graph against eager steps."""
-    model = edited(Cell("none", page, dtype, True)).to(setting.device)
+    model = model_after_technique(Cell("none", page, dtype, True)).to(setting.device)
     tokens = random_tokens(model, 2, 10).to(setting.device)
     graphs: list[StaticDecodeStep] = []
 

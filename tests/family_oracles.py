@@ -87,7 +87,7 @@ MULTIPLIERS = {
 PARTIAL = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [3, 3, 2]}
 
 
-def made(model: str, config: str, **numbers: Any) -> Callable[[], Any]:
+def oracle_builder(model: str, config: str, **numbers: Any) -> Callable[[], Any]:
     """A builder; experts run as a plain loop, which is the definition. Its `architecture` is the class that it builds,
     its `family` the class of that one's config."""
 
@@ -115,7 +115,7 @@ def remember_longer_(oracle: torch.nn.Module) -> None:
 
 
 ORACLES: dict[str, Callable[[], Any]] = {
-    "gemma2": made(
+    "gemma2": oracle_builder(
         "Gemma2ForCausalLM",
         "Gemma2Config",
         head_dim=24,
@@ -123,7 +123,7 @@ ORACLES: dict[str, Callable[[], Any]] = {
         sliding_window=5,
         num_hidden_layers=3,
     ),
-    "gemma2, low caps": made(
+    "gemma2, low caps": oracle_builder(
         "Gemma2ForCausalLM",
         "Gemma2Config",
         head_dim=24,
@@ -132,7 +132,7 @@ ORACLES: dict[str, Callable[[], Any]] = {
         attn_logit_softcapping=2.0,
         final_logit_softcapping=2.0,
     ),
-    "gemma3": made(
+    "gemma3": oracle_builder(
         "Gemma3ForCausalLM",
         "Gemma3TextConfig",
         num_hidden_layers=3,
@@ -141,7 +141,7 @@ ORACLES: dict[str, Callable[[], Any]] = {
         sliding_window=5,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
     ),
-    "gemma3, linear": made(
+    "gemma3, linear": oracle_builder(
         "Gemma3ForCausalLM",
         "Gemma3TextConfig",
         num_hidden_layers=3,
@@ -154,14 +154,14 @@ ORACLES: dict[str, Callable[[], Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
     ),
-    "mistral": made("MistralForCausalLM", "MistralConfig", sliding_window=5),
-    "mistral, no window": made("MistralForCausalLM", "MistralConfig", sliding_window=None, head_dim=24),
-    "qwen2": made("Qwen2ForCausalLM", "Qwen2Config", tie_word_embeddings=True),
-    "qwen2, windows": made(
+    "mistral": oracle_builder("MistralForCausalLM", "MistralConfig", sliding_window=5),
+    "mistral, no window": oracle_builder("MistralForCausalLM", "MistralConfig", sliding_window=None, head_dim=24),
+    "qwen2": oracle_builder("Qwen2ForCausalLM", "Qwen2Config", tie_word_embeddings=True),
+    "qwen2, windows": oracle_builder(
         "Qwen2ForCausalLM", "Qwen2Config", use_sliding_window=True, sliding_window=5, max_window_layers=1
     ),
-    "smollm3": made("SmolLM3ForCausalLM", "SmolLM3Config", num_hidden_layers=4),
-    "smollm3, windows": made(
+    "smollm3": oracle_builder("SmolLM3ForCausalLM", "SmolLM3Config", num_hidden_layers=4),
+    "smollm3, windows": oracle_builder(
         "SmolLM3ForCausalLM",
         "SmolLM3Config",
         num_hidden_layers=4,
@@ -169,17 +169,19 @@ ORACLES: dict[str, Callable[[], Any]] = {
         use_sliding_window=True,
         sliding_window=5,
     ),
-    "phi3": made("Phi3ForCausalLM", "Phi3Config", sliding_window=5),
-    "phi3, longrope, part of a head": made(
+    "phi3": oracle_builder("Phi3ForCausalLM", "Phi3Config", sliding_window=5),
+    "phi3, longrope, part of a head": oracle_builder(
         "Phi3ForCausalLM",
         "Phi3Config",
         original_max_position_embeddings=64,
         rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75} | LONGROPE,
     ),
-    "granite": made("GraniteForCausalLM", "GraniteConfig", tie_word_embeddings=True, **MULTIPLIERS),
-    "granite, biases": made("GraniteForCausalLM", "GraniteConfig", attention_bias=True, mlp_bias=True, **MULTIPLIERS),
-    "gpt_neox": made("GPTNeoXForCausalLM", "GPTNeoXConfig", num_attention_heads=2),
-    "gpt_neox, in sequence, no biases": made(
+    "granite": oracle_builder("GraniteForCausalLM", "GraniteConfig", tie_word_embeddings=True, **MULTIPLIERS),
+    "granite, biases": oracle_builder(
+        "GraniteForCausalLM", "GraniteConfig", attention_bias=True, mlp_bias=True, **MULTIPLIERS
+    ),
+    "gpt_neox": oracle_builder("GPTNeoXForCausalLM", "GPTNeoXConfig", num_attention_heads=2),
+    "gpt_neox, in sequence, no biases": oracle_builder(
         "GPTNeoXForCausalLM",
         "GPTNeoXConfig",
         num_attention_heads=2,
@@ -187,19 +189,19 @@ ORACLES: dict[str, Callable[[], Any]] = {
         attention_bias=False,
         tie_word_embeddings=True,
     ),
-    "stablelm": made("StableLmForCausalLM", "StableLmConfig", use_qkv_bias=True, num_attention_heads=2),
-    "stablelm, parallel": made(
+    "stablelm": oracle_builder("StableLmForCausalLM", "StableLmConfig", use_qkv_bias=True, num_attention_heads=2),
+    "stablelm, parallel": oracle_builder(
         "StableLmForCausalLM",
         "StableLmConfig",
         use_parallel_residual=True,
         qk_layernorm=True,
         partial_rotary_factor=0.5,
     ),
-    "starcoder2": made("Starcoder2ForCausalLM", "Starcoder2Config", sliding_window=5),
-    "starcoder2, no biases": made(
+    "starcoder2": oracle_builder("Starcoder2ForCausalLM", "Starcoder2Config", sliding_window=5),
+    "starcoder2, no biases": oracle_builder(
         "Starcoder2ForCausalLM", "Starcoder2Config", use_bias=False, tie_word_embeddings=False, num_key_value_heads=1
     ),
-    "cohere2": made(
+    "cohere2": oracle_builder(
         "Cohere2ForCausalLM",
         "Cohere2Config",
         num_hidden_layers=3,
@@ -207,48 +209,50 @@ ORACLES: dict[str, Callable[[], Any]] = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         logit_scale=1.0,
     ),
-    "cohere2, biases, pattern": made(
+    "cohere2, biases, pattern": oracle_builder(
         "Cohere2ForCausalLM", "Cohere2Config", num_hidden_layers=4, attention_bias=True, logit_scale=2.0
     ),
-    "glm4": made("Glm4ForCausalLM", "Glm4Config", head_dim=24, attention_bias=False),
-    "glm": made("GlmForCausalLM", "GlmConfig", head_dim=24),
-    "seed_oss": made("SeedOssForCausalLM", "SeedOssConfig", head_dim=24, mlp_bias=True),
-    "seed_oss, biases on the output alone": made(
+    "glm4": oracle_builder("Glm4ForCausalLM", "Glm4Config", head_dim=24, attention_bias=False),
+    "glm": oracle_builder("GlmForCausalLM", "GlmConfig", head_dim=24),
+    "seed_oss": oracle_builder("SeedOssForCausalLM", "SeedOssConfig", head_dim=24, mlp_bias=True),
+    "seed_oss, biases on the output alone": oracle_builder(
         "SeedOssForCausalLM", "SeedOssConfig", head_dim=24, attention_bias=False, attention_out_bias=True
     ),
-    "helium": made("HeliumForCausalLM", "HeliumConfig", head_dim=16, attention_bias=True, num_key_value_heads=4),
-    "exaone4": made(
+    "helium": oracle_builder(
+        "HeliumForCausalLM", "HeliumConfig", head_dim=16, attention_bias=True, num_key_value_heads=4
+    ),
+    "exaone4": oracle_builder(
         "Exaone4ForCausalLM",
         "Exaone4Config",
         num_hidden_layers=3,
         sliding_window=5,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
-    "exaone4, no window": made(
+    "exaone4, no window": oracle_builder(
         "Exaone4ForCausalLM", "Exaone4Config", sliding_window=None, layer_types=["full_attention"] * 2
     ),
-    "ministral": made(
+    "ministral": oracle_builder(
         "MinistralForCausalLM",
         "MinistralConfig",
         sliding_window=5,
         head_dim=24,
         layer_types=["full_attention", "sliding_attention"],
     ),
-    "ministral3": made(
+    "ministral3": oracle_builder(
         "Ministral3ForCausalLM",
         "Ministral3Config",
         head_dim=24,
         rope_parameters=YARN | {"llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 4, "factor": 16.0},
     ),
-    "ministral3, window": made(
+    "ministral3, window": oracle_builder(
         "Ministral3ForCausalLM",
         "Ministral3Config",
         head_dim=24,
         sliding_window=5,
         rope_parameters=YARN | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8},
     ),
-    "olmo3": made("Olmo3ForCausalLM", "Olmo3Config", num_hidden_layers=4, sliding_window=5),
-    "olmo3, the full layers stretched": made(
+    "olmo3": oracle_builder("Olmo3ForCausalLM", "Olmo3Config", num_hidden_layers=4, sliding_window=5),
+    "olmo3, the full layers stretched": oracle_builder(
         "Olmo3ForCausalLM",
         "Olmo3Config",
         sliding_window=5,
@@ -258,14 +262,16 @@ ORACLES: dict[str, Callable[[], Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
     ),
-    "olmo2": made("Olmo2ForCausalLM", "Olmo2Config"),
-    "olmo2, biases": made("Olmo2ForCausalLM", "Olmo2Config", attention_bias=True, num_key_value_heads=4),
-    "gemma": made("GemmaForCausalLM", "GemmaConfig", head_dim=24, hidden_act="gelu"),
-    "gemma, one key/value head": made("GemmaForCausalLM", "GemmaConfig", head_dim=24, num_key_value_heads=1),
-    "mixtral": made("MixtralForCausalLM", "MixtralConfig", num_local_experts=4, num_experts_per_tok=2, head_dim=24),
-    "mixtral, window": made("MixtralForCausalLM", "MixtralConfig", num_local_experts=4, sliding_window=5),
-    "olmoe": made("OlmoeForCausalLM", "OlmoeConfig", num_experts=8, num_experts_per_tok=3),
-    "olmoe, clipped, renormalized": made(
+    "olmo2": oracle_builder("Olmo2ForCausalLM", "Olmo2Config"),
+    "olmo2, biases": oracle_builder("Olmo2ForCausalLM", "Olmo2Config", attention_bias=True, num_key_value_heads=4),
+    "gemma": oracle_builder("GemmaForCausalLM", "GemmaConfig", head_dim=24, hidden_act="gelu"),
+    "gemma, one key/value head": oracle_builder("GemmaForCausalLM", "GemmaConfig", head_dim=24, num_key_value_heads=1),
+    "mixtral": oracle_builder(
+        "MixtralForCausalLM", "MixtralConfig", num_local_experts=4, num_experts_per_tok=2, head_dim=24
+    ),
+    "mixtral, window": oracle_builder("MixtralForCausalLM", "MixtralConfig", num_local_experts=4, sliding_window=5),
+    "olmoe": oracle_builder("OlmoeForCausalLM", "OlmoeConfig", num_experts=8, num_experts_per_tok=3),
+    "olmoe, clipped, renormalized": oracle_builder(
         "OlmoeForCausalLM",
         "OlmoeConfig",
         num_experts=8,
@@ -275,7 +281,7 @@ ORACLES: dict[str, Callable[[], Any]] = {
         norm_topk_prob=True,
         attention_bias=True,
     ),
-    "qwen2_moe": made(
+    "qwen2_moe": oracle_builder(
         "Qwen2MoeForCausalLM",
         "Qwen2MoeConfig",
         num_experts=8,
@@ -285,7 +291,7 @@ ORACLES: dict[str, Callable[[], Any]] = {
         num_hidden_layers=3,
         mlp_only_layers=[1],
     ),
-    "qwen2_moe, windows, no biases, every second layer sparse": made(
+    "qwen2_moe, windows, no biases, every second layer sparse": oracle_builder(
         "Qwen2MoeForCausalLM",
         "Qwen2MoeConfig",
         num_experts=8,
@@ -300,16 +306,18 @@ ORACLES: dict[str, Callable[[], Any]] = {
         sliding_window=5,
         max_window_layers=2,
     ),
-    "gpt_oss": made("GptOssForCausalLM", "GptOssConfig", **GPT_OSS),
-    "gpt_oss, wide experts": made("GptOssForCausalLM", "GptOssConfig", **(GPT_OSS | {"intermediate_size": 32})),
-    "gpt_oss, no biases, all full": made(
+    "gpt_oss": oracle_builder("GptOssForCausalLM", "GptOssConfig", **GPT_OSS),
+    "gpt_oss, wide experts": oracle_builder(
+        "GptOssForCausalLM", "GptOssConfig", **(GPT_OSS | {"intermediate_size": 32})
+    ),
+    "gpt_oss, no biases, all full": oracle_builder(
         "GptOssForCausalLM",
         "GptOssConfig",
         **(GPT_OSS | {"attention_bias": False, "layer_types": ["full_attention"] * 3, "swiglu_alpha": 1.1}),
     ),
-    "qwen3": made("Qwen3ForCausalLM", "Qwen3Config", head_dim=24, tie_word_embeddings=True),
-    "qwen3, biases": made("Qwen3ForCausalLM", "Qwen3Config", head_dim=24, attention_bias=True),
-    "qwen3_moe": made(
+    "qwen3": oracle_builder("Qwen3ForCausalLM", "Qwen3Config", head_dim=24, tie_word_embeddings=True),
+    "qwen3, biases": oracle_builder("Qwen3ForCausalLM", "Qwen3Config", head_dim=24, attention_bias=True),
+    "qwen3_moe": oracle_builder(
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",
         head_dim=24,
@@ -320,7 +328,7 @@ ORACLES: dict[str, Callable[[], Any]] = {
         num_hidden_layers=3,
         mlp_only_layers=[1],
     ),
-    "qwen3_moe, not renormalized": made(
+    "qwen3_moe, not renormalized": oracle_builder(
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",
         head_dim=24,
@@ -329,19 +337,19 @@ ORACLES: dict[str, Callable[[], Any]] = {
         moe_intermediate_size=32,
         norm_topk_prob=False,
     ),
-    "deepseek_v2": made("DeepseekV2ForCausalLM", "DeepseekV2Config", **DEEPSEEK_V2),
-    "deepseek_v2, greedy, direct queries": made(
+    "deepseek_v2": oracle_builder("DeepseekV2ForCausalLM", "DeepseekV2Config", **DEEPSEEK_V2),
+    "deepseek_v2, greedy, direct queries": oracle_builder(
         "DeepseekV2ForCausalLM",
         "DeepseekV2Config",
         **(DEEPSEEK_V2 | {"q_lora_rank": None, "n_group": None, "topk_group": None, "topk_method": "greedy"}),
     ),
-    "deepseek_v2, biases, cos and sin scaled": made(
+    "deepseek_v2, biases, cos and sin scaled": oracle_builder(
         "DeepseekV2ForCausalLM",
         "DeepseekV2Config",
         **(DEEPSEEK_V2 | {"rope_parameters": YARN | {"mscale": 0.5, "mscale_all_dim": 1.5}, "attention_bias": True}),
     ),
-    "deepseek_v3": made("DeepseekV3ForCausalLM", "DeepseekV3Config", **DEEPSEEK),
-    "deepseek_v3, one group, direct queries": made(
+    "deepseek_v3": oracle_builder("DeepseekV3ForCausalLM", "DeepseekV3Config", **DEEPSEEK),
+    "deepseek_v3, one group, direct queries": oracle_builder(
         "DeepseekV3ForCausalLM",
         "DeepseekV3Config",
         **(
@@ -349,19 +357,19 @@ ORACLES: dict[str, Callable[[], Any]] = {
             | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_parameters": None, "n_shared_experts": 2}
         ),
     ),
-    "deepseek_v3, biases": made("DeepseekV3ForCausalLM", "DeepseekV3Config", **DEEPSEEK, attention_bias=True),
-    "qwen3_next": made("Qwen3NextForCausalLM", "Qwen3NextConfig", **DELTA, head_dim=32),
-    "qwen3_5_text": made(
+    "deepseek_v3, biases": oracle_builder("DeepseekV3ForCausalLM", "DeepseekV3Config", **DEEPSEEK, attention_bias=True),
+    "qwen3_next": oracle_builder("Qwen3NextForCausalLM", "Qwen3NextConfig", **DELTA, head_dim=32),
+    "qwen3_5_text": oracle_builder(
         "Qwen3_5ForCausalLM",
         "Qwen3_5TextConfig",
         **{k: v for k, v in DELTA.items() if "expert" not in k and "moe" not in k},
         head_dim=64,
         rope_parameters=PARTIAL,
     ),
-    "qwen3_5_moe_text": made(
+    "qwen3_5_moe_text": oracle_builder(
         "Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig", **DELTA, head_dim=64, rope_parameters=PARTIAL
     ),
-    "mimo_v2_flash": made(
+    "mimo_v2_flash": oracle_builder(
         "MiMoV2FlashForCausalLM",
         "MiMoV2FlashConfig",
         num_hidden_layers=4,

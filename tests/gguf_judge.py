@@ -53,7 +53,7 @@ class LlamaCpp:
             return list(json.load(answer)["tokens"])
 
 
-def numbered_tokenizer(size: int) -> Tokenizer:
+def word_tokenizer(size: int) -> Tokenizer:
     """A tokenizer whose tokens are ASCII words: llama.cpp holds back tokens that form no whole character."""
     backend = Backend(models.BPE(vocab={f"t{number}": number for number in range(size - 1)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

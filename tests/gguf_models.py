@@ -19,11 +19,11 @@ def tiny(name: str, **changes: Any) -> Any:
     return replace(preset(f"{name}-tiny").config, **{"vocab_size": VOCAB, **changes})
 
 
-def windowed(name: str, layers: int, period: int, **changes: Any) -> Any:
+def tiny_with_windows(name: str, layers: int, period: int, **changes: Any) -> Any:
     return tiny(name, num_hidden_layers=layers, layer_types=layer_pattern(layers, period), **changes)
 
 
-def sparse(name: str, **changes: Any) -> Any:
+def tiny_with_experts(name: str, **changes: Any) -> Any:
     moe = replace(tiny(name).moe, mlp_only_layers=(), **changes)
     return tiny(name, moe=moe)
 
@@ -39,7 +39,7 @@ def delta_moe() -> Any:
     return replace(delta("qwen3.5"), moe=tiny("qwen3-next").moe, tie_word_embeddings=False)
 
 
-def rotated(scaling: Any, name: str = "llama3.2") -> Any:
+def tiny_with_rope(scaling: Any, name: str = "llama3.2") -> Any:
     return tiny(name, rotary=RotaryEmbedding(16, 10_000.0, scaling))
 
 
@@ -52,12 +52,12 @@ def gpt_oss() -> Any:
     """llama.cpp rounds the ends of YaRN's ramp and limits the gate at 7."""
     rotary = tiny("gpt-oss").rotary
     rotary = replace(rotary, scaling=replace(rotary.scaling, truncate=True))
-    return windowed("gpt-oss", 4, 2, swiglu_limit=7.0, rotary=rotary)
+    return tiny_with_windows("gpt-oss", 4, 2, swiglu_limit=7.0, rotary=rotary)
 
 
 def exaone_windowed() -> Any:
     sizes = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return windowed("exaone4", 64, 4, **sizes)
+    return tiny_with_windows("exaone4", 64, 4, **sizes)
 
 
 def phi3(original: int) -> Any:
@@ -69,10 +69,10 @@ def phi3(original: int) -> Any:
 LONG = LongRoPEScaling(4.0, 512, tuple(1 + n / 9 for n in range(8)), tuple(1 + n for n in range(8)))
 GGUF_MODELS: dict[str, Callable[[], Any]] = {
     "llama, llama3": lambda: tiny("llama3.2"),
-    "llama, linear": lambda: rotated(LinearScaling(4.0)),
-    "llama, yarn": lambda: rotated(YaRNScaling(4.0, 16)),
-    "llama, ntk": lambda: rotated(NTKScaling(4.0)),
-    "llama, longrope": lambda: rotated(LONG),
+    "llama, linear": lambda: tiny_with_rope(LinearScaling(4.0)),
+    "llama, yarn": lambda: tiny_with_rope(YaRNScaling(4.0, 16)),
+    "llama, ntk": lambda: tiny_with_rope(NTKScaling(4.0)),
+    "llama, longrope": lambda: tiny_with_rope(LONG),
     "llama, biases": lambda: tiny("llama3.2", attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
     "mistral": lambda: tiny("mistral", sliding_window=None),
     "ministral3": lambda: tiny("ministral"),
@@ -83,9 +83,9 @@ GGUF_MODELS: dict[str, Callable[[], Any]] = {
     "gpt_neox": lambda: tiny("pythia"),
     "gpt_neox, in sequence": lambda: tiny("pythia", use_parallel_residual=False),
     "qwen2": lambda: tiny("qwen2", use_sliding_window=False, sliding_window=None, layer_types=(FULL, FULL)),
-    "qwen2_moe": lambda: replace(sparse("qwen2-moe"), sliding_window=None, layer_types=(FULL,) * 3),
+    "qwen2_moe": lambda: replace(tiny_with_experts("qwen2-moe"), sliding_window=None, layer_types=(FULL,) * 3),
     "qwen3": lambda: tiny("qwen3"),
-    "qwen3_moe": lambda: sparse("qwen3-moe"),
+    "qwen3_moe": lambda: tiny_with_experts("qwen3-moe"),
     "phi3": lambda: phi3(512),
     "stablelm": lambda: tiny("stablelm"),
     "stablelm2": lambda: tiny("stablelm2"),
@@ -95,18 +95,18 @@ GGUF_MODELS: dict[str, Callable[[], Any]] = {
         use_sliding_window=False,
     ),
     "granite": lambda: tiny("granite"),
-    "cohere2": lambda: windowed("cohere2", 5, 4),
+    "cohere2": lambda: tiny_with_windows("cohere2", 5, 4),
     "glm4": lambda: tiny("glm4"),
     "glm": glm,
     "seed_oss": lambda: tiny("seed-oss"),
     "olmo2": lambda: tiny("olmo2"),
-    "olmo3": lambda: windowed("olmo3", 5, 4),
+    "olmo3": lambda: tiny_with_windows("olmo3", 5, 4),
     "olmoe": lambda: tiny("olmoe", clip_qkv=None, num_key_value_heads=4),
     "exaone4": lambda: tiny("exaone4", sliding_window=None, layer_types=(FULL,) * 3),
     "exaone4, windows": exaone_windowed,
     "gemma": lambda: tiny("gemma1"),
-    "gemma2": lambda: windowed("gemma2", 4, 2, query_pre_attn_scalar=16),
-    "gemma3": lambda: windowed("gemma3", 4, 3, query_pre_attn_scalar=16),
+    "gemma2": lambda: tiny_with_windows("gemma2", 4, 2, query_pre_attn_scalar=16),
+    "gemma3": lambda: tiny_with_windows("gemma3", 4, 3, query_pre_attn_scalar=16),
     "gpt_oss": gpt_oss,
     "deepseek_v2": lambda: tiny("deepseek-v2", topk_method="greedy", n_group=1, topk_group=1),
     "deepseek_v2, lite": lambda: tiny(

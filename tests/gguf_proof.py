@@ -26,10 +26,10 @@ from llm_quest.hub.gguf_export import save_gguf
 from tests.gguf_judge import (
     LlamaCpp,
     compare_distributions,
-    numbered_tokenizer,
     our_log_probs,
     randomize_for_judging,
     with_ggml_gelu,
+    word_tokenizer,
 )
 from tests.gguf_models import GGUF_MODELS, VOCAB
 
@@ -83,7 +83,7 @@ def prove(name: str, positions: int, prompts: int, tokens: int, folder: Path) ->
     start = time.monotonic()
     model = randomize_for_judging(quest.build(GGUF_MODELS[name](), seed=0))
     length = min(positions, model.config.max_position_embeddings - 1)
-    tokenizer, ids = numbered_tokenizer(VOCAB), random_ids(length, 1)
+    tokenizer, ids = word_tokenizer(VOCAB), random_ids(length, 1)
     files = {kind: folder / f"{kind}.gguf" for kind in ("f32", "q8_0", "q4_0")}
     for kind, file in files.items():
         quantize = None if kind == "f32" else kind

@@ -74,7 +74,7 @@ def fetch(url: str, body: dict[str, Any] | None = None) -> bytes:
         return answer.read()
 
 
-def shows(text: str, value: float) -> bool:
+def is_rounded_value(text: str, value: float) -> bool:
     """Whether a written number (`3.25`, `12.5 %`, `< 0.1 %`) is this one, rounded to its digits."""
     number, scale = re.search(r"[\d.]+", re.sub(r"^-", "", text))[0], 100 if "%" in text else 1  # type: ignore[index]
     if text.startswith("<"):
@@ -102,7 +102,7 @@ class PageNumbers:
 
     def compare(self, what: str, written: str, value: float) -> None:
         self.count += 1
-        if not shows(written, value):
+        if not is_rounded_value(written, value):
             self.wrong.append(f"{what}: the page shows {written!r}, the server says {value}")
 
     def compare_rows(self, what: str, found: list[list[str]], expected: list[list[float]]) -> None:
@@ -120,7 +120,7 @@ class PageNumbers:
         script = "[...document.querySelectorAll('#tokens small')].map((one) => [one.textContent])"
         self.compare_rows("surprise", self.browser.evaluate(script), [[one["surprise"]] for one in self.view["tokens"]])
 
-    def chosen_token(self, place: int) -> None:
+    def check_chosen_token(self, place: int) -> None:
         """What is said of one token."""
         token = self.view["tokens"][place]
         about = self.browser.text("#about").rpartition(": rank ")[2]
@@ -200,13 +200,13 @@ def use_page(browser: Browser, url: str) -> PageNumbers:
     wait_until_quiet(browser)
     numbers = PageNumbers(browser, url)
     numbers.tokens()
-    numbers.chosen_token(0)
+    numbers.check_chosen_token(0)
     numbers.drafts(0)
     numbers.attention(0, 0, 0)
     browser.tab_to("#tokens [aria-selected=true]")
     for _ in range(STEPS_RIGHT):
         browser.press("ArrowRight")
-    numbers.chosen_token(STEPS_RIGHT)
+    numbers.check_chosen_token(STEPS_RIGHT)
     numbers.drafts(STEPS_RIGHT)
     for field in ("#layer", "#head"):
         browser.tab_to(field)

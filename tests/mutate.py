@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         text = TABLES.read_text(encoding="utf-8")
         chosen = [one for one in chosen if noted.get(one.title) != fingerprint(one)]
         chosen.sort(key=lambda one: f"| {one.title} |" in text)
-    copy, until, green, survived, done = frozen(), time.monotonic() + 60 * options.minutes, set[str](), 0, 0
+    copy, until, green, survived, done = copy_tree(), time.monotonic() + 60 * options.minutes, set[str](), 0, 0
     print("| mistake | in | caught by |\n| --- | --- | --- |", flush=True)
     try:
         for one in chosen:
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
                 print(f"red before any mistake: {', '.join(failed)} ({one.tests})")
                 return 2
             green.add(one.tests)
-            caught = broken(copy, one)
+            caught = failures_with(copy, one)
             done, survived = done + 1, survived + (not caught)
             row = row_of(one, caught)
             print(row, flush=True)
@@ -119,7 +119,7 @@ def without_imports(file: Path) -> str:
     return "\n".join(ast.unparse(node) for node in body if not isinstance(node, ast.Import | ast.ImportFrom))
 
 
-def frozen() -> Path:
+def copy_tree() -> Path:
     """What git knows of this tree, as it lies here now."""
     copy = Path(tempfile.mkdtemp(prefix="mutate-"))
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
@@ -130,7 +130,7 @@ def frozen() -> Path:
     return copy
 
 
-def broken(copy: Path, mutation: Mutation) -> list[str]:
+def failures_with(copy: Path, mutation: Mutation) -> list[str]:
     """The tests that fail while the mistake is there."""
     file = copy / "llm_quest" / mutation.file
     right = file.read_text(encoding="utf-8")
@@ -149,7 +149,7 @@ def failures(copy: Path, tests: str) -> list[str]:
     if child == 0:
         os.close(reading)
         with os.fdopen(writing, "w") as out:
-            out.write(judged(copy, tests))
+            out.write(run_tests(copy, tests))
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:
@@ -161,7 +161,7 @@ def failures(copy: Path, tests: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def judged(copy: Path, tests: str) -> str:
+def run_tests(copy: Path, tests: str) -> str:
     """Pytest's last lines, on the copy."""
     os.chdir(copy)
     for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "llm_quest", "benchmarks")]:

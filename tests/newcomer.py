@@ -48,7 +48,7 @@ PREPARED = (
 """What the names in capitals stand for, made after the README's first commands."""
 
 
-def smaller(line: str) -> str:
+def shorten_run(line: str) -> str:
     """A command as it is typed -> as it is run: training of two steps, answers of a few tokens."""
     if line.startswith("quest train ") and "--help" not in line:
         fresh = "model.config." in line
@@ -101,10 +101,10 @@ def follow(lines: list[str]) -> int:
             for name in ("a", "b"):
                 shutil.copytree("runs/first", f"runs/{name}")
         begun = time.monotonic()
-        status, said = run_command(smaller(line))
+        status, said = run_command(shorten_run(line))
         print(f"{'ok' if status == 0 else 'FAILED'} {time.monotonic() - begun:5.1f} s: {line}", flush=True)
         if status != 0:
-            raise SystemExit(f"as it was run: {smaller(line)}\n{said[-3000:]}")
+            raise SystemExit(f"as it was run: {shorten_run(line)}\n{said[-3000:]}")
         count += 1
         if line.startswith("quest generate runs/first"):
             shutil.copytree("runs/first", "runs/quickstart")  # what `make quickstart` leaves in the reader's folder

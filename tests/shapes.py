@@ -40,7 +40,7 @@ def check_shapes(wanted: Any) -> Any:
         return wanted
 
     @functools.wraps(wanted)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def check_and_call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # or a set that grows with every test is traced and guarded
             return wanted(*args, **kwargs)
         given = checks.describe_arguments(args, kwargs)
@@ -53,7 +53,7 @@ def check_shapes(wanted: Any) -> Any:
             checks.fitting.add(call)
         return result
 
-    return checked
+    return check_and_call
 
 
 HELD = threading.local()
@@ -107,11 +107,11 @@ class Checks:
         """A function with the annotations, checked at every call, that has nothing to compute any more."""
 
         @functools.wraps(self.function)
-        def replayed(*args: Any, **kwargs: Any) -> Any:
+        def return_result(*args: Any, **kwargs: Any) -> Any:
             return getattr(HELD, "result", None)
 
-        replayed.__signature__ = inspect.Signature(self.parameters, return_annotation=returns)  # type: ignore[attr-defined]
-        return jaxtyped(replayed, typechecker=beartype)
+        return_result.__signature__ = inspect.Signature(self.parameters, return_annotation=returns)  # type: ignore[attr-defined]
+        return jaxtyped(return_result, typechecker=beartype)
 
 
 CHECKS: dict[types.CodeType, Checks] = {}

@@ -19,7 +19,7 @@ from llm_quest.errors import UsageError
 from llm_quest.generation import generate as decoding
 from llm_quest.hub.load_save import load_model_and_tokenizer, save
 from llm_quest.models.decoder import GenerationConfig
-from tests.recipes.tuned import WORDS, base, metrics, written
+from tests.recipes.tuned import WORDS, base, metrics, write_rows
 
 PACKAGE = Path(__file__).parents[1] / "llm_quest"
 
@@ -31,7 +31,9 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def result(tmp_path: Path, folder: Path) -> Result:
-    rows = written(tmp_path / "rows.jsonl", [{"prompt": f"say {a} {b}", "completion": a} for a in WORDS for b in WORDS])
+    rows = write_rows(
+        tmp_path / "rows.jsonl", [{"prompt": f"say {a} {b}", "completion": a} for a in WORDS for b in WORDS]
+    )
     return quest.train(
         "sft", model=folder, data=rows, max_steps=4, batch_size=4, sequence_length=40, samples={"every_steps": 0},
         techniques=["lora"], precision="fp32", compile=False, out=tmp_path / "run",

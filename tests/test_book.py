@@ -38,7 +38,7 @@ ROOT = source.ROOT
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def site_and_pages(tmp_path_factory):
     """The site without its figures, and without running the examples."""
     out = tmp_path_factory.mktemp("book") / "site"
     with pytest.MonkeyPatch.context() as patch:
@@ -48,8 +48,8 @@ def built(tmp_path_factory):
         return out, build_site(out, run=False, log=lambda text: None)
 
 
-def test_every_subject_of_the_package_has_a_page_with_its_question_and_code(built):
-    out, made = built
+def test_every_subject_of_the_package_has_a_page_with_its_question_and_code(site_and_pages):
+    out, made = site_and_pages
     questions = read_questions()
     for subject in all_subjects():
         text = (out / subject.path).read_text(encoding="utf-8")
@@ -59,8 +59,8 @@ def test_every_subject_of_the_package_has_a_page_with_its_question_and_code(buil
     assert len({page.path for page in made}) == len(made)
 
 
-def test_the_title_of_a_page_is_the_name_of_its_field_and_what_the_code_calls_it_stands_beside(built):
-    out, made = built
+def test_the_title_of_a_page_is_the_name_of_its_field_and_what_the_code_calls_it_stands_beside(site_and_pages):
+    out, made = site_and_pages
     titled = [one for one in made if one.group != "API"]
     assert [one.path for one in titled if re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", one.title)] == []
     assert len({one.title for one in titled}) == len(titled), "two pages of one title"
@@ -71,8 +71,8 @@ def test_the_title_of_a_page_is_the_name_of_its_field_and_what_the_code_calls_it
         assert f">{html.escape(one.title)}</a> <code>{one.name}</code>" in listed, one.path
 
 
-def test_a_page_shows_first_the_class_that_its_file_is_named_after(built):
-    shown = (built[0] / "layer/delta_net.html").read_text(encoding="utf-8")
+def test_a_page_shows_first_the_class_that_its_file_is_named_after(site_and_pages):
+    shown = (site_and_pages[0] / "layer/delta_net.html").read_text(encoding="utf-8")
     assert '<h3 id="GatedDeltaNet">' in shown
 
 
@@ -94,8 +94,8 @@ def test_the_first_sentence_of_a_docstring_ends_before_its_drawing_and_its_optio
     assert source.opening_sentence("") == ""
 
 
-def test_every_public_class_and_function_is_on_its_api_page_with_its_signature(built):
-    out, _ = built
+def test_every_public_class_and_function_is_on_its_api_page_with_its_signature(site_and_pages):
+    out, _ = site_and_pages
     modules = api.all_modules()
     for module in modules:
         text = (out / module.path).read_text(encoding="utf-8")
@@ -107,12 +107,12 @@ def test_every_public_class_and_function_is_on_its_api_page_with_its_signature(b
     assert 'id="RMSNorm.forward"' in norm
 
 
-def test_the_reference_has_commands_exit_codes_metrics_settings_and_other_projects_names(built):
+def test_the_reference_has_commands_exit_codes_metrics_settings_and_other_projects_names(site_and_pages):
     from llm_quest.cli.main import app
     from llm_quest.cli.techniques import list_techniques
     from llm_quest.errors import QuestError
 
-    out, _ = built
+    out, _ = site_and_pages
     text = {
         name: (out / f"reference/{name}.html").read_text(encoding="utf-8") for name in ("commands", "cli", "glossary")
     }
@@ -134,8 +134,8 @@ def test_every_page_has_a_command_and_its_output_is_chosen_by_words():
     assert switch.chosen_lines("a", "from=b") == []
 
 
-def test_every_page_has_the_parts_that_its_kind_requires(built):
-    out, _ = built
+def test_every_page_has_the_parts_that_its_kind_requires(site_and_pages):
+    out, _ = site_and_pages
     pages_of = {one.key: (one.kind, (out / one.path).read_text(encoding="utf-8")) for one in all_subjects()}
     found = {key: missing for key, (kind, page) in pages_of.items() if (missing := coverage.missing_parts(kind, page))}
     assert found == {}
@@ -144,8 +144,8 @@ def test_every_page_has_the_parts_that_its_kind_requires(built):
     assert coverage.missing_parts("layer", lacking) == ["Question", "Commonly got wrong"]
 
 
-def test_exercises_are_shown_on_the_pages_that_they_are_about(built):
-    out, _ = built
+def test_exercises_are_shown_on_the_pages_that_they_are_about(site_and_pages):
+    out, _ = site_and_pages
     assert set(PRACTICED) <= set(EXERCISES)
     assert {key for keys in PRACTICED.values() for key in keys} <= {one.key for one in all_subjects()}
     for place, name in (("layer/rotary.html", "rotary"), ("05-llama.html", "rotary"), ("recipe/dpo.html", "dpo_loss")):
@@ -304,8 +304,8 @@ def test_a_subject_without_a_question_stops_the_build():
         check_questions(known[1:])
 
 
-def test_pages_load_nothing_from_elsewhere_and_stay_small(built):
-    out, _ = built
+def test_pages_load_nothing_from_elsewhere_and_stay_small(site_and_pages):
+    out, _ = site_and_pages
     for file in out.rglob("*.html"):
         text = file.read_text(encoding="utf-8")
         assert not re.search(r'<(script|link|img)[^>]+(src|href)="(https?:)?//', text), file
@@ -316,9 +316,9 @@ def test_pages_load_nothing_from_elsewhere_and_stay_small(built):
         assert all(b - a <= 1 for a, b in itertools.pairwise(levels)), f"{file.name} skips a level of headings"
 
 
-def test_every_color_of_code_has_enough_contrast_and_wide_things_scroll_in_themselves(built):
+def test_every_color_of_code_has_enough_contrast_and_wide_things_scroll_in_themselves(site_and_pages):
     """`python -m tests.book_page SITE` looks at the pages in a browser."""
-    css = (built[0] / "style.css").read_text(encoding="utf-8")
+    css = (site_and_pages[0] / "style.css").read_text(encoding="utf-8")
     for scheme, part in zip(("light", "dark"), css.rsplit("@media (prefers-color-scheme: dark)", 1), strict=True):
         assert f"--soft: {site.PAPER[scheme]}" in css
         colors = re.findall(r"^ *\.code .*?[^-]color: (#[0-9a-fA-F]{3,6})\b", part, re.M)
@@ -348,12 +348,12 @@ def test_a_bad_link_an_id_twice_and_a_picture_from_elsewhere_are_found(tmp_path,
 def test_code_is_included_from_its_anchor_without_its_docstring():
     code = source.code_of("layers/norm.py:RMSNorm.forward")
     assert code.text.startswith("def forward(self, x:")
-    assert code.text in dedented("layers/norm.py")
+    assert code.text in dedent_code("layers/norm.py")
     assert '"""' not in source.code_of("layers/norm.py:RMSNorm").text
     assert source.code_of("layers/norm.py:RMSNorm").text.splitlines()[1].strip().startswith("def __init__")
 
 
-def dedented(file: str) -> str:
+def dedent_code(file: str) -> str:
     lines = source.parse(file)[0].splitlines()
     return "\n".join(line[4:] if line.startswith("    ") else line for line in lines)
 

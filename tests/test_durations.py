@@ -10,7 +10,7 @@ from tests import durations
 from tests.durations import Spent
 
 
-def burn(seconds: float) -> None:
+def use_processor(seconds: float) -> None:
     until = durations.processor_seconds() + seconds
     while durations.processor_seconds() < until:
         pass
@@ -25,7 +25,7 @@ def test_a_tests_seconds_are_summed_by_package_file_and_function(tmp_path: Path,
     for _ in range(2):
         running = durations.pytest_runtest_protocol(Item())  # type: ignore[arg-type]
         next(running)
-        burn(0.05)
+        use_processor(0.05)
         with pytest.raises(StopIteration):
             running.send("done")
     durations.append(Spent("tests/a/test_d.py::test_e", 1.0))

@@ -122,7 +122,7 @@ def recipe_keys() -> dict[str, frozenset[str]]:
     return {name: frozenset(keys_of(get_recipe(name).Config)) for name in RECIPES}
 
 
-def knows(recipe: str, key: str) -> bool:
+def has_key(recipe: str, key: str) -> bool:
     keys = recipe_keys()[recipe]
     return key in keys or f"{key.rpartition('.')[0]}.*" in keys
 
@@ -170,7 +170,7 @@ def unknown_settings(message: Message) -> list[str]:
     named = [key for key in settings_in(message.text) if key not in NOT_OURS and not is_defined(key)]
     return [
         key for key in named
-        if not any(knows(recipe, key) for recipe in recipes) and ("." in key or key not in parameter_names())
+        if not any(has_key(recipe, key) for recipe in recipes) and ("." in key or key not in parameter_names())
     ]  # fmt: skip
 
 
@@ -186,7 +186,7 @@ def test_advice_that_several_recipes_print_is_known_to_each(file: str):
     named = [set(re.findall(r"(?<![=\w])[a-z]+(?:_[a-z]+)+(?:\.[a-z_]+)*\b", clause)) for clause in clauses]
     assert any(named)
     for recipe in PRINTED_FOR[file]:
-        unknown = [keys for keys in named if keys and not any(knows(recipe, key) for key in keys)]
+        unknown = [keys for keys in named if keys and not any(has_key(recipe, key) for key in keys)]
         assert not unknown, recipe
 
 

@@ -69,7 +69,7 @@ def module_name(file: Path) -> str:
 MODULES = {module_name(file): file for file in FILES}
 
 
-def imported_names(node: ast.AST) -> Iterator[str]:
+def names_of_import(node: ast.AST) -> Iterator[str]:
     """The dotted names that an import statement asks for: `from a import b` is `a.b` where that is a module."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
@@ -82,7 +82,7 @@ def imported_names(node: ast.AST) -> Iterator[str]:
 
 @functools.cache
 def imports(file: Path) -> set[str]:
-    return {name for node in nodes_of(file) for name in imported_names(node)}
+    return {name for node in nodes_of(file) for name in names_of_import(node)}
 
 
 def packages_imported(file: Path) -> set[str]:
@@ -90,7 +90,7 @@ def packages_imported(file: Path) -> set[str]:
     return {name.split(".")[1] for name in imports(file) if name.startswith("llm_quest.")} & set(LEVEL)
 
 
-def refused_imports(package: str, imported: Set[str]) -> list[str]:
+def imports_refused(package: str, imported: Set[str]) -> list[str]:
     if package == "__init__":
         return []
     refused = []
@@ -109,7 +109,7 @@ def test_every_package_has_a_level():
 
 @every_file
 def test_imports_go_down_only(file: Path):
-    assert refused_imports(package_of(file), packages_imported(file)) == []
+    assert imports_refused(package_of(file), packages_imported(file)) == []
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_imports_go_down_only(file: Path):
     ],
 )
 def test_an_import_that_goes_up_or_sideways_is_named(package: str, other: str):
-    assert refused_imports(package, {other, package, "contracts", "errors"}) == [f"{package} imports {other}"]
+    assert imports_refused(package, {other, package, "contracts", "errors"}) == [f"{package} imports {other}"]
 
 
 def test_every_stated_exception_is_still_needed():
@@ -187,12 +187,12 @@ def test_other_peoples_implementations_are_not_imported(file: Path):
     foreign = {"transformers", "trl", "peft", "litgpt", "torchtune", "x_transformers", "tests", "benchmarks"}
     found = {name.split(".")[0] for name in imports(file)} & foreign
     if file == PACKAGE / "hub" / "verify.py":
-        at_the_top = {name.split(".")[0] for node in parse_file(file).body for name in imported_names(node)}
+        at_the_top = {name.split(".")[0] for node in parse_file(file).body for name in names_of_import(node)}
         found = found - {"transformers"} | at_the_top & foreign
     assert not found
 
 
-def called(file: Path) -> Iterator[tuple[str, ast.Call]]:
+def calls_in(file: Path) -> Iterator[tuple[str, ast.Call]]:
     """The dotted name of everything called in this file, and the call."""
     for node in nodes_of(file):
         if isinstance(node, ast.Call):
@@ -203,7 +203,7 @@ def test_pickles_are_opened_in_one_place_and_for_weights_only():
     loads = {
         (file, call)
         for file in FILES
-        for name, call in called(file)
+        for name, call in calls_in(file)
         if name in ("torch.load", "pickle.load", "pickle.loads")
     }
     assert len({file for file, _ in loads}) <= 1
@@ -219,12 +219,12 @@ def test_pickles_are_opened_in_one_place_and_for_weights_only():
 @every_file
 def test_nothing_is_evaluated_executed_or_asked_whether_it_has_an_attribute(file: Path):
     forbidden = {"eval", "exec", "hasattr", "os.system", "os.popen"}
-    assert not [f"line {call.lineno}: {name}" for name, call in called(file) if name in forbidden]
+    assert not [f"line {call.lineno}: {name}" for name, call in calls_in(file) if name in forbidden]
 
 
 @every_file
 def test_no_process_is_started_through_a_shell(file: Path):
-    for name, call in called(file):
+    for name, call in calls_in(file):
         words = {word.arg: ast.unparse(word.value) for word in call.keywords}
         assert words.get("shell") != "True", f"line {call.lineno}: {name}"
 
@@ -340,7 +340,7 @@ def test_no_function_and_no_table_is_written_twice():
 
 
 def test_the_cores_a_process_may_use_are_counted_in_one_place():
-    files = {file for file in FILES for name, _ in called(file) if name == "os.sched_getaffinity"}
+    files = {file for file in FILES for name, _ in calls_in(file) if name == "os.sched_getaffinity"}
     assert {file.name for file in files} == {"hardware.py"}
 
 

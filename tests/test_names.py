@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.sources import nodes_of, package_files, parse_file
 
-PACKAGE = Path(__file__).parents[1] / "llm_quest"
+PACKAGE, TESTS = Path(__file__).parents[1] / "llm_quest", Path(__file__).parent
 
 
 def words(text: str) -> list[str]:
@@ -69,12 +69,12 @@ def trees() -> dict[Path, ast.Module]:
     return {file: parse_file(file) for file in package_files(PACKAGE)}
 
 
-def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+def functions(folder: Path = PACKAGE) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     """All functions and methods, with the file and the line of each."""
-    for file in trees():
+    for file in package_files(folder):
         for node in nodes_of(file):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                yield f"{file.relative_to(PACKAGE)}:{node.lineno}: {node.name}", node
+                yield f"{file.relative_to(folder)}:{node.lineno}: {node.name}", node
 
 
 def begins_with_participle(name: str) -> bool:
@@ -101,6 +101,10 @@ def test_hardly_a_functions_name_begins_with_a_participle():
     named = [(place, node.name) for place, node in functions() if not node.name.startswith("__")]
     found = [place for place, name in named if begins_with_participle(name)]
     assert len(found) / len(named) < MAX_PARTICIPLE_SHARE, found
+
+
+def test_no_fixture_or_helper_of_the_tests_begins_with_a_participle():
+    assert [place for place, node in functions(TESTS) if begins_with_participle(node.name)] == []
 
 
 ELLIPSIS = re.compile(
@@ -245,8 +249,8 @@ def test_no_test_takes_its_cases_from_a_set():
     """The workers of pytest-xdist have to collect the same tests in the same order."""
     assert is_set(ast.parse("set(A) - {1}", mode="eval").body)
     found = []
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for file in package_files(TESTS):
+        for node in nodes_of(file):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("parametrize"):
                 found += [f"{file.name}:{node.lineno}" for given in node.args[1:2] if is_set(given)]
     assert found == []

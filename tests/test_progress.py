@@ -185,22 +185,22 @@ TERMINALS: dict[str, tuple[int, dict[str, str]]] = {
 
 
 @pytest.fixture(scope="module")
-def shown() -> dict[str, str]:
+def outputs() -> dict[str, str]:
     """What the slow run writes to each of them, all at once: it sleeps most of the time."""
     with ThreadPoolExecutor(len(TERMINALS)) as pool:
         runs = {name: pool.submit(on_a_terminal, SLOW_RUN, *given) for name, given in TERMINALS.items()}
         return {name: run.result() for name, run in runs.items()}
 
 
-def drawn_lines(output: str) -> list[str]:
+def terminal_lines(output: str) -> list[str]:
     """Every line that was drawn, without control sequences."""
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output)
     return [line.rstrip() for line in re.split(r"[\r\n]+", plain) if line.strip()]
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
-def test_the_bar_fits_the_terminal_and_events_stay_above_it(width: int, shown: dict[str, str]):
-    lines = drawn_lines(shown[str(width)])
+def test_the_bar_fits_the_terminal_and_events_stay_above_it(width: int, outputs: dict[str, str]):
+    lines = terminal_lines(outputs[str(width)])
     assert max(map(len, lines)) <= width
     assert any(line.startswith("reading rows, 0 s") for line in lines)
     bars = [line for line in lines if re.match(r"step 3/1000 +[━╸╺ ]+ .*(step/s|s/step)  ETA \d+:\d\d:\d\d$", line)]
@@ -213,11 +213,11 @@ def test_the_bar_fits_the_terminal_and_events_stay_above_it(width: int, shown: d
     assert lines[-1] == "result"
 
 
-def test_no_color_and_dumb_terminals_are_heard(monkeypatch, shown: dict[str, str]):
+def test_no_color_and_dumb_terminals_are_heard(monkeypatch, outputs: dict[str, str]):
     colors = re.compile(r"\x1b\[[0-9;]*(3[0-9]|4[0-9]|9[0-7])[0-9;]*m")
-    assert colors.search(shown["80"])
-    assert not colors.search(shown["no color"])
-    assert "\x1b" not in shown["dumb"]
+    assert colors.search(outputs["80"])
+    assert not colors.search(outputs["no color"])
+    assert "\x1b" not in outputs["dumb"]
 
     class Terminal:
         def isatty(self) -> bool:

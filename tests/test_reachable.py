@@ -107,7 +107,7 @@ def reach(roots: Iterable[str]) -> set[str]:
     return seen
 
 
-def decorated_functions() -> set[str]:
+def functions_with_decorator() -> set[str]:
     """Functions with a decorator are called by what decorates them: the commands of `quest`, validators."""
     nodes = [(name, node) for name, found in definitions().items() for _, node in found]
     return {name for name, node in nodes if isinstance(node, ast.FunctionDef) and node.decorator_list}
@@ -124,13 +124,13 @@ def public_names() -> dict[str, str]:
 
 
 def test_every_public_class_and_function_is_used():
-    reached = reach([*ROOTS, AT_IMPORT, *decorated_functions()])
+    reached = reach([*ROOTS, AT_IMPORT, *functions_with_decorator()])
     lost = {f"{file}: {name}" for name, file in public_names().items() if name not in reached | set(EXCEPTIONS)}
     assert not lost, "only tests use these: wire them, remove them or name them in EXCEPTIONS"
 
 
 def test_every_exception_is_a_name_that_nothing_uses():
-    assert set(EXCEPTIONS) <= set(public_names()) - reach([*ROOTS, AT_IMPORT, *decorated_functions()])
+    assert set(EXCEPTIONS) <= set(public_names()) - reach([*ROOTS, AT_IMPORT, *functions_with_decorator()])
 
 
 def test_what_nothing_mentions_is_not_reached():

@@ -63,7 +63,7 @@ def find_british(text: str) -> list[str]:
     return sorted(set(map(find_in_word, set(re.findall("[a-z]{5,}|grey", text.lower())))) - {""})
 
 
-def checked_files() -> Iterator[Path]:
+def files_to_check() -> Iterator[Path]:
     for folder in FOLDERS:
         for ending in ("md", "py", "yaml"):
             files = (ROOT / folder).glob(f"*.{ending}") if folder == "." else (ROOT / folder).rglob(f"*.{ending}")
@@ -72,7 +72,7 @@ def checked_files() -> Iterator[Path]:
 
 def test_spelling_is_american():
     found = {}
-    for file in checked_files():
+    for file in files_to_check():
         name, text = file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8")
         if name in ALLOWED:
             assert ALLOWED[name] in text, f"{name} has no {ALLOWED[name]!r} any more: take it out of ALLOWED"

@@ -16,7 +16,7 @@ AT_MOST = {"quest train tiny, to the first optimizer step": 79, "one GRPO rollou
 
 
 @functools.cache
-def counted() -> dict[str, tuple[int, str]]:
+def count_files() -> dict[str, tuple[int, str]]:
     """Stretch -> how many files, and what is printed about it. In a process of its own: here functions are wrapped, to
     check their shapes."""
     done = subprocess.run(
@@ -31,7 +31,7 @@ def counted() -> dict[str, tuple[int, str]]:
 
 @pytest.mark.parametrize("stretch", STRETCHES)
 def test_a_reader_who_follows_a_command_opens_no_more_files_than_before(stretch: str):
-    number, files = counted()[stretch]
+    number, files = count_files()[stretch]
     assert number == len(files.strip().splitlines())
     assert number <= AT_MOST[stretch], f"{number} files, at most {AT_MOST[stretch]} are allowed:{files}"
 

@@ -50,7 +50,7 @@ def byte_level(add_prefix_space: bool) -> Tokenizer:
     return finish(backend)
 
 
-def trained_bpe() -> models.BPE:
+def train_sentencepiece_bpe() -> models.BPE:
     """SentencePiece's BPE with byte fallback: words begin with the meta space."""
     first = Backend(models.BPE(unk_token="<unk>"))
     first.normalizer = normalizers.Sequence([normalizers.Prepend(META), normalizers.Replace(" ", META)])
@@ -64,7 +64,7 @@ def trained_bpe() -> models.BPE:
 
 def byte_fallback(*, prepend: bool) -> Tokenizer:
     """Llama 2's with the Prepend normalizer; Gemma's without."""
-    backend = Backend(trained_bpe())
+    backend = Backend(train_sentencepiece_bpe())
     parts = [normalizers.Prepend(META)] if prepend else []
     backend.normalizer = normalizers.Sequence([*parts, normalizers.Replace(" ", META)])
     steps = [decoders.Replace(META, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -73,7 +73,7 @@ def byte_fallback(*, prepend: bool) -> Tokenizer:
 
 
 def metaspace(scheme: str) -> Tokenizer:
-    backend = Backend(trained_bpe())
+    backend = Backend(train_sentencepiece_bpe())
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     steps = [decoders.Replace(META, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if scheme != "never" else steps)

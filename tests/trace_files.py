@@ -109,7 +109,7 @@ def files_of_a_rollout() -> dict[str, str]:
 
     trace, rollout = FileTrace(), RolloutLoader.batches
 
-    def traced(rollouts: Any, step: int) -> Any:
+    def trace_rollout(rollouts: Any, step: int) -> Any:
         if trace.files:
             return rollout(rollouts, step)
         trace.open()
@@ -118,7 +118,7 @@ def files_of_a_rollout() -> dict[str, str]:
         finally:
             trace.close()
 
-    RolloutLoader.batches = traced  # type: ignore[method-assign]
+    RolloutLoader.batches = trace_rollout  # type: ignore[method-assign]
     try:
         with empty_folder():
             code = quest("train", "grpo", *GRPO, "--quiet", "--out", "run", "--device", "cpu")

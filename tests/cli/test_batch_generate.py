@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    return asked(tmp_path / "prompts.jsonl", PROMPTS)
+    return write_prompts(tmp_path / "prompts.jsonl", PROMPTS)
 
 
 def save_model(folder: Path, *, seed: int) -> str:
@@ -49,12 +49,12 @@ def save_model(folder: Path, *, seed: int) -> str:
     return str(folder)
 
 
-def asked(file: Path, texts: list[str]) -> Path:
+def write_prompts(file: Path, texts: list[str]) -> Path:
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     return file
 
 
-def wrote(
+def generate_to_file(
     model: str,
     prompts: Path,
     out: Path,
@@ -72,7 +72,7 @@ def rows_of(file: Path) -> list[dict[str, object]]:
 
 
 def test_a_row_for_every_prompt_in_their_order_whatever_the_batch(model: str, prompts: Path, tmp_path: Path) -> None:
-    found = [wrote(model, prompts, tmp_path / f"{size}.jsonl", batch=size) for size in (1, 4, 64)]
+    found = [generate_to_file(model, prompts, tmp_path / f"{size}.jsonl", batch=size) for size in (1, 4, 64)]
     texts = [(tmp_path / f"{size}.jsonl").read_text() for size in (1, 4, 64)]
     assert texts[0] == texts[1] == texts[2]
     rows = rows_of(tmp_path / "4.jsonl")
@@ -86,7 +86,7 @@ def test_a_row_for_every_prompt_in_their_order_whatever_the_batch(model: str, pr
 
 
 def test_a_row_is_what_generate_says_alone(model: str, prompts: Path, tmp_path: Path) -> None:
-    wrote(model, prompts, tmp_path / "texts.jsonl")
+    generate_to_file(model, prompts, tmp_path / "texts.jsonl")
     built, tokenizer = load_text_model(model, "cpu", "float32", lambda text: None)
     ids, until = tokenizer.encode("abc"), MANNER.stopping_criteria(built, tokenizer)
     alone = generate(
@@ -98,7 +98,7 @@ def test_a_row_is_what_generate_says_alone(model: str, prompts: Path, tmp_path: 
 
 
 def test_training_reads_the_file_as_it_stands(model: str, prompts: Path, tmp_path: Path) -> None:
-    wrote(model, prompts, tmp_path / "texts.jsonl")
+    generate_to_file(model, prompts, tmp_path / "texts.jsonl")
     corpus = load_corpus(str(tmp_path / "texts.jsonl"), columns={"text": "text"})
     wanted = [str(row["text"]) for row in rows_of(tmp_path / "texts.jsonl") if str(row["text"]).strip()]
     assert sorted({one.text for one in corpus.documents}) == sorted(set(wanted))
@@ -109,24 +109,24 @@ def test_a_killed_command_goes_on_with_what_is_missing(
     cut: int, model: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, out = tmp_path / "whole.jsonl", tmp_path / "texts.jsonl"
-    wrote(model, prompts, whole)
+    generate_to_file(model, prompts, whole)
     complete, calls = batch_generate.complete_prompts, []
 
-    def killed(*choices: object, **options: object) -> object:
+    def complete_twice(*choices: object, **options: object) -> object:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return complete(*choices, **options)
 
-    monkeypatch.setattr(batch_generate, "complete_prompts", killed)
+    monkeypatch.setattr(batch_generate, "complete_prompts", complete_twice)
     with pytest.raises(KeyboardInterrupt):
-        wrote(model, prompts, out, batch=2)
+        generate_to_file(model, prompts, out, batch=2)
     assert len(rows_of(out)) == 4
     monkeypatch.undo()
     content = out.read_bytes()
     out.write_bytes(content[: len(content) - cut])
     said: list[str] = []
-    done = wrote(model, prompts, out, batch=3, said=said)
+    done = generate_to_file(model, prompts, out, batch=3, said=said)
     assert done.new == (5 if cut == 0 else 6)
     assert any("generating the missing" in line for line in said)
     assert any("rows/s" in line and "tokens/s" in line and "ETA 0:00:00" in line for line in said)
@@ -135,57 +135,57 @@ def test_a_killed_command_goes_on_with_what_is_missing(
 
 def test_a_finished_file_is_left_as_it_is(model: str, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "texts.jsonl"
-    wrote(model, prompts, out)
+    generate_to_file(model, prompts, out)
     before = out.stat().st_mtime_ns, out.stat().st_ino
-    again = wrote(model, prompts, out, batch=1)
+    again = generate_to_file(model, prompts, out, batch=1)
     assert (again.new, again.tokens, again.rows) == (0, 0, len(PROMPTS))
     assert "nothing was written" in again.lines()[-1]
     assert (out.stat().st_mtime_ns, out.stat().st_ino) == before
     out.write_text("".join(reversed(out.read_text().splitlines(keepends=True))))  # killed before it was put in order
-    wrote(model, prompts, out)
+    generate_to_file(model, prompts, out)
     assert [row["row"] for row in rows_of(out)] == list(range(len(PROMPTS)))
 
 
 def test_another_model_prompts_or_manner_is_refused(model: str, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "texts.jsonl"
-    wrote(model, prompts, out)
+    generate_to_file(model, prompts, out)
     before = out.read_text()
     with pytest.raises(UsageError, match=r"temperature 1.0, now 0.5: give the same settings, or choose another --out"):
-        wrote(model, prompts, out, replace(MANNER, temperature=0.5))
+        generate_to_file(model, prompts, out, replace(MANNER, temperature=0.5))
     with pytest.raises(UsageError, match="written with weights"):
-        wrote(save_model(tmp_path / "other", seed=1), prompts, out)
+        generate_to_file(save_model(tmp_path / "other", seed=1), prompts, out)
     with pytest.raises(UsageError, match="written with prompts"):
-        wrote(model, asked(tmp_path / "more.jsonl", ["a", *PROMPTS]), out)
+        generate_to_file(model, write_prompts(tmp_path / "more.jsonl", ["a", *PROMPTS]), out)
     (tmp_path / "mine.jsonl").write_text('{"text": "mine"}\n')
     with pytest.raises(
         UsageError, match=r"without mine\.jsonl.settings.json, which records its settings; choose another --out"
     ):
-        wrote(model, prompts, tmp_path / "mine.jsonl")
+        generate_to_file(model, prompts, tmp_path / "mine.jsonl")
     with FileLock(tmp_path / ".texts.jsonl.lock"), pytest.raises(BusyError, match="written by another process"):
-        wrote(model, prompts, out)
+        generate_to_file(model, prompts, out)
     out.write_text(before + before)
     with pytest.raises(DataError, match=rf"texts.jsonl:{len(PROMPTS) + 1} is not a row of this command, or repeats"):
-        wrote(model, prompts, out)
+        generate_to_file(model, prompts, out)
     with pytest.raises(UsageError, match=r"call the file texts\.jsonl"):
-        wrote(model, prompts, tmp_path / "texts.txt")
+        generate_to_file(model, prompts, tmp_path / "texts.txt")
 
 
 def test_prompts_that_fill_the_context_are_counted(model: str, tmp_path: Path) -> None:
-    file = asked(tmp_path / "long.jsonl", ["ab", "a" * 24, "c", "a" * 23])
+    file = write_prompts(tmp_path / "long.jsonl", ["ab", "a" * 24, "c", "a" * 23])
     said: list[str] = []
-    done = wrote(model, file, tmp_path / "texts.jsonl", said=said)
+    done = generate_to_file(model, file, tmp_path / "texts.jsonl", said=said)
     assert (done.rows, done.dropped) == (3, {"the prompt fills the context of 24 tokens": 1})
     assert any(f"dropped: 1 prompts that fill the context of 24 (first: {file}:2)" in line for line in said)
     assert [row["row"] for row in rows_of(tmp_path / "texts.jsonl")] == [0, 2, 3]
-    assert wrote(model, file, tmp_path / "texts.jsonl").new == 0
-    assert wrote(model, file, tmp_path / "slid.jsonl", replace(MANNER, slide=True)).rows == 4
+    assert generate_to_file(model, file, tmp_path / "texts.jsonl").new == 0
+    assert generate_to_file(model, file, tmp_path / "slid.jsonl", replace(MANNER, slide=True)).rows == 4
     with pytest.raises(UsageError, match=r"every prompt of .* fills the context of 24 .*the shortest has 30.*--slide"):
-        wrote(model, asked(tmp_path / "all.jsonl", ["a" * 30]), tmp_path / "none.jsonl")
+        generate_to_file(model, write_prompts(tmp_path / "all.jsonl", ["a" * 30]), tmp_path / "none.jsonl")
 
 
 def test_a_text_file_is_a_prompt_a_line_and_mistakes_name_file_line_and_field(model: str, tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_bytes(b"abc\r\n\n  a b\nc")
-    wrote(model, tmp_path / "lines.txt", tmp_path / "texts.jsonl", replace(MANNER, tokens=1))
+    generate_to_file(model, tmp_path / "lines.txt", tmp_path / "texts.jsonl", replace(MANNER, tokens=1))
     assert [row["prompt"] for row in rows_of(tmp_path / "texts.jsonl")] == ["abc", "  a b", "c"]
     for name, content, said in [
         ("wrong.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "wrong.jsonl:2: has no 'prompt'; it has 'text'"),
@@ -195,7 +195,7 @@ def test_a_text_file_is_a_prompt_a_line_and_mistakes_name_file_line_and_field(mo
     ]:
         (tmp_path / name).write_text(content)
         with pytest.raises(DataError, match=said):
-            wrote(model, tmp_path / name, tmp_path / "never.jsonl")
+            generate_to_file(model, tmp_path / name, tmp_path / "never.jsonl")
     assert not (tmp_path / "never.jsonl").exists()
 
 
@@ -231,7 +231,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}<|endoftext|>{%
 
 
 @pytest.fixture
-def chatty(tmp_path: Path) -> str:
+def chat_model_folder(tmp_path: Path) -> str:
     """A model whose folder has a chat template and its makers' advice."""
     folder = Path(save_model(tmp_path / "chatty", seed=1))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -247,12 +247,12 @@ def run_json(*words: str, capsys: pytest.CaptureFixture[str]) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_makers_advice_is_where_generate_starts_and_it_says_so(chatty: str, capsys):
-    words = (chatty, "-p", "abc", "-n", "9", "--json", "--quiet")
+def test_the_makers_advice_is_where_generate_starts_and_it_says_so(chat_model_folder: str, capsys):
+    words = (chat_model_folder, "-p", "abc", "-n", "9", "--json", "--quiet")
     advised = run_json(*words, capsys=capsys)
     asked_for = run_json(*words, "--temperature", "0", "--repetition-penalty", "1.3", capsys=capsys)
     other = run_json(*words, "--repetition-penalty", "1", capsys=capsys)
-    model, tokenizer = load_text_model(chatty, "cpu", "float32", lambda text: None)
+    model, tokenizer = load_text_model(chat_model_folder, "cpu", "float32", lambda text: None)
     ends = {"eos_token_id": tokenizer.eos_token_ids, "max_new_tokens": 9, "temperature": 0.0}
     penalized, plain = (
         generate(model, [tokenizer.encode("abc")], repetition_penalty=penalty, **ends)[0].tokens
@@ -269,17 +269,17 @@ def test_the_makers_advice_is_where_generate_starts_and_it_says_so(chatty: str, 
     assert (alone.temperature, alone.top_p, alone.repetition_penalty, len(said)) == (0.7, 0.95, 1.0, 1)
 
 
-def test_chat_applies_the_template_and_rows_are_messages(chatty: str, tmp_path: Path, capsys):
-    model, tokenizer = load_text_model(chatty, "cpu", "float32", lambda text: None)
+def test_chat_applies_the_template_and_rows_are_messages(chat_model_folder: str, tmp_path: Path, capsys):
+    model, tokenizer = load_text_model(chat_model_folder, "cpu", "float32", lambda text: None)
     ids = tokenizer.encode("sbe<|endoftext|>uabc<|endoftext|>a", allow_special_tokens=True)
     (expected,) = generate(
         model, [ids], max_new_tokens=9, temperature=0.0, repetition_penalty=1.3, tokenizer=tokenizer,
         eos_token_id=tokenizer.eos_token_ids,
     )  # fmt: skip
-    words = (chatty, "-n", "9", "--chat", "--system", "be", "--quiet", "--json")
+    words = (chat_model_folder, "-n", "9", "--chat", "--system", "be", "--quiet", "--json")
     assert run_json(*words, "-p", "abc", capsys=capsys)["tokens"] == expected.tokens
     out = tmp_path / "rows.jsonl"
-    run_json(*words, "--prompts", str(asked(tmp_path / "p.jsonl", ["abc"])), "--out", str(out), capsys=capsys)
+    run_json(*words, "--prompts", str(write_prompts(tmp_path / "p.jsonl", ["abc"])), "--out", str(out), capsys=capsys)
     (row,) = map(json.loads, out.read_text().splitlines())
     assert row["completion"] == expected.text
     assert [(m["role"], m["content"]) for m in row["messages"]] == [

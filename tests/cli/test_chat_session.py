@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(build(config, seed=1), tmp_path_factory.mktemp("chat") / "model", tokenizer=tokenizer)
 
 
-def talk(folder: Path, *lines: str, more: tuple[str, ...] = ()):
+def run_chat(folder: Path, *lines: str, more: tuple[str, ...] = ()):
     result = CliRunner().invoke(app, ["chat", str(folder), "-n", "4", *more], input="\n".join([*lines, "/quit"]) + "\n")
     assert result.exit_code == 0, result.stderr
     return result
@@ -47,7 +47,9 @@ def read_conversations(file: Path) -> list[list[dict[str, str]]]:
 
 def test_a_conversation_is_saved_as_rows_that_are_trained_on(folder: Path, tmp_path: Path):
     file = tmp_path / "talks.jsonl"
-    talk(folder, "red cat", "/retry", "/system be brief", "blue dog", f"/save {file}", "/reset", "sun", f"/save {file}")
+    run_chat(
+        folder, "red cat", "/retry", "/system be brief", "blue dog", f"/save {file}", "/reset", "sun", f"/save {file}"
+    )
     first, second = read_conversations(file)
     assert [(one["role"], one["content"]) for one in first[:2]] == [("system", "be brief"), ("user", "blue dog")]
     assert [one["role"] for one in first] == ["system", "user", "assistant"]
@@ -57,7 +59,7 @@ def test_a_conversation_is_saved_as_rows_that_are_trained_on(folder: Path, tmp_p
 
 def test_a_retry_takes_the_place_of_the_answer(folder: Path, tmp_path: Path):
     once, again = tmp_path / "once.jsonl", tmp_path / "again.jsonl"
-    talk(folder, "red", "cat", f"/save {once}", "/retry", f"/save {again}", more=("--temperature", "1.5"))
+    run_chat(folder, "red", "cat", f"/save {once}", "/retry", f"/save {again}", more=("--temperature", "1.5"))
     before, after = read_conversations(once)[0], read_conversations(again)[0]
     assert before[:3] == after[:3]
     assert len(before) == len(after) == 4
@@ -66,7 +68,7 @@ def test_a_retry_takes_the_place_of_the_answer(folder: Path, tmp_path: Path):
 
 def test_a_message_that_is_too_long_is_refused_and_the_conversation_goes_on(folder: Path, tmp_path: Path):
     file = tmp_path / "talks.jsonl"
-    result = talk(folder, "red", "cat dog " * 90, "blue", f"/save {file}")
+    result = run_chat(folder, "red", "cat dog " * 90, "blue", f"/save {file}")
     assert re.search(r"this message makes a prompt of \d+ tokens and there is room for 60; shorten it", result.stderr)
     assert [one["content"] for one in read_conversations(file)[0] if one["role"] == "user"] == ["red", "blue"]
 
@@ -74,7 +76,7 @@ def test_a_message_that_is_too_long_is_refused_and_the_conversation_goes_on(fold
 def test_mistakes_are_said_and_the_conversation_goes_on(folder: Path, tmp_path: Path):
     file = tmp_path / "talks.jsonl"
     absent = tmp_path / "absent" / "talks.jsonl"
-    result = talk(
+    result = run_chat(
         folder, "/retry", "/save", f"/save {file}", "/sav", "red", f"/save {absent}", "/help", f"/save {file}"
     )
     for said in ("no answer to try again", "name a file", "nothing to save yet", "/sav is no command", "No such file"):
@@ -99,7 +101,7 @@ def test_arguments_of_the_chat_template_are_given_and_unknown_ones_refused(folde
         error = text("--chat", "--chat-template-kwargs", given)
         assert isinstance(error, UsageError)
         assert said in str(error)
-    talk(folder, "red", more=argument)
+    run_chat(folder, "red", more=argument)
     refused = CliRunner().invoke(app, ["chat", str(folder), "--no-template", *argument], input="")
     assert "no effect without a chat template" in str(refused.exception)
 

@@ -31,22 +31,23 @@ RECIPE = [
 ]
 
 
-def each(places: list[tuple[str, int]], before: str = "", after: str = "") -> list[tuple[str, int]]:
+def cases(places: list[tuple[str, int]], before: str = "", after: str = "") -> list[tuple[str, int]]:
     return [(f"{before} {place} {after}".strip(), code) for place, code in places]
 
 
 FAILURES: dict[str, list[tuple[str, int]]] = {
     "quickstart": [("--out FILE/x", USAGE), ("--out FILE", USAGE), ("--threads -3", USAGE)],
-    "train": [*each(RECIPE), ("sft model.load=NOWHERE data.source=FILE --out OUT", DATA),
+    "train": [*cases(RECIPE), ("sft model.load=NOWHERE data.source=FILE --out OUT", DATA),
               ("sft --resume NOWHERE", USAGE), ("sft model.load=EMPTY data.source=NOWHERE --out OUT", DATA),
               ("RUN", USAGE)],
-    "generate": [*each(MODEL, after="--prompt x"), ("GGUF --prompt x", DATA), ("EMPTY --tokens -1 --prompt x", USAGE)],
-    "chat": each(MODEL), "serve": [*each(MODEL), ("EMPTY --port 99999999", USAGE)],
-    "classify": each(MODEL, after="text"), "score": each(MODEL, after="--prompt a --answer b"),
-    "eval": [*each(MODEL, after="--data FILE"), ("EMPTY --task nonsense", USAGE)],
+    "generate": [*cases(MODEL, after="--prompt x"), ("GGUF --prompt x", DATA), ("EMPTY --tokens -1 --prompt x", USAGE)],
+    "chat": cases(MODEL), "serve": [*cases(MODEL), ("EMPTY --port 99999999", USAGE)],
+    "classify": cases(MODEL, after="text"), "score": cases(MODEL, after="--prompt a --answer b"),
+    "eval": [*cases(MODEL, after="--data FILE"), ("EMPTY --task nonsense", USAGE)],
     "models": [("--max-parameters x", USAGE)], "settings": [("nonsense", USAGE)], "techniques": [],
     "show": [("nonsense", USAGE)], "diff": [("NOWHERE EMPTY", USAGE), ("nonsense other", USAGE)],
-    "plan": each(RECIPE), "inspect": each([one for one in MODEL if one[0] != "DAMAGED"]), "inspect-batch": each(RECIPE),
+    "plan": cases(RECIPE), "inspect": cases([one for one in MODEL if one[0] != "DAMAGED"]),
+    "inspect-batch": cases(RECIPE),
     "verify": [("NOWHERE", DATA), ("EMPTY", DATA), ("FILE", DATA)],
     "export": [("NOWHERE OUT", DATA), ("EMPTY OUT", DATA), ("DAMAGED OUT", DATA), ("RUN OUT", DATA)],
     "push": [("EMPTY a/b", USAGE)], "consolidate": [("NOWHERE", DATA), ("EMPTY", DATA)],
@@ -55,7 +56,7 @@ FAILURES: dict[str, list[tuple[str, int]]] = {
     "book": [("FILE", DATA)], "learn": [("nonsense", USAGE), ("check nonsense", USAGE)], "papers": [],
     "reproduce": [("nonsense", USAGE)], "doctor": [("--threads x", USAGE)],
     "data": [("NOWHERE", DATA), ("FILE --recipe nonsense", USAGE)],
-    "tokens add": each(MODEL, after="OUT <x>"),
+    "tokens add": cases(MODEL, after="OUT <x>"),
     "ledger list": [], "ledger show": [("nonsense --file NOWHERE", USAGE)],
     "ledger merge": [("NOWHERE --file OUT", USAGE)], "ledger export": [("--format nonsense", USAGE)],
 }  # fmt: skip

@@ -14,42 +14,42 @@ from llm_quest.models.family import Family
 
 
 @pytest.fixture(scope="module")
-def found():
+def differences():
     return diff_families("gpt2", "llama")
 
 
-def test_it_begins_with_what_the_page_says_is_new(found):
-    text = "\n".join(found.lines()[:14])
+def test_it_begins_with_what_the_page_says_is_new(differences):
+    text = "\n".join(differences.lines()[:14])
     assert "What is new after GPT-2" in text
     assert "RMSNorm instead of LayerNorm" in text
     assert "Commonly got wrong" in text
 
 
-def test_layers_leave_come_and_stay(found):
-    assert {"TokenPositionEmbedding", "LayerNorm", "MLP", "NoRotary"} <= set(found.removed)
-    assert {"TokenEmbedding", "RMSNorm", "GatedMLP", "RotaryEmbedding"} <= set(found.added)
-    assert "GroupedQueryAttention" in found.shared
-    assert found.added["RMSNorm"].startswith("y = x / sqrt(mean(x^2) + eps) * weight")
+def test_layers_leave_come_and_stay(differences):
+    assert {"TokenPositionEmbedding", "LayerNorm", "MLP", "NoRotary"} <= set(differences.removed)
+    assert {"TokenEmbedding", "RMSNorm", "GatedMLP", "RotaryEmbedding"} <= set(differences.added)
+    assert "GroupedQueryAttention" in differences.shared
+    assert differences.added["RMSNorm"].startswith("y = x / sqrt(mean(x^2) + eps) * weight")
 
 
-def test_the_sizes_nearest_to_each_other_are_compared(found):
-    assert (found.a, found.b) == ("gpt2-medium", "smollm2-360m")
-    rows = {name: (a, b) for name, a, b in found.numbers}
+def test_the_sizes_nearest_to_each_other_are_compared(differences):
+    assert (differences.a, differences.b) == ("gpt2-medium", "smollm2-360m")
+    rows = {name: (a, b) for name, a, b in differences.numbers}
     assert rows["parameters"] == ("354,823,168", "361,821,120")
     assert rows["cache bytes per token (bfloat16)"] == ("98,304", "40,960")
     assert rows["num_key_value_heads"] == ("-", "5")
 
 
-def test_the_code_is_set_line_against_line(found):
-    block = found.code["block"]
+def test_the_code_is_set_line_against_line(differences):
+    block = differences.code["block"]
     assert ("removed", "        rotary=NoRotary(),") in block
     assert ("added", "        rotary=config.rotary,") in block
     assert ("same", "        num_attention_heads=config.num_attention_heads,") in block
-    assert list(found.code) == ["Config", "block", "assemble"]
+    assert list(differences.code) == ["Config", "block", "assemble"]
 
 
-def test_color_changes_nothing_but_color(found):
-    plain, colored = found.lines(), found.lines(color=True)
+def test_color_changes_nothing_but_color(differences):
+    plain, colored = differences.lines(), differences.lines(color=True)
     stripped = [line.replace("\033[0m", "") for line in colored]
     for code in ("\033[1m", "\033[2m", "\033[31m", "\033[32m"):
         stripped = [line.replace(code, "") for line in stripped]
@@ -57,8 +57,8 @@ def test_color_changes_nothing_but_color(found):
     assert any(line.startswith("\033[32m+ ") for line in colored)
 
 
-def test_old_and_new_code_can_be_read_back(found):
-    code = found.code["assemble"]
+def test_old_and_new_code_can_be_read_back(differences):
+    code = differences.code["assemble"]
     assert next(text for style, text in code if style != "added").startswith("def assemble")
     assert 'ModelSpec("gpt2", config)' in "\n".join(text for style, text in code if style != "added")
     assert 'ModelSpec("gpt2", config)' not in "\n".join(text for style, text in code if style != "removed")

@@ -19,7 +19,7 @@ from llm_quest.recipes.run_folder import remove_if_refused
 from llm_quest.recipes.schema import StrictModel, describe_field, did_you_mean
 
 
-def dry(recipe: str, *pairs: str) -> DryRunResult:
+def dry_run(recipe: str, *pairs: str) -> DryRunResult:
     checked = start_training(recipe, pairs, out=None, dry_run=True, log=lambda text: None)
     assert isinstance(checked, DryRunResult)
     return checked
@@ -72,15 +72,15 @@ def dry(recipe: str, *pairs: str) -> DryRunResult:
 )
 def test_a_dry_run_refuses_what_the_run_refuses_by_its_settings(recipe: str, pairs: list[str], said: str):
     with pytest.raises(UsageError, match=re.escape(said)):
-        dry(recipe, *pairs)
+        dry_run(recipe, *pairs)
 
 
 def test_what_is_right_passes():
     for recipe in sorted(set(recipe_names()) - {"rpt_control"}):
-        assert dry(recipe).config.recipe in RECIPES
-    dry("pretrain", "mtp_loss_weight=0.1", "techniques=[multi_token]")
-    dry("dpo", "loss_type=cdpo", "label_smoothing=0.1")
-    dry("grpo", "num_generations=1", "process_supervision=true", "task=chained", "max_new_tokens=30")
+        assert dry_run(recipe).config.recipe in RECIPES
+    dry_run("pretrain", "mtp_loss_weight=0.1", "techniques=[multi_token]")
+    dry_run("dpo", "loss_type=cdpo", "label_smoothing=0.1")
+    dry_run("grpo", "num_generations=1", "process_supervision=true", "task=chained", "max_new_tokens=30")
 
 
 def keys_of(error: UsageError) -> list[str]:
@@ -90,7 +90,7 @@ def keys_of(error: UsageError) -> list[str]:
 
 def test_mistakes_in_sizes_are_told_with_all_the_others():
     with pytest.raises(UsageError) as error:
-        dry(
+        dry_run(
             "quickstart", "learning_rate=0", "model.config.hiden_size=8", "model.config.num_hidden_layers=x",
             "model.config.num_attention_heads=5", "model.config.num_key_value_heads=2",
             "model.config.rotary={rope_thta: 1}",
@@ -104,7 +104,7 @@ def test_mistakes_in_sizes_are_told_with_all_the_others():
 
 def test_numbers_at_odds_are_told_with_numbers_that_are_missing():
     with pytest.raises(UsageError) as error:
-        dry(
+        dry_run(
             "quickstart",
             "model={family: llama, config: {num_attention_heads: 4, num_key_value_heads: 3, head_dim: 7, "
             "num_hidden_layers: 0}}",
@@ -130,9 +130,9 @@ def test_there_are_recipes_that_build_models():
 def test_a_model_chosen_on_the_command_line_takes_the_place_of_the_recipes(recipe: str):
     """preset, page and load work alone, and nothing of the recipe's own model is left."""
     length = [] if recipe in ("grpo", "iterative", "rpt") else ["sequence_length=32"]
-    model = dry(recipe, "model.preset=gpt2-tiny", *length).config.model
+    model = dry_run(recipe, "model.preset=gpt2-tiny", *length).config.model
     assert (model.preset, model.family, model.load, model.config) == ("gpt2-tiny", None, None, {})
-    model = dry(recipe, "model.family=gpt2", *length).config.model
+    model = dry_run(recipe, "model.family=gpt2", *length).config.model
     assert (model.preset, model.family, model.load, model.config) == (None, "gpt2", None, {})
     _, config, _ = load_recipe(recipe, ["model.load=somewhere"])
     assert (config.model.preset, config.model.family, config.model.load, config.model.config) == (
@@ -142,11 +142,11 @@ def test_a_model_chosen_on_the_command_line_takes_the_place_of_the_recipes(recip
 
 
 def test_what_was_given_beside_the_model_stays():
-    config = dry(
+    config = dry_run(
         "quickstart", "model.preset=gpt2-tiny", "model.config.num_hidden_layers=3", "sequence_length=32"
     ).config
     assert config.model.config == {"num_hidden_layers": 3}
-    assert dry("quickstart", "model.family=llama").config.model.config["hidden_size"] == 192
+    assert dry_run("quickstart", "model.family=llama").config.model.config["hidden_size"] == 192
     with pytest.raises(UsageError, match="warmup has no effect on a model that is loaded"):
         load_recipe("grpo", ["model.load=somewhere", "warmup.max_steps=3"])
     with pytest.raises(UsageError, match="preset and family given"):
@@ -218,11 +218,11 @@ def test_a_folder_that_was_there_stays(tmp_path: Path):
 
 
 def test_what_was_learned_before_a_refusal_stays(tmp_path: Path):
-    def late() -> None:
+    def refuse_late() -> None:
         with remove_if_refused(tmp_path / "run"):
             (tmp_path / "run" / "warmup" / "checkpoints" / "step-00000010").mkdir(parents=True)
             raise UsageError("too late")
 
     with pytest.raises(UsageError):
-        late()
+        refuse_late()
     assert (tmp_path / "run").is_dir()

@@ -26,13 +26,13 @@ FAILURES: list[BaseException] = [
 ]
 
 
-def documented_codes() -> dict[int, str]:
+def exit_code_table() -> dict[int, str]:
     rows = re.findall(r"^\| ([\d, ]+) \| (.+) \|$", DOCS.read_text(encoding="utf-8"), re.M)
     return {int(code): words for codes, words in rows for code in codes.split(",")}
 
 
 def test_every_class_of_failure_has_a_row_of_its_own_in_the_docs_and_in_the_code():
-    codes = documented_codes()
+    codes = exit_code_table()
     assert {kind.exit_code for kind in CLASSES} == set(range(1, 8))
     assert len({kind.exit_code for kind in CLASSES}) == len(CLASSES)
     assert set(codes) == {0, *range(1, 8), 130, 143}
@@ -63,4 +63,4 @@ def test_a_failure_has_the_same_words_on_a_terminal_and_in_json(failure, monkeyp
     assert (code, said.err.splitlines()) == explain_failure(failure)
     problems = {"problems": str(failure).splitlines()} if isinstance(failure, errors.QuestError) else {}
     assert reply == {"kind": type(failure).__name__, "message": said.err.rstrip("\n"), "exit_code": code, **problems}
-    assert code in documented_codes()
+    assert code in exit_code_table()

@@ -76,7 +76,7 @@ def gemma3_images(**settings: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def theirs(folder: Path) -> tuple[Any, Any]:
+def transformers_model(folder: Path) -> tuple[Any, Any]:
     processor = transformers.Gemma3Processor(
         gemma3_images(size={"height": 32, "width": 32}),
         transformers.AutoTokenizer.from_pretrained(folder),
@@ -94,8 +94,8 @@ def our_prompt(folder: Path) -> ImagePrompt:
     return ImagePrompt.load(str(folder), files(folder), "cpu", "float32", lambda text: None)
 
 
-def test_prompt_pixels_and_logits_equal_transformers(folder: Path, theirs: tuple[Any, Any]):
-    model, processor = theirs
+def test_prompt_pixels_and_logits_equal_transformers(folder: Path, transformers_model: tuple[Any, Any]):
+    model, processor = transformers_model
     opened = [Image.open(file) for file in files(folder)]
     wanted = processor(images=opened, text=PROMPT, return_tensors="pt")
     ours = our_prompt(folder)
@@ -109,8 +109,8 @@ def test_prompt_pixels_and_logits_equal_transformers(folder: Path, theirs: tuple
     torch.testing.assert_close(found, reference, atol=1e-4, rtol=1e-4)
 
 
-def test_generate_and_chat_answer_as_transformers_does(folder: Path, theirs: tuple[Any, Any]):
-    model, processor = theirs
+def test_generate_and_chat_answer_as_transformers_does(folder: Path, transformers_model: tuple[Any, Any]):
+    model, processor = transformers_model
     parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What is it?"}]
     prompt = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
     opened = [Image.open(file) for file in files(folder)]

@@ -8,7 +8,7 @@ import pytest
 
 from llm_quest.cli.inspect_batch import GREEN, RESET, load_batch_view
 from llm_quest.errors import UsageError
-from tests.recipes.tuned import base, written
+from tests.recipes.tuned import base, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         for word in "abcdefgh"
     ]
     start = base(folder / "model")
-    return [f"model.load={start}", f"data.source={written(folder / 'rows.jsonl', rows)}", "sequence_length=64"]
+    return [f"model.load={start}", f"data.source={write_rows(folder / 'rows.jsonl', rows)}", "sequence_length=64"]
 
 
 def test_answers_stand_between_brackets_or_in_green_and_no_escape_sequence_survives(pairs: list[str]):

@@ -93,7 +93,7 @@ def hub_name(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def theirs(folder: Path) -> tuple[Any, Any]:
+def transformers_model(folder: Path) -> tuple[Any, Any]:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     processor = transformers.LlavaProcessor(
@@ -107,8 +107,8 @@ def our_prompt(folder: Path) -> ImagePrompt:
     return ImagePrompt.load(str(folder), [str(folder / "photo.png")], "cpu", "float32", lambda text: None)
 
 
-def test_prompt_pixels_and_logits_equal_transformers(folder: Path, theirs: tuple[Any, Any]):
-    model, processor = theirs
+def test_prompt_pixels_and_logits_equal_transformers(folder: Path, transformers_model: tuple[Any, Any]):
+    model, processor = transformers_model
     wanted = processor(images=Image.open(folder / "photo.png"), text=PROMPT, return_tensors="pt")
     ours = our_prompt(folder)
     ids = ours.chat.encode_text(PROMPT, ours.image_lengths)
@@ -122,8 +122,8 @@ def test_prompt_pixels_and_logits_equal_transformers(folder: Path, theirs: tuple
     torch.testing.assert_close(found, reference, atol=1e-4, rtol=1e-4)
 
 
-def test_the_commands_answer_as_transformers_does(folder: Path, theirs: tuple[Any, Any]):
-    model, processor = theirs
+def test_the_commands_answer_as_transformers_does(folder: Path, transformers_model: tuple[Any, Any]):
+    model, processor = transformers_model
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
     prompt = processor.apply_chat_template([message], add_generation_prompt=True)
     inputs = processor(

@@ -92,7 +92,7 @@ def run_quest(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     return walk
 
 
-def told(done: subprocess.CompletedProcess[str], code: int) -> str:
+def failure_message(done: subprocess.CompletedProcess[str], code: int) -> str:
     """What a failure says: one to four lines, no traceback."""
     assert done.returncode == code, (done.returncode, done.stderr)
     assert "Traceback" not in done.stderr + done.stdout
@@ -204,7 +204,7 @@ def test_bad_input_is_told_in_a_few_lines_with_the_exit_code_of_its_kind(
     (place / "latin.txt").write_bytes(b"fine\nZo\xeb\n")
     (place / "empty.txt").write_text("\n")
     (place / "bad.jsonl").write_text('{"text": "fine"}\nnot json\n')
-    assert said in told(run_quest(*arguments), code)
+    assert said in failure_message(run_quest(*arguments), code)
 
 
 def test_an_unknown_command_is_answered_with_the_nearest(run_quest: RunQuest) -> None:
@@ -300,10 +300,10 @@ def test_a_bug_of_ours_leaves_its_traceback_in_a_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    def broken() -> None:
+    def raise_by_design() -> None:
         raise ZeroDivisionError("by design")
 
-    assert run_with_exit_code(broken) == 1
+    assert run_with_exit_code(raise_by_design) == 1
     assert "by design" in (tmp_path / "crash.txt").read_text()
     said = capsys.readouterr().err
     assert "Traceback" not in said

@@ -60,7 +60,7 @@ ROWS = [
 ]  # fmt: skip
 
 
-def told(
+def message_and_problems(
     arguments: list[str], patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> tuple[list[str], list[str]]:
     """The lines of a command's message, without progress, and the problems of its JSON."""
@@ -80,7 +80,7 @@ def test_nine_mistakes_of_a_recipe_are_four_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.yaml").write_text(RECIPE)
-    lines, problems = told(["train", str(tmp_path / "mine.yaml"), "--dry-run"], monkeypatch, capsys)
+    lines, problems = message_and_problems(["train", str(tmp_path / "mine.yaml"), "--dry-run"], monkeypatch, capsys)
     assert len(problems) >= 9, problems
     assert lines[-1] == f"quest: ... and {len(problems) - 3} more; --json lists all"
     for key in (
@@ -105,7 +105,9 @@ def test_rows_with_eight_faults_are_four_lines(
     sizes = "hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 8"
     settings = [f"data.source={file}", "data.strict=true", "max_steps=1", "threads=1", "device=cpu"]
     settings.append(f"model={{family: llama, config: {{{sizes}}}}}")
-    lines, problems = told(["train", "sft", *settings, "--out", str(tmp_path / "run")], monkeypatch, capsys)
+    lines, problems = message_and_problems(
+        ["train", "sft", *settings, "--out", str(tmp_path / "run")], monkeypatch, capsys
+    )
     assert "9 rows cannot be used" in lines[0]
     assert lines[-1].endswith("more; --json lists all")
     for number in range(2, len(ROWS) + 1):

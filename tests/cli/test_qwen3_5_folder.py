@@ -88,7 +88,7 @@ def qwen_images() -> Any:
 
 
 @pytest.fixture(scope="module")
-def theirs(folder: Path) -> tuple[Any, Any]:
+def transformers_model(folder: Path) -> tuple[Any, Any]:
     """The model, and the tokenizer: the processor's class needs a video processor, which needs torchvision."""
     model = transformers.Qwen3_5ForConditionalGeneration.from_pretrained(folder).eval()
     return model, transformers.AutoTokenizer.from_pretrained(folder)
@@ -114,8 +114,8 @@ def our_prompt(folder: Path) -> ImagePrompt:
     return ImagePrompt.load(str(folder), files(folder), "cpu", "float32", lambda text: None)
 
 
-def test_prompt_pixels_and_logits_equal_transformers(folder: Path, theirs: tuple[Any, Any]):
-    model, tokenizer = theirs
+def test_prompt_pixels_and_logits_equal_transformers(folder: Path, transformers_model: tuple[Any, Any]):
+    model, tokenizer = transformers_model
     wanted, ours = their_inputs(tokenizer, PROMPT, folder), our_prompt(folder)
     ids = ours.chat.encode_text(PROMPT, ours.image_lengths)
     assert ids == wanted["input_ids"][0].tolist()
@@ -127,8 +127,8 @@ def test_prompt_pixels_and_logits_equal_transformers(folder: Path, theirs: tuple
     torch.testing.assert_close(found, reference, atol=3e-4, rtol=3e-4)
 
 
-def test_generate_and_chat_answer_as_transformers_does(folder: Path, theirs: tuple[Any, Any]):
-    model, tokenizer = theirs
+def test_generate_and_chat_answer_as_transformers_does(folder: Path, transformers_model: tuple[Any, Any]):
+    model, tokenizer = transformers_model
     prompt = f"<|im_start|>user\n{ONE}{ONE}What is it?<|im_end|>\n<|im_start|>assistant\n"
     inputs, ours = their_inputs(tokenizer, prompt, folder), our_prompt(folder)
     asked_ids = ours.chat.encode_turns([ImageTurn("user", "What is it?", 2)], ours.image_lengths)
@@ -232,7 +232,7 @@ def questions(folder: Path) -> Path:
 
 
 def test_the_loss_of_rows_with_images_of_several_sizes_is_that_of_transformers(
-    folder: Path, theirs: tuple[Any, Any], questions: Path
+    folder: Path, transformers_model: tuple[Any, Any], questions: Path
 ):
     """Of the answers and their ends alone, image by image in transformers, all in one padded batch here."""
     model, tokenizer = quest.load(folder, vision=True), load_tokenizer(folder)
@@ -256,7 +256,7 @@ def test_the_loss_of_rows_with_images_of_several_sizes_is_that_of_transformers(
         kinds = (ids == model.config.image_token_id).long()
         assert int(kinds.sum()) == int(images["image_grid_thw"].prod()) // 4
         with torch.no_grad():
-            logits = theirs[0](input_ids=ids, mm_token_type_ids=kinds, **images).logits[0]
+            logits = transformers_model[0](input_ids=ids, mm_token_type_ids=kinds, **images).logits[0]
         expected += torch.nn.functional.cross_entropy(
             logits, torch.tensor(targets), ignore_index=IGNORE_INDEX, reduction="sum"
         )

@@ -62,7 +62,7 @@ def write_run(run: Path, tokenizer: Tokenizer, head: ScoreHead, preset: str) -> 
     return run
 
 
-def trained_scores(run: Path) -> list[float]:
+def training_scores(run: Path) -> list[float]:
     """What the run's own model gives at the end of each answer, as in training."""
     model: Any = quest.load(run)
     rows = ChatTemplate(Tokenizer.load(run / "tokenizer")).encode_conversations(TALKS)
@@ -77,7 +77,7 @@ def test_transformers_reads_the_scores_of_an_exported_reward_model_alone_and_in_
 ):
     run = write_run(tmp_path / "run", make_tokenizer(kind), ScoreHead(1, std=1.0), preset)
     export_run(run, tmp_path / "out")
-    wanted = trained_scores(run)
+    wanted = training_scores(run)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     talks = [talk.message_dicts for talk in TALKS]
@@ -127,7 +127,7 @@ def test_conversations_of_a_file_are_scored_by_the_command(tmp_path: Path):
     result = CliRunner().invoke(app, ["score", str(run), str(file), "--json"])
     assert result.exit_code == 0
     said = json.loads(result.stdout)["scores"]
-    assert [one["score"] for one in said] == pytest.approx(trained_scores(run), abs=1e-5)
+    assert [one["score"] for one in said] == pytest.approx(training_scores(run), abs=1e-5)
     assert [one["answer"] for one in said] == list(ANSWERS)
     with pytest.raises(UsageError, match="give a FILE of conversations or preferences, or --prompt"):
         score_conversations(str(run), str(file), "question", ())

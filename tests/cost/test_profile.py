@@ -33,7 +33,7 @@ def muon(model: Any) -> torch.optim.Optimizer:
     return make_muon(model, lr=1e-3, row_splits=model.row_splits())
 
 
-def counted(objective: Any, make_optimizer: Any = None, *, bf16: bool = False) -> StepProfile:
+def step_profile(objective: Any, make_optimizer: Any = None, *, bf16: bool = False) -> StepProfile:
     batch = random_batch(objective.model.config.vocab_size)
     return profile_step(objective, batch, make_optimizer, bf16=bf16, mode=FakeTensorMode())
 
@@ -42,7 +42,7 @@ def counted(objective: Any, make_optimizer: Any = None, *, bf16: bool = False) -
 def test_a_step_costs_what_the_real_step_does(name: str):
     """The objective is walked and not the model alone, so multi-token modules and auxiliary losses are in it."""
     objective = NextTokenLoss(build(name).train())
-    profile = counted(objective, muon)
+    profile = step_profile(objective, muon)
     batch = random_batch(objective.model.config.vocab_size)
     with StepTracker() as tracker:
         loss = objective(batch)
@@ -63,14 +63,14 @@ def test_a_stack_of_experts_has_one_number_of_muons_state():
     model = build("mixtral-tiny")
     experts = sum(p.nbytes for name, p in model.named_parameters() if p.ndim == 3)
     with_muon, with_adamw = (
-        counted(NextTokenLoss(model.train()), make).optimizer for make in (muon, partial(make_adamw, lr=1e-3))
+        step_profile(NextTokenLoss(model.train()), make).optimizer for make in (muon, partial(make_adamw, lr=1e-3))
     )
     assert with_adamw - with_muon >= experts
 
 
 def test_multi_token_modules_cost_what_they_add():
     alone, more = (
-        counted(
+        step_profile(
             NextTokenLoss(
                 build(dataclasses.replace(preset("deepseek-v3-tiny").config, num_nextn_predict_layers=n)).train()
             )
@@ -83,8 +83,8 @@ def test_multi_token_modules_cost_what_they_add():
 
 def test_checkpointing_keeps_less_and_its_second_pass_is_no_work():
     config = dataclasses.replace(preset("llama3.2-tiny").config, num_hidden_layers=8)
-    plain = counted(NextTokenLoss(build(config).train()))
-    again = counted(NextTokenLoss(ActivationCheckpointing()(build(config).train())))
+    plain = step_profile(NextTokenLoss(build(config).train()))
+    again = step_profile(NextTokenLoss(ActivationCheckpointing()(build(config).train())))
     assert (again.flops, again.forward_flops) == (plain.flops, plain.forward_flops)
     assert plain.executed_flops == plain.flops < again.executed_flops < 4 / 3 * plain.flops
     assert again.activations + again.temporaries < 0.4 * (plain.activations + plain.temporaries)
@@ -93,7 +93,7 @@ def test_checkpointing_keeps_less_and_its_second_pass_is_no_work():
 def test_what_is_frozen_has_no_gradient_and_no_state():
     model = LoRA(rank=2)(build("llama3.2-tiny")).train()
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    profile = counted(NextTokenLoss(model), partial(make_adamw, lr=1e-3))
+    profile = step_profile(NextTokenLoss(model), partial(make_adamw, lr=1e-3))
     assert profile.gradients == trained
     assert 2 * trained <= profile.optimizer < 2.1 * trained
     assert profile.flops < 2.5 * profile.forward_flops
@@ -101,8 +101,10 @@ def test_what_is_frozen_has_no_gradient_and_no_state():
 
 def test_a_teachers_forward_pass_is_counted():
     teacher = build("llama3.2-tiny").eval()
-    alone = counted(NextTokenLoss(build("llama3.2-tiny").train()))
-    taught = counted(NextTokenLoss(build("llama3.2-tiny").train(), auxiliary=[DistillationLoss(teacher, weight=0.5)]))
+    alone = step_profile(NextTokenLoss(build("llama3.2-tiny").train()))
+    taught = step_profile(
+        NextTokenLoss(build("llama3.2-tiny").train(), auxiliary=[DistillationLoss(teacher, weight=0.5)])
+    )
     assert 4 / 3 * alone.flops < taught.flops < 1.7 * alone.flops
 
 
@@ -119,7 +121,7 @@ def test_large_logits_are_held_in_chunks():
 def test_counting_changes_nothing():
     objective = NextTokenLoss(build("mixtral-tiny").train())
     before = {name: p.clone() for name, p in objective.named_parameters()}
-    counted(objective, muon)
+    step_profile(objective, muon)
     time_step(objective, muon(objective.model), random_batch(objective.model.config.vocab_size), bf16=False)
     assert all(p.grad is None and torch.equal(p, before[name]) for name, p in objective.named_parameters())
 

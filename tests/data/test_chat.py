@@ -41,7 +41,7 @@ def tokenizer(**options) -> Tokenizer:
     return train_bpe(["how are you user and assistant: fine thanks, system. ### four\n" * 9], 320, **options)
 
 
-def learned(chat: ChatTemplate, talk: Conversation = TALK) -> list[str]:
+def target_texts(chat: ChatTemplate, talk: Conversation = TALK) -> list[str]:
     """The learned text, and everything else, as runs."""
     example = chat.encode_conversations([talk])[0]
     runs: list[tuple[bool, list[int]]] = []
@@ -54,13 +54,13 @@ def learned(chat: ChatTemplate, talk: Conversation = TALK) -> list[str]:
 
 @pytest.mark.parametrize("template", [CHATML_TEMPLATE, UNTAGGED])
 def test_answers_and_their_ends_are_learned_and_nothing_else(template):
-    assert learned(ChatTemplate(tokenizer(), template)) == ["fine thanks<|im_end|>", "four<|im_end|>"]
+    assert target_texts(ChatTemplate(tokenizer(), template)) == ["fine thanks<|im_end|>", "four<|im_end|>"]
 
 
 def test_the_template_for_other_tokenizers_ends_each_answer_with_its_end_of_text():
     plain = tokenizer(special_tokens=[END_OF_TEXT])
     assert default_chat_template(plain) == ALPACA_TEMPLATE
-    assert learned(ChatTemplate(plain)) == ["fine thanks<|endoftext|>", "four<|endoftext|>"]
+    assert target_texts(ChatTemplate(plain)) == ["fine thanks<|endoftext|>", "four<|endoftext|>"]
 
 
 def test_tags_that_leave_the_end_outside_do_not_leave_it_unlearned():
@@ -68,13 +68,13 @@ def test_tags_that_leave_the_end_outside_do_not_leave_it_unlearned():
         " + '<|im_end|>' }}{% endgeneration %}", " }}{% endgeneration %}{{ '<|im_end|>' }}"
     )
     assert "{% endgeneration %}{{ '<|im_end|>' }}" in outside
-    assert learned(ChatTemplate(tokenizer(), outside)) == ["fine thanks<|im_end|>", "four<|im_end|>"]
+    assert target_texts(ChatTemplate(tokenizer(), outside)) == ["fine thanks<|im_end|>", "four<|im_end|>"]
 
 
 def test_a_template_without_ends_is_given_one_or_refused():
     bare = "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"  # fmt: skip # noqa: E501
     once = Conversation((("user", "2+2?"), ("assistant", "four")))
-    assert learned(ChatTemplate(tokenizer(), bare), once) == ["four<|endoftext|>"]
+    assert target_texts(ChatTemplate(tokenizer(), bare), once) == ["four<|endoftext|>"]
     with pytest.raises(DataError, match=r"talk\.jsonl:3: this chat template does not end an answer"):
         ChatTemplate(tokenizer(), bare).encode_conversations([TALK])
 
@@ -236,7 +236,7 @@ def test_an_answer_that_is_not_to_be_learned_is_read_alone(template, trained, ex
     flags = iter(trained)
     marked = [replace(one, train=one.role != "assistant" or next(flags)) for one in TALK.messages]
     talk = Conversation(tuple(marked), TALK.where)
-    assert learned(ChatTemplate(tokenizer(), template), talk) == [f"{text}<|im_end|>" for text in expected]
+    assert target_texts(ChatTemplate(tokenizer(), template), talk) == [f"{text}<|im_end|>" for text in expected]
 
 
 def test_of_a_template_that_marks_an_answer_twice_the_marks_of_learned_answers_are_learned():

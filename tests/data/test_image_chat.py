@@ -79,7 +79,7 @@ def chat(name: str, **arguments: Any) -> ImageChat:
     return ImageChat(tokenizer, LAYOUTS[name], arguments)
 
 
-def rendered(name: str, turns: list[ImageTurn], **arguments: Any) -> str:
+def transformers_text(name: str, turns: list[ImageTurn], **arguments: Any) -> str:
     """By transformers, with its own way of writing images in messages."""
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_object=TOKENIZER.backend_tokenizer, eos_token="<|im_end|>", bos_token="<|im_start|>"
@@ -101,7 +101,7 @@ def rendered(name: str, turns: list[ImageTurn], **arguments: Any) -> str:
 def test_a_conversation_with_images_in_several_turns_has_the_ids_of_transformers(name: str, system: str | None):
     turns = ([] if system is None else [ImageTurn("system", system)]) + TURNS
     counts = [2, 5, 3]
-    first, *parts = rendered(name, turns).split(LAYOUTS[name].marker)
+    first, *parts = transformers_text(name, turns).split(LAYOUTS[name].marker)
     assert len(parts) == 3, "the template writes every image"
     text = first + "".join(
         WRITTEN[name].format(PLACEHOLDER[name] * count) + part for count, part in zip(counts, parts, strict=True)
@@ -114,7 +114,7 @@ def test_a_template_s_arguments_are_given_to_it_and_others_refused():
     turns, name = [ImageTurn("user", "What is it?", 1)], "qwen3_5_nothink"
     texts = {}
     for thinks in (True, False):
-        text = rendered(name, turns, enable_thinking=thinks).replace("<|image_pad|>", "<|image_pad|>" * 2)
+        text = transformers_text(name, turns, enable_thinking=thinks).replace("<|image_pad|>", "<|image_pad|>" * 2)
         texts[thinks] = TOKENIZER.encode(text, allow_special_tokens=True, add_special_tokens=False)
         assert chat(name, enable_thinking=thinks).encode_turns(turns, [2]) == texts[thinks]
     assert texts[True] != texts[False]

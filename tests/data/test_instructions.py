@@ -19,7 +19,7 @@ def example(*ids: int, answer: int, after: int = 0) -> ChatExample:
     return ChatExample(np.array(ids), (where >= len(ids) - answer - after) & (where < len(ids) - after))
 
 
-def many(number: int) -> list[ChatExample]:
+def chat_examples(number: int) -> list[ChatExample]:
     return [example(*range(100 * n, 100 * n + 3 + n % 5), answer=2) for n in range(1, number + 1)]
 
 
@@ -33,7 +33,7 @@ def test_two_conversations_on_a_blackboard():
 
 
 def test_every_learned_id_is_a_target_once_an_epoch():
-    examples = many(23)
+    examples = chat_examples(23)
     rows = PackedExamples(examples, 16)
     feed = ShardedLoader(rows, batch_size=1, micro_batch_size=1, seed=3)
     for epoch in range(2):
@@ -44,7 +44,7 @@ def test_every_learned_id_is_a_target_once_an_epoch():
 
 
 def test_rows_are_a_function_of_seed_and_step_for_any_split():
-    rows = PackedExamples(many(40), 16)
+    rows = PackedExamples(chat_examples(40), 16)
     whole = ShardedLoader(rows, batch_size=4, micro_batch_size=4, seed=1).batches(5)[0]
     parts = [
         batch.input_ids
@@ -68,18 +68,18 @@ def test_packing_loses_nothing_and_overfills_nothing(seed):
 
 def test_a_conversation_longer_than_a_row_is_dropped_and_counted_and_all_of_them_an_error():
     ledger = DropReport()
-    assert len(drop_too_long(many(5), 4, ledger)) == 3  # 4, 5, 6 and 7 ids; the last is no input
+    assert len(drop_too_long(chat_examples(5), 4, ledger)) == 3  # 4, 5, 6 and 7 ids; the last is no input
     assert ledger.dropped == {"longer than a row of 4 tokens": [2, 0]}
     with pytest.raises(
         DataError, match=r"no conversation fits into 1 tokens \(the shortest has 2\); raise sequence_length"
     ):
-        drop_too_long(many(5), 1, DropReport())
+        drop_too_long(chat_examples(5), 1, DropReport())
 
 
 def test_another_data_set_cannot_go_on_from_a_bookmark():
-    feed = ShardedLoader(PackedExamples(many(9), 16), batch_size=2, micro_batch_size=2, seed=0)
+    feed = ShardedLoader(PackedExamples(chat_examples(9), 16), batch_size=2, micro_batch_size=2, seed=0)
     feed.load_state_dict(feed.state_dict())
     with pytest.raises(DataError, match="another stream of data: data was"):
-        ShardedLoader(PackedExamples(many(8), 16), batch_size=2, micro_batch_size=2, seed=0).load_state_dict(
+        ShardedLoader(PackedExamples(chat_examples(8), 16), batch_size=2, micro_batch_size=2, seed=0).load_state_dict(
             feed.state_dict()
         )

@@ -32,13 +32,13 @@ def loader_of(documents: list[list[int]], *, sequence_length: int = 4, **changes
     return ShardedLoader(rows_of(documents, sequence_length), **(sizes | changes))
 
 
-def whole(batches: list[TokenBatch]) -> list[torch.Tensor]:
+def join_micro_batches(batches: list[TokenBatch]) -> list[torch.Tensor]:
     """Columns of all micro-batches as one."""
     names = ("input_ids", "targets", "position_ids", "segment_ids")
     return [torch.cat([getattr(b, name) for b in batches]) for name in names if getattr(batches[0], name) is not None]
 
 
-def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+def are_equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -60,20 +60,20 @@ def test_an_epoch_shows_every_input_once_with_its_true_next_token(documents: lis
 
 @given(DOCUMENTS, st.integers(0, 5), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 3, 6]))
 def test_the_rows_of_a_step_are_the_same_for_any_world_and_micro_batch(documents, step: int, micro: int, world: int):
-    alone = whole(loader_of(documents, batch_size=6, micro_batch_size=6).batches(step))
+    alone = join_micro_batches(loader_of(documents, batch_size=6, micro_batch_size=6).batches(step))
     shares = [
         loader_of(documents, batch_size=6, micro_batch_size=micro, shard=DataShard(rank, world))
         for rank in range(world)
     ]
-    assert same(whole([batch for feed in shares for batch in feed.batches(step)]), alone)
+    assert are_equal(join_micro_batches([batch for feed in shares for batch in feed.batches(step)]), alone)
     assert all(len(b.input_ids) <= micro for feed in shares for b in feed.batches(step))
 
 
 def test_a_step_can_be_asked_for_in_any_order():
     documents = [[i] * (i % 7) for i in range(3, 40)]
-    straight = [whole(loader_of(documents).batches(step)) for step in range(30)]
+    straight = [join_micro_batches(loader_of(documents).batches(step)) for step in range(30)]
     one = loader_of(documents)
-    assert all(same(whole(one.batches(step)), straight[step]) for step in (29, 3, 17, 3, 0, 28))
+    assert all(are_equal(join_micro_batches(one.batches(step)), straight[step]) for step in (29, 3, 17, 3, 0, 28))
 
 
 def test_positions_restart_and_segments_count_as_drawn():
@@ -157,7 +157,7 @@ def test_mistakes_are_named():
 def test_a_batch_moves_and_is_cut_whole():
     [batch] = loader_of([[3, 4], [5]]).batches(0)
     moved = batch.to("cpu")
-    assert same(whole([moved]), whole([batch]))
+    assert are_equal(join_micro_batches([moved]), join_micro_batches([batch]))
     assert moved.num_tokens == batch.num_tokens == int((batch.position_ids >= 0).sum())
-    assert same(whole([batch.slice_rows(0, 1), batch.slice_rows(1, 4)]), whole([batch]))
+    assert are_equal(join_micro_batches([batch.slice_rows(0, 1), batch.slice_rows(1, 4)]), join_micro_batches([batch]))
     assert sum(batch.slice_rows(i, i + 1).num_tokens for i in range(4)) == batch.num_tokens

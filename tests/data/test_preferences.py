@@ -85,7 +85,7 @@ def chat() -> ChatTemplate:
     return ChatTemplate(train_bpe(["user assistant\n"] * 9, 290))
 
 
-def made(
+def tokenize_ranked(
     chat: ChatTemplate, question: str, *answers: str, length: int, ledger: DropReport
 ) -> list[TokenizedPreference]:
     return tokenize_preferences(
@@ -97,7 +97,7 @@ def made(
 
 
 def test_answers_end_and_the_question_is_the_same_for_all(chat):
-    one = made(chat, "why?", "yes", "no no", length=200, ledger=DropReport())[0]
+    one = tokenize_ranked(chat, "why?", "yes", "no no", length=200, ledger=DropReport())[0]
     assert chat.tokenizer.decode(one.prompt, keep_special_tokens=True).endswith("<|im_start|>assistant\n")
     told = [chat.tokenizer.decode(answer, keep_special_tokens=True) for answer in one.answers]
     assert told == ["yes<|im_end|>", "no no<|im_end|>"]
@@ -105,9 +105,9 @@ def test_answers_end_and_the_question_is_the_same_for_all(chat):
 
 def test_a_question_is_cut_on_its_left_alike_for_all_answers_and_no_answer_is_cut(chat):
     ledger = DropReport()
-    whole = made(chat, "why " * 50, "yes", "no no no", length=900, ledger=ledger)[0]
+    whole = tokenize_ranked(chat, "why " * 50, "yes", "no no no", length=900, ledger=ledger)[0]
     assert not ledger.notes
-    cut = made(chat, "why " * 50, "yes", "no no no", length=40, ledger=ledger)[0]
+    cut = tokenize_ranked(chat, "why " * 50, "yes", "no no no", length=40, ledger=ledger)[0]
     assert cut.length == 40
     assert np.array_equal(cut.prompt, whole.prompt[-len(cut.prompt) :])
     assert all(map(np.array_equal, cut.answers, whole.answers))
@@ -147,7 +147,7 @@ def test_a_step_is_a_function_of_seed_and_step_for_any_split_and_the_reference_r
     ]
     reference = [np.array([n, -n], dtype=np.float32) for n in range(20)]
 
-    def seen(micro: int, world: int) -> list[tuple[int, float]]:
+    def find_rejected(micro: int, world: int) -> list[tuple[int, float]]:
         shares = [DataShard(rank, world) for rank in range(world)]
         feeds = [
             ShardedLoader(PreferenceDataset(many), batch_size=4, micro_batch_size=micro, seed=1, shard=share)
@@ -162,8 +162,8 @@ def test_a_step_is_a_function_of_seed_and_step_for_any_split_and_the_reference_r
             for row in batch.rejected.tolist()
         )
 
-    assert seen(4, 1) == seen(1, 1) == seen(2, 2)
-    assert all(number == -known for number, known in seen(4, 1))
+    assert find_rejected(4, 1) == find_rejected(1, 1) == find_rejected(2, 2)
+    assert all(number == -known for number, known in find_rejected(4, 1))
     epoch = [
         batch
         for step in range(5)

@@ -107,7 +107,7 @@ def transformers_text(source: str, messages: list[dict], **options) -> tuple[str
     return found[0]
 
 
-def marked_by_trl(name: str, messages: list[dict]) -> str:
+def trl_target_text(name: str, messages: list[dict]) -> str:
     """What TRL learns of the last message."""
     source = templates()[f"{name}_training"]
     text, spans = transformers_text(source, messages, return_assistant_tokens_mask=True)
@@ -125,7 +125,7 @@ def test_each_answer_is_learned_as_trls_training_form_marks_it(name: str, kind: 
         messages = ROWS[kind][: place + 1]
         rows, error = render_job(layout(name), job_of(name, messages, (place,)))
         try:
-            theirs = marked_by_trl(name, messages).strip()
+            theirs = trl_target_text(name, messages).strip()
             prompt = transformers_text(templates()[name], messages[:-1], add_generation_prompt=True)[0]
         except Exception:  # the published template refuses it
             assert error

@@ -26,14 +26,14 @@ indices = st.integers(0, 10_000)
 SCENE = Scene(ShapeGroup(2, "red", "circle"), ShapeGroup(1, "blue", "square"), "left of", key=5)
 
 
-def told(key: int, scene: Scene = SCENE) -> list[tuple[str, str]]:
+def question_answers(key: int, scene: Scene = SCENE) -> list[tuple[str, str]]:
     return [(turn.question, turn.answer) for turn in replace(scene, key=key).question_answers]
 
 
 def test_a_scene_in_words():
     """By color and shape, by color, by shape, as the key says."""
     assert SCENE.caption == "two red circles left of one blue square"
-    both, colors, shapes = (told(key) for key in (0, 1, 2))
+    both, colors, shapes = (question_answers(key) for key in (0, 1, 2))
     assert both == [
         ("describe:", "two red circles left of one blue square"),
         ("how many red circles?", "two"),
@@ -52,9 +52,9 @@ def test_a_scene_in_words():
 def test_a_name_that_fits_both_groups_is_never_used():
     """Alike in color they are told apart by shape, alike in shape by color."""
     alike = Scene(ShapeGroup(2, "red", "circle"), ShapeGroup(1, "red", "square"), "above")
-    assert {told(key, alike)[1][0] for key in range(6)} == {"how many red circles?", "how many circles?"}
+    assert {question_answers(key, alike)[1][0] for key in range(6)} == {"how many red circles?", "how many circles?"}
     alike = Scene(ShapeGroup(2, "red", "circle"), ShapeGroup(1, "blue", "circle"), "above")
-    assert {told(key, alike)[1][0] for key in range(6)} == {"how many red circles?", "how many red things?"}
+    assert {question_answers(key, alike)[1][0] for key in range(6)} == {"how many red circles?", "how many red things?"}
 
 
 @given(indices, indices, st.booleans())

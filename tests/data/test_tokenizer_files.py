@@ -14,7 +14,7 @@ from llm_quest.data.sentencepiece_model import read_sentencepiece
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError
 from tests.later import Later
-from tests.tokenizer_kinds import META, SENTENCES, tokenizer_of, trained_bpe
+from tests.tokenizer_kinds import META, SENTENCES, tokenizer_of, train_sentencepiece_bpe
 
 transformers = Later("transformers")
 
@@ -34,7 +34,7 @@ def write_slow(folder: Path, **settings) -> int:
     return backend.get_vocab_size()
 
 
-def added(size: int, *names: str, special: bool = True) -> dict:
+def token_entries(size: int, *names: str, special: bool = True) -> dict:
     return {str(size + number): {"content": name, "special": special} for number, name in enumerate(names)}
 
 
@@ -55,7 +55,9 @@ def check_equal(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["Qwen2Tokenizer", "Qwen2TokenizerFast", "GPT2Tokenizer"])
 def test_slow_files_are_read_as_their_class_reads_them(tmp_path: Path, name: str):
     size = write_slow(tmp_path)
-    more = added(size, "<|endoftext|>", "<|im_start|>", "<|im_end|>") | added(size + 3, "<tool>", special=False)
+    more = token_entries(size, "<|endoftext|>", "<|im_start|>", "<|im_end|>") | token_entries(
+        size + 3, "<tool>", special=False
+    )
     settings = {
         "tokenizer_class": name,
         "eos_token": "<|im_end|>",
@@ -86,13 +88,13 @@ def test_a_token_beside_tokenizer_json_is_added_under_its_id(tmp_path: Path):
     ours.save(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     size = ours.vocab_size
-    settings |= {"eos_token": "<|eot|>", "pad_token": "[PAD]", "added_tokens_decoder": added(size, "<|call|>")}
+    settings |= {"eos_token": "<|eot|>", "pad_token": "[PAD]", "added_tokens_decoder": token_entries(size, "<|call|>")}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "special_tokens_map.json").unlink()
     check_equal(tmp_path)
     again = Tokenizer.load(tmp_path)
     assert [again.token_to_id(name) for name in ("<|call|>", "<|eot|>", "[PAD]")] == [size, size + 1, size + 2]
-    settings["added_tokens_decoder"] = added(size + 7, "<|call|>")
+    settings["added_tokens_decoder"] = token_entries(size + 7, "<|call|>")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(DataError, match=r"'<\|call\|>' has id \d+ in its files and would get"):
         Tokenizer.load(tmp_path)
@@ -121,7 +123,9 @@ def write_sentencepiece(file: Path, pieces: list[tuple[str, float, int]], *, kin
 
 def llama_pieces() -> list[tuple[str, float, int]]:
     """Llama's layout: unknown, begin, end, 256 bytes, one user-defined symbol, characters and merges by rank."""
-    vocabulary = sorted(json.loads(Backend(trained_bpe()).to_str())["model"]["vocab"].items(), key=lambda one: one[1])
+    vocabulary = sorted(
+        json.loads(Backend(train_sentencepiece_bpe()).to_str())["model"]["vocab"].items(), key=lambda one: one[1]
+    )
     kinds = {"<unk>": 2, "<s>": 3, "</s>": 3} | {f"<0x{byte:02X}>": 6 for byte in range(256)}
     some = [name for name, _ in vocabulary if name not in ("<|im_start|>", "<|im_end|>")]
     order = sorted(some, key=lambda name: list(kinds).index(name) if name in kinds else len(kinds))

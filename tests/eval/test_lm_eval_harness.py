@@ -37,36 +37,38 @@ def harness() -> LmEvalModel:
     return harnesses.LmEvalModel(randomize_(build(CONFIG)).eval(), TOKENIZER, batch_size=3)
 
 
-def asked(kind: str, *arguments: object) -> Any:
+def make_instance(kind: str, *arguments: object) -> Any:
     return lm_eval.Instance(kind, {}, arguments, 0)
 
 
 @torch.no_grad()
-def summed(harness: LmEvalModel, ids: list[int], new: int) -> float:
+def sum_log_probs(harness: LmEvalModel, ids: list[int], new: int) -> float:
     log_probs = harness.model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
     return float(sum(log_probs[t - 1, ids[t]] for t in range(len(ids) - new, len(ids))))
 
 
 def test_a_continuations_likelihood_is_the_sum_over_its_tokens_in_any_batch(harness: LmEvalModel) -> None:
     pairs = [("abc", "de"), ("", "abc"), ("a b ", "c"), ("abcdefghij", "j"), ("ab", "cdefghij")]
-    found = harness.loglikelihood([asked("loglikelihood", *pair) for pair in pairs])
+    found = harness.loglikelihood([make_instance("loglikelihood", *pair) for pair in pairs])
     for (context, continuation), (total, _) in zip(pairs, found, strict=True):
         ids = harness.encode_prompt(context + continuation)
         new = len(ids) - len(harness.encode_prompt(context.rstrip()))
-        assert total == pytest.approx(summed(harness, ids, new), abs=1e-4)
+        assert total == pytest.approx(sum_log_probs(harness, ids, new), abs=1e-4)
 
 
-def written(harness: LmEvalModel) -> tuple[str, str]:
+def context_and_continuation(harness: LmEvalModel) -> tuple[str, str]:
     """A context after which this random model writes several letters."""
     contexts = ["abc", "a", "jih", "ee", "bad", "cab", "fig"]
-    texts = harness.generate_until([asked("generate_until", c, {"until": [], "max_gen_toks": 12}) for c in contexts])
+    texts = harness.generate_until(
+        [make_instance("generate_until", c, {"until": [], "max_gen_toks": 12}) for c in contexts]
+    )
     return next((c, text) for c, text in zip(contexts, texts, strict=True) if len(text) > 2 and text[-1].isalpha())
 
 
 def test_greedy_is_recognized(harness: LmEvalModel) -> None:
-    context, text = written(harness)
+    context, text = context_and_continuation(harness)
     other = text[:-1] + ("b" if text[-1] == "a" else "a")
-    likely = harness.loglikelihood([asked("loglikelihood", context, one) for one in (text, other)])
+    likely = harness.loglikelihood([make_instance("loglikelihood", context, one) for one in (text, other)])
     assert [greedy for _, greedy in likely] == [True, False]
 
 
@@ -79,15 +81,19 @@ def test_a_long_text_is_predicted_token_by_token_with_the_most_context_there_is_
     expected, done = 0.0, 1
     for row, new in windows:
         assert ids[done : done + new] == row[-new:]
-        expected += summed(harness, row, new)
+        expected += sum_log_probs(harness, row, new)
         done += new
-    assert harness.loglikelihood_rolling([asked("loglikelihood_rolling", text)])[0] == pytest.approx(expected, abs=1e-3)
+    assert harness.loglikelihood_rolling([make_instance("loglikelihood_rolling", text)])[0] == pytest.approx(
+        expected, abs=1e-3
+    )
     assert harness.rolling_windows([3]) == [([TOKENIZER.start_token_id, 3], 1)]
 
 
 def test_a_stop_ends_the_text_and_is_not_part_of_it(harness: LmEvalModel) -> None:
-    context, free = written(harness)
-    (cut,) = harness.generate_until([asked("generate_until", context, {"until": [free[-1]], "max_gen_toks": 12})])
+    context, free = context_and_continuation(harness)
+    (cut,) = harness.generate_until(
+        [make_instance("generate_until", context, {"until": [free[-1]], "max_gen_toks": 12})]
+    )
     assert cut == free[: free.index(free[-1])]
 
 
@@ -108,7 +114,7 @@ def test_a_task_runs_through_the_harness(tmp_path: Path) -> None:
 
 def texts(harness: LmEvalModel, number: int, **options: object) -> list[str]:
     given = {"until": [], "max_gen_toks": 8} | options
-    return harness.generate_until([asked("generate_until", "abc", given) for _ in range(number)])
+    return harness.generate_until([make_instance("generate_until", "abc", given) for _ in range(number)])
 
 
 def test_repeats_are_different_samples_whatever_the_batch(harness: LmEvalModel) -> None:
@@ -133,7 +139,7 @@ def test_every_generation_option_of_a_task_counts(harness: LmEvalModel) -> None:
         assert found == SamplingParams(**{"temperature": 1.0, key: 1})
         assert key in ("temperature", "repetition_penalty") or found != SamplingParams()
     for name in harnesses.LENGTH_KEYS:
-        (text,) = harness.generate_until([asked("generate_until", "abc", {"until": [], name: 1})])
+        (text,) = harness.generate_until([make_instance("generate_until", "abc", {"until": [], name: 1})])
         assert len(text) <= 1
 
 

@@ -116,7 +116,7 @@ def swap_statements(package: Path, sources: list[Path], rng: random.Random) -> E
     file, function, text = draw_function(sources, rng)
     if function is None:
         return None
-    pairs = [pair for pair in zip(function.body, function.body[1:], strict=False) if independent(*pair)]
+    pairs = [pair for pair in zip(function.body, function.body[1:], strict=False) if are_independent(*pair)]
     if not pairs:
         return None
     one, other = rng.choice(pairs)
@@ -139,7 +139,7 @@ def draw_function(
     return file, rng.choice(functions) if functions else None, text
 
 
-def independent(one: ast.stmt, other: ast.stmt) -> bool:
+def are_independent(one: ast.stmt, other: ast.stmt) -> bool:
     if not (isinstance(one, ast.Assign) and isinstance(other, ast.Assign)) or one.end_lineno == other.lineno:
         return False
     reads, writes, calls = [], [], 0

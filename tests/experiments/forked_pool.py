@@ -50,7 +50,7 @@ def serve(file: int) -> None:
                 os.close(one)
 
 
-def forked_pool(jobs: int) -> Any:
+def make_forked_pool(jobs: int) -> Any:
     """A WorkerPool of such workers."""
     from llm_quest.experiments.code_tree import own_code
     from llm_quest.experiments.worker_pool import WORKER, Worker, WorkerPool

@@ -31,7 +31,7 @@ from llm_quest.experiments.code_tree import PACKAGE, own_code
 from llm_quest.experiments.comparison import Claim, Comparison
 from tests.experiments.bench import plan_of, run_experiment, write_text
 from tests.experiments.edits import Edit, edits, write_patch
-from tests.experiments.forked_pool import forked_pool
+from tests.experiments.forked_pool import make_forked_pool
 
 CYCLE = {"draws": (1, 5), "words": (2, 1), "name": (2, 1), "order": (1, 1)}
 """Ten experiments: kind -> how many edits, and how many experiments each."""
@@ -148,7 +148,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no experiment after so many minutes")
     options = parser.parse_args()
     if options.count:
-        with forked_pool(1) as pool:
+        with make_forked_pool(1) as pool:
             rows = Campaign(options.out, pool, tuned=options.tuned).run(options.count, options.delta, options.minutes)
         print("\n".join(describe(rows)))
         outcomes = Counter(row["outcome"] for row in rows)

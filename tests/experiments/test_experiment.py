@@ -51,12 +51,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(root: Path, text: Path, pool: WorkerPool) -> tuple[dict[str, Any], list[str]]:
+def experiment_result(root: Path, text: Path, pool: WorkerPool) -> tuple[dict[str, Any], list[str]]:
     return run_experiment(plan_of(text, root), root, pool)
 
 
-def test_an_experiment_ends_with_a_verdict(finished: tuple[dict[str, Any], list[str]]):
-    result, lines = finished
+def test_an_experiment_ends_with_a_verdict(experiment_result: tuple[dict[str, Any], list[str]]):
+    result, lines = experiment_result
     assert "same changes nothing" in result["notes"][0], "tiny's own width, spelled out"
     (verdict,) = result["verdicts"]
     assert verdict["outcome"] in ("better", "worse", "no difference larger than delta", "undecided (cap)")
@@ -68,8 +68,8 @@ def test_an_experiment_ends_with_a_verdict(finished: tuple[dict[str, Any], list[
     json.dumps(result, allow_nan=False)
 
 
-def test_arms_share_weights_and_data_and_spend_alike(finished: tuple[dict[str, Any], list[str]]):
-    control, wide = (finished[0]["arms_measured"][name] for name in ("control", "wide"))
+def test_arms_share_weights_and_data_and_spend_alike(experiment_result: tuple[dict[str, Any], list[str]]):
+    control, wide = (experiment_result[0]["arms_measured"][name] for name in ("control", "wide"))
     assert control["shared_weights"] == 1.0
     assert 0.3 < wide["shared_weights"] < 1.0
     assert wide["same_data_order"]
@@ -78,15 +78,15 @@ def test_arms_share_weights_and_data_and_spend_alike(finished: tuple[dict[str, A
     assert len(wide["rates"]) == len(control["rates"]) >= 2
 
 
-def test_the_control_is_repeatable_and_its_noise_is_known(finished: tuple[dict[str, Any], list[str]]):
-    noise = finished[0]["noise"]
+def test_the_control_is_repeatable_and_its_noise_is_known(experiment_result: tuple[dict[str, Any], list[str]]):
+    noise = experiment_result[0]["noise"]
     assert noise["repeatable"]
     assert noise["nuisance"] == "micro_batch_size=2"
     assert 0 < noise["pair_sd"] < noise["run_sd"]
 
 
-def test_the_ledger_tells_everything_in_order(finished: tuple[dict[str, Any], list[str]], root: Path):
-    rows = Ledger(root / "ledger.jsonl").of(finished[0]["experiment"])
+def test_the_ledger_tells_everything_in_order(experiment_result: tuple[dict[str, Any], list[str]], root: Path):
+    rows = Ledger(root / "ledger.jsonl").of(experiment_result[0]["experiment"])
     assert find_faults(rows) == []
     assert rows[0]["kind"] == "claim"
     assert rows[0]["claim"]["delta"] == 0.03
@@ -99,8 +99,10 @@ def test_the_ledger_tells_everything_in_order(finished: tuple[dict[str, Any], li
     assert not tuned & set(rows[-1]["seeds"])
 
 
-def test_the_page_shows_curves_and_differences(finished: tuple[dict[str, Any], list[str]], root: Path, tmp_path: Path):
-    write_experiment_page(finished[0], root, tmp_path / "page.html")
+def test_the_page_shows_curves_and_differences(
+    experiment_result: tuple[dict[str, Any], list[str]], root: Path, tmp_path: Path
+):
+    write_experiment_page(experiment_result[0], root, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert page.count("<svg") == 3
     assert "<script" not in page
@@ -108,7 +110,7 @@ def test_the_page_shows_curves_and_differences(finished: tuple[dict[str, Any], l
 
 
 def test_the_same_command_again_runs_nothing(
-    finished: tuple[dict[str, Any], list[str]],
+    experiment_result: tuple[dict[str, Any], list[str]],
     root: Path,
     text: Path,
     pool: WorkerPool,
@@ -116,12 +118,12 @@ def test_the_same_command_again_runs_nothing(
 ):
     before = (root / "ledger.jsonl").read_bytes()
     monkeypatch.setattr(Measurements, "run_message", lambda *given: pytest.fail("a run was repeated"))
-    assert run_experiment(plan_of(text, root), root, pool)[0] == finished[0]
+    assert run_experiment(plan_of(text, root), root, pool)[0] == experiment_result[0]
     assert (root / "ledger.jsonl").read_bytes() == before
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bytes(
-    finished: tuple[dict[str, Any], list[str]], root: Path, text: Path, pool: WorkerPool, tmp_path: Path
+    experiment_result: tuple[dict[str, Any], list[str]], root: Path, text: Path, pool: WorkerPool, tmp_path: Path
 ):
     """The process is killed after three runs, and its ledger loses the end of a row. (Nothing is learned in so few
     steps: the arm is void, because a comparison of such runs says nothing.)"""
@@ -151,19 +153,19 @@ def test_arms_begin_from_the_base_of_their_seed_and_go_on_where_time_ran_out(
     loaded = ("model=null", "model.load=<start>", "tokenizer=null", "tokenizer.load=<start>")
     plan = replace(plan, pairs=(*plan.pairs, *loaded), bases=(base,))
 
-    def began(role: str) -> list[dict[str, Any]]:
+    def rows_of_starts(role: str) -> list[dict[str, Any]]:
         rows = Ledger(tmp_path / "ledger.jsonl").rows()
         return [row for row in rows if row["kind"] == "started" and row["role"] == role]
 
-    monkeypatch.setattr(measurements.time, "monotonic", lambda: 1.0 if len(began("report")) < 8 else 3.0)
+    monkeypatch.setattr(measurements.time, "monotonic", lambda: 1.0 if len(rows_of_starts("report")) < 8 else 3.0)
     with pytest.raises(OutOfTime):
         run_experiment(plan, tmp_path, pool, deadline=0.0)
     result, _ = run_experiment(plan, tmp_path, pool, deadline=2.0)
     (verdict,) = result["verdicts"]
     assert (verdict["outcome"], verdict["pairs"]) == ("undecided (time)", 4)
-    assert [row["seed"] for row in began("base")] == [1, 2, 3, 4], "one for each seed, shared by the arms"
-    starts = {row["run"]: row["seed"] for row in began("base")}
-    for row in began("report"):
+    assert [row["seed"] for row in rows_of_starts("base")] == [1, 2, 3, 4], "one for each seed, shared by the arms"
+    starts = {row["run"]: row["seed"] for row in rows_of_starts("base")}
+    for row in rows_of_starts("report"):
         (start,) = {Path(pair.partition("=")[2]).name for pair in row["settings"] if pair.startswith("model.load=")}
         assert starts[start] == row["seed"]
     assert run_experiment(plan, tmp_path, pool, deadline=0.0)[0] == result, "what is there is used after the time too"
@@ -219,7 +221,7 @@ def test_an_arm_may_be_another_measure_of_the_controls_run(text: Path, pool: Wor
 
 
 def test_a_metric_that_no_arm_reports_is_named_with_those_that_are(
-    finished: tuple[dict[str, Any], list[str]], root: Path, text: Path, pool: WorkerPool
+    experiment_result: tuple[dict[str, Any], list[str]], root: Path, text: Path, pool: WorkerPool
 ):
     with pytest.raises(UsageError, match=r"eval/accuracy: control reports no such number; it has .*eval/loss"):
         run_experiment(plan_of(text, root, metrics=("eval/accuracy",)), root, pool)

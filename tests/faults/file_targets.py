@@ -70,7 +70,7 @@ from llm_quest.train.state import PendingRow, Progress
 from tests.data.test_tokens import PARTS
 from tests.experiments.test_ledger import fill
 from tests.faults.targets import Target, family_configs, rows_reader
-from tests.papers.made_up import made_result
+from tests.papers.made_up import make_result
 from tests.tokenizer_kinds import tokenizer_of
 from tests.train.small import go, objective
 
@@ -113,7 +113,7 @@ def base_folder(kind: str) -> Path:
     return folder
 
 
-def beside(kind: str, read: Callable[[Path], object], inside: str = "") -> Callable[[Path], object]:
+def in_folder(kind: str, read: Callable[[Path], object], inside: str = "") -> Callable[[Path], object]:
     """Reads a file that stands in a folder of this kind in place of the one of its name. read gets the folder."""
 
     def place(file: Path) -> object:
@@ -189,7 +189,7 @@ def table_rows() -> list[dict[str, Any]]:
     return [{"prompt": f"say {n}", "completion": "cat, dog\n", "messages": None} for n in range(3)]
 
 
-def delimited(delimiter: str) -> list[bytes]:
+def csv_inputs(delimiter: str) -> list[bytes]:
     messages = json.dumps([{"role": "user", "content": "say"}, {"role": "assistant", "content": "cat"}])
     tables = [
         [["prompt", "completion"], ["say", "cat, dog"], ['"quoted"', "two\nlines"]],
@@ -254,7 +254,7 @@ def profile_value() -> list[Any]:
 
 def results_value() -> list[Any]:
     paper = load_paper("muon")
-    return [{"claim": paper.hash, "sizes": {"0.3M": made_result(paper, "better", [-0.5, -0.4, -0.5, -0.6])}}]
+    return [{"claim": paper.hash, "sizes": {"0.3M": make_result(paper, "better", [-0.5, -0.4, -0.5, -0.6])}}]
 
 
 POSITIONS = {"key": {"k": 1}, "train": [[0, 3, 1.5]], "held_out": [[1, 2, 0.5]], "flops": 3.0, "facts": {"a": 1}}
@@ -342,17 +342,18 @@ LADDER_RESULT = {
     "rungs": [{"multiplying": n, "tokens": 10 * n, "losses": [3.0]} for n in (1000, 2000, 4000, 8000)],
 }  # fmt: skip
 FILE_TARGETS: tuple[Target, ...] = (
-    Target("model.json", beside("run", lambda folder: inspect_folder(folder).lines()), json_of("run", "model.json")),
-    Target("state.json", beside("run", lambda folder: load_checkpoint(folder / STEP), STEP),
+    Target("model.json", in_folder("run", lambda folder: inspect_folder(folder).lines()), json_of("run", "model.json")),
+    Target("state.json", in_folder("run", lambda folder: load_checkpoint(folder / STEP), STEP),
            json_of("run", f"{STEP}/state.json")),
-    Target("best checkpoint", beside("run", read_noted_steps, STEP),
+    Target("best checkpoint", in_folder("run", read_noted_steps, STEP),
            json_of("run", f"{STEP}/state.json"), file="state.json"),
-    Target("model.safetensors.index.json", beside("shards", lambda folder: inspect_folder(folder).lines()),
+    Target("model.safetensors.index.json", in_folder("shards", lambda folder: inspect_folder(folder).lines()),
            json_of("shards", "model.safetensors.index.json")),
-    Target("model.safetensors", beside("model", load), contents=bytes_of("model", "model.safetensors")),
-    Target("config.json to read", beside("model", read_model_config), json_of("model", "config.json"),
+    Target("model.safetensors", in_folder("model", load), contents=bytes_of("model", "model.safetensors")),
+    Target("config.json to read", in_folder("model", read_model_config), json_of("model", "config.json"),
            file="config.json"),
-    Target("state of a training", beside("training", resume_training, STEP), states_of_a_training, file="state.json"),
+    Target("state of a training", in_folder("training", resume_training, STEP), states_of_a_training,
+           file="state.json"),
     Target("row of a rollout", read_policy_row, lambda: [POLICY_ROW], file="row.json"),
     Target("step of a row", lambda file: _row_step(text_of(file)), lambda: [{"step": 3}], file="line.json"),
     Target("arguments of a call", lambda file: parse_arguments(text_of(file)), lambda: [{"query": "cat"}],
@@ -360,21 +361,21 @@ FILE_TARGETS: tuple[Target, ...] = (
     Target("config.json to show", read_family_config, family_configs, file="config.json"),
     Target("weights.bin", read_pickled, contents=pickle_bytes),
     Target("log_probs.safetensors", lambda file: load_log_probs(file, "k"), contents=log_prob_bytes),
-    Target("vocab.json", beside("slow", read_slow_tokenizer), json_of("slow", "vocab.json")),
-    Target("merges.txt", beside("slow", read_slow_tokenizer), contents=bytes_of("slow", "merges.txt")),
-    Target("added_tokens.json", beside("slow", read_slow_tokenizer), lambda: [{"<x>": 330, "<y>": 331}]),
-    Target("special_tokens_map.json", beside("slow", read_slow_tokenizer),
+    Target("vocab.json", in_folder("slow", read_slow_tokenizer), json_of("slow", "vocab.json")),
+    Target("merges.txt", in_folder("slow", read_slow_tokenizer), contents=bytes_of("slow", "merges.txt")),
+    Target("added_tokens.json", in_folder("slow", read_slow_tokenizer), lambda: [{"<x>": 330, "<y>": 331}]),
+    Target("special_tokens_map.json", in_folder("slow", read_slow_tokenizer),
            lambda: [{"eos_token": "<s>", "additional_special_tokens": ["<x>", {"content": "<y>"}]}]),
     Target("chat_template.jinja", read_template, contents=lambda: TEMPLATE),
     Target("chat_template.json", read_template, lambda: [{"chat_template": TEMPLATE[0].decode()}]),
     Target("template arguments", lambda file: parse_template_kwargs(text_of(file)),
            contents=lambda: [b"{enable_thinking: false, n: [1, 2]}"], file="arguments.yaml"),
-    Target("manifest.json", beside("tokens", lambda folder: open_token_folder(folder, verify="size")),
+    Target("manifest.json", in_folder("tokens", lambda folder: open_token_folder(folder, verify="size")),
            json_of("tokens", "manifest.json")),
-    Target("train.offsets.npy", beside("tokens", lambda folder: open_token_folder(folder, verify="size")),
+    Target("train.offsets.npy", in_folder("tokens", lambda folder: open_token_folder(folder, verify="size")),
            contents=npy_bytes),
-    Target("rows.csv", read_table, contents=lambda: delimited(",")),
-    Target("rows.tsv", read_table, contents=lambda: delimited("\t")),
+    Target("rows.csv", read_table, contents=lambda: csv_inputs(",")),
+    Target("rows.tsv", read_table, contents=lambda: csv_inputs("\t")),
     Target("rows.json", read_table, lambda: [table_rows()]),
     Target("rows.jsonl.gz", read_table, contents=gzip_bytes),
     Target("rows.parquet", read_table, contents=parquet_bytes),

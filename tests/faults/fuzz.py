@@ -35,7 +35,7 @@ class Fault:
         return f"{self.target}, seed {self.seed}: {self.what} at {self.place}; input {self.content[:200]!r}"
 
 
-def mutated_inputs(target: Target, count: int, start: int = 0) -> Iterator[tuple[int, bytes]]:
+def mutate_inputs(target: Target, count: int, start: int = 0) -> Iterator[tuple[int, bytes]]:
     """Inputs number start to start + count: each a function of the target and its number."""
     values, contents = target.values(), target.contents()
     for number in range(start, start + count):
@@ -54,7 +54,7 @@ def mutated_inputs(target: Target, count: int, start: int = 0) -> Iterator[tuple
 def run_target(target: Target, count: int, start: int = 0) -> list[Fault]:
     """The faults of a target, one for each place in our code."""
     faults: dict[str, Fault] = {}
-    for number, content in mutated_inputs(target, count, start):
+    for number, content in mutate_inputs(target, count, start):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / (target.file or target.name)
             file.write_bytes(content)

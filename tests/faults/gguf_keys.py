@@ -27,7 +27,7 @@ from llm_quest.hub.gguf import (
 )
 from llm_quest.hub.gguf_export import save_gguf
 from llm_quest.models.build import build
-from tests.gguf_judge import numbered_tokenizer
+from tests.gguf_judge import word_tokenizer
 from tests.gguf_models import GGUF_MODELS
 
 VOCAB, MOST_LAYERS = 40, 8
@@ -44,7 +44,7 @@ def example_files() -> dict[str, tuple[Mapping[str, Value], dict[str, TensorData
         for number, make in enumerate(GGUF_MODELS.values()):
             if (config := make()).num_hidden_layers <= MOST_LAYERS:
                 file = Path(folder) / f"{number}.gguf"
-                save_gguf(build(dataclasses.replace(config, vocab_size=VOCAB)), numbered_tokenizer(VOCAB), file)
+                save_gguf(build(dataclasses.replace(config, vocab_size=VOCAB)), word_tokenizer(VOCAB), file)
                 read = read_gguf(file)
                 found[read.architecture] = read.metadata, {name: in_memory(one) for name, one in read.tensors.items()}
     return found

@@ -18,7 +18,7 @@ HOSTILE: tuple[Any, ...] = (
 HOSTILE_BYTES = (b"\0", b"\xff", b"\xed\xa0\x80", b'"', b"{", b"]", b"\r\n", b"\xef\xbb\xbf", b"9" * 5000)
 
 
-def deep(rng: random.Random) -> Any:
+def nest_deeply(rng: random.Random) -> Any:
     """Lists or objects in one another."""
     value: Any = 1
     for _ in range(rng.choice((5, 200, 900))):
@@ -29,7 +29,7 @@ def deep(rng: random.Random) -> Any:
 def mutate_value(value: Any, rng: random.Random) -> Any:
     """A copy with one or two values, keys or items changed, at any depth."""
     if rng.random() < 0.04:
-        return deep(rng)
+        return nest_deeply(rng)
     if isinstance(value, dict) and value and rng.random() < 0.85:
         key = rng.choice(list(value))
         kind = rng.random()

@@ -31,7 +31,7 @@ STEP = 2
 
 
 @contextmanager
-def poisoned_weight(value: float) -> Iterator[list[str]]:
+def poison_weight(value: float) -> Iterator[list[str]]:
     """Inside: the first training that has done STEP steps finds this value in a weight. Yields its name."""
     names: list[str] = []
     original = TrainSession.forward_backward
@@ -62,7 +62,7 @@ def check_recipe(recipe: str, poison: str, folder: Path) -> str:
     """What is wrong with how a recipe meets a weight that went wrong; empty if nothing. Where there is a straight run
     (`run_straight`), the resumed one is compared with it."""
     run, straight = folder / "numbers" / poison / recipe, folder / "straight" / recipe
-    with poisoned_weight(POISONS[poison]) as names:
+    with poison_weight(POISONS[poison]) as names:
         try:
             run_tiny(recipe, folder, run, *four_steps(recipe))
             return "the run went on" if names else "no training had a third step"
@@ -81,7 +81,7 @@ def check_recipe(recipe: str, poison: str, folder: Path) -> str:
 
 
 @contextmanager
-def spoiled_rate(first: int) -> Iterator[None]:
+def spoil_rate(first: int) -> Iterator[None]:
     """Inside: from the step after this one on the rate is a thousand times as high, in every training but a warm-up."""
     original = TrainSession.forward_backward
 
@@ -123,7 +123,7 @@ def check_divergence(recipe: str, folder: Path) -> str:
     if alarms := alarms_of(well):
         return f"an alarm in a healthy run: {alarms[0]['message']}"
     try:
-        with spoiled_rate(SPOILED_STEP):
+        with spoil_rate(SPOILED_STEP):
             run_tiny(recipe, folder, run, *settings)
     except GuardStop as stop:
         last = str(stop)

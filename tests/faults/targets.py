@@ -54,7 +54,7 @@ from llm_quest.rollouts.verifiers import VERIFIERS, verify_answer
 from tests.faults.gguf_keys import example_keys, write_with_keys
 from tests.faults.mutations import to_hostile_json
 from tests.faults.server_target import CHAT, STRUCTURED, TEXTS, ask
-from tests.gguf_judge import numbered_tokenizer
+from tests.gguf_judge import word_tokenizer
 from tests.tokenizer_kinds import tokenizer_of
 
 
@@ -141,7 +141,7 @@ def gguf_bytes() -> list[bytes]:
     for quantize in (None, "q8_0"):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "x.gguf"
-            save_gguf(model, numbered_tokenizer(40), file, quantize=quantize)
+            save_gguf(model, word_tokenizer(40), file, quantize=quantize)
             found.append(file.read_bytes())
     return found
 
@@ -154,7 +154,7 @@ def gguf_block_bytes() -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "x.gguf"
         model = build(replace(preset("llama3.2-tiny").config, rotary=RotaryEmbedding(2, 10_000.0), **sizes))
-        save_gguf(model, numbered_tokenizer(40), file)
+        save_gguf(model, word_tokenizer(40), file)
         found = read_gguf(file)
         tensors = {}
         for name, tensor in found.tensors.items():

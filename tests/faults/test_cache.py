@@ -65,7 +65,7 @@ def be_full(folder: Path, patch: Patch) -> AbstractContextManager[Any]:
     return failing_files(folder, "ENOSPC", 0)
 
 
-def become_full(folder: Path, patch: Patch) -> AbstractContextManager[Any]:
+def fill_disk(folder: Path, patch: Patch) -> AbstractContextManager[Any]:
     """Folders and a first file can be made."""
     for part in ("tokens", "tokenizers", "machine", "native", "chat", "papers", f"wllama-{wllama.VERSION}"):
         (folder / part).mkdir(parents=True)
@@ -89,7 +89,7 @@ OBSTACLES: dict[str, Callable[[Path, Patch], AbstractContextManager[Any]]] = {
     "a file in its place": be_a_file,
     "below a file": be_below_a_file,
     "a full disk": be_full,
-    "a disk that becomes full": become_full,
+    "a disk that becomes full": fill_disk,
     "no home": be_homeless,
 }
 if Path("/proc/self").exists():  # root may write everywhere else

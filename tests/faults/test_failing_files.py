@@ -101,17 +101,17 @@ def test_a_training_whose_disk_fails_is_resumed_with_the_straight_runs_bits(kind
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipes")
     prepare(folder)
     return folder
 
 
 @pytest.mark.parametrize(("recipe", "kind"), [("sft", "ESTALE"), ("vit", "short"), ("classify", "EIO once")])
-def test_a_recipe_whose_disk_fails_is_resumed_with_the_straight_runs_bits(recipe: str, kind: str, prepared: Path):
+def test_a_recipe_whose_disk_fails_is_resumed_with_the_straight_runs_bits(recipe: str, kind: str, recipe_inputs: Path):
     """All recipes in all ways: `python -m tests.faults files recipes`."""
-    calls, straight = measure(recipe, prepared, kind)
-    assert check_recipe(recipe, prepared, kind, [3 * calls // 5], straight) == ([], 1)
+    calls, straight = measure(recipe, recipe_inputs, kind)
+    assert check_recipe(recipe, recipe_inputs, kind, [3 * calls // 5], straight) == ([], 1)
 
 
 def test_the_failing_file_system_fails(tmp_path: Path):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from tests.faults.all_targets import ALL_TARGETS as TARGETS
-from tests.faults.fuzz import mutated_inputs, run_target
+from tests.faults.fuzz import mutate_inputs, run_target
 from tests.faults.mutations import to_hostile_json
 from tests.faults.targets import Target
 
@@ -33,15 +33,15 @@ def test_good_input_is_read(target: Target, tmp_path):
 
 
 def test_an_input_is_a_function_of_its_number():
-    first, second = (dict(mutated_inputs(TARGETS[0], 5, start)) for start in (10, 12))
+    first, second = (dict(mutate_inputs(TARGETS[0], 5, start)) for start in (10, 12))
     assert first[12] == second[12]
     assert len(set(first.values())) > 3
 
 
 def test_the_harness_finds_what_is_not_caught(tmp_path):
-    def careless(file):
+    def parse_carelessly(file):
         return {"a": 1}[file.read_bytes()[:1].decode()]
 
-    faults = run_target(Target("careless", careless, contents=lambda: [b"abc"]), 200)
+    faults = run_target(Target("careless", parse_carelessly, contents=lambda: [b"abc"]), 200)
     assert {fault.what.partition(":")[0] for fault in faults} <= {"KeyError", "UnicodeDecodeError"}
     assert faults

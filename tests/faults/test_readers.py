@@ -74,7 +74,7 @@ def readers_in(file: Path) -> Iterator[str]:
     yield from visit(ast.parse(file.read_bytes()), "<module>")
 
 
-def reached_functions(folder: Path) -> set[str]:
+def functions_reached(folder: Path) -> set[str]:
     """file:function of everything in the package that runs while the targets read good input."""
     seen: set[tuple[str, str]] = set()
 
@@ -101,7 +101,7 @@ def reached_functions(folder: Path) -> set[str]:
 def test_every_function_that_takes_bytes_apart_is_fuzzed_or_explained(tmp_path: Path):
     readers = {place for file in PACKAGE.rglob("*.py") for place in readers_in(file)}
     assert len(readers) > 40
-    unreached = readers - reached_functions(tmp_path)
+    unreached = readers - functions_reached(tmp_path)
     unexplained = {place for place in unreached if not {place, place.partition(":")[0]} & set(EXPLAINED)}
     assert not sorted(unexplained), f"write a target (tests/faults/), or explain: {sorted(unexplained)}"
     needless = {name for name in EXPLAINED if not any(name in (one, one.partition(":")[0]) for one in unreached)}

@@ -108,7 +108,7 @@ def many_shards() -> bytes:
     return json.dumps({"weight_map": names}).encode()
 
 
-def laughs() -> bytes:
+def billion_laughs() -> bytes:
     lines = [b"a0: &a0 [lol, lol]"]
     lines += [b"a%d: &a%d [*a%d, *a%d]" % (n, n, n - 1, n - 1) for n in range(1, 31)]
     return b"recipe: pretrain\n" + b"\n".join(lines)
@@ -127,9 +127,9 @@ BOMBS: dict[tuple[str, str], Callable[[], bytes]] = {
     ("model.safetensors", "a shape"): safetensors_bomb,
     ("model.safetensors", "a header"): lambda: struct.pack("<Q", 2**62) + b"{}",
     ("model.safetensors.index.json", "too many shards"): many_shards,
-    ("recipe.yaml", "a billion laughs"): laughs,
+    ("recipe.yaml", "a billion laughs"): billion_laughs,
     ("recipe.yaml", "deep"): lambda: b"recipe: " + DEEP,
-    ("template arguments", "a billion laughs"): lambda: laughs().replace(b"\n", b", ").join((b"{", b"}")),
+    ("template arguments", "a billion laughs"): lambda: billion_laughs().replace(b"\n", b", ").join((b"{", b"}")),
     ("template arguments", "deep"): lambda: DEEP,
     ("tokenizer.json", "an id"): lambda: b'{"model": {"type": "BPE", "vocab": {"a": 4294967290}, "merges": []}}',
     ("vocab.json", "an id"): lambda: b'{"a": 2147483648}',

@@ -85,13 +85,13 @@ def kill_training(folder: Path, number: int) -> bool:
     """Train in a process that is killed at its n-th call."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["tests.faults.training"])
-    process = processes.Process(target=killed_child, args=(str(folder), number))
+    process = processes.Process(target=train_until_killed, args=(str(folder), number))
     process.start()
     process.join(60)
     return process.exitcode == -9
 
 
-def killed_child(folder: str, number: int) -> None:
+def train_until_killed(folder: str, number: int) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 

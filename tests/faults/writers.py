@@ -50,7 +50,7 @@ from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.sharded_checkpoint import consolidate_checkpoint, save_sharded_checkpoint
 from tests.faults.failing_files import ERRORS, failing_files
-from tests.papers.made_up import made_result
+from tests.papers.made_up import make_result
 from tests.tokenizer_kinds import tokenizer_of
 
 
@@ -75,11 +75,11 @@ def tiny_model(version: int) -> Any:
 
 
 @cache
-def adapted_model(version: int) -> Any:
+def lora_model(version: int) -> Any:
     return LoRA(rank=2 * version)(build(preset("llama3.2-tiny").config, seed=1))
 
 
-def made_checkpoint(step: int) -> Checkpoint:
+def make_checkpoint(step: int) -> Checkpoint:
     tensors = {"model": {"w": torch.full((64,), float(step))}, "optimizer": {"w|exp_avg": torch.zeros(9)}}
     return Checkpoint(step, {**tensors, "progress": {"step": step}})
 
@@ -89,7 +89,7 @@ def write_checkpoint(folder: Path, version: int) -> None:
     root = folder / "checkpoints"
     checkpoints.remove_partial_checkpoints(root)
     if not checkpoints.checkpoint_dir(root, version).exists():
-        checkpoints.save_checkpoint(root, made_checkpoint(version))
+        checkpoints.save_checkpoint(root, make_checkpoint(version))
     checkpoints.prune_checkpoints(root, checkpoints.Retention(save_total_limit=1))
 
 
@@ -105,7 +105,7 @@ def write_shards(folder: Path, version: int) -> None:
     root = folder / "checkpoints"
     checkpoints.remove_partial_checkpoints(root)
     if not checkpoints.checkpoint_dir(root, version).exists():
-        save_sharded_checkpoint(root, made_checkpoint(version), DistributedContext())
+        save_sharded_checkpoint(root, make_checkpoint(version), DistributedContext())
 
 
 def consolidate(folder: Path, version: int) -> None:
@@ -123,7 +123,7 @@ def write_run(folder: Path, version: int) -> None:
         run.log_metrics({"step": version, "loss": 1.0})
         run.write_crash_report({"version": version})
         if not checkpoints.checkpoint_dir(run.checkpoints, version).exists():
-            run.save_checkpoint(made_checkpoint(version), checkpoints.Retention(1))
+            run.save_checkpoint(make_checkpoint(version), checkpoints.Retention(1))
 
 
 def read_run_rows(folder: Path) -> object:
@@ -234,7 +234,7 @@ def write_crash(folder: Path, version: int) -> None:
 
 def write_paper(folder: Path, version: int) -> None:
     paper = load_paper("muon")
-    write_card(paper, {"0.3M": made_result(paper, "better", [-0.1 * version] * 4)}, folder)
+    write_card(paper, {"0.3M": make_result(paper, "better", [-0.1 * version] * 4)}, folder)
 
 
 @contextmanager
@@ -309,7 +309,7 @@ WRITERS: tuple[Writer, ...] = (
     Writer("model folder", ("hub/load_save.py",), write_model, read_texts),
     Writer(
         "adapter", ("hub/save_adapter.py",),
-        lambda folder, v: save_adapter(adapted_model(v), folder / "a", overwrite=True), read_texts,
+        lambda folder, v: save_adapter(lora_model(v), folder / "a", overwrite=True), read_texts,
     ),
     Writer("tokens", ("data/tokens.py",), write_tokens, read_tokens),
     Writer("cached tokenizer", ("recipes/assembly.py",), write_cached_tokenizer, read_cached_tokenizers),

@@ -41,7 +41,7 @@ def target(name: str, dtype: torch.dtype = torch.float32) -> Decoder:
 
 
 @functools.cache
-def disturbed(model: Decoder) -> Decoder:
+def perturb(model: Decoder) -> Decoder:
     draft, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in draft.parameters():
@@ -64,7 +64,7 @@ def same_texts(model: Decoder, draft: Decoder | str, prompts: list[list[int]], *
 
 def texts() -> dict[str, bool]:
     llama, gemma, qwen = target("llama3.2-tiny"), target("gemma3-tiny"), target("qwen3.5-tiny")
-    draft, found = disturbed(llama), {}
+    draft, found = perturb(llama), {}
     for kind in ("model", "mtp", "ngram"):
         found[f"llama, {kind}"] = same_texts(llama, draft if kind == "model" else kind, RAGGED, max_new_tokens=40)
         eos = {"max_new_tokens": 40, "eos_token_id": list(range(0, 97, 11))}
@@ -100,7 +100,7 @@ def last_place() -> list[bool]:
     return found
 
 
-def judged() -> dict[str, list[int]]:
+def acceptance_counts() -> dict[str, list[int]]:
     """The model as its own draft, in float64: every guess that is tested is accepted."""
     model, found = target("llama3.2-tiny", torch.float64), {}
     for name, sampling in {"greedy": GREEDY, "sampled": SamplingParams(top_p=0.9, repetition_penalty=1.2)}.items():
@@ -140,7 +140,7 @@ def modules() -> list[bool]:
 def graphs() -> list[int]:
     """Graphs that many calls of one shape made, and how many more the same calls made again."""
     model, counts = target("llama3.2-tiny"), []
-    draft = disturbed(model)
+    draft = perturb(model)
     for _ in range(2):
         before = counters["stats"]["unique_graphs"]
         for seed in range(3):
@@ -157,7 +157,7 @@ def main(backend: str) -> None:
         "texts": texts(),
         "ends": ends(),
         "last_place": last_place(),
-        "judged": judged(),
+        "judged": acceptance_counts(),
         "modules": modules(),
     }
     print(json.dumps(found | {"breaks": len(counters["graph_break"])}))

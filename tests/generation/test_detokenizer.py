@@ -28,7 +28,7 @@ class Letters:
         return text
 
 
-def told(text: str, stops: list[str]) -> tuple[list[str], bool]:
+def stream_pieces(text: str, stops: list[str]) -> tuple[list[str], bool]:
     """What is said after each byte, and whether a stop string ended it."""
     row, pieces = IncrementalDetokenizer(Letters(), stops), []
     for byte in text.encode():
@@ -39,26 +39,26 @@ def told(text: str, stops: list[str]) -> tuple[list[str], bool]:
 
 
 def test_what_may_become_a_stop_string_is_held_back_until_it_is_clear():
-    assert told("a END.", ["END"]) == (["a", " ", "", "", "", ""], True)
-    assert told("a ENT.", ["END"]) == (["a", " ", "", "", "ENT", ".", ""], False)
+    assert stream_pieces("a END.", ["END"]) == (["a", " ", "", "", "", ""], True)
+    assert stream_pieces("a ENT.", ["END"]) == (["a", " ", "", "", "ENT", ".", ""], False)
 
 
 def test_an_unfinished_stop_string_is_said_at_the_end():
-    assert told("a EN", ["END"]) == (["a", " ", "", "", "EN"], False)
+    assert stream_pieces("a EN", ["END"]) == (["a", " ", "", "", "EN"], False)
 
 
 def test_the_earliest_of_several_stop_strings_cuts():
-    assert "".join(told("one two three", ["three", "two"])[0]) == "one "
-    assert "".join(told("a stop", ["top", "stop"])[0]) == "a ", "one token completes both"
+    assert "".join(stream_pieces("one two three", ["three", "two"])[0]) == "one "
+    assert "".join(stream_pieces("a stop", ["top", "stop"])[0]) == "a ", "one token completes both"
 
 
 def test_a_character_of_several_bytes_is_said_whole():
-    assert told("é!", []) == (["", "é", "!", ""], False)
+    assert stream_pieces("é!", []) == (["", "é", "!", ""], False)
 
 
 @given(st.text("abé", max_size=20), st.lists(st.text("abé", min_size=1, max_size=4), max_size=3))
 def test_the_pieces_are_the_text_up_to_the_first_stop_string(text, stops):
-    pieces, stopped = told(text, stops)
+    pieces, stopped = stream_pieces(text, stops)
     ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
     first = min(ends, default=None)  # the stop that is complete first ends the row
     read = text if first is None else text[:first]

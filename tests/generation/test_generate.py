@@ -26,15 +26,15 @@ STORIES = Path(__file__).parents[3] / "shared" / "data" / "stories260K"
 def model(request) -> Decoder:
     """Every family, with weights large enough that tokens matter; in float64, so that a DeltaNet's chunks and single
     steps agree to the last digit that is compared."""
-    return loud(build(request.param, seed=1, dtype="float64"))
+    return enlarge_weights(build(request.param, seed=1, dtype="float64"))
 
 
 @pytest.fixture
 def gpt2() -> Decoder:
-    return loud(build("gpt2-tiny", seed=1))
+    return enlarge_weights(build("gpt2-tiny", seed=1))
 
 
-def loud(model: Decoder) -> Decoder:
+def enlarge_weights(model: Decoder) -> Decoder:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -47,7 +47,7 @@ def tokens_of(completions: list[Completion]) -> list[list[int]]:
     return [completion.tokens for completion in completions]
 
 
-def uncached(model: Decoder, prompt: list[int], steps: int) -> tuple[list[int], list[float]]:
+def generate_uncached(model: Decoder, prompt: list[int], steps: int) -> tuple[list[int], list[float]]:
     """The definition of greedy decoding: the whole text through the model for every token."""
     text, logprobs = list(prompt), []
     for _ in range(steps):
@@ -60,7 +60,7 @@ def uncached(model: Decoder, prompt: list[int], steps: int) -> tuple[list[int], 
 
 def test_a_greedy_text_is_what_the_model_says_without_a_cache(model):
     for completion, prompt in zip(generate(model, RAGGED, max_new_tokens=20, temperature=0.0), RAGGED, strict=True):
-        tokens, logprobs = uncached(model, prompt, 20)
+        tokens, logprobs = generate_uncached(model, prompt, 20)
         assert completion.tokens == tokens
         assert completion.logprobs == pytest.approx(logprobs, abs=2e-5)
         assert completion.finish_reason == "length"
@@ -284,14 +284,14 @@ def test_greedy_texts_equal_transformers_token_for_token(family):
     from tests import oracles
 
     theirs = {"gpt2": oracles.tiny_gpt2, "llama": oracles.tiny_llama}[family](seed=3)
-    ours = adopt(theirs, family)
+    ours = load_their_weights(theirs, family)
     prompts = torch.randint(0, 97, (3, 7), generator=torch.Generator().manual_seed(1))
     expected = theirs.generate(prompts, max_new_tokens=50, do_sample=False, attention_mask=torch.ones_like(prompts))
     rows = generate(ours, prompts, max_new_tokens=50, temperature=0.0)
     assert tokens_of(rows) == expected[:, 7:].tolist()
 
 
-def adopt(theirs, family: str) -> Decoder:
+def load_their_weights(theirs, family: str) -> Decoder:
     """Their weights in our model, by the page's own table."""
     from llm_quest.models.weight_names import ConcatRows, Transposed
 

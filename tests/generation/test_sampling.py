@@ -17,25 +17,25 @@ from llm_quest.generation.sampling import SamplingParams, inverse_cdf, row_unifo
 FILTERS = list(product((None, 1, 3, 8), (None, 0.3, 0.8, 1.0), (None, 0.0, 0.2, 0.6), (0.5, 1.0, 3.0)))
 
 
-def normalized(weights: dict[int, float]) -> dict[int, float]:
+def normalize(weights: dict[int, float]) -> dict[int, float]:
     return {token: weight / math.fsum(weights.values()) for token, weight in weights.items()}
 
 
 def by_hand(logits: list[float], sampling: SamplingParams) -> dict[int, float]:
     """The distribution as the docstring tells it: every filter renormalizes before the next one looks."""
     top = max(logits)
-    p = normalized({token: math.exp((x - top) / sampling.temperature) for token, x in enumerate(logits)})
+    p = normalize({token: math.exp((x - top) / sampling.temperature) for token, x in enumerate(logits)})
     ranked = sorted(p, key=lambda token: -p[token])
-    p = normalized({token: p[token] for token in ranked[: sampling.top_k]})
+    p = normalize({token: p[token] for token in ranked[: sampling.top_k]})
     if sampling.top_p is not None:
         kept, mass = {}, 0.0
         for token in p:
             if mass < sampling.top_p:
                 kept[token] = p[token]
             mass += p[token]
-        p = normalized(kept)
+        p = normalize(kept)
     if sampling.min_p is not None:
-        p = normalized({token: mass for token, mass in p.items() if mass >= sampling.min_p * max(p.values())})
+        p = normalize({token: mass for token, mass in p.items() if mass >= sampling.min_p * max(p.values())})
     return p
 
 

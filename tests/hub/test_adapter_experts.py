@@ -19,7 +19,7 @@ from llm_quest.hub.published_matrices import LoRAPair, flatten_experts, stack_ex
 from llm_quest.techniques.adapter_merge import merge_adapter
 from llm_quest.techniques.lora import LoRA, LoRAXS, RsLoRA, TinyLoRA
 from tests.family_oracles import ORACLES
-from tests.hub.test_load_adapter import stir, tokens
+from tests.hub.test_load_adapter import perturb_, tokens
 from tests.later import Later
 from tests.oracles import save_published, transformers
 
@@ -44,7 +44,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
     return {name: save_published(ORACLES[name]().double(), home / name.replace(",", "")) for name in BASES}
 
 
-def theirs(folder: Path) -> Any:
+def transformers_model(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float64, experts_implementation="eager", attn_implementation="eager"
     )
@@ -61,15 +61,15 @@ def test_pefts_adapter_of_experts_gives_its_logits_here_and_again_in_peft(bases,
     config = peft.LoraConfig(
         r=3, lora_alpha=6, target_modules=["o_proj"], target_parameters=stacks, task_type="CAUSAL_LM"
     )
-    other: Any = peft.get_peft_model(theirs(bases[name]), config)
-    stir(other)
+    other: Any = peft.get_peft_model(transformers_model(bases[name]), config)
+    perturb_(other)
     other.eval().save_pretrained(tmp_path / "adapter")
     ours = quest.load(tmp_path / "adapter", dtype="float64")
     expected = logits(other)
-    assert (expected - logits(theirs(bases[name]))).abs().max() > 0.1
+    assert (expected - logits(transformers_model(bases[name]))).abs().max() > 0.1
     torch.testing.assert_close(ours(tokens()), expected, **CLOSE)
     quest.save_adapter(ours, tmp_path / "again", base=str(bases[name]))
-    again = peft.PeftModel.from_pretrained(theirs(bases[name]), tmp_path / "again").eval()
+    again = peft.PeftModel.from_pretrained(transformers_model(bases[name]), tmp_path / "again").eval()
     torch.testing.assert_close(logits(again), expected, **CLOSE)
 
 
@@ -157,10 +157,10 @@ def test_our_adapter_of_some_parts_gives_its_logits_in_peft_and_again_here(bases
     if name in ("deepseek_v2", "qwen3_next") and "q" in technique.targets:
         technique = LoRA(2, targets=("experts.up", "experts.down"))
     ours = technique(quest.load(bases[name], dtype="float64"))
-    stir(ours)
+    perturb_(ours)
     expected = ours(tokens())
     quest.save_adapter(ours, tmp_path / "adapter", base=str(bases[name]))
-    other = peft.PeftModel.from_pretrained(theirs(bases[name]), tmp_path / "adapter").eval()
+    other = peft.PeftModel.from_pretrained(transformers_model(bases[name]), tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(other), expected, **CLOSE)
     torch.testing.assert_close(quest.load(tmp_path / "adapter", dtype="float64")(tokens()), expected, **CLOSE)
     merge_adapter(ours)
@@ -171,9 +171,9 @@ def test_our_adapter_of_some_parts_gives_its_logits_in_peft_and_again_here(bases
 @torch.no_grad()
 def test_what_stands_between_a_and_b_goes_into_b_of_every_expert(bases, tmp_path, technique):
     ours = technique(quest.load(bases["mixtral"], dtype="float64"))
-    stir(ours)
+    perturb_(ours)
     quest.save_adapter(ours, tmp_path / "adapter", base=str(bases["mixtral"]))
-    other = peft.PeftModel.from_pretrained(theirs(bases["mixtral"]), tmp_path / "adapter").eval()
+    other = peft.PeftModel.from_pretrained(transformers_model(bases["mixtral"]), tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(other), ours(tokens()), **CLOSE)
 
 

@@ -12,7 +12,7 @@ import torch
 import llm_quest as quest
 from llm_quest.techniques.lora import DoRA, LoRA
 from tests.family_oracles import ORACLES
-from tests.hub.test_load_adapter import stir, theirs, tokens
+from tests.hub.test_load_adapter import perturb_, tokens, transformers_model
 from tests.later import Later
 from tests.oracles import ATOL, RTOL, save_published
 
@@ -33,14 +33,14 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 @torch.no_grad()
 def test_pefts_adapter_of_every_matrix_gives_its_logits_here_and_again_in_peft(bases, tmp_path, use_dora, name: str):
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=use_dora)
-    other: Any = peft.get_peft_model(theirs(bases[name]), config)
-    stir(other)
+    other: Any = peft.get_peft_model(transformers_model(bases[name]), config)
+    perturb_(other)
     other.eval().save_pretrained(tmp_path / "adapter")
     ours = quest.load(tmp_path / "adapter", dtype="float64")
     expected = other(tokens()).logits
     torch.testing.assert_close(ours(tokens()), expected, **CLOSE)
     quest.save_adapter(ours, tmp_path / "again", base=str(bases[name]))
-    again = peft.PeftModel.from_pretrained(theirs(bases[name]), tmp_path / "again").eval()
+    again = peft.PeftModel.from_pretrained(transformers_model(bases[name]), tmp_path / "again").eval()
     torch.testing.assert_close(again(tokens()).logits, expected, **CLOSE)
 
 
@@ -51,9 +51,9 @@ def test_pefts_adapter_of_every_matrix_gives_its_logits_here_and_again_in_peft(b
 @torch.no_grad()
 def test_our_adapter_of_some_parts_gives_its_logits_in_peft_and_again_here(bases, tmp_path, technique, name: str):
     ours = technique(quest.load(bases[name], dtype="float64"))
-    stir(ours)
+    perturb_(ours)
     expected = ours(tokens())
     quest.save_adapter(ours, tmp_path / "adapter", base=str(bases[name]))
-    other = peft.PeftModel.from_pretrained(theirs(bases[name]), tmp_path / "adapter").eval()
+    other = peft.PeftModel.from_pretrained(transformers_model(bases[name]), tmp_path / "adapter").eval()
     torch.testing.assert_close(other(tokens()).logits, expected, **CLOSE)
     torch.testing.assert_close(quest.load(tmp_path / "adapter", dtype="float64")(tokens()), expected, **CLOSE)

@@ -46,7 +46,7 @@ def tokens() -> Tensor:
     return torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(3))
 
 
-def stir(model: torch.nn.Module) -> None:
+def perturb_(model: torch.nn.Module) -> None:
     """What learns moves away from its first values (B is zero there)."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -55,11 +55,11 @@ def stir(model: torch.nn.Module) -> None:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def saved_adapter(base: Path, folder: Path, name: str, **form: Any) -> Tensor:
+def save_peft_adapter(base: Path, folder: Path, name: str, **form: Any) -> Tensor:
     """PEFT's adapter on disk; the logits of what PEFT reads from there."""
     settings = {"r": 3, "lora_alpha": 12, "target_modules": TARGETS[name], "fan_in_fan_out": name == "gpt2"} | form
     adapted = peft.get_peft_model(base_of(base), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
-    stir(adapted)
+    perturb_(adapted)
     adapted.save_pretrained(folder)
     return logits_in_peft(base, folder)
 
@@ -107,7 +107,7 @@ IMPOSSIBLE = {
 
 @pytest.mark.parametrize(("name", "form"), [pair for pair in itertools.product(BASES, FORMS) if pair not in IMPOSSIBLE])
 def test_pefts_adapter_gives_its_logits_here_and_again_in_peft(bases, tmp_path, name: str, form: str):
-    expected = saved_adapter(bases[name], tmp_path / "a", name, **FORMS[form](name))
+    expected = save_peft_adapter(bases[name], tmp_path / "a", name, **FORMS[form](name))
     plain = quest.load(bases[name])
     ours = quest.load(tmp_path / "a")
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_a_reward_models_adapter_brings_its_score_head(bases, tmp_path):
     make = transformers.AutoModelForSequenceClassification.from_pretrained
     theirs = make(bases["untied"], num_labels=1, pad_token_id=0)
     adapted = peft.get_peft_model(theirs, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"]))
-    stir(adapted)
+    perturb_(adapted)
     adapted.save_pretrained(tmp_path / "a")
     rows = tokens().clamp(min=1)
     ours = quest.load(tmp_path / "a")
@@ -141,7 +141,7 @@ def test_what_learns_whole_is_trained_saved_and_no_reference(bases, tmp_path):
     assert ours.embed.token.weight.grad is not None
     assert ours.norm.weight.grad is not None
     assert ours.head.weight.grad is None
-    stir(ours)
+    perturb_(ours)
     with pytest.raises(UsageError, match=r"embed\.token, norm learned whole"), disable_adapter(ours):
         pass
     quest.save_adapter(ours, tmp_path / "a", base=str(bases["untied"]))
@@ -162,7 +162,7 @@ def test_several_adapters_in_one_folder_are_loaded_by_name(bases, tmp_path):
     both.add_adapter("second", peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["v_proj"]))
     for name in ("first", "second"):
         both.set_adapter(name)
-        stir(both)
+        perturb_(both)
     both.save_pretrained(tmp_path / "a")
     with pytest.raises(UsageError, match=r"holds several by name, first, second: give one, such as .*a/first"):
         quest.load(tmp_path / "a")
@@ -179,7 +179,7 @@ def test_several_adapters_in_one_folder_are_loaded_by_name(bases, tmp_path):
 
 @pytest.mark.parametrize("start", ["pissa_niter_4", "loftq", "corda", "lora_ga", "something new"])
 def test_an_adapter_whose_base_was_changed_beyond_recovery_is_refused(bases, tmp_path, start: str):
-    saved_adapter(bases["untied"], tmp_path / "a", "untied")
+    save_peft_adapter(bases["untied"], tmp_path / "a", "untied")
     rewrite(tmp_path / "a", init_lora_weights=start)
     with pytest.raises(DataError, match=rf"init_lora_weights is '{start}', which changed the base model too"):
         quest.load(tmp_path / "a")
@@ -192,7 +192,7 @@ def rewrite(folder: Path, **changes: Any) -> None:
 
 def test_every_setting_of_pefts_config_is_computed_or_harmless_or_refused(bases, tmp_path):
     """An allow-list: a setting that no table names stops loading, whatever it is called."""
-    saved_adapter(bases["untied"], tmp_path / "a", "untied")
+    save_peft_adapter(bases["untied"], tmp_path / "a", "untied")
     quest.load(tmp_path / "a")
     known = COMPUTED | HARMLESS
     others = {name for name in peft.LoraConfig().to_dict() if name not in known}
@@ -206,7 +206,7 @@ def test_every_setting_of_pefts_config_is_computed_or_harmless_or_refused(bases,
 
 
 def test_an_adapter_for_names_without_prefix_or_within_a_model_of_several_parts_is_read(bases, tmp_path):
-    expected = saved_adapter(bases["untied"], tmp_path / "a", "untied")
+    expected = save_peft_adapter(bases["untied"], tmp_path / "a", "untied")
     file = tmp_path / "a/adapter_model.safetensors"
     held = safetensors.torch.load_file(file)
     for inside in ("", "model.language_model.", "language_model.model."):

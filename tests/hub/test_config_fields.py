@@ -32,19 +32,23 @@ BUILDERS: dict[str, Any] = {"gpt2": tiny_gpt2, "llama": tiny_llama, **ORACLES}
 
 
 @functools.cache
-def theirs(name: str) -> Any:
+def transformers_model(name: str) -> Any:
     return BUILDERS[name]()
 
 
 @functools.cache
-def published(name: str) -> dict[str, Any]:
+def transformers_json(name: str) -> dict[str, Any]:
     """config.json as transformers writes it for this model."""
-    return json.loads(json.dumps(theirs(name).config.to_diff_dict() | {"model_type": theirs(name).config.model_type}))
+    return json.loads(
+        json.dumps(
+            transformers_model(name).config.to_diff_dict() | {"model_type": transformers_model(name).config.model_type}
+        )
+    )
 
 
-def explicit(name: str, hf_config: dict[str, Any]) -> dict[str, Any]:
+def all_fields(name: str, hf_config: dict[str, Any]) -> dict[str, Any]:
     """What transformers' class makes of it: every field, with its value."""
-    made = type(theirs(name).config).from_dict(copy.deepcopy(hf_config))
+    made = type(transformers_model(name).config).from_dict(copy.deepcopy(hf_config))
     return json.loads(json.dumps(made.to_dict()))
 
 
@@ -55,27 +59,27 @@ def ours(hf_config: dict[str, Any]) -> Any:
     return config
 
 
-def differing(one: Any, other: Any) -> str:
+def describe_differences(one: Any, other: Any) -> str:
     pairs = ((field, getattr(one, field), getattr(other, field)) for field in vars(one))
     return ", ".join(f"{field} is {mine!r}, there {their!r}" for field, mine, their in pairs if mine != their)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_what_transformers_writes_is_known_whole_and_what_it_takes_for_granted_too(name: str):
-    family = family_for(published(name))
-    for hf_config in (published(name), explicit(name, published(name))):
+    family = family_for(transformers_json(name))
+    for hf_config in (transformers_json(name), all_fields(name, transformers_json(name))):
         assert unknown_fields(family, hf_config, ours(hf_config)) == {}
-        assert ours(hf_config) == ours(published(name))
+        assert ours(hf_config) == ours(transformers_json(name))
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_another_spelling_of_a_field_is_read_as_transformers_reads_it(name: str):
     """The class's attribute_map: hidden_size for GPT-2's n_embd."""
-    for alias, field in type(theirs(name).config).attribute_map.items():
-        if field in published(name):
-            hf_config = {key: value for key, value in published(name).items() if key != field}
-            hf_config[alias] = published(name)[field]
-            assert ours(hf_config) == ours(explicit(name, hf_config)), alias
+    for alias, field in type(transformers_model(name).config).attribute_map.items():
+        if field in transformers_json(name):
+            hf_config = {key: value for key, value in transformers_json(name).items() if key != field}
+            hf_config[alias] = transformers_json(name)[field]
+            assert ours(hf_config) == ours(all_fields(name, hf_config)), alias
 
 
 YOUNGER = ("ministral3", "mimo_v2_flash")
@@ -84,7 +88,7 @@ YOUNGER = ("ministral3", "mimo_v2_flash")
 
 @pytest.mark.parametrize("name", [name for name in BUILDERS if not name.startswith(YOUNGER)])
 def test_the_spelling_of_transformers_4_is_read_as_transformers_reads_it(name: str):
-    hf_config = copy.deepcopy(published(name))
+    hf_config = copy.deepcopy(transformers_json(name))
     if set(hf_config.get("rope_parameters") or {}) & {"full_attention", "sliding_attention"}:
         by_kind = hf_config.pop("rope_parameters")
         hf_config["rope_theta"] = by_kind["full_attention"].pop("rope_theta")
@@ -96,23 +100,24 @@ def test_the_spelling_of_transformers_4_is_read_as_transformers_reads_it(name: s
     for field in ("partial_rotary_factor", "llama_4_scaling_beta"):
         if field in (hf_config.get("rope_scaling") or {}):
             hf_config[field] = hf_config["rope_scaling"].pop(field)
-    assert not differing(ours(hf_config), ours(explicit(name, hf_config)))
+    assert not describe_differences(ours(hf_config), ours(all_fields(name, hf_config)))
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_a_field_that_nobody_knows_stops_loading_by_its_name(name: str):
     for value in (True, 0.5, 7, "alibi", [1, 2], {"a": 1}):
         with pytest.raises(DataError, match=r"config\.json: use_new_thing \(.*not known to .* delete it"):
-            ours(published(name) | {"use_new_thing": value})
+            ours(transformers_json(name) | {"use_new_thing": value})
     for value in (None, [], {}, "", 2**24 + 1):
-        assert ours(published(name) | {"use_new_thing": value}) == ours(published(name))
+        assert ours(transformers_json(name) | {"use_new_thing": value}) == ours(transformers_json(name))
 
 
-def rebuilt(name: str, hf_config: dict) -> Any:
-    """transformers' model of this config with the tensors of `theirs(name)`: made alike, so that two of them that
+def rebuild_model(name: str, hf_config: dict) -> Any:
+    """transformers' model of this config with the tensors of `transformers_model(name)`: made alike, so that two
+    of them that
     compute the same have the same rounding, which some families amplify."""
-    model = type(theirs(name))(type(theirs(name).config).from_dict(copy.deepcopy(hf_config)))
-    model.load_state_dict(theirs(name).state_dict())
+    model = type(transformers_model(name))(type(transformers_model(name).config).from_dict(copy.deepcopy(hf_config)))
+    model.load_state_dict(transformers_model(name).state_dict())
     model.set_attn_implementation("eager")
     return model.eval()
 
@@ -121,17 +126,17 @@ def rebuilt(name: str, hf_config: dict) -> Any:
 def test_every_field_of_the_reference_class_is_read_or_harmless_or_refused(name: str):
     """Whatever another value of it does to transformers' logits, it does here, or nothing is loaded. Fields that we
     read are compared by the laws of parity; here are those that we do not read."""
-    family, full = family_for(published(name)), explicit(name, published(name))
+    family, full = family_for(transformers_json(name)), all_fields(name, transformers_json(name))
     read = known_fields(family, full)
     tokens = torch.randint(97, (1, 12), generator=torch.Generator().manual_seed(0))
-    expected = logits_of(rebuilt(name, full), tokens)
+    expected = logits_of(rebuild_model(name, full), tokens)
     for field, value in full.items():
-        for other in another(value):
+        for other in other_values(value):
             hf_config = full | {field: other}
             if field in read or field in SWITCHES or not is_harmless(family, field, other):
                 continue
             try:
-                model = rebuilt(name, hf_config)
+                model = rebuild_model(name, hf_config)
             except Exception:
                 continue  # transformers refuses it
             torch.testing.assert_close(logits_of(model, tokens), expected, atol=1e-5, rtol=1e-5, msg=f"{field} {other}")
@@ -141,7 +146,7 @@ SWITCHES = frozenset(("output_attentions", "output_hidden_states", "return_dict"
 """What is returned, in which form: no part of the logits."""
 
 
-def another(value: Any) -> list[Any]:
+def other_values(value: Any) -> list[Any]:
     """Other values of this kind, and of a switch where there is none yet."""
     match value:
         case bool():
@@ -158,27 +163,27 @@ def another(value: Any) -> list[Any]:
 def test_use_bidirectional_attention_is_refused():
     for name in ("gemma2", "gemma3"):
         with pytest.raises(DataError, match=r"use_bidirectional_attention \(True\)"):
-            ours(published(name) | {"use_bidirectional_attention": True})
+            ours(transformers_json(name) | {"use_bidirectional_attention": True})
 
 
 def test_a_rope_that_asks_for_more_is_refused():
     rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "temperature_of_pairs": 3.0}
     with pytest.raises(DataError, match=r"rope_parameters\.temperature_of_pairs \(3\.0\)"):
-        ours(published("llama") | {"rope_parameters": rope})
+        ours(transformers_json("llama") | {"rope_parameters": rope})
 
 
 def test_a_part_of_a_head_that_the_family_does_not_rotate_is_refused():
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     with pytest.raises(DataError, match=r"rope_parameters\.partial_rotary_factor \(0\.5\)"):
-        ours(published("llama") | {"rope_parameters": rope})
-    ours(published("llama") | {"rope_parameters": rope | {"partial_rotary_factor": 1.0}})
+        ours(transformers_json("llama") | {"rope_parameters": rope})
+    ours(transformers_json("llama") | {"rope_parameters": rope | {"partial_rotary_factor": 1.0}})
 
 
 def test_an_unknown_field_of_a_part_is_named():
     from llm_quest.models.llava import FAMILY
 
     vision = {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 4}
-    inner = published("llama") | {"use_new_thing": True}
+    inner = transformers_json("llama") | {"use_new_thing": True}
     hf_config = {"model_type": "llava", "text_config": inner, "vision_config": vision, "image_token_index": 90}
     (said,) = list_unknown_fields(FAMILY, hf_config, None)
     assert "use_new_thing (True): not known to llama" in said
@@ -187,8 +192,8 @@ def test_an_unknown_field_of_a_part_is_named():
 def test_no_table_names_a_field_that_a_family_reads_for_its_computation():
     """BOOKKEEPING, GENERATION: of no family. TRAINING and OF_FAMILY may be read by some."""
     for name in BUILDERS:
-        read = FieldTracker(published(name))
-        family_for(published(name)).read(read)
+        read = FieldTracker(transformers_json(name))
+        family_for(transformers_json(name)).read(read)
         assert not read.seen & (BOOKKEEPING | GENERATION) - {"model_type", "id2label", "dtype", "torch_dtype"}, name
     assert not TRAINING & (BOOKKEEPING | GENERATION)
     assert OF_FAMILY.keys() <= {family.name for family in FAMILIES} | {

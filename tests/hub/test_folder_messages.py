@@ -119,7 +119,7 @@ NUMBERS = {"not finite": (weights_edit(lambda held: {n: t * float("nan") for n, 
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("good") / "model"
     base(folder, num_hidden_layers=2)
     return folder
@@ -133,7 +133,7 @@ def damage(good: Path, folder: Path, names: list[str]) -> Path:
     return folder
 
 
-def told_on_the_terminal(
+def terminal_message(
     arguments: list[str], patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> tuple[list[str], list[str]]:
     """The lines of a command that fails, and the problems of its JSON; both forms say the same."""
@@ -154,7 +154,7 @@ def check_folder(
     folder: Path, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str = ""
 ) -> list[str]:
     """What loading found; `quest inspect` lists all of it, whole, and the message says so where it has no room."""
-    lines, problems = told_on_the_terminal(["generate", str(folder), "-p", "x"], patch, capsys)
+    lines, problems = terminal_message(["generate", str(folder), "-p", "x"], patch, capsys)
     listed = "\n".join(inspect_folder(folder, check_weights=bool(option)).problems)
     head, *others = problems
     assert head.removeprefix(f"{folder} cannot be loaded: ") in listed
@@ -167,28 +167,28 @@ def check_folder(
 
 @pytest.mark.parametrize("name", [*FAULTS, *NUMBERS])
 def test_one_fault_is_told_with_its_file_and_field(
-    name: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, (edit, words) = damage(good, tmp_path / "m", []), (FAULTS | NUMBERS)[name]
+    folder, (edit, words) = damage(model_folder, tmp_path / "m", []), (FAULTS | NUMBERS)[name]
     edit(folder)
     found = check_folder(folder, monkeypatch, capsys, " --weights" if name in NUMBERS else "")
     assert all(word in "\n".join(found) for word in words), found
 
 
 def test_two_to_eight_faults_are_told_in_four_lines(
-    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generator, longest = random.Random(0), 0
     for number in range(12):
         readable = [*WEIGHT_FAULTS, *CONFIG_FAULTS] if number % 2 else list(FAULTS)
         names = generator.sample(readable, 2 + number % 7)
-        folder = damage(good, tmp_path / f"m{number}", names)
+        folder = damage(model_folder, tmp_path / f"m{number}", names)
         longest = max(longest, len(check_folder(folder, monkeypatch, capsys)))
     assert longest > MAX_MESSAGE_LINES, "some folders have more problems than a message shows"
 
 
-def test_numbers_are_looked_at_whatever_else_is_wrong_with_the_weights(good: Path, tmp_path: Path) -> None:
-    folder = damage(good, tmp_path / "m", [])
+def test_numbers_are_looked_at_whatever_else_is_wrong_with_the_weights(model_folder: Path, tmp_path: Path) -> None:
+    folder = damage(model_folder, tmp_path / "m", [])
     NUMBERS["not finite"][0](folder)
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     del weights["model.embed_tokens.weight"]

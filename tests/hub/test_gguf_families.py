@@ -25,7 +25,7 @@ from llm_quest.models.build import family_of
 from llm_quest.models.decoder import GenerationConfig
 from llm_quest.techniques.lora import LoRA
 from llm_quest.techniques.softcap import SoftCap
-from tests.gguf_judge import numbered_tokenizer, our_log_probs, randomize_for_judging
+from tests.gguf_judge import our_log_probs, randomize_for_judging, word_tokenizer
 from tests.gguf_models import GGUF_MODELS, VOCAB, replace, tiny
 from tests.hub.test_gguf import data
 
@@ -34,7 +34,7 @@ IDS = torch.randint(0, VOCAB - 1, (40,), generator=torch.Generator().manual_seed
 
 def export(name: str, file, **options):
     model = randomize_for_judging(quest.build(GGUF_MODELS[name](), seed=0))
-    return model, save_gguf(model, numbered_tokenizer(VOCAB), file, **options)
+    return model, save_gguf(model, word_tokenizer(VOCAB), file, **options)
 
 
 def test_every_layout_has_a_model():
@@ -96,7 +96,7 @@ def test_other_types_load_as_the_package_decodes_them(name, kind, tmp_path):
 
 def test_a_bfloat16_folder_keeps_its_numbers(tmp_path):
     model = quest.build(tiny("qwen3"), seed=0, dtype="bfloat16")
-    tokenizer = numbered_tokenizer(VOCAB)
+    tokenizer = word_tokenizer(VOCAB)
     save(model, tmp_path / "folder", tokenizer=tokenizer)
     assert save_gguf(load(tmp_path / "folder"), tokenizer, tmp_path / "m.gguf").dtype == "BF16"
     read = load(tmp_path / "m.gguf")
@@ -123,17 +123,17 @@ def test_a_quantized_matrix_whose_rows_no_block_divides_is_float16(tmp_path):
 def test_what_generation_needs_comes_back(tmp_path):
     model = quest.build(tiny("llama3.2"), seed=0)
     model.generation_config = GenerationConfig(None, (319, 7), None, temperature=0.5, top_k=20, top_p=0.75)
-    save_gguf(model, numbered_tokenizer(VOCAB), tmp_path / "m.gguf", name="my model")
+    save_gguf(model, word_tokenizer(VOCAB), tmp_path / "m.gguf", name="my model")
     read, file = load(tmp_path / "m.gguf").generation_config, read_gguf(tmp_path / "m.gguf")
     assert (read.eos_token_ids, read.temperature, read.top_k, read.top_p) == ((319, 7), 0.5, 20, 0.75)
     assert file.get("general.name") == "my model"
-    save_gguf(model, numbered_tokenizer(VOCAB), tmp_path / "m.gguf", name="my-phi-3", overwrite=True)
+    save_gguf(model, word_tokenizer(VOCAB), tmp_path / "m.gguf", name="my-phi-3", overwrite=True)
     assert not read_gguf(tmp_path / "m.gguf").get("general.name")
 
 
 def test_a_window_that_llama_cpp_lacks_shortens_the_context(tmp_path):
     model = quest.build(tiny("mistral"), seed=0)
-    report = save_gguf(model, numbered_tokenizer(VOCAB), tmp_path / "m.gguf")
+    report = save_gguf(model, word_tokenizer(VOCAB), tmp_path / "m.gguf")
     assert "context_length is 5" in report.notes[0]
     assert load(tmp_path / "m.gguf").config.max_position_embeddings == 5
     assert torch.equal(our_log_probs(load(tmp_path / "m.gguf"), IDS[:5]), our_log_probs(model, IDS[:5]))
@@ -155,13 +155,13 @@ REFUSED = {
 def test_a_model_that_llama_cpp_computes_otherwise_is_refused_by_the_field(kind, tmp_path):
     name, words = REFUSED[kind]
     with pytest.raises(UsageError) as raised:
-        save_gguf(quest.build(tiny(name), seed=0), numbered_tokenizer(VOCAB), tmp_path / "m.gguf")
+        save_gguf(quest.build(tiny(name), seed=0), word_tokenizer(VOCAB), tmp_path / "m.gguf")
     assert words in str(raised.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_techniques_and_wrong_options_are_refused(tmp_path):
-    model, tokenizer = quest.build(tiny("llama3.2"), seed=0), numbered_tokenizer(VOCAB)
+    model, tokenizer = quest.build(tiny("llama3.2"), seed=0), word_tokenizer(VOCAB)
     for options, words in (({"quantize": "q5_k"}, "q8_0, q4_0"), ({"dtype": "int8"}, "f32")):
         with pytest.raises(UsageError, match=words):
             save_gguf(model, tokenizer, tmp_path / "m.gguf", **options)
@@ -174,7 +174,7 @@ def test_techniques_and_wrong_options_are_refused(tmp_path):
         save_gguf(SoftCap(30.0)(quest.build(tiny("llama3.2"))), tokenizer, tmp_path / "m.gguf")
 
 
-def rewritten(source, target, *, keys=None, drop=(), tensors=None):
+def rewrite_gguf(source, target, *, keys=None, drop=(), tensors=None):
     """A file with other keys or tensors."""
     file = read_gguf(source)
     metadata = {key: value for key, value in file.metadata.items() if key not in drop} | (keys or {})
@@ -208,7 +208,7 @@ CHANGED = {
 def test_a_file_that_is_not_its_model_is_refused_in_a_message(kind, tmp_path):
     changes, words = CHANGED[kind]
     export("llama, linear", tmp_path / "m.gguf")
-    rewritten(tmp_path / "m.gguf", tmp_path / "odd.gguf", **changes)
+    rewrite_gguf(tmp_path / "m.gguf", tmp_path / "odd.gguf", **changes)
     with pytest.raises(DataError) as raised:
         load(tmp_path / "odd.gguf")
     assert words in str(raised.value)
@@ -229,11 +229,11 @@ def test_types_that_are_not_read_are_named(tmp_path):
 
 def test_llama3s_divisors_are_read_without_our_own_key(tmp_path):
     model, _ = export("llama, llama3", tmp_path / "m.gguf")
-    rewritten(tmp_path / "m.gguf", tmp_path / "bare.gguf", drop=("llm_quest.rope_scaling",))
+    rewrite_gguf(tmp_path / "m.gguf", tmp_path / "bare.gguf", drop=("llm_quest.rope_scaling",))
     bare = our_log_probs(load(tmp_path / "bare.gguf"), IDS)
     assert (bare - our_log_probs(model, IDS)).abs().max() < 1e-5
     lie = {"llm_quest.rope_scaling": string(to_json({**llama3_fields(model), "factor": 2.0}))}
-    rewritten(tmp_path / "m.gguf", tmp_path / "lie.gguf", keys=lie)
+    rewrite_gguf(tmp_path / "m.gguf", tmp_path / "lie.gguf", keys=lie)
     assert torch.equal(our_log_probs(load(tmp_path / "lie.gguf"), IDS), bare)
 
 
@@ -246,10 +246,10 @@ def test_keys_that_other_writers_leave_out_have_llama_cpps_defaults(tmp_path):
         "llama3.2", num_key_value_heads=4, head_dim=12, rotary=replace(tiny("llama3.2").rotary, dim=12, scaling=None)
     )
     model = randomize_for_judging(quest.build(replace(config, rotary=replace(config.rotary, rope_theta=10_000.0))))
-    save_gguf(model, numbered_tokenizer(VOCAB), tmp_path / "m.gguf")
+    save_gguf(model, word_tokenizer(VOCAB), tmp_path / "m.gguf")
     optional = [key for key in read_gguf(tmp_path / "m.gguf").metadata if key.removeprefix("llama.") in OPTIONAL]
     assert len(optional) >= 5
-    rewritten(tmp_path / "m.gguf", tmp_path / "bare.gguf", drop=tuple(optional))
+    rewrite_gguf(tmp_path / "m.gguf", tmp_path / "bare.gguf", drop=tuple(optional))
     assert torch.equal(our_log_probs(load(tmp_path / "bare.gguf"), IDS), our_log_probs(model, IDS))
 
 

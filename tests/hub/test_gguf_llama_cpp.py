@@ -11,7 +11,7 @@ from llm_quest.hub.gguf_adapter import save_gguf_adapter
 from llm_quest.hub.gguf_export import save_gguf
 from llm_quest.hub.gguf_pretokenizers import WORD_SPLITS
 from llm_quest.techniques.lora import DoRA, LoRA
-from tests.gguf_judge import LlamaCpp, compare_distributions, numbered_tokenizer, randomize_for_judging
+from tests.gguf_judge import LlamaCpp, compare_distributions, randomize_for_judging, word_tokenizer
 from tests.gguf_models import GGUF_MODELS, VOCAB, tiny
 from tests.gguf_proof import GELU_FAMILIES, counterpart, limit_of
 from tests.gguf_texts import differing_texts, has_combining_mark, has_other_space, sentencepiece_bpe, train_byte_level
@@ -26,7 +26,7 @@ LONG_RUNNING = ("exaone4, windows", "deepseek_v2, lite")
 @pytest.mark.parametrize("name", [name for name in GGUF_MODELS if name not in LONG_RUNNING])
 def test_llama_cpp_computes_the_same_log_probabilities(name, tmp_path):
     model = randomize_for_judging(quest.build(GGUF_MODELS[name](), seed=0))
-    save_gguf(model, numbered_tokenizer(VOCAB), tmp_path / "m.gguf")
+    save_gguf(model, word_tokenizer(VOCAB), tmp_path / "m.gguf")
     judge = LlamaCpp(tmp_path / "m.gguf")
     assert compare_distributions(counterpart(name, model), judge, IDS, every=13) <= limit_of(name, model, IDS)
 
@@ -37,7 +37,7 @@ def test_the_judge_sees_a_wrong_order_of_rows(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gguf_tensors, "rotation_order", lambda view, layout, mixer, rows: (view, None))
     model = randomize_for_judging(quest.build(GGUF_MODELS["llama, llama3"](), seed=0))
-    save_gguf(model, numbered_tokenizer(VOCAB), tmp_path / "m.gguf")
+    save_gguf(model, word_tokenizer(VOCAB), tmp_path / "m.gguf")
     assert compare_distributions(model, LlamaCpp(tmp_path / "m.gguf"), IDS, every=13) > 0.1
     assert "gemma" in GELU_FAMILIES
 
@@ -63,7 +63,7 @@ def test_llama_cpp_gives_200_texts_the_same_ids(kind, tmp_path):
 @pytest.mark.parametrize("name", ["llama, llama3", "gpt2", "mixtral", "qwen3_next"])
 def test_llama_cpp_applies_our_adapters(name, tmp_path):
     model = randomize_for_judging(quest.build(GGUF_MODELS[name](), seed=0))
-    save_gguf(model, numbered_tokenizer(VOCAB), tmp_path / "m.gguf")
+    save_gguf(model, word_tokenizer(VOCAB), tmp_path / "m.gguf")
     adapted = LoRA(rank=4, alpha=8, targets=["all"])(model)
     generator = torch.Generator().manual_seed(3)
     for path, parameter in adapted.named_parameters():

@@ -36,7 +36,7 @@ KINDS = {name: lambda name=name: train_byte_level(name, size=600) for name in WO
 }
 
 
-def written(tokenizer: Tokenizer, rows: int, tmp_path, **options):
+def write_and_read(tokenizer: Tokenizer, rows: int, tmp_path, **options):
     """The keys in a file."""
     keys, notes = tokenizer_keys(tokenizer, rows, **options)
     write_gguf(tmp_path / "t.gguf", keys, {})
@@ -46,7 +46,7 @@ def written(tokenizer: Tokenizer, rows: int, tmp_path, **options):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_comes_back_gives_the_same_ids_and_texts(kind, tmp_path):
     tokenizer = KINDS[kind]()
-    file, _ = written(tokenizer, tokenizer.vocab_size + 7, tmp_path)
+    file, _ = write_and_read(tokenizer, tokenizer.vocab_size + 7, tmp_path)
     back = read_tokenizer(file)
     assert differing_texts(tokenizer, lambda text: back.encode(text, add_special_tokens=False)) == []
     texts = [f"<|im_start|>{text}<|im_end|>" for text in sample_texts(60)]
@@ -84,7 +84,7 @@ def test_types_specials_and_rows_without_a_token(tmp_path):
     tokenizer = sentencepiece_bpe().with_added_tokens(["<tool>"])
     tokenizer.chat_template = "{{ messages[0].content }}"
     generation = GenerationConfig(None, (2, 3), None)
-    file, notes = written(tokenizer, tokenizer.vocab_size + 2, tmp_path, generation=generation)
+    file, notes = write_and_read(tokenizer, tokenizer.vocab_size + 2, tmp_path, generation=generation)
     tokens, types = (file.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
     kind = dict(zip(tokens, types, strict=True))
     assert [kind[one] for one in ("<unk>", "<s>", "<0x41>", "<tool>", tokens[-1])] == [2, 3, 6, 4, 5]
@@ -102,7 +102,7 @@ def test_types_specials_and_rows_without_a_token(tmp_path):
 def test_begin_and_end_tokens_around_a_text(tmp_path):
     plain, around = train_byte_level("gpt-2", size=300), tokenizer_of("byte-level")
     for tokenizer, add_bos in ((plain, False), (around, True)):
-        file, _ = written(tokenizer, tokenizer.vocab_size, tmp_path)
+        file, _ = write_and_read(tokenizer, tokenizer.vocab_size, tmp_path)
         assert (file.get("tokenizer.ggml.add_bos_token"), file.get("tokenizer.ggml.add_eos_token")) == (add_bos, False)
         assert read_tokenizer(file).encode("a") == tokenizer.encode("a")
         (tmp_path / "t.gguf").unlink()
@@ -110,14 +110,14 @@ def test_begin_and_end_tokens_around_a_text(tmp_path):
 
 def test_nfc_is_kept_and_named(tmp_path):
     tokenizer = train_byte_level("qwen2", nfc=True, size=300)
-    file, notes = written(tokenizer, tokenizer.vocab_size, tmp_path)
+    file, notes = write_and_read(tokenizer, tokenizer.vocab_size, tmp_path)
     assert "NFC" in notes[0]
     assert read_tokenizer(file).encode("e\u0301") == tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9")
 
 
 def test_tokens_beyond_the_embedding_are_left_out(tmp_path):
     tokenizer = train_byte_level("gpt-2", size=300).with_added_tokens(["<image>"])
-    file, notes = written(tokenizer, 300, tmp_path)
+    file, notes = write_and_read(tokenizer, 300, tmp_path)
     assert len(file.get("tokenizer.ggml.tokens")) == 300
     assert "<image>" in notes[0]
 
@@ -194,7 +194,7 @@ def test_generate_writes_what_the_folder_writes(tmp_path):
 def test_a_template_finds_no_begin_token_where_the_tokenizer_has_none(tmp_path):
     tokenizer = Tokenizer(train_byte_level("qwen2", size=400).backend_tokenizer, eos_tokens=["<|endoftext|>"])
     tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
-    again = read_tokenizer(written(tokenizer, tokenizer.vocab_size, tmp_path)[0])
+    again = read_tokenizer(write_and_read(tokenizer, tokenizer.vocab_size, tmp_path)[0])
     assert (tokenizer.bos_token, again.bos_token) == (None, "<|endoftext|>")  # llama.cpp's too
     texts = [ChatTemplate(one).render_prompts([[{"role": "user", "content": "Hi"}]]) for one in (tokenizer, again)]
     assert texts == [["Hi"], ["Hi"]]

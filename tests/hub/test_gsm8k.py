@@ -27,7 +27,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def kept(cache: Path, part: str, rows: list[dict[str, str]]) -> None:
+def write_cached_part(cache: Path, part: str, rows: list[dict[str, str]]) -> None:
     repo = cache / "datasets--openai--gsm8k"
     file = repo / "snapshots" / ("0" * 40) / FILES[part]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -37,8 +37,8 @@ def kept(cache: Path, part: str, rows: list[dict[str, str]]) -> None:
 
 
 def test_the_hubs_files_are_read_and_training_is_parted_by_the_questions(cache: Path) -> None:
-    kept(cache, "train", ROWS[:80])
-    kept(cache, "test", ROWS[80:])
+    write_cached_part(cache, "train", ROWS[:80])
+    write_cached_part(cache, "test", ROWS[80:])
     train, held, test = (load_gsm8k("gsm8k", part) for part in ("train", "validation", "test"))
     assert {one.prompt for one in train} | {one.prompt for one in held} == {row["question"] for row in ROWS[:80]}
     assert not {one.prompt for one in train} & {one.prompt for one in held}
@@ -52,7 +52,7 @@ def test_the_hubs_files_are_read_and_training_is_parted_by_the_questions(cache: 
 
 
 def test_a_file_is_parted_alike_and_as_a_test_it_is_whole(cache: Path, tmp_path: Path) -> None:
-    kept(cache, "train", ROWS)
+    write_cached_part(cache, "train", ROWS)
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     for part in ("train", "validation"):
@@ -66,7 +66,7 @@ def test_a_file_is_parted_alike_and_as_a_test_it_is_whole(cache: Path, tmp_path:
 def test_what_is_missing_is_said_with_its_remedy(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingError, match=r"HF_HUB_OFFLINE is set.*hf download --repo-type dataset openai/gsm8k"):
         load_gsm8k("gsm8k", "test")
-    kept(cache, "test", [{"question": "What?", "answer": "no mark"}])
+    write_cached_part(cache, "test", [{"question": "What?", "answer": "no mark"}])
     with pytest.raises(DataError, match=r"openai--gsm8k.*test.*\.parquet:1: the answer has no ####"):
         load_gsm8k("gsm8k", "test")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)

@@ -223,12 +223,12 @@ def test_a_model_without_its_head_says_which_class_saved_it(tmp_path):
 UNTIED: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: tiny_gpt2(tie_word_embeddings=False),
     "llama": lambda: tiny_llama(tie_word_embeddings=False),
-    "gemma3": lambda: untied("gemma3"),
-    "qwen3": lambda: untied("qwen3"),
+    "gemma3": lambda: untie_head("gemma3"),
+    "qwen3": lambda: untie_head("qwen3"),
 }
 
 
-def untied(name: str) -> Any:
+def untie_head(name: str) -> Any:
     config = ORACLES[name]().config
     config.tie_word_embeddings = False
     return randomize_(T.AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
@@ -373,7 +373,7 @@ def test_a_git_lfs_pointer_is_called_one(tmp_path, file: str):
         load(folder, allow_pickle=True)
 
 
-def pickled_folder(tmp_path: Path, shards: int = 1) -> tuple[Path, Tensor]:
+def write_pickled_folder(tmp_path: Path, shards: int = 1) -> tuple[Path, Tensor]:
     """What Trainer wrote before safetensors: the weights beside the states of the training."""
     theirs = tiny_llama()
     folder = save_published(theirs, tmp_path / "m")
@@ -396,7 +396,7 @@ def pickled_folder(tmp_path: Path, shards: int = 1) -> tuple[Path, Tensor]:
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_trainers_checkpoint_of_parameters_is_read_where_pickles_are_allowed(tmp_path, monkeypatch, shards: int):
-    folder, expected = pickled_folder(tmp_path, shards)
+    folder, expected = write_pickled_folder(tmp_path, shards)
     with pytest.raises(DataError, match=r"only pickled weights here \(pytorch_model.*allow_pickle=True"):
         load(folder)
     with torch.no_grad():

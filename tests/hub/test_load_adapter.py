@@ -34,7 +34,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
     return {name: save_published(make().double(), home / name) for name, make in BASES.items()}
 
 
-def theirs(folder: Path) -> Any:
+def transformers_model(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
 
 
@@ -42,7 +42,7 @@ def tokens() -> Tensor:
     return torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(3))
 
 
-def stir(model: torch.nn.Module) -> None:
+def perturb_(model: torch.nn.Module) -> None:
     """Learned numbers away from their first values (B is zero there)."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -60,8 +60,8 @@ def peft_model(base: Path, kind: str, name: str, **more: Any) -> Any:
     config = peft.LoraConfig(
         r=3, lora_alpha=12, target_modules=TARGETS[name], task_type="CAUSAL_LM", **(KINDS[kind] | more)
     )
-    adapted = peft.get_peft_model(theirs(base), config)
-    stir(adapted)
+    adapted = peft.get_peft_model(transformers_model(base), config)
+    perturb_(adapted)
     return adapted.eval()
 
 
@@ -92,7 +92,7 @@ def test_pefts_adapter_gives_the_same_outputs_gradients_and_merged_model_here(ba
     merge_adapter(ours)
     merged = other.merge_and_unload()
     quest.save(ours, tmp_path / "merged")
-    mine, reference = theirs(tmp_path / "merged").state_dict(), merged.state_dict()
+    mine, reference = transformers_model(tmp_path / "merged").state_dict(), merged.state_dict()
     assert mine.keys() == reference.keys()
     for key in mine:
         torch.testing.assert_close(mine[key], reference[key], **CLOSE)
@@ -143,9 +143,9 @@ OURS = {
 @pytest.mark.parametrize("kind", OURS)
 def test_our_adapter_gives_the_same_logits_in_peft_and_again_here(bases, tmp_path, kind: str, name: str):
     ours = OURS[kind](quest.load(bases[name], dtype="float64"))
-    stir(ours)
+    perturb_(ours)
     quest.save_adapter(ours, tmp_path / "adapter", base=str(bases[name]))
-    read = peft.PeftModel.from_pretrained(theirs(bases[name]), tmp_path / "adapter").eval()
+    read = peft.PeftModel.from_pretrained(transformers_model(bases[name]), tmp_path / "adapter").eval()
     expected = ours(tokens())
     assert (expected - quest.load(bases[name], dtype="float64")(tokens())).abs().max() > 1e-2
     torch.testing.assert_close(read(tokens()).logits, expected, rtol=RTOL, atol=ATOL)
@@ -162,8 +162,8 @@ def test_an_adapter_that_is_born_neutral_is_read_back_too(bases, tmp_path):
 
 def test_tiny_lora_equals_pefts_with_pefts_own_projections(bases):
     config = peft.TinyLoraConfig(r=2, u=5, weight_tying=0.5, target_modules=["q_proj", "v_proj", "down_proj"])
-    other = peft.get_peft_model(theirs(bases["llama"]), config)
-    stir(other)
+    other = peft.get_peft_model(transformers_model(bases["llama"]), config)
+    perturb_(other)
     ours = TinyLoRA(rank=2, u=5, tying=0.5, targets=("q", "v", "down"))(quest.load(bases["llama"], dtype="float64"))
     inside = {"q": "self_attn.q_proj", "v": "self_attn.v_proj", "down": "mlp.down_proj"}
     vectors = {}
@@ -194,8 +194,8 @@ def tiny(base: Path, folder: Path, name: str = "llama", **more: Any) -> Any:
     """PEFT's TinyLoRA of a base, stirred and saved."""
     targets = {"llama": ["q_proj", "v_proj", "up_proj", "down_proj"], "gpt2": ["c_fc"]}[name]
     numbers = {"r": 2, "u": 5, "target_modules": targets, "projection_seed": 7, "fan_in_fan_out": name == "gpt2"}
-    other = peft.get_peft_model(theirs(base), peft.TinyLoraConfig(**(numbers | more)))
-    stir(other)
+    other = peft.get_peft_model(transformers_model(base), peft.TinyLoraConfig(**(numbers | more)))
+    perturb_(other)
     other.save_pretrained(folder)
     return other.eval()
 
@@ -220,7 +220,7 @@ def test_pefts_tiny_lora_gives_the_same_outputs_and_gradients_here(bases, tmp_pa
     quest.save(ours, tmp_path / "ours")
     torch.testing.assert_close(quest.load(tmp_path / "ours", dtype="float64")(tokens()), logits, **CLOSE)
     quest.save_adapter(ours, tmp_path / "as lora", base=str(bases[name]))
-    read = peft.PeftModel.from_pretrained(theirs(bases[name]), tmp_path / "as lora").eval()
+    read = peft.PeftModel.from_pretrained(transformers_model(bases[name]), tmp_path / "as lora").eval()
     torch.testing.assert_close(read(tokens()).logits, logits, rtol=RTOL, atol=ATOL)
 
 
@@ -230,17 +230,17 @@ def test_a_tiny_lora_whose_vectors_cannot_be_placed_is_refused(bases, tmp_path):
     held = safetensors.torch.load_file(file)
     first, second = [name for name in sorted(held) if name.endswith("tinylora_P")][:2]
 
-    def refused(said: str, **changes: Tensor | None) -> None:
+    def require_refusal(said: str, **changes: Tensor | None) -> None:
         safetensors.torch.save_file({n: t for n, t in (held | changes).items() if t is not None}, file)
         with pytest.raises(DataError, match=said):
             quest.load_adapter(model := quest.load(bases["llama"]), folder)
         assert not adapter_layers(model)
 
-    refused("not those of seed 7 at place", **{first: held[second], second: held[first]})
-    refused("save_projection=True", **{first: None})
-    refused("7 vectors; 8 of u 5", **{"base_model.tinylora_v.3": None})
-    refused("another size: tinylora_P", **{first: held[first][:3].clone()})
-    refused("not read here: base_model.x", **{"base_model.x": held[first].clone()})
+    require_refusal("not those of seed 7 at place", **{first: held[second], second: held[first]})
+    require_refusal("save_projection=True", **{first: None})
+    require_refusal("7 vectors; 8 of u 5", **{"base_model.tinylora_v.3": None})
+    require_refusal("another size: tinylora_P", **{first: held[first][:3].clone()})
+    require_refusal("not read here: base_model.x", **{"base_model.x": held[first].clone()})
     safetensors.torch.save_file(held, file)
     rewrite(folder, tinylora_dropout=0.1)
     with pytest.raises(DataError, match="tinylora_dropout"):

@@ -48,7 +48,7 @@ def our_logits(model) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory) -> dict[str, tuple[Path, torch.Tensor]]:
+def reference_folders(tmp_path_factory) -> dict[str, tuple[Path, torch.Tensor]]:
     """Each model's folder as transformers writes it, and its logits."""
     made = {}
     for name, make in MODELS.items():
@@ -59,14 +59,14 @@ def published(tmp_path_factory) -> dict[str, tuple[Path, torch.Tensor]]:
 
 
 @pytest.fixture
-def llama(published, tmp_path) -> Path:
+def llama(reference_folders, tmp_path) -> Path:
     """A copy of a good folder, to be damaged."""
-    return shutil.copytree(published["llama, untied"][0], tmp_path / "llama")
+    return shutil.copytree(reference_folders["llama, untied"][0], tmp_path / "llama")
 
 
 @pytest.fixture
-def gpt2(published, tmp_path) -> Path:
-    return shutil.copytree(published["gpt2"][0], tmp_path / "gpt2")
+def gpt2(reference_folders, tmp_path) -> Path:
+    return shutil.copytree(reference_folders["gpt2"][0], tmp_path / "gpt2")
 
 
 def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
@@ -79,23 +79,23 @@ def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_our_logits_are_those_of_transformers(published, name):
-    folder, expected = published[name]
+def test_our_logits_are_those_of_transformers(reference_folders, name):
+    folder, expected = reference_folders[name]
     torch.testing.assert_close(our_logits(load(folder)), expected, atol=ATOL, rtol=RTOL)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "rope" in name or name == "gpt2"])
-def test_the_old_spelling_of_config_json_gives_the_same_model(published, tmp_path, name):
+def test_the_old_spelling_of_config_json_gives_the_same_model(reference_folders, tmp_path, name):
     from tests.oracles import spell_old
 
-    folder = shutil.copytree(published[name][0], tmp_path / "old")
+    folder = shutil.copytree(reference_folders[name][0], tmp_path / "old")
     edit_config(folder, spell_old)
-    assert torch.equal(our_logits(load(folder)), our_logits(load(published[name][0])))
+    assert torch.equal(our_logits(load(folder)), our_logits(load(reference_folders[name][0])))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_transformers_loads_what_we_save_with_no_key_missing_or_unexpected(published, tmp_path, name):
-    folder, expected = published[name]
+def test_transformers_loads_what_we_save_with_no_key_missing_or_unexpected(reference_folders, tmp_path, name):
+    folder, expected = reference_folders[name]
     save(load(folder), tmp_path / "out")
     model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
@@ -104,8 +104,8 @@ def test_transformers_loads_what_we_save_with_no_key_missing_or_unexpected(publi
 
 @pytest.mark.parametrize("limit", ["5GB", "30KB"])
 @pytest.mark.parametrize("name", MODELS)
-def test_export_then_import_is_the_identity(published, tmp_path, name, limit):
-    model = load(published[name][0])
+def test_export_then_import_is_the_identity(reference_folders, tmp_path, name, limit):
+    model = load(reference_folders[name][0])
     save(model, tmp_path / "out", max_shard_size=limit)
     again = load(tmp_path / "out")
     assert again.config == model.config
@@ -113,8 +113,8 @@ def test_export_then_import_is_the_identity(published, tmp_path, name, limit):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_sharded_folders_of_transformers_are_read_and_ours_are_read_by_it(published, tmp_path):
-    folder, expected = published["llama, untied"]
+def test_sharded_folders_of_transformers_are_read_and_ours_are_read_by_it(reference_folders, tmp_path):
+    folder, expected = reference_folders["llama, untied"]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     sharded = save_published(theirs, tmp_path / "theirs", max_shard_size="30KB")
     assert len(list(sharded.glob("model-*.safetensors"))) > 2
@@ -126,9 +126,9 @@ def test_sharded_folders_of_transformers_are_read_and_ours_are_read_by_it(publis
     torch.testing.assert_close(logits_of(model, tokens()), expected, atol=ATOL, rtol=RTOL)
 
 
-def test_config_json_says_everything_in_both_spellings_and_names_no_path(published, tmp_path):
+def test_config_json_says_everything_in_both_spellings_and_names_no_path(reference_folders, tmp_path):
     save(
-        load(published["llama, llama3 rope"][0]),
+        load(reference_folders["llama, llama3 rope"][0]),
         tmp_path / "out",
         generation_config=GenerationConfig(bos_token_id=1, eos_token_ids=(2, 3), pad_token_id=0),
     )
@@ -191,12 +191,12 @@ def test_a_file_replaced_or_deleted_after_loading_changes_nothing(llama, gpt2):
     assert torch.equal(our_logits(model), before)
 
 
-def test_the_hubs_gpt2_without_prefix_and_with_its_mask_tensors_is_read(gpt2, published):
+def test_the_hubs_gpt2_without_prefix_and_with_its_mask_tensors_is_read(gpt2, reference_folders):
     held = safetensors.torch.load_file(gpt2 / "model.safetensors")
     bare = {name.removeprefix("transformer."): tensor for name, tensor in held.items()}
     bare |= {"h.0.attn.bias": torch.ones(1, 1, 128, 128).tril(), "h.1.attn.masked_bias": torch.tensor(-1e4)}
     safetensors.torch.save_file(bare, gpt2 / "model.safetensors")
-    torch.testing.assert_close(our_logits(load(gpt2)), published["gpt2"][1], atol=ATOL, rtol=RTOL)
+    torch.testing.assert_close(our_logits(load(gpt2)), reference_folders["gpt2"][1], atol=ATOL, rtol=RTOL)
 
 
 def test_a_tied_head_stored_twice_is_one_parameter_where_it_is_equal_and_two_where_not(gpt2):
@@ -323,9 +323,9 @@ def test_a_truncated_file_is_named(llama):
         load(llama)
 
 
-def test_missing_and_stray_shards_are_named(published, tmp_path):
+def test_missing_and_stray_shards_are_named(reference_folders, tmp_path):
     folder = tmp_path / "sharded"
-    save(load(published["llama, untied"][0]), folder, max_shard_size="60KB")
+    save(load(reference_folders["llama, untied"][0]), folder, max_shard_size="60KB")
     files = sorted(folder.glob("model-*.safetensors"))
     index = folder / "model.safetensors.index.json"
     files[0].rename(tmp_path / "gone")
@@ -350,13 +350,15 @@ def test_an_index_cannot_point_outside_its_folder(llama, name):
         load(llama)
 
 
-def test_pickled_weights_are_read_only_if_allowed_and_never_run(gpt2, published):
+def test_pickled_weights_are_read_only_if_allowed_and_never_run(gpt2, reference_folders):
     held = safetensors.torch.load_file(gpt2 / "model.safetensors")
     (gpt2 / "model.safetensors").unlink()
     torch.save(held, gpt2 / "pytorch_model.bin")
     with pytest.raises(DataError, match=r"pickled weights here \(pytorch_model\.bin\).*allow_pickle"):
         load(gpt2)
-    torch.testing.assert_close(our_logits(load(gpt2, allow_pickle=True)), published["gpt2"][1], atol=ATOL, rtol=RTOL)
+    torch.testing.assert_close(
+        our_logits(load(gpt2, allow_pickle=True)), reference_folders["gpt2"][1], atol=ATOL, rtol=RTOL
+    )
     torch.save({"x": Harmful(gpt2 / "harmed")}, gpt2 / "pytorch_model.bin")
     with pytest.raises(DataError, match="holds more than tensors"):
         load(gpt2, allow_pickle=True)
@@ -521,14 +523,14 @@ def flip_a_bit(checkpoint: Path) -> None:
     file.write_bytes(content)
 
 
-def cut_short(checkpoint: Path) -> None:
+def truncate(checkpoint: Path) -> None:
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
 
 
 DAMAGES = {
     "a flipped bit": (flip_a_bit, "does not have the xxh3_128"),
-    "cut short": (cut_short, "bytes, its manifest says"),
+    "cut short": (truncate, "bytes, its manifest says"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "No such file"),
     "no JSON": (lambda folder: (folder / MANIFEST_FILE).write_text("{"), "cannot be read"),
     "a list": (lambda folder: (folder / MANIFEST_FILE).write_text("[]"), "holds a list"),

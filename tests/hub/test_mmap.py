@@ -32,7 +32,7 @@ def model_folders(tmp_path_factory) -> dict[str, Path]:
     return {name: save(quest.build(name, seed=4), place / name) for name in TINY}
 
 
-def lying_in(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def map_weights(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     seen = validate_folder(locate_model(folder))
     parameters = dict(seen.model.named_parameters())
     return memory_map_parameters(parameters, seen.weight_views, seen.sources, dict.fromkeys(parameters, dtype))
@@ -45,7 +45,7 @@ def read(folder: Path, monkeypatch) -> quest.Decoder:
         return load(folder)
 
 
-def trained(model: torch.nn.Module) -> torch.nn.Module:
+def train_one_step(model: torch.nn.Module) -> torch.nn.Module:
     """One step of AdamW on fixed tokens."""
     rows = torch.randint(0, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
@@ -67,10 +67,10 @@ def test_mapped_and_read_are_the_same_numbers_on_every_page(model_folders, monke
 def test_all_that_we_save_lies_in_its_file_also_what_we_fuse_and_what_is_published_turned(model_folders):
     for name in ("gpt2-tiny", "llama3.2-tiny"):
         model = quest.build(name, seed=4)
-        there = lying_in(model_folders[name])
+        there = map_weights(model_folders[name])
         assert there.keys() == dict(model.named_parameters()).keys()
         assert all(torch.equal(there[path], parameter) for path, parameter in model.named_parameters())
-    assert not lying_in(model_folders["gpt2-tiny"])["blocks.0.feed_forward.layer.up.weight"].is_contiguous()
+    assert not map_weights(model_folders["gpt2-tiny"])["blocks.0.feed_forward.layer.up.weight"].is_contiguous()
 
 
 def test_parts_that_lie_in_another_order_are_read(tmp_path, model_folders, monkeypatch):
@@ -78,19 +78,19 @@ def test_parts_that_lie_in_another_order_are_read(tmp_path, model_folders, monke
     write = load_save.write_tensors
     monkeypatch.setattr(load_save, "write_tensors", lambda file, tensors: write(file, dict(sorted(tensors.items()))))
     folder = save(load(model_folders["llama3.2-tiny"]), tmp_path / "sorted")
-    there = lying_in(folder)
+    there = map_weights(folder)
     assert "blocks.0.mixer.layer.qkv.weight" not in there
     assert "blocks.0.feed_forward.layer.gate_up.weight" in there
     close(load(folder), quest.build("llama3.2-tiny", seed=4), atol=0)
 
 
 def test_another_dtype_than_the_stored_is_read(tmp_path, model_folders):
-    assert lying_in(model_folders["gpt2-tiny"])
-    assert not lying_in(model_folders["gpt2-tiny"], torch.bfloat16)
+    assert map_weights(model_folders["gpt2-tiny"])
+    assert not map_weights(model_folders["gpt2-tiny"], torch.bfloat16)
     half = quest.build("gpt2-tiny", dtype=torch.bfloat16)
-    assert not lying_in(save(half, tmp_path / "half"))
+    assert not map_weights(save(half, tmp_path / "half"))
     turned = {"qkv", "out", "up", "down"}
-    there = lying_in(tmp_path / "half", torch.bfloat16)
+    there = map_weights(tmp_path / "half", torch.bfloat16)
     assert there
     assert not any(path.split(".")[-2] in turned and path.endswith("weight") for path in there)
     close(load(tmp_path / "half"), half, atol=0)
@@ -100,8 +100,8 @@ def test_training_steps_change_the_model_and_not_the_file(model_folders, monkeyp
     for name in ("gpt2-tiny", "llama3.2-tiny"):
         file = model_folders[name] / "model.safetensors"
         before = hashlib.sha256(file.read_bytes()).digest()
-        model = trained(load(model_folders[name]))
-        close(model, trained(read(model_folders[name], monkeypatch)), atol=2e-5)
+        model = train_one_step(load(model_folders[name]))
+        close(model, train_one_step(read(model_folders[name], monkeypatch)), atol=2e-5)
         assert hashlib.sha256(file.read_bytes()).digest() == before
         close(load(model_folders[name]), quest.build(name, seed=4), atol=0)
 
@@ -109,13 +109,13 @@ def test_training_steps_change_the_model_and_not_the_file(model_folders, monkeyp
 @pytest.mark.parametrize("name", ["gpt2-tiny", "llama3.2-tiny"])
 def test_a_trained_model_is_saved_over_the_folder_it_lies_in(tmp_path, name):
     folder = save(quest.build(name, seed=4), tmp_path / "model")
-    model, other = trained(load(folder)), load(folder)
+    model, other = train_one_step(load(folder)), load(folder)
     for _ in range(2):
         now = copy.deepcopy(model)
         save(model, folder, overwrite=True)
         close(load(folder), now, atol=0)
         close(model, now, atol=0)
-        trained(model)
+        train_one_step(model)
     close(other, quest.build(name, seed=4), atol=0)  # loaded before: still the old numbers
 
 

@@ -60,7 +60,7 @@ def test_decoding_is_transformers_own():
     assert torch.equal(decode_mxfp4(blocks, scales).mT, theirs.float())
 
 
-def published_folder(home: Path) -> tuple[Path, Any]:
+def write_mxfp4_folder(home: Path) -> tuple[Path, Any]:
     """A tiny gpt-oss whose experts are in MXFP4, as in openai/gpt-oss-20b, and transformers' model of the same numbers
     (by its own decoder)."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -80,7 +80,7 @@ def published_folder(home: Path) -> tuple[Path, Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_published_folder_is_decoded_exactly_and_saved_as_plain_numbers(tmp_path: Path, dtype: torch.dtype):
-    folder, theirs = published_folder(tmp_path)
+    folder, theirs = write_mxfp4_folder(tmp_path)
     save(load(folder, dtype=dtype), tmp_path / "out")
     ours = safetensors.torch.load_file(tmp_path / "out/model.safetensors")
     assert ours.keys() == theirs.state_dict().keys()
@@ -91,7 +91,7 @@ def test_a_published_folder_is_decoded_exactly_and_saved_as_plain_numbers(tmp_pa
 
 @torch.no_grad()
 def test_its_logits_are_those_of_transformers(tmp_path: Path):
-    folder, theirs = published_folder(tmp_path)
+    folder, theirs = write_mxfp4_folder(tmp_path)
     tokens = torch.randint(97, (2, 30), generator=torch.Generator().manual_seed(2))
     expected = logits_of(theirs, tokens)
     torch.testing.assert_close(load(folder)(tokens), expected, atol=2e-5, rtol=1e-4)
@@ -108,7 +108,7 @@ def test_its_logits_are_those_of_transformers(tmp_path: Path):
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path: Path, change: str, message: str):
-    folder, _ = published_folder(tmp_path)
+    folder, _ = write_mxfp4_folder(tmp_path)
     held = safetensors.torch.load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.experts.down_proj_scales"
     if change == "scales":

@@ -54,7 +54,7 @@ def test_an_adapter_of_vectors_is_named(base: Path, tmp_path: Path):
         load(write_adapter(base, tmp_path, {}, dims=1))
 
 
-def copied(base: Path, folder: Path, file: str, content: bytes) -> Path:
+def copy_with_file(base: Path, folder: Path, file: str, content: bytes) -> Path:
     for one in base.iterdir():
         (folder / one.name).write_bytes(one.read_bytes())
     (folder / file).write_bytes(content)
@@ -64,7 +64,7 @@ def copied(base: Path, folder: Path, file: str, content: bytes) -> Path:
 @pytest.mark.parametrize("content", [b"\xef\xbb\xbf{}", '{"a": 1}'.encode("utf-16"), b'{"a": 1, "a": 2}', b"[1]"])
 def test_a_config_that_is_no_json_object_is_the_only_complaint(base: Path, tmp_path: Path, content: bytes):
     with pytest.raises(DataError, match=r"cannot be loaded: config\.json: ") as caught:
-        load(copied(base, tmp_path, "config.json", content))
+        load(copy_with_file(base, tmp_path, "config.json", content))
     assert "model_type" not in str(caught.value)
     assert str(caught.value).count("\n") == 0
 
@@ -86,7 +86,7 @@ def test_an_odd_value_of_config_is_named_alone(base: Path, tmp_path: Path, name:
     changes, message = ODD_CONFIGS[name]
     whole = json.loads((base / "config.json").read_text()) | changes
     with pytest.raises(DataError, match=message) as caught:
-        load(copied(base, tmp_path, "config.json", json.dumps(whole).encode()))
+        load(copy_with_file(base, tmp_path, "config.json", json.dumps(whole).encode()))
     assert str(caught.value).count("\n") == 0
 
 
@@ -113,7 +113,7 @@ def test_a_window_that_shows_nothing_is_refused(tmp_path: Path, window: int):
 def test_advice_out_of_its_range_is_named(base: Path, tmp_path: Path, name: str, value: float):
     content = json.dumps({name: value}).encode()
     with pytest.raises(DataError, match=rf"generation_config\.json: {name} is .*; a number (from|of at least) "):
-        load(copied(base, tmp_path, "generation_config.json", content))
+        load(copy_with_file(base, tmp_path, "generation_config.json", content))
 
 
 def test_images_of_an_absurd_size_are_refused_before_memory_is_asked_for():

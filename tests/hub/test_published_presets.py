@@ -27,7 +27,7 @@ Tensors = dict[str, Tensor]
 Change = Callable[[Tensors, dict[str, Any]], tuple[Tensors, dict[str, Any]]]
 
 
-def within(wrapper: str, rename: Callable[[str], str], other: str) -> Change:
+def as_part_of(wrapper: str, rename: Callable[[str], str], other: str) -> Change:
     """A model of several parts: the numbers in text_config, the tensors under a prefix, beside those of a tower."""
 
     def change(held: Tensors, config: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
@@ -39,7 +39,7 @@ def within(wrapper: str, rename: Callable[[str], str], other: str) -> Change:
     return change
 
 
-def bare(prefix: str) -> Change:
+def without_prefix(prefix: str) -> Change:
     return lambda held, config: ({name.removeprefix(prefix): tensor for name, tensor in held.items()}, config)
 
 
@@ -84,11 +84,13 @@ def qwen3_5_name(name: str) -> str:
 
 
 LAYOUTS: dict[str, Change] = {
-    r"openai-community/gpt2.*": bare("transformer."),
-    r"google/gemma-3-(4b|12b|27b)-pt": within("gemma3", lambda name: f"language_model.{name}", "vision_tower.x.weight"),
-    r"mistralai/Ministral-3-.*": within("mistral3", lambda name: f"language_model.{name}", "vision_tower.x.weight"),
-    r"Qwen/Qwen3\.5-.*A3B": within("qwen3_5_moe", qwen3_5_name, "model.visual.x.weight"),
-    r"Qwen/Qwen3\.5-\d.*B": within("qwen3_5", qwen3_5_name, "model.visual.x.weight"),
+    r"openai-community/gpt2.*": without_prefix("transformer."),
+    r"google/gemma-3-(4b|12b|27b)-pt": as_part_of(
+        "gemma3", lambda name: f"language_model.{name}", "vision_tower.x.weight"
+    ),
+    r"mistralai/Ministral-3-.*": as_part_of("mistral3", lambda name: f"language_model.{name}", "vision_tower.x.weight"),
+    r"Qwen/Qwen3\.5-.*A3B": as_part_of("qwen3_5_moe", qwen3_5_name, "model.visual.x.weight"),
+    r"Qwen/Qwen3\.5-\d.*B": as_part_of("qwen3_5", qwen3_5_name, "model.visual.x.weight"),
     r"deepseek-ai/DeepSeek-V3|moonshotai/Kimi-K2-Base|XiaomiMiMo/MiMo-V2-Flash": in_fp8,
     r"openai/gpt-oss-.*": in_mxfp4,
     r".*": as_it_is,
@@ -96,14 +98,14 @@ LAYOUTS: dict[str, Change] = {
 """Hub id -> what its files differ in from those that we write. The first pattern that matches counts."""
 
 
-def published() -> Iterator[Preset]:
+def hub_presets() -> Iterator[Preset]:
     for family in (*FAMILIES, *VISION_FAMILIES):
         yield from (preset for preset in family.presets if preset.hub_id)
 
 
 WHOLE = ("image-text-to-text", "zero-shot-image-classification")
 """Tasks of models of several parts, which are loaded whole."""
-PRESETS = {preset.name: preset for preset in published()}
+PRESETS = {preset.name: preset for preset in hub_presets()}
 
 
 def layout(preset: Preset) -> Change:

@@ -16,7 +16,7 @@ from llm_quest.hub.safetensors_io import read_header, read_into
 from llm_quest.tensor_files import write_tensors
 
 
-def forge(file: Path, header: dict | str, data: bytes) -> Path:
+def write_safetensors(file: Path, header: dict | str, data: bytes) -> Path:
     text = (header if isinstance(header, str) else json.dumps(header)).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + data)
     return file
@@ -26,7 +26,7 @@ def entry(start: int, end: int, shape: list[int], dtype: str = "F32") -> dict:
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
-def some(generator: torch.Generator) -> dict[str, torch.Tensor]:
+def tensors_of_each_dtype(generator: torch.Generator) -> dict[str, torch.Tensor]:
     return {
         "half": torch.randn(3, 5, generator=generator).half(),
         "brain": torch.randn(7, generator=generator).bfloat16(),
@@ -38,7 +38,7 @@ def some(generator: torch.Generator) -> dict[str, torch.Tensor]:
 
 
 def test_what_we_write_the_library_reads(tmp_path):
-    ours = some(torch.Generator().manual_seed(0))
+    ours = tensors_of_each_dtype(torch.Generator().manual_seed(0))
     write_tensors(tmp_path / "a.safetensors", ours)
     theirs = safetensors.torch.load_file(tmp_path / "a.safetensors")
     assert theirs.keys() == ours.keys()
@@ -48,7 +48,7 @@ def test_what_we_write_the_library_reads(tmp_path):
 @pytest.mark.parametrize("chunk", [1, 16, 8 << 20])
 def test_what_the_library_writes_we_read_into_any_strides_and_dtype(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(safetensors_io, "CHUNK_BYTES", chunk)
-    theirs = {name: t.contiguous() for name, t in some(torch.Generator().manual_seed(1)).items()}
+    theirs = {name: t.contiguous() for name, t in tensors_of_each_dtype(torch.Generator().manual_seed(1)).items()}
     safetensors.torch.save_file(theirs, tmp_path / "a.safetensors")
     stored = read_header(tmp_path / "a.safetensors")
     for name, tensor in theirs.items():
@@ -110,7 +110,7 @@ FORGED = {
 def test_a_forged_or_damaged_file_is_named_with_its_fault(tmp_path, case):
     header, data, message = FORGED[case]
     with pytest.raises(DataError, match=message) as caught:
-        read_header(forge(tmp_path / "bad.safetensors", header, data))
+        read_header(write_safetensors(tmp_path / "bad.safetensors", header, data))
     assert "bad.safetensors" in str(caught.value)
 
 

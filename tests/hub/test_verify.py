@@ -29,7 +29,7 @@ def clip_tower() -> Any:
     return randomize_(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SIZES, num_hidden_layers=2)))
 
 
-def projected_clip_encoder(kind: str) -> Any:
+def clip_encoder_with_projection(kind: str) -> Any:
     """An image or text encoder as a model of its own, projected."""
     numbers = {**SIZES, "num_hidden_layers": 2} if kind == "Vision" else CLIP_TEXT
     config = getattr(transformers, f"CLIP{kind}Config")(**numbers, projection_dim=24)
@@ -49,8 +49,8 @@ MODELS = {
     "vit": their_vit,
     "vit without classes": vit_without_classes,
     "clip tower": clip_tower,
-    "clip tower, projected": lambda: projected_clip_encoder("Vision"),
-    "clip text, projected": lambda: projected_clip_encoder("Text"),
+    "clip tower, projected": lambda: clip_encoder_with_projection("Vision"),
+    "clip text, projected": lambda: clip_encoder_with_projection("Text"),
     "whole clip": their_clip,
     "llava": their_llava,
     "llava with a vit": lambda: their_llava("vit"),

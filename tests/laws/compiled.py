@@ -59,7 +59,7 @@ def judge(backend: str, name: str) -> None:
     # Generating code takes seconds a graph: only the step that decoding lives on.
     if backend != "inductor" and name not in SCOPE_READ_ALIKE:
         whole_rows(model, backend)
-        padded_and_packed_rows(model, backend, apart=EVERYBODY.index(name) % 4 == 1)
+        check_padded_and_packed_rows(model, backend, apart=EVERYBODY.index(name) % 4 == 1)
 
 
 def scope_readers(model: Decoder) -> set[str]:
@@ -90,7 +90,7 @@ def whole_rows(model: Decoder, backend: str) -> None:
     torch.testing.assert_close(compiled(tokens), model(tokens), atol=ATOL, rtol=0)
 
 
-def padded_and_packed_rows(model: Decoder, backend: str, *, apart: bool) -> None:
+def check_padded_and_packed_rows(model: Decoder, backend: str, *, apart: bool) -> None:
     """Packed documents with padding before and between them are one graph, and the eager logits. apart: so is each
     alone (tracing takes a second)."""
 
@@ -123,7 +123,10 @@ def decode(model: Decoder, backend: str, atol: float) -> None:
     for i in range(64):
         offset = i % (room - 9)
         if offset == 0:
-            eager_cache, compiled_cache = prefilled(model, tokens, room), prefilled(model, tokens, room)
+            eager_cache, compiled_cache = (
+                prefill_left_padded(model, tokens, room),
+                prefill_left_padded(model, tokens, room),
+            )
         positions = torch.tensor(LENGTHS)[:, None] + offset
         now = tokens.gather(1, positions)
         expected = step(now, positions, eager_cache)
@@ -132,7 +135,7 @@ def decode(model: Decoder, backend: str, atol: float) -> None:
     assert graphs == 1, f"64 decode steps made {graphs} graphs"
 
 
-def prefilled(model: Decoder, tokens: torch.Tensor, room: int) -> Cache:
+def prefill_left_padded(model: Decoder, tokens: torch.Tensor, room: int) -> Cache:
     """A cache that holds the first LENGTHS tokens of each row, from a left-padded pass."""
     cache = model.new_cache(2, room)
     positions = torch.stack([torch.arange(length - 9, length).clamp(min=-1) for length in LENGTHS])

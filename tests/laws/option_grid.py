@@ -83,7 +83,7 @@ def part_of_suite(part: int, parts: int) -> list[Cell]:
     return [cell for cell in suite_cells() if TINY.index(cell.page) % parts == part]
 
 
-def edited(cell: Cell) -> Decoder:
+def model_after_technique(cell: Cell) -> Decoder:
     """The model after the technique, with all that it learns moved away from its first values."""
     model = own(cell.page, DTYPES[cell.dtype])
     generator = torch.Generator().manual_seed(1)
@@ -130,7 +130,7 @@ def typical_error(ours: Tensor, exact: Tensor) -> float:
 @torch.no_grad()
 def judge(cell: Cell, device: str = "cpu", backend: str = "eager") -> None:
     """AssertionError, or whatever the cell raises. device: where it runs; the reference is computed on the CPU."""
-    model = edited(cell).to(device)
+    model = model_after_technique(cell).to(device)
     tokens = random_tokens(model, 2, max(LENGTHS) + STEPS).to(device)
     eager = decode(model, tokens, eager_step)
     assert eager.dtype is DTYPES[cell.dtype], f"logits are {eager.dtype}"

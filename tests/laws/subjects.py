@@ -43,12 +43,12 @@ class Windowed:
         return len(self.windows)
 
 
-def windowed(config: Windowed) -> Decoder:
+def window_decoder(config: Windowed) -> Decoder:
     embed = TokenEmbedding(config.vocab_size, config.hidden_size)
     model = Decoder(
         ModelSpec("windowed", config),
         embed=embed,
-        blocks=[windowed_block(config.hidden_size, window) for window in config.windows],
+        blocks=[window_block(config.hidden_size, window) for window in config.windows],
         norm=RMSNorm(config.hidden_size, 1e-5),
         head=LMHead(config.hidden_size, config.vocab_size),
     )
@@ -56,7 +56,7 @@ def windowed(config: Windowed) -> Decoder:
     return model.eval()
 
 
-def windowed_block(width: int, window: int | None) -> Block:
+def window_block(width: int, window: int | None) -> Block:
     mlp = GatedMLP(width, 2 * width, F.silu)
     return Block(Sublayer(RMSNorm(width, 1e-5), attention(width, window)), Sublayer(RMSNorm(width, 1e-5), mlp))
 
@@ -87,7 +87,7 @@ class HashedTokens(nn.Module):
 def single_blocks(config: Windowed) -> Decoder:
     """A small decoder of single sublayers (as Mamba hybrids have), of both in parallel (as Cohere has), and of a layer
     that reads the tokens."""
-    model = windowed(config)
+    model = window_decoder(config)
     width = config.hidden_size
     layers: list[nn.Module] = [
         attention(width, config.windows[0]),
@@ -102,7 +102,7 @@ def single_blocks(config: Windowed) -> Decoder:
 
 def latent(config: Windowed) -> Decoder:
     """A small decoder with LatentMoE feed-forward layers, which no page has yet."""
-    model = windowed(config)
+    model = window_decoder(config)
     for block in model.blocks:
         router = SigmoidRouter(config.hidden_size, 8, top_k=3, routed_scaling_factor=2.5)
         experts = Experts(8, 16, 16, expert_activation=relu_squared)
@@ -127,8 +127,8 @@ VARIANTS: dict[str, Callable[[], Decoder]] = {
     "llama, one key/value head, 4 x 24 != 48, NTK": lambda: build(
         replace(LLAMA, num_key_value_heads=1, head_dim=24, rotary=RotaryEmbedding(24, 10000.0, NTKScaling(4.0)))
     ),
-    "windows 5, all, 3, 5": lambda: windowed(Windowed((5, None, 3, 5))),
-    "window 4": lambda: windowed(Windowed((4, 4))),
+    "windows 5, all, 3, 5": lambda: window_decoder(Windowed((5, None, 3, 5))),
+    "window 4": lambda: window_decoder(Windowed((4, 4))),
     "latent experts": lambda: latent(Windowed((None, None))),
     "single and parallel sublayers": lambda: single_blocks(Windowed((None, 5))),
 }

@@ -44,7 +44,7 @@ def shift_file(file: Path, shift: int) -> None:
     assert {stored.start % ALIGNMENT for stored in read_header(file).values()} != {0}
 
 
-def shifted(folder: Path, shift: int) -> Path:
+def shift_weights(folder: Path, shift: int) -> Path:
     """A copy whose weights all begin `shift` bytes later."""
     out = folder.with_name(f"{folder.name}-{shift}")
     shutil.copytree(folder, out)
@@ -57,7 +57,7 @@ def lies_aligned(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0
 
 
-def same(ours: nn.Module, theirs: nn.Module) -> bool:
+def have_equal_parameters(ours: nn.Module, theirs: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
@@ -93,32 +93,32 @@ def test_training_and_log_probs_do_not_depend_on_where_weights_begin_in_a_file(t
     train_steps(made)
     assert all(parameter.isfinite().all() for parameter in made.parameters())
     for shift in (0, *SHIFTS):
-        moved = shifted(folder, shift) if shift else folder
+        moved = shift_weights(folder, shift) if shift else folder
         model = load(moved, aligned=True)
         assert all(map(lies_aligned, model.parameters()))
         assert torch.equal(decode(model), expected)
-        assert same(train_steps(model), made), "loaded as recipes load"
+        assert have_equal_parameters(train_steps(model), made), "loaded as recipes load"
         mapped = load(moved)
         assert not shift or dtype != torch.float32 or not all(map(lies_aligned, mapped.parameters())), (
             "the shift must be felt"
         )
         DistributedContext().parallelize(mapped)
         assert all(map(lies_aligned, mapped.parameters()))
-        assert same(train_steps(mapped), made), "mapped, then placed for training"
+        assert have_equal_parameters(train_steps(mapped), made), "mapped, then placed for training"
 
 
 def test_int8_rows_give_the_same_log_probs_wherever_they_begin(tmp_path):
     made = Quantize("int8")(quest.build("llama3.2-tiny", seed=4).eval())
     folder = save(made, tmp_path / "model")
     for shift in SHIFTS:
-        model = load(shifted(folder, shift), aligned=True)
+        model = load(shift_weights(folder, shift), aligned=True)
         assert all(map(lies_aligned, model.parameters()))
         assert torch.equal(decode(model), decode(made))
 
 
 def test_an_adapters_base_is_aligned_too(tmp_path):
     base = save(quest.build("llama3.2-tiny", seed=4), tmp_path / "base")
-    moved = shifted(base, 4)
+    moved = shift_weights(base, 4)
     save_adapter(LoRA(2, 4.0)(load(base)), tmp_path / "adapter", base=str(moved))
     assert all(map(lies_aligned, load(tmp_path / "adapter", aligned=True).parameters()))
 

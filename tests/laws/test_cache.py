@@ -14,7 +14,7 @@ from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.kv_cache import Cache, KVCache, NoCache
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
-from tests.laws.subjects import EVERYBODY, RINGS, Windowed, random_tokens, randomize_, shared, windowed
+from tests.laws.subjects import EVERYBODY, RINGS, Windowed, random_tokens, randomize_, shared, window_decoder
 
 everybody = pytest.mark.parametrize("name", EVERYBODY)
 EXACT = {"rtol": 0.0, "atol": 1e-10}
@@ -25,7 +25,7 @@ def feed(model: Decoder, cache: Cache, tokens: Tensor, start: int) -> Tensor:
     return model(tokens, Scope.unpadded(tokens, cache=cache, start=start))
 
 
-def taken_back(cache: Cache, to: list[int]) -> list[int]:
+def rewind_rows(cache: Cache, to: list[int]) -> list[int]:
     """Where the rows stand after a rewind: slots go back exactly, a running state perhaps further."""
     stand = cache.rewind(to)
     assert all(at <= asked for at, asked in zip(stand, to, strict=True))
@@ -69,7 +69,7 @@ class Program:
         """At most `max_rewind` tokens below the highest place ever filled, as the maker of the cache was promised."""
         lowest = [max(0, top - self.slack) for top in self.tops]
         to = [self.dice.randint(min(low, len(row)), len(row)) for low, row in zip(lowest, self.rows, strict=True)]
-        self.rows = [row[:at] for row, at in zip(self.rows, taken_back(self.cache, to), strict=True)]
+        self.rows = [row[:at] for row, at in zip(self.rows, rewind_rows(self.cache, to), strict=True)]
 
     def repeat(self) -> None:
         if len(self.rows) <= 3:
@@ -108,7 +108,7 @@ def test_rewind_then_other_tokens_equals_never_having_seen_them(name: str):
     tokens, others = random_tokens(model, 2, 20), random_tokens(model, 2, 20, seed=1)
     cache = model.new_cache(2, 20, max_rewind=4)
     feed(model, cache, tokens[:, :16], 0)
-    start = min(taken_back(cache, [12, 12]))
+    start = min(rewind_rows(cache, [12, 12]))
     history = torch.cat((tokens[:, :12], others[:, 12:]), dim=1)
     torch.testing.assert_close(feed(model, cache, history[:, start:], start), model(history)[:, start:], **EXACT)
 
@@ -119,7 +119,7 @@ def test_rows_are_taken_back_to_places_of_their_own(name: str):
     tokens = random_tokens(model, 3, 14)
     cache = model.new_cache(3, 14, max_rewind=4)
     feed(model, cache, tokens[:, :12], 0)
-    back = taken_back(cache, [9, 12, 10])
+    back = rewind_rows(cache, [9, 12, 10])
     positions = torch.tensor(back)[:, None]
     logits = model(tokens.gather(1, positions), Scope(positions, cache=cache))
     for b, at in enumerate(back):
@@ -151,8 +151,8 @@ def test_a_mark_changes_nothing_that_is_read(name: str):
     feed(model, cache, tokens[:, :8], 0)
     cache.snapshot([8, 8])  # every row stands there: a running state is photographed
     feed(model, cache, tokens[:, 8:10], 8)
-    taken_back(cache, [9, 8])
-    start = min(taken_back(cache, [8, 8]))
+    rewind_rows(cache, [9, 8])
+    start = min(rewind_rows(cache, [8, 8]))
     assert start == 8, "what was marked can be stood on"
     torch.testing.assert_close(feed(model, cache, tokens[:, 8:], 8), model(tokens)[:, 8:], **EXACT)
 
@@ -254,7 +254,7 @@ def test_a_ring_overflows_many_times_and_still_reads_right(name: str, slack: int
 
 
 def test_a_ring_holds_window_plus_slack_slots():
-    model = windowed(Windowed((5, None)))
+    model = window_decoder(Windowed((5, None)))
     ring, full = model.new_cache(1, 100, max_rewind=3).layers
     assert (ring.num_slots, ring.is_ring) == (8, True)
     assert (full.num_slots, full.is_ring) == (100, False)
@@ -264,7 +264,7 @@ def test_a_ring_holds_window_plus_slack_slots():
 
 @pytest.mark.parametrize("slack", [0, 2, 5])
 def test_a_ring_goes_back_its_slack_and_one_more_and_refuses_to_go_deeper(slack: int):
-    model = randomize_(windowed(Windowed((4, None)))).double()
+    model = randomize_(window_decoder(Windowed((4, None)))).double()
     tokens = random_tokens(model, 1, 30)
     for back in (slack, slack + 1):
         cache = model.new_cache(1, 30, slack)
@@ -280,7 +280,7 @@ def test_a_ring_goes_back_its_slack_and_one_more_and_refuses_to_go_deeper(slack:
 
 
 def test_rewinding_twice_may_not_reach_what_the_ring_overwrote_the_first_time():
-    model = randomize_(windowed(Windowed((4, None)))).double()
+    model = randomize_(window_decoder(Windowed((4, None)))).double()
     cache = model.new_cache(1, 40, max_rewind=2)
     feed(model, cache, random_tokens(model, 1, 20), 0)
     assert cache.rewind([18]) == [18]
@@ -290,7 +290,7 @@ def test_rewinding_twice_may_not_reach_what_the_ring_overwrote_the_first_time():
 
 
 def test_a_refused_rewind_takes_nothing_back():
-    model = randomize_(windowed(Windowed((None, 4)))).double()
+    model = randomize_(window_decoder(Windowed((None, 4)))).double()
     tokens = random_tokens(model, 1, 24)
     cache = model.new_cache(1, 40, max_rewind=2)
     feed(model, cache, tokens[:, :20], 0)
@@ -330,7 +330,7 @@ def test_all_layers_stand_where_the_one_that_can_least_stands():
 
 
 def test_a_ring_refuses_the_deeper_place_a_later_layer_asks_for():
-    model = randomize_(windowed(Windowed((4,)))).double()
+    model = randomize_(window_decoder(Windowed((4,)))).double()
     cache = model.new_cache(1, 40, max_rewind=2)
     feed(model, cache, random_tokens(model, 1, 20), 0)
     cache.layers.append(Snapshot())

@@ -32,15 +32,15 @@ def branches(drawn: random.Random, roots: int) -> Iterator[Turns]:
             yield [*system, *turns]
 
 
-def answered(turns: Turns, answer: str = "yes") -> Turns:
+def with_answer(turns: Turns, answer: str = "yes") -> Turns:
     return [*turns, {"role": "assistant", "content": answer}]
 
 
 READERS: dict[str, tuple[Callable[..., Sequence[Any]], Callable[[Turns], dict[str, Any]]]] = {
-    "sft": (read_conversations, lambda turns: {"messages": answered(turns)}),
+    "sft": (read_conversations, lambda turns: {"messages": with_answer(turns)}),
     "dpo, reward": (read_preferences, lambda turns: {"prompt": turns, "chosen": "yes", "rejected": "no"}),
     "dpo, whole": (
-        read_preferences, lambda turns: {"chosen": answered(turns), "rejected": answered(turns, "no")}
+        read_preferences, lambda turns: {"chosen": with_answer(turns), "rejected": with_answer(turns, "no")}
     ),
     "kto": (read_unpaired, lambda turns: {"prompt": turns, "completion": "yes", "label": True}),
     "grpo": (read_prompt_rows, lambda turns: {"messages": turns}),

@@ -46,7 +46,7 @@ def in_chunks(model: Decoder, tokens: Tensor, chunks: Sequence[int], slack: int 
     return torch.cat(parts, dim=1)
 
 
-def padded(rows: Sequence[Tensor], slots: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Tensor]:
+def pad_rows(rows: Sequence[Tensor], slots: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Tensor]:
     """Tokens and positions (B, length): row b's tokens in columns slots[b], padding (0, at -1) elsewhere."""
     tokens = torch.zeros(len(rows), length, dtype=torch.int64)
     positions = torch.full((len(rows), length), -1)
@@ -101,11 +101,11 @@ def test_cached_equals_uncached_in_any_chunks(name: str):
     @example(cuts=set(), slack=0)
     @example(cuts={20, 21, 22}, slack=3)
     @given(cuts=st.sets(st.integers(1, 22)), slack=st.integers(0, 6))
-    def holds(cuts: set[int], slack: int) -> None:
+    def require_equal_in_chunks(cuts: set[int], slack: int) -> None:
         chunks = [b - a for a, b in pairwise([0, *sorted(cuts), 23])]
         torch.testing.assert_close(in_chunks(model, tokens, chunks, slack), logits, **EXACT)
 
-    holds()
+    require_equal_in_chunks()
 
 
 PADDINGS = {
@@ -126,7 +126,7 @@ def test_padding_anywhere_is_invisible(name: str, padding: str):
     model = shared(name)
     rows = [random_tokens(model, 1, length, seed=length)[0] for length in (5, 11, 8)]
     slots = slots_of(padding, rows, 13)
-    tokens, positions = padded(rows, slots, 13)
+    tokens, positions = pad_rows(rows, slots, 13)
     logits = model(tokens, Scope(positions))
     for b, row in enumerate(rows):
         torch.testing.assert_close(logits[b, slots[b]], model(row[None])[0], **EXACT)
@@ -139,7 +139,7 @@ def test_padding_is_invisible_to_a_cache_and_to_what_is_decoded_after_it(name: s
     rows = [random_tokens(model, 1, length + 6, seed=length)[0] for length in (5, 11, 8)]
     prompts = [row[:-6] for row in rows]
     slots = slots_of(padding, prompts, 13)
-    tokens, positions = padded(prompts, slots, 13)
+    tokens, positions = pad_rows(prompts, slots, 13)
     cache = model.new_cache(3, 24)
     logits = model(tokens, Scope(positions, cache=cache))
     for b, row in enumerate(rows):
@@ -155,7 +155,7 @@ def test_padding_is_invisible_to_a_cache_and_to_what_is_decoded_after_it(name: s
 @everybody
 def test_what_a_padding_token_is_does_not_matter(name: str):
     model = shared(name)
-    tokens, positions = padded([random_tokens(model, 1, 6)[0]], [[1, 2, 4, 5, 6, 8]], 9)
+    tokens, positions = pad_rows([random_tokens(model, 1, 6)[0]], [[1, 2, 4, 5, 6, 8]], 9)
     other = torch.where(positions < 0, 7, tokens)
     here = positions[0] >= 0
     torch.testing.assert_close(
@@ -167,7 +167,7 @@ def test_what_a_padding_token_is_does_not_matter(name: str):
 def test_a_row_of_nothing_but_padding_is_finite_and_changes_nobody(name: str):
     model = shared(name)
     rows = [random_tokens(model, 1, 7)[0], torch.zeros(0, dtype=torch.int64)]
-    tokens, positions = padded(rows, [range(7), []], 7)
+    tokens, positions = pad_rows(rows, [range(7), []], 7)
     for cache in (None, model.new_cache(2, 8)):
         logits = model(tokens, Scope(positions, cache=cache))
         torch.testing.assert_close(logits[0], model(rows[0][None])[0], **EXACT)
@@ -198,7 +198,7 @@ def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     return F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten())
 
 
-def learned(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What is learned by gradient: all but a router's balancing bias."""
     return {path: parameter for path, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -209,8 +209,11 @@ def test_every_parameter_receives_a_gradient(name: str):
     model = own(name)
     tokens = random_tokens(model, 4, 17)
     NextTokenLoss(model)(TokenBatch(tokens[:, :-1], tokens[:, 1:])).total.backward()
-    assert all(path.endswith("router.bias") for path in dict(model.named_parameters()).keys() - learned(model).keys())
-    for path, parameter in learned(model).items():
+    assert all(
+        path.endswith("router.bias")
+        for path in dict(model.named_parameters()).keys() - trainable_parameters(model).keys()
+    )
+    for path, parameter in trainable_parameters(model).items():
         assert parameter.grad is not None, path
         assert parameter.grad.isfinite().all(), path
         assert parameter.grad.abs().max() > 1e-8, path
@@ -261,7 +264,11 @@ def test_every_dtype_runs_forward_backward_and_cached(name: str, dtype: torch.dt
     assert relative(logits, exact(tokens)) < limit(model, dtype)
     assert relative(in_chunks(model, tokens, (9, 1, 3, 1, 1)), exact(tokens)) < limit(model, dtype)
     next_token_loss(model, tokens).backward()
-    assert all(parameter.grad.isfinite().all() for parameter in learned(model).values() if parameter.grad is not None)
+    assert all(
+        parameter.grad.isfinite().all()
+        for parameter in trainable_parameters(model).values()
+        if parameter.grad is not None
+    )
 
 
 @everybody
@@ -275,7 +282,7 @@ def test_bfloat16_autocast_trains_and_keeps_float32_weights(name: str):
     loss.backward()
     assert relative(logits, exact(tokens)) < limit(model, torch.bfloat16)
     assert relative(cached, exact(tokens)) < limit(model, torch.bfloat16)
-    gradients = [p.grad for p in learned(model).values() if p.grad is not None]
+    gradients = [p.grad for p in trainable_parameters(model).values() if p.grad is not None]
     assert gradients
     assert all(g.dtype is torch.float32 and g.isfinite().all() for g in gradients)
 
@@ -294,7 +301,9 @@ class Checkpointed(nn.Module):
 def loss_and_gradients(model: Decoder, tokens: Tensor) -> list[Tensor]:
     torch.manual_seed(3)  # dropout draws from the global generator
     loss = next_token_loss(model, tokens)
-    reached = [parameter for path, parameter in learned(model).items() if not path.startswith("mtp_modules.")]
+    reached = [
+        parameter for path, parameter in trainable_parameters(model).items() if not path.startswith("mtp_modules.")
+    ]
     return [loss.detach(), *torch.autograd.grad(loss, reached)]
 
 
@@ -327,7 +336,7 @@ def test_fused_attention_equals_the_explicit_definition(name: str):
     tokens = random_tokens(fused, 3, 17)
     torch.testing.assert_close(fused(tokens), explicit(tokens), **EXACT)
     torch.testing.assert_close(fused(tokens), in_chunks(explicit, tokens, (7, 1, 1, 8)), **EXACT)
-    ragged, positions = padded([tokens[0, :5], tokens[1, :9]], [[0, 2, 3, 4, 7], range(9)], 9)
+    ragged, positions = pad_rows([tokens[0, :5], tokens[1, :9]], [[0, 2, 3, 4, 7], range(9)], 9)
     here = positions >= 0
     torch.testing.assert_close(fused(ragged, Scope(positions))[here], explicit(ragged, Scope(positions))[here], **EXACT)
 

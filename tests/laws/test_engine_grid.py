@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def said(folder: Path) -> dict[Cell, str]:
+def cell_verdicts(folder: Path) -> dict[Cell, str]:
     return dict(verdicts(suite_cells(), folder))
 
 
@@ -37,12 +37,12 @@ def test_the_sample_has_every_technique_both_engines_and_several_recipes():
 
 
 @pytest.mark.parametrize("cell", suite_cells(), ids=" ".join)
-def test_two_processes_lose_what_one_loses(cell: Cell, said: dict[Cell, str]):
+def test_two_processes_lose_what_one_loses(cell: Cell, cell_verdicts: dict[Cell, str]):
     if (why := REFUSED_CELLS.get(cell.technique)) is not None:
-        assert said[cell].startswith("refused: ")
-        assert why in said[cell]
+        assert cell_verdicts[cell].startswith("refused: ")
+        assert why in cell_verdicts[cell]
     else:
-        assert said[cell] == "holds"
+        assert cell_verdicts[cell] == "holds"
 
 
 def test_an_error_of_the_main_process_in_a_step_ends_both_with_its_code(folder: Path):

@@ -124,7 +124,7 @@ def guards(node: ast.AST, wanted: str) -> bool:
     return bool(caught & {wanted, "Exception"})
 
 
-def unguarded(tree: ast.Module) -> list[str]:
+def uses_without_guard(tree: ast.Module) -> list[str]:
     """Uses of what a system may lack outside a guard."""
     found: list[str] = []
 
@@ -154,7 +154,7 @@ def unguarded(tree: ast.Module) -> list[str]:
 
 
 def test_what_a_system_may_lack_is_used_inside_a_guard():
-    assert {path: uses for path, tree in sources() if (uses := unguarded(tree))} == {}
+    assert {path: uses for path, tree in sources() if (uses := uses_without_guard(tree))} == {}
 
 
 def test_no_file_asks_for_the_systems_name():
@@ -191,7 +191,7 @@ def is_reported(tree: ast.Module, node: ast.AST) -> bool:
     ],
 )
 def test_the_law_sees_what_it_must(source: str, uses: list[str]):
-    assert unguarded(ast.parse(source)) == uses
+    assert uses_without_guard(ast.parse(source)) == uses
 
 
 REFUSING = """

@@ -59,7 +59,7 @@ NEUTRAL = {"rtol": 0.0, "atol": 1e-5}
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 
 
-def made(pair: str) -> tuple[Decoder, Decoder]:
+def plain_and_edited(pair: str) -> tuple[Decoder, Decoder]:
     """The plain model and the edited one, in float64."""
     name, techniques = PAIRS[pair]
     plain = randomize_(MODELS[name]()).double()
@@ -71,7 +71,7 @@ def made(pair: str) -> tuple[Decoder, Decoder]:
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_together_they_move_no_logit_at_birth_train_and_survive_a_save(pair: str, tmp_path: Path):
-    plain, model = made(pair)
+    plain, model = plain_and_edited(pair)
     tokens = random_tokens(plain, 3, 12)
     torch.testing.assert_close(model(tokens), plain(tokens), **NEUTRAL)
     batch = TokenBatch(tokens[:, :-1], tokens[:, 1:])

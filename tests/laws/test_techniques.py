@@ -93,7 +93,7 @@ saved_grid = pytest.mark.parametrize(("name", "page"), [pair for pair in GRID if
 
 
 @functools.cache
-def edited(name: str, page: str) -> Decoder:
+def model_after_technique(name: str, page: str) -> Decoder:
     """A model after the technique, with what it learns moved away from its first values."""
     model = EXAMPLES[name](own(page))
     generator = torch.Generator().manual_seed(1)
@@ -115,15 +115,15 @@ def tokens_of(page: str) -> Tensor:
 
 
 @functools.cache
-def before(page: str) -> Tensor:
+def logits_before(page: str) -> Tensor:
     """The page's logits."""
     return logits_of(shared(page), tokens_of(page))
 
 
 @functools.cache
-def after(name: str, page: str) -> Tensor:
+def logits_after(name: str, page: str) -> Tensor:
     """The edited model's."""
-    return logits_of(edited(name, page), tokens_of(page))
+    return logits_of(model_after_technique(name, page), tokens_of(page))
 
 
 def test_every_technique_has_an_example_here():
@@ -147,14 +147,14 @@ def test_a_card_survives_json(name: str):
 
 @pytest.mark.parametrize(("name", "page"), [pair for pair in GRID if EXAMPLES[pair[0]].is_identity_at_init])
 def test_a_neutral_technique_moves_no_logit_at_birth(name: str, page: str):
-    torch.testing.assert_close(logits_of(EXAMPLES[name](own(page)), tokens_of(page)), before(page), **EXACT)
+    torch.testing.assert_close(logits_of(EXAMPLES[name](own(page)), tokens_of(page)), logits_before(page), **EXACT)
 
 
 @saved_grid
 def test_what_is_saved_loads_with_the_same_logits_and_card(name: str, page: str, tmp_path: Path):
-    model = edited(name, page)
+    model = model_after_technique(name, page)
     again = quest.load(quest.save(model, tmp_path / "model"))
-    torch.testing.assert_close(logits_of(again, tokens_of(page)), after(name, page), **EXACT)
+    torch.testing.assert_close(logits_of(again, tokens_of(page)), logits_after(name, page), **EXACT)
     assert again.spec == model.spec
     learned = {path for path, parameter in model.named_parameters() if parameter.requires_grad}
     assert learned == {path for path, parameter in again.named_parameters() if parameter.requires_grad}
@@ -162,7 +162,7 @@ def test_what_is_saved_loads_with_the_same_logits_and_card(name: str, page: str,
 
 @grid
 def test_a_second_application_is_refused_before_anything_changes(name: str, page: str):
-    model = edited(name, page)
+    model = model_after_technique(name, page)
     card, modules = model.spec, [id(module) for module in model.modules()]
     with pytest.raises(ValueError, match="already"):
         EXAMPLES[name](model)
@@ -174,27 +174,27 @@ def test_a_later_token_changes_no_earlier_logit(name: str, page: str):
     tokens = tokens_of(page)
     changed = tokens.clone()
     changed[:, 7:] = (changed[:, 7:] + 1) % shared(page).config.vocab_size
-    other = logits_of(edited(name, page), changed)
-    torch.testing.assert_close(other[:, :7], after(name, page)[:, :7], **EXACT)
-    assert (other[:, 7] - after(name, page)[:, 7]).abs().max() > 1e-3
+    other = logits_of(model_after_technique(name, page), changed)
+    torch.testing.assert_close(other[:, :7], logits_after(name, page)[:, :7], **EXACT)
+    assert (other[:, 7] - logits_after(name, page)[:, 7]).abs().max() > 1e-3
 
 
 @grid
 def test_cached_equals_uncached(name: str, page: str):
-    model, tokens = edited(name, page), tokens_of(page)
+    model, tokens = model_after_technique(name, page), tokens_of(page)
     cache, parts, start = model.new_cache(2, LENGTH), [], 0
     for length in (7, 1, 4):
         part = tokens[:, start : start + length]
         parts.append(logits_of(model, part, Scope.unpadded(part, cache=cache, start=start)))
         start += length
-    torch.testing.assert_close(torch.cat(parts, dim=1), after(name, page), **EXACT)
+    torch.testing.assert_close(torch.cat(parts, dim=1), logits_after(name, page), **EXACT)
 
 
 @grid
 def test_padding_is_invisible_and_packed_documents_equal_the_documents_alone(name: str, page: str):
     """By the law above, a document's logits are those of any row that begins with it."""
-    model, tokens = edited(name, page), tokens_of(page)
-    alone = torch.cat([after(name, page)[:1, :5], after(name, page)[1:, :7]], dim=1)
+    model, tokens = model_after_technique(name, page), tokens_of(page)
+    alone = torch.cat([logits_after(name, page)[:1, :5], logits_after(name, page)[1:, :7]], dim=1)
     gap = torch.full((1, 2), -1)
     positions = torch.cat([gap, torch.arange(5)[None], torch.arange(7)[None]], dim=1)
     segments = torch.cat([gap, torch.zeros(1, 5, dtype=torch.int64), torch.ones(1, 7, dtype=torch.int64)], dim=1)
@@ -207,7 +207,7 @@ def test_padding_is_invisible_and_packed_documents_equal_the_documents_alone(nam
 
 @grid
 def test_every_trained_parameter_receives_a_gradient(name: str, page: str):
-    model = edited(name, page)
+    model = model_after_technique(name, page)
     learned = {path: parameter for path, parameter in model.named_parameters() if parameter.requires_grad}
     if name in NOT_TRAINED:
         assert not learned

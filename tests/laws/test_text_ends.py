@@ -51,7 +51,7 @@ def model(tokenizer: Tokenizer) -> Decoder:
 
 def late_token(model: Decoder, tokenizer: Tokenizer) -> int | None:
     """A letter that a greedy answer first has in the middle."""
-    ids, letters = written_by_hand(model, prompt_ids(tokenizer), ()), tokenizer.encode(TASK.alphabet)
+    ids, letters = greedy_tokens(model, prompt_ids(tokenizer), ()), tokenizer.encode(TASK.alphabet)
     return next((ids[n] for n in range(2, BUDGET - 1) if ids[n] not in ids[:n] and ids[n] in letters), None)
 
 
@@ -59,14 +59,14 @@ def prompt_ids(tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.start_token_id, *tokenizer.encode(PROBLEM.prompt, add_special_tokens=False)]
 
 
-def written_by_hand(model: Decoder, prompt: list[int], ends: tuple[int, ...]) -> list[int]:
+def greedy_tokens(model: Decoder, prompt: list[int], ends: tuple[int, ...]) -> list[int]:
     return generate(model, [prompt], max_new_tokens=BUDGET, temperature=0.0, eos_token_id=ends)[0].tokens
 
 
 def text_of(model: Decoder, tokenizer: Tokenizer) -> str:
     """The answer by hand, without its end."""
     ends = model.generation_config.eos_token_ids  # type: ignore[union-attr]
-    ids = written_by_hand(model, prompt_ids(tokenizer), ends)
+    ids = greedy_tokens(model, prompt_ids(tokenizer), ends)
     return tokenizer.decode_continuation(prompt_ids(tokenizer), ids[:-1])
 
 

@@ -11,13 +11,13 @@ from llm_quest.scope import Scope
 def example(length=150, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape):
+    def random_normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=dtype)
 
-    q, k = l2norm(normal(2, length, 3, 8)), l2norm(normal(2, length, 3, 8))
+    q, k = l2norm(random_normal(2, length, 3, 8)), l2norm(random_normal(2, length, 3, 8))
     g = -torch.rand(2, length, 3, generator=generator, dtype=dtype) * 2
     beta = torch.rand(2, length, 3, generator=generator, dtype=dtype)
-    return q, k, normal(2, length, 3, 12), g, beta, normal(2, 3, 8, 12)
+    return q, k, random_normal(2, length, 3, 12), g, beta, random_normal(2, 3, 8, 12)
 
 
 def documents(length=150):

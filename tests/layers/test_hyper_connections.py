@@ -26,14 +26,14 @@ theirs = Later("transformers.models.deepseek_v4.modeling_deepseek_v4")
 WIDTH = 12
 
 
-def randomized(module: nn.Module, generator: torch.Generator) -> nn.Module:
+def randomize(module: nn.Module, generator: torch.Generator) -> nn.Module:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return module
 
 
-def born(module: nn.Module) -> nn.Module:
+def with_first_values(module: nn.Module) -> nn.Module:
     """With its first values, in float64."""
     materialize(module, "cpu", torch.float64)
     init_normal_(module, std=0.02, out_std=0.02, generator=torch.Generator().manual_seed(0))
@@ -50,7 +50,7 @@ def test_mhc_equals_deepseek_v4s_module_with_every_tensor_random(streams: int, g
     oracle, head = theirs.DeepseekV4HyperConnection(config), theirs.DeepseekV4HyperHead(config)
     ours = HyperConnection(ManifoldWeights(WIDTH, streams, 0, SinkhornKnopp(eps=1e-6), eps=1e-6))
     leave = WeightedStreamSum(WIDTH, streams, eps=1e-6)
-    randomized(ours, generator), randomized(leave, generator)
+    randomize(ours, generator), randomize(leave, generator)
     with torch.no_grad():
         for mine, other in zip(
             (ours.weights.fn, ours.weights.base, leave.fn, leave.base, leave.scale),
@@ -97,7 +97,7 @@ def test_birkhoff_by_hand():
 @pytest.mark.parametrize(("form", "exact"), [("manifold", 1e-4), ("lite", 1e-12)])
 def test_the_mean_of_the_streams_is_kept_where_the_layer_adds_nothing(form, exact, generator: torch.Generator):
     """Rows of `across` sum to 1: by 20 iterations nearly, by permutations exactly."""
-    layer = randomized(HyperConnection(STREAM_WEIGHTS[form](WIDTH, 3, 1)), generator).double()
+    layer = randomize(HyperConnection(STREAM_WEIGHTS[form](WIDTH, 3, 1)), generator).double()
     layer.weights.fn.data.mul_(0.1)
     x = torch.randn(2, 5, 3, WIDTH, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(layer(x, torch.zeros_like).mean(2), x.mean(2), atol=exact, rtol=0)
@@ -107,8 +107,10 @@ def test_the_mean_of_the_streams_is_kept_where_the_layer_adds_nothing(form, exac
 @pytest.mark.parametrize("form", STREAM_WEIGHTS)
 @pytest.mark.parametrize("streams", [1, 2, 4])
 def test_at_birth_it_is_the_plain_residual(form: str, streams: int, generator: torch.Generator):
-    layers = [born(HyperConnection(STREAM_WEIGHTS[form](WIDTH, streams, index % streams))) for index in range(5)]
-    leave = AverageStreams() if form in ("static", "dynamic") else born(WeightedStreamSum(WIDTH, streams))
+    layers = [
+        with_first_values(HyperConnection(STREAM_WEIGHTS[form](WIDTH, streams, index % streams))) for index in range(5)
+    ]
+    leave = AverageStreams() if form in ("static", "dynamic") else with_first_values(WeightedStreamSum(WIDTH, streams))
     x = torch.randn(2, 3, WIDTH, generator=generator, dtype=torch.float64)
     plain, wide = x, ExpandStreams(streams)(x)
     for layer in layers:
@@ -119,7 +121,7 @@ def test_at_birth_it_is_the_plain_residual(form: str, streams: int, generator: t
 @pytest.mark.parametrize("form", ["dynamic", "manifold", "lite"])
 def test_streams_part_ways_in_training(form: str, generator: torch.Generator):
     """Each layer reads another stream first, so the gradients of the weights out differ between streams."""
-    layers = [born(HyperConnection(STREAM_WEIGHTS[form](WIDTH, 2, index % 2))) for index in range(3)]
+    layers = [with_first_values(HyperConnection(STREAM_WEIGHTS[form](WIDTH, 2, index % 2))) for index in range(3)]
     x = ExpandStreams(2)(torch.randn(2, 3, WIDTH, generator=generator, dtype=torch.float64))
     for layer in layers:
         x = layer(x, branch)
@@ -130,7 +132,7 @@ def test_streams_part_ways_in_training(form: str, generator: torch.Generator):
 
 
 def test_the_dynamic_weights_written_out(generator: torch.Generator):
-    layer = randomized(HyperConnection(STREAM_WEIGHTS["dynamic"](WIDTH, 3, 0)), generator).double()
+    layer = randomize(HyperConnection(STREAM_WEIGHTS["dynamic"](WIDTH, 3, 0)), generator).double()
     x = torch.randn(1, 1, 3, WIDTH, generator=generator, dtype=torch.float64)
     w, h = layer.weights, x[0, 0]
     normed = h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w.norm.weight
@@ -145,7 +147,7 @@ def test_the_dynamic_weights_written_out(generator: torch.Generator):
 
 @pytest.mark.parametrize("form", STREAM_WEIGHTS)
 def test_under_autocast_the_stream_stays_float32(form: str, generator: torch.Generator):
-    layer = randomized(HyperConnection(STREAM_WEIGHTS[form](WIDTH, 2, 0)), generator)
+    layer = randomize(HyperConnection(STREAM_WEIGHTS[form](WIDTH, 2, 0)), generator)
     x = torch.randn(1, 4, 2, WIDTH, generator=generator)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x, torch.zeros_like)

@@ -28,14 +28,14 @@ from llm_quest.scope import Scope
 from llm_quest.techniques.expert_bias import ExpertBiasBalancer
 
 
-def seeded(seed: int = 0) -> torch.Generator:
+def make_generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def filled(module):
+def randomize(module):
     for parameter in module.parameters():
         if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.3, generator=seeded(3))
+            torch.nn.init.normal_(parameter, std=0.3, generator=make_generator(3))
     return module
 
 
@@ -61,21 +61,21 @@ def test_the_bias_chooses_and_does_not_weigh():
 
 def test_experts_of_dropped_groups_are_never_chosen_even_when_all_scores_are_negative():
     router = SigmoidRouter(8, 8, top_k=2, n_group=4, topk_group=1)
-    filled(router)
-    router.bias.data = -2.0 + 0.1 * torch.randn(8, generator=seeded())
-    experts = router(torch.randn(50, 8, generator=seeded(1)))[2]
+    randomize(router)
+    router.bias.data = -2.0 + 0.1 * torch.randn(8, generator=make_generator())
+    experts = router(torch.randn(50, 8, generator=make_generator(1)))[2]
     assert (experts[:, 0] // 2 == experts[:, 1] // 2).all(), "both in the one group that is taken"
 
 
 @pytest.mark.parametrize(("dtype", "bias"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
 def test_grouped_is_the_loop_in_value_and_gradient(dtype, bias):
-    x = torch.randn(40, 16, generator=seeded()).to(dtype)
-    experts = filled(Experts(8, 16, 24, F.silu, bias=bias)).to(dtype)
+    x = torch.randn(40, 16, generator=make_generator()).to(dtype)
+    experts = randomize(Experts(8, 16, 24, F.silu, bias=bias)).to(dtype)
     for one in experts.biases or ():
         one.data *= 0.2
-    chosen = torch.rand(40, 8, generator=seeded(1)).topk(3).indices
+    chosen = torch.rand(40, 8, generator=make_generator(1)).topk(3).indices
     chosen[:, 0] = torch.where(chosen[:, 0] == 5, 4, chosen[:, 0])  # expert 5 may stay empty
-    weights = torch.rand(40, 3, generator=seeded(2))
+    weights = torch.rand(40, 3, generator=make_generator(2))
     results = []
     for work in (run_experts_for_loop, run_experts_grouped_mm):
         inputs = [x.clone().requires_grad_(), *(p.detach().clone().requires_grad_() for p in experts.parameters())]
@@ -88,8 +88,8 @@ def test_grouped_is_the_loop_in_value_and_gradient(dtype, bias):
 
 
 def test_all_experts_chosen_equally_is_the_mean_of_dense_layers():
-    experts = filled(Experts(3, 8, 8, F.silu))
-    x = torch.randn(5, 8, generator=seeded())
+    experts = randomize(Experts(3, 8, 8, F.silu))
+    x = torch.randn(5, 8, generator=make_generator())
     y = experts(x, torch.arange(3).expand(5, 3), torch.full((5, 3), 1 / 3))
     dense = []
     for gate_up, down in zip(experts.gate_up, experts.down, strict=True):
@@ -100,8 +100,8 @@ def test_all_experts_chosen_equally_is_the_mean_of_dense_layers():
 
 
 def test_experts_with_biases_are_dense_layers_with_biases_each_times_its_weight():
-    experts, x = filled(Experts(3, 8, 8, F.silu, bias=True)), torch.randn(5, 8, generator=seeded())
-    weights = torch.rand(5, 2, generator=seeded(1))
+    experts, x = randomize(Experts(3, 8, 8, F.silu, bias=True)), torch.randn(5, 8, generator=make_generator())
+    weights = torch.rand(5, 2, generator=make_generator(1))
     expected = torch.zeros(5, 8)
     for k, expert in enumerate((2, 0)):
         layer = GatedMLP(8, 8, F.silu, bias=True)
@@ -127,13 +127,13 @@ def test_a_routers_bias_chooses_and_weighs():
 
 
 def test_a_row_does_not_depend_on_its_neighbors_in_the_batch():
-    layer = filled(MixtureOfExperts(SoftmaxRouter(16, 8, top_k=2, norm_topk_prob=True), Experts(8, 16, 16, F.silu)))
-    x = torch.randn(4, 9, 16, generator=seeded())
+    layer = randomize(MixtureOfExperts(SoftmaxRouter(16, 8, top_k=2, norm_topk_prob=True), Experts(8, 16, 16, F.silu)))
+    x = torch.randn(4, 9, 16, generator=make_generator())
     together = layer(x, Scope.unpadded(x[..., 0]))
     torch.testing.assert_close(together[2:3], layer(x[2:3], Scope.unpadded(x[2:3, :, 0])), atol=1e-6, rtol=1e-5)
 
 
-def routed(router, x: torch.Tensor, rows: int, real: torch.Tensor | None = None) -> RouterOutput:
+def route(router, x: torch.Tensor, rows: int, real: torch.Tensor | None = None) -> RouterOutput:
     scores, logits, experts, weights = router(x)
     real = torch.ones(x.shape[0], dtype=torch.bool) if real is None else real
     return RouterOutput(scores, logits, experts, weights, real, router, rows)
@@ -142,7 +142,7 @@ def routed(router, x: torch.Tensor, rows: int, real: torch.Tensor | None = None)
 def test_balancing_losses_at_their_known_points():
     router = SoftmaxRouter(4, 4, top_k=2, norm_topk_prob=True)
     router.weight.data.zero_()
-    even = routed(router, torch.randn(8, 4), rows=2)._replace(topk_ids=torch.tensor([[0, 1], [2, 3]] * 4))
+    even = route(router, torch.randn(8, 4), rows=2)._replace(topk_ids=torch.tensor([[0, 1], [2, 3]] * 4))
     assert load_balancing_aux_loss([even, even]).item() == pytest.approx(2.0), "k, not 1, at uniform routing"
     assert router_z_loss([even]).item() == pytest.approx(math.log(4) ** 2)
     assert sequence_balance_aux_loss([even, even]).item() == pytest.approx(2.0), "1 for each layer"
@@ -151,17 +151,17 @@ def test_balancing_losses_at_their_known_points():
 
 
 def test_padding_is_no_load():
-    layer = filled(MixtureOfExperts(SoftmaxRouter(8, 4, top_k=2, norm_topk_prob=True), Experts(4, 8, 8, F.silu)))
+    layer = randomize(MixtureOfExperts(SoftmaxRouter(8, 4, top_k=2, norm_topk_prob=True), Experts(4, 8, 8, F.silu)))
     records: dict = {}
-    layer(torch.randn(1, 4, 8, generator=seeded()), Scope(torch.tensor([[-1, -1, 0, 1]]), records=records))
+    layer(torch.randn(1, 4, 8, generator=make_generator()), Scope(torch.tensor([[-1, -1, 0, 1]]), records=records))
     assert records["routing"][0].tokens_per_expert().sum() == 2 * 2
 
 
 def test_routing_is_worked_out_in_float32_also_for_bfloat16_and_under_autocast():
     """Two experts whose scores differ by less than a bfloat16's step keep their order and their weights."""
-    x = torch.randn(64, 16, generator=seeded()).bfloat16()
+    x = torch.randn(64, 16, generator=make_generator()).bfloat16()
     for router in (SoftmaxRouter(16, 6, top_k=2, norm_topk_prob=True), SigmoidRouter(16, 6, top_k=2)):
-        filled(router).to(torch.bfloat16)
+        randomize(router).to(torch.bfloat16)
         scores, logits, _, weights = router(x)
         assert scores.dtype == logits.dtype == weights.dtype == torch.float32
         torch.testing.assert_close(weights.sum(dim=1), torch.ones(64), atol=1e-6, rtol=0)
@@ -173,22 +173,24 @@ def test_routing_is_worked_out_in_float32_also_for_bfloat16_and_under_autocast()
 
 def test_losses_leave_padding_out_and_count_each_sequence_alone():
     """Two rows of three tokens, the last of each padding: as if the padding were not there, and not its scores."""
-    logits = torch.randn(2, 3, 4, generator=seeded())
+    logits = torch.randn(2, 3, 4, generator=make_generator())
     logits[:, 2] = 9 * torch.eye(4)[:2]
     experts = logits.topk(2, dim=-1).indices
     real = torch.tensor([True, True, False])
 
-    def of(rows: list[int], tokens: int) -> RouterOutput:
+    def router_output(rows: list[int], tokens: int) -> RouterOutput:
         z, e = logits[rows, :tokens].flatten(0, 1), experts[rows, :tokens].flatten(0, 1)
         return RouterOutput(
             z.sigmoid(), z, e, z.sigmoid().gather(1, e), real[:tokens].repeat(len(rows)), None, len(rows)
         )
 
     for loss in (load_balancing_aux_loss, router_z_loss, sequence_balance_aux_loss):
-        torch.testing.assert_close(loss([of([0, 1], 3)]), loss([of([0, 1], 2)]))
-    each = [sequence_balance_aux_loss([of([row], 2)]) for row in (0, 1)]
-    torch.testing.assert_close(sequence_balance_aux_loss([of([0, 1], 2)]), (each[0] + each[1]) / 2)
-    torch.testing.assert_close(sequence_balance_aux_loss([of([0], 2), of([1], 2)]), each[0] + each[1])
+        torch.testing.assert_close(loss([router_output([0, 1], 3)]), loss([router_output([0, 1], 2)]))
+    each = [sequence_balance_aux_loss([router_output([row], 2)]) for row in (0, 1)]
+    torch.testing.assert_close(sequence_balance_aux_loss([router_output([0, 1], 2)]), (each[0] + each[1]) / 2)
+    torch.testing.assert_close(
+        sequence_balance_aux_loss([router_output([0], 2), router_output([1], 2)]), each[0] + each[1]
+    )
     s = logits[0, :2].sigmoid()
     f = torch.bincount(s.topk(2, dim=-1).indices.flatten(), minlength=4) * 4 / (2 * 2)
     torch.testing.assert_close(each[0], (f * (s / s.sum(dim=-1, keepdim=True)).mean(dim=0)).sum())
@@ -204,7 +206,7 @@ def test_the_complementary_loss_counts_the_largest_scores_and_not_what_the_bias_
 
 
 def test_the_z_loss_gradient_is_twice_logsumexp_times_softmax():
-    logits = torch.randn(6, 5, generator=seeded(), requires_grad=True)
+    logits = torch.randn(6, 5, generator=make_generator(), requires_grad=True)
     real = torch.ones(6, dtype=torch.bool)
     routing = RouterOutput(
         logits.softmax(-1), logits, torch.zeros(6, 1, dtype=torch.long), torch.ones(6, 1), real, None, 1
@@ -217,13 +219,13 @@ def test_a_collapse_in_every_layer_is_seen():
     """Two layers of E = 4, k = 2, each with all tokens on two experts of its own: E in each layer; pooled, it is k, as
     if the routing were even."""
 
-    def onto(first: int) -> RouterOutput:
+    def route_to(first: int) -> RouterOutput:
         scores = torch.zeros(6, 4)
         scores[:, first : first + 2] = 0.5
         ids = torch.tensor([[first, first + 1]] * 6)
         return RouterOutput(scores, scores.log(), ids, torch.ones(6, 2), torch.ones(6, dtype=torch.bool), None, 1)
 
-    layers = [onto(0), onto(2)]
+    layers = [route_to(0), route_to(2)]
     assert load_balancing_aux_loss(layers).item() == pytest.approx(4.0)
     assert load_balancing_aux_loss_over_layers(layers).item() == pytest.approx(2.0)
     assert load_balancing_aux_loss(layers[:1]).item() == load_balancing_aux_loss_over_layers(layers[:1]).item()
@@ -231,24 +233,24 @@ def test_a_collapse_in_every_layer_is_seen():
 
 def test_pooled_load_balancing_is_transformers_own_with_padding_left_out():
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
-    router = filled(SoftmaxRouter(8, 6, top_k=2, norm_topk_prob=True))
-    real = torch.rand(2, 10, generator=seeded()) > 0.3
-    routings = [routed(router, torch.randn(20, 8, generator=seeded(s)), 2, real.flatten()) for s in (1, 2)]
+    router = randomize(SoftmaxRouter(8, 6, top_k=2, norm_topk_prob=True))
+    real = torch.rand(2, 10, generator=make_generator()) > 0.3
+    routings = [route(router, torch.randn(20, 8, generator=make_generator(s)), 2, real.flatten()) for s in (1, 2)]
     expected = mixtral.load_balancing_loss_func(tuple(r.logits for r in routings), 6, 2, real.long())
     torch.testing.assert_close(load_balancing_aux_loss_over_layers(routings), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_the_balancing_bias_evens_a_skewed_router_without_touching_its_gradient():
     router = SigmoidRouter(8, 8, top_k=2)
-    filled(router)
+    randomize(router)
     router.weight.data[0] += 0.8
-    x = torch.rand(512, 8, generator=seeded())
-    before = max_violation([routed(router, x, 1)])
+    x = torch.rand(512, 8, generator=make_generator())
+    before = max_violation([route(router, x, 1)])
     callback = ExpertBiasBalancer(rate=0.002)
     for step in range(800):
-        router.tokens_per_expert = routed(router, x, 1).tokens_per_expert()
+        router.tokens_per_expert = route(router, x, 1).tokens_per_expert()
         callback.on_step_end(router, step)
-    after = max_violation([routed(router, x, 1)])
+    after = max_violation([route(router, x, 1)])
     assert before > 1.0
     assert after < 0.15
     assert router.tokens_per_expert is None
@@ -273,10 +275,10 @@ def test_the_bias_stays_float32_in_a_bfloat16_model():
 
 
 def test_a_latent_mixture_is_experts_in_a_narrow_space_between_two_projections():
-    router = filled(SigmoidRouter(16, 4, top_k=4, norm_topk_prob=True, routed_scaling_factor=2.5))
-    experts = filled(Experts(4, 8, 8, expert_activation=relu_squared))
-    layer = filled(LatentMoE(16, 8, router, experts, shared=GatedMLP(16, 8, F.silu)))
-    x = torch.randn(2, 3, 16, generator=seeded())
+    router = randomize(SigmoidRouter(16, 4, top_k=4, norm_topk_prob=True, routed_scaling_factor=2.5))
+    experts = randomize(Experts(4, 8, 8, expert_activation=relu_squared))
+    layer = randomize(LatentMoE(16, 8, router, experts, shared=GatedMLP(16, 8, F.silu)))
+    x = torch.randn(2, 3, 16, generator=make_generator())
     scope = Scope.unpadded(x[..., 0])
     z = layer.to_latent(x.flatten(0, 1))
     _, _, chosen, weights = router(x.flatten(0, 1))

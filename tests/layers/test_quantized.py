@@ -35,7 +35,7 @@ OP_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "te
 SHAPES = [(5, 32), (16, 96), (3, 40), (9, 768), (1, 7), (4, 1), (6, 33), (4, 128), (4, 160)]
 
 
-def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
+def random_tensor(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -71,7 +71,7 @@ def test_int4_by_hand():
 
 @every_format
 def test_no_number_moves_by_more_than_half_the_widest_step(form: WeightFormat):
-    weight = seeded(50, 64) * torch.logspace(-3, 3, 50)[:, None]
+    weight = random_tensor(50, 64) * torch.logspace(-3, 3, 50)[:, None]
     q, scale = quantize(weight, form)
     assert torch.equal(scale.bfloat16().float(), scale), "no scale is lost in bfloat16"
     step = scale[:, 0] if form.has_minimum else scale
@@ -85,7 +85,7 @@ def test_no_number_moves_by_more_than_half_the_widest_step(form: WeightFormat):
 
 
 def test_int4_is_nearer_than_llama_cpp_s_forms():
-    weight = seeded(64, 256)
+    weight = random_tensor(64, 256)
     groups = weight.view(64, 8, 32)
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     q4_0 = ((groups * (-8 / largest)).round().clamp(-8, 7) * (largest / -8)).view_as(weight)
@@ -110,9 +110,9 @@ def test_the_kernel_is_the_definition_for_every_width_and_number_of_rows(
     form: WeightFormat, isa: str, dtype: torch.dtype
 ):
     for out, width in SHAPES:
-        q, scale = quantize(seeded(out, width) * torch.linspace(0.1, 3, out)[:, None], form)
+        q, scale = quantize(random_tensor(out, width) * torch.linspace(0.1, 3, out)[:, None], form)
         for rows in (1, 2, 3, 4, 7, 9):
-            x = seeded(rows, width, seed=rows)
+            x = random_tensor(rows, width, seed=rows)
             exact = quantized_linear_reference(x.double(), q, scale.double(), form)
             made = native_rows(x, q, scale.to(dtype), form, native.ISA[isa])
             size = x.double().abs() @ dequantize(q, scale.double(), form, width).abs().T
@@ -123,8 +123,8 @@ def test_the_kernel_is_the_definition_for_every_width_and_number_of_rows(
 @every_format
 @pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
 def test_a_row_has_the_same_bits_whatever_rows_come_with_it(form: WeightFormat, isa: str):
-    q, scale = quantize(seeded(37, 96), form)
-    x = seeded(MAX_KERNEL_ROWS, 96, seed=1)
+    q, scale = quantize(random_tensor(37, 96), form)
+    x = random_tensor(MAX_KERNEL_ROWS, 96, seed=1)
     together = native_rows(x, q, scale, form, native.ISA[isa])
     for rows in (1, 2, 3, 5):
         assert torch.equal(native_rows(x[:rows], q, scale, form, native.ISA[isa]), together[:rows])
@@ -133,8 +133,8 @@ def test_a_row_has_the_same_bits_whatever_rows_come_with_it(form: WeightFormat, 
 @needs_compiler
 @every_format
 def test_what_is_not_finite_stays_so_and_no_rows_are_no_result(form: WeightFormat):
-    q, scale = quantize(seeded(8, 64), form)
-    x = seeded(2, 64)
+    q, scale = quantize(random_tensor(8, 64), form)
+    x = random_tensor(2, 64)
     x[1, 3] = float("nan")
     made = native_rows(x, q, scale, form)
     assert made[0].isfinite().all()
@@ -155,7 +155,7 @@ def test_without_the_kernel_the_plain_form_computes_and_the_reason_is_told_once(
     monkeypatch.setattr(native.Library, "loaded", None)
     monkeypatch.setattr(native.Library, "reason", "")
     monkeypatch.setattr(native.Library, "warned", False)
-    matrix, x = QuantizedMatrix(seeded(8, 64), FORMATS["int4"]), seeded(2, 64, seed=1)
+    matrix, x = QuantizedMatrix(random_tensor(8, 64), FORMATS["int4"]), random_tensor(2, 64, seed=1)
     with pytest.warns(UserWarning, match=f"plain form, which is slow: .*{said}") as told, torch.no_grad():
         made = [matrix(x), matrix(x)]
     assert len(told) == 1
@@ -170,8 +170,8 @@ def test_a_compiler_that_takes_too_long_is_one_sentence():
 
 @every_format
 def test_many_rows_and_float64_are_computed_by_the_definition(form: WeightFormat):
-    q, scale = quantize(seeded(16, 64), form)
-    x = seeded(MAX_KERNEL_ROWS + 1, 64, seed=1)
+    q, scale = quantize(random_tensor(16, 64), form)
+    x = random_tensor(MAX_KERNEL_ROWS + 1, 64, seed=1)
     assert torch.equal(quantized_linear(x, q, scale, form), quantized_linear_reference(x, q, scale, form))
     wide = x[:1].double()
     assert torch.equal(
@@ -183,8 +183,8 @@ def test_many_rows_and_float64_are_computed_by_the_definition(form: WeightFormat
 @pytest.mark.parametrize("width", [32, 40])
 def test_the_operator_has_a_gradient_and_a_shape(form: WeightFormat, width: int):
     """Finite differences in float64; torch's own test of an operator (schema, fake tensors, autograd, compiling)."""
-    q, scale = quantize(seeded(6, width).double(), form)
-    x = seeded(3, width, seed=1).double().requires_grad_()
+    q, scale = quantize(random_tensor(6, width).double(), form)
+    x = random_tensor(3, width, seed=1).double().requires_grad_()
     assert gradcheck(lambda x: quantized_linear(x, q, scale, form), (x,))
     torch.library.opcheck(quantized_linear_op, (x, q, scale, form.name, width), test_utils=OP_CHECKS)
     on_meta = quantized_linear(x.to("meta"), q.to("meta"), scale.to("meta"), form)
@@ -193,23 +193,23 @@ def test_the_operator_has_a_gradient_and_a_shape(form: WeightFormat, width: int)
 
 @every_format
 def test_no_float_copy_of_the_weights_is_kept_for_the_backward_pass(form: WeightFormat):
-    matrix = QuantizedMatrix(seeded(64, 64), form)
+    matrix = QuantizedMatrix(random_tensor(64, 64), form)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        matrix(seeded(2, 64, seed=1).requires_grad_())
+        matrix(random_tensor(2, 64, seed=1).requires_grad_())
     assert {tensor.dtype for tensor in saved if tensor.numel() >= matrix.q.numel()} <= {torch.int8}
 
 
 @every_format
 def test_autocast_gives_its_dtype(form: WeightFormat):
-    matrix = QuantizedMatrix(seeded(8, 64), form)
+    matrix = QuantizedMatrix(random_tensor(8, 64), form)
     with torch.autocast("cpu", torch.bfloat16):
-        assert matrix(seeded(2, 64, seed=1)).dtype is torch.bfloat16
+        assert matrix(random_tensor(2, 64, seed=1)).dtype is torch.bfloat16
 
 
 @every_format
 def test_exported_programs_compute_the_definition(form: WeightFormat):
-    matrix, x = QuantizedMatrix(seeded(8, 64), form), seeded(2, 64, seed=1)
+    matrix, x = QuantizedMatrix(random_tensor(8, 64), form), random_tensor(2, 64, seed=1)
     program = torch.export.export(matrix, (x,))
     with torch.no_grad():
         expected = quantized_linear_reference(x, matrix.q, matrix.scale, form)

@@ -31,7 +31,7 @@ SCALINGS: dict[str, RopeScaling | None] = {
 every_scaling = pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
 
 
-def at(rotary: RotaryEmbedding, x: torch.Tensor, position: int) -> torch.Tensor:
+def rotate_at(rotary: RotaryEmbedding, x: torch.Tensor, position: int) -> torch.Tensor:
     """One head's vector (d,) turned as at this position."""
     return rotary(x[None, None, None], Scope(torch.tensor([[position]])))[0, 0, 0]
 
@@ -40,9 +40,9 @@ def at(rotary: RotaryEmbedding, x: torch.Tensor, position: int) -> torch.Tensor:
 def test_scores_depend_on_the_distance_only(scaling: RopeScaling | None, generator: torch.Generator):
     rotary = RotaryEmbedding(16, 10000.0, scaling)
     q, k = torch.randn(2, 16, generator=generator, dtype=torch.float64)
-    scores = [at(rotary, q, 7 + shift) @ at(rotary, k, 3 + shift) for shift in (0, 5, 40)]
+    scores = [rotate_at(rotary, q, 7 + shift) @ rotate_at(rotary, k, 3 + shift) for shift in (0, 5, 40)]
     torch.testing.assert_close(scores[1:], [scores[0]] * 2, rtol=0, atol=2e-5)
-    assert abs(scores[0] - at(rotary, q, 8) @ at(rotary, k, 3)) > 1e-3
+    assert abs(scores[0] - rotate_at(rotary, q, 8) @ rotate_at(rotary, k, 3)) > 1e-3
 
 
 @every_scaling
@@ -51,27 +51,27 @@ def test_lengths_stay_but_for_the_attention_factor_and_position_0_turns_nothing(
 ):
     x = torch.randn(16, generator=generator)
     factor = scaling.attention_factor if scaling else 1.0
-    torch.testing.assert_close(at(RotaryEmbedding(16, 10000.0, scaling), x, 37).norm(), x.norm() * factor)
-    torch.testing.assert_close(at(RotaryEmbedding(16, 10000.0, scaling), x, 0), x * factor)
+    torch.testing.assert_close(rotate_at(RotaryEmbedding(16, 10000.0, scaling), x, 37).norm(), x.norm() * factor)
+    torch.testing.assert_close(rotate_at(RotaryEmbedding(16, 10000.0, scaling), x, 0), x * factor)
 
 
 @pytest.mark.parametrize(
     "scaling", [LinearScaling(1.0), NTKScaling(1.0), Llama3Scaling(1.0, 1.0, 4.0, 64), YaRNScaling(1.0, 64)], ids=str
 )
 def test_a_factor_of_one_is_plain_rope(scaling: RopeScaling):
-    same(scaling.inv_freq(16, 10000.0), default_inv_freq(16, 10000.0))
+    assert_relatively_close(scaling.inv_freq(16, 10000.0), default_inv_freq(16, 10000.0))
     assert scaling.attention_factor == 1.0
 
 
 def test_a_pair_by_hand():
     """d = 2: one pair, frequency 1: position p turns (1, 0) by p radians."""
     expected = torch.tensor([math.cos(3), math.sin(3)])
-    torch.testing.assert_close(at(RotaryEmbedding(2, 10000.0), torch.tensor([1.0, 0.0]), 3), expected)
+    torch.testing.assert_close(rotate_at(RotaryEmbedding(2, 10000.0), torch.tensor([1.0, 0.0]), 3), expected)
 
 
 def test_pairs_are_halves_not_neighbors():
     """d = 4, theta 16: frequencies 1 and 1/4; the pairs are (0, 2) and (1, 3)."""
-    turned = at(RotaryEmbedding(4, 16.0), torch.tensor([1.0, 1.0, 0.0, 0.0]), 2)
+    turned = rotate_at(RotaryEmbedding(4, 16.0), torch.tensor([1.0, 1.0, 0.0, 0.0]), 2)
     torch.testing.assert_close(turned, torch.tensor([math.cos(2), math.cos(0.5), math.sin(2), math.sin(0.5)]))
 
 
@@ -84,35 +84,35 @@ def test_half_split_equals_the_interleaved_form_of_a_reordered_vector(generator:
     interleaved = torch.stack(
         (even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos()), -1
     ).flatten()
-    torch.testing.assert_close(at(RotaryEmbedding(width, 10000.0), x, position)[order], interleaved)
+    torch.testing.assert_close(rotate_at(RotaryEmbedding(width, 10000.0), x, position)[order], interleaved)
 
 
 def test_interleaved_weights_turn_neighbors_and_give_the_same_products(generator: torch.Generator):
     q, k = torch.randn(2, 8, generator=generator)
     neighbors = RotaryEmbedding(8, 10000.0, interleaved=True)
     order = [0, 2, 4, 6, 1, 3, 5, 7]
-    torch.testing.assert_close(at(neighbors, q, 9), at(RotaryEmbedding(8, 10000.0), q[order], 9))
-    torch.testing.assert_close(at(neighbors, q, 9) @ at(neighbors, k, 9), q @ k)
+    torch.testing.assert_close(rotate_at(neighbors, q, 9), rotate_at(RotaryEmbedding(8, 10000.0), q[order], 9))
+    torch.testing.assert_close(rotate_at(neighbors, q, 9) @ rotate_at(neighbors, k, 9), q @ k)
 
 
 def test_only_the_first_numbers_of_a_head_turn_when_the_rotary_width_is_smaller(generator: torch.Generator):
     x = torch.randn(10, generator=generator)
-    turned = at(RotaryEmbedding(4, 100.0), x, 5)
-    torch.testing.assert_close(turned[:4], at(RotaryEmbedding(4, 100.0), x[:4], 5))
+    turned = rotate_at(RotaryEmbedding(4, 100.0), x, 5)
+    torch.testing.assert_close(turned[:4], rotate_at(RotaryEmbedding(4, 100.0), x[:4], 5))
     assert torch.equal(turned[4:], x[4:])
 
 
 def test_ntk_divides_the_lowest_frequency_by_exactly_the_factor_and_leaves_the_highest():
     plain, stretched = default_inv_freq(32, 10000.0), NTKScaling(8.0).inv_freq(32, 10000.0)
     assert stretched[0] == plain[0] == 1
-    same(stretched[-1], plain[-1] / 8)
+    assert_relatively_close(stretched[-1], plain[-1] / 8)
 
 
 def test_linear_divides_every_frequency():
-    same(LinearScaling(8.0).inv_freq(32, 1e4), default_inv_freq(32, 1e4) / 8)
+    assert_relatively_close(LinearScaling(8.0).inv_freq(32, 1e4), default_inv_freq(32, 1e4) / 8)
 
 
-def same(ours: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_relatively_close(ours: torch.Tensor, expected: torch.Tensor) -> None:
     """Relatively: the slow frequencies are smaller than any absolute tolerance."""
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=0)
 
@@ -154,8 +154,8 @@ def test_yarns_attention_factor():
 def test_yarns_limits_are_plain_and_interpolated():
     """The ramp behind the last pair: nothing is stretched; the ramp before pair 1: all but the fastest pair is."""
     plain = default_inv_freq(16, 1e4)
-    same(YaRNScaling(8.0, 64, beta_fast=9e-4, beta_slow=1e-4).inv_freq(16, 1e4), plain)
-    same(YaRNScaling(8.0, 64, beta_fast=5.73, beta_slow=5.73).inv_freq(16, 1e4)[1:], plain[1:] / 8)
+    assert_relatively_close(YaRNScaling(8.0, 64, beta_fast=9e-4, beta_slow=1e-4).inv_freq(16, 1e4), plain)
+    assert_relatively_close(YaRNScaling(8.0, 64, beta_fast=5.73, beta_slow=5.73).inv_freq(16, 1e4)[1:], plain[1:] / 8)
 
 
 LONG = LongRoPEScaling(32.0, 8, short_factor=(1.0, 2.0), long_factor=(4.0, 8.0))

@@ -23,7 +23,7 @@ from llm_quest.machine.hardware import (
 )
 
 
-def written(root: Path, files: dict[str, str]) -> Path:
+def write_files(root: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
@@ -74,7 +74,7 @@ def written(root: Path, files: dict[str, str]) -> Path:
 )
 def test_a_containers_quota_counts(tmp_path, monkeypatch, files, cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
-    assert usable_cores(written(tmp_path, files)) == cores
+    assert usable_cores(write_files(tmp_path, files)) == cores
 
 
 def test_affinity_counts_and_may_be_absent(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ AVX2 = json.loads((MACHINES / "avx2.json").read_text())
 
 
 @pytest.fixture
-def measured(tmp_path, monkeypatch) -> list[str]:
+def measurements(tmp_path, monkeypatch) -> list[str]:
     """An empty cache and no profile by file. The measurement is the recorded one of a machine; the list has an entry
     for each time that it is asked for."""
     asked: list[str] = []
@@ -97,19 +97,19 @@ def test_a_thread_that_is_kept_from_running_is_no_measurement(monkeypatch):
         assert (probe.measure_undisturbed(probe._measure_all) == {"a": 1.0, "b": 1.0, "c": 1.0}) is steady
 
 
-def test_it_is_measured_once_and_kept(measured, monkeypatch):
+def test_it_is_measured_once_and_kept(measurements, monkeypatch):
     said: list[str] = []
     first = load_profile(said.append)
     assert load_profile(said.append) is first
     new_process(monkeypatch)
     again = load_profile(said.append)
-    assert measured == ["measured"]
+    assert measurements == ["measured"]
     assert len(said) == 1
     assert again.rates == first.rates
     assert again.source.startswith("kept in ")
 
 
-def test_another_number_of_threads_or_fewer_instructions_are_another_machine(measured, monkeypatch):
+def test_another_number_of_threads_or_fewer_instructions_are_another_machine(measurements, monkeypatch):
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)  # who runs the tests may have set it
     load_profile()
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
@@ -119,10 +119,10 @@ def test_another_number_of_threads_or_fewer_instructions_are_another_machine(mea
         load_profile()
     finally:
         torch.set_num_threads(torch.get_num_threads() - 1)
-    assert len(measured) == 3
+    assert len(measurements) == 3
 
 
-def test_a_busy_machine_is_measured_anew_later(measured, monkeypatch):
+def test_a_busy_machine_is_measured_anew_later(measurements, monkeypatch):
     load_profile()
     path = profile_path(identify_machine())
     content = json.loads(path.read_text())
@@ -130,7 +130,7 @@ def test_a_busy_machine_is_measured_anew_later(measured, monkeypatch):
         path.write_text(json.dumps(content | {"busy": True, "measured_at": time.time() - age}))
         new_process(monkeypatch)
         load_profile()
-        assert len(measured) == times
+        assert len(measurements) == times
 
 
 HOSTILE = {
@@ -161,27 +161,27 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_broken_or_strange_file_is_said_and_the_machine_measured_anew(measured, monkeypatch, kind):
+def test_a_broken_or_strange_file_is_said_and_the_machine_measured_anew(measurements, monkeypatch, kind):
     path = profile_path(identify_machine())
     path.parent.mkdir(parents=True)
     path.write_text(HOSTILE[kind])
     said: list[str] = []
     assert load_profile(said.append).rates == AVX2["rates"]
-    assert measured == ["measured"]
+    assert measurements == ["measured"]
     assert "measured anew" in said[0]
     assert str(path) in said[0]
     assert max(map(len, said)) < 600
     new_process(monkeypatch)
     load_profile(said.append)
-    assert measured == ["measured"], "the broken file was replaced"
+    assert measurements == ["measured"], "the broken file was replaced"
 
 
-def test_a_profile_by_file_stands_for_the_machine_and_a_broken_one_is_passed_over(measured, monkeypatch, tmp_path):
+def test_a_profile_by_file_stands_for_the_machine_and_a_broken_one_is_passed_over(measurements, monkeypatch, tmp_path):
     own = tmp_path / "own.json"
     own.write_text(HOSTILE["of another machine"])
     monkeypatch.setenv(profiles.VARIABLE, str(own))
     profile = load_profile()
-    assert (profile.machine["processor"], profile.given, measured) == ("Elbrus", True, [])
+    assert (profile.machine["processor"], profile.given, measurements) == ("Elbrus", True, [])
     record_compile_seconds(12.0)
     assert not profile_path(profile.machine).exists(), "a file that was given is not kept as a measurement"
     for bad in (tmp_path / "nowhere.json", tmp_path):
@@ -191,7 +191,7 @@ def test_a_profile_by_file_stands_for_the_machine_and_a_broken_one_is_passed_ove
         assert f"{profiles.VARIABLE} is passed over" in said[0]
 
 
-def test_a_cache_that_is_no_folder_costs_the_measurement_only(measured, monkeypatch, tmp_path):
+def test_a_cache_that_is_no_folder_costs_the_measurement_only(measurements, monkeypatch, tmp_path):
     """(tests/faults/test_cache.py has the other obstacles.)"""
     monkeypatch.setattr(TemporaryCache, "warned", False)
     (tmp_path / "cache").write_text("in the way")
@@ -199,10 +199,10 @@ def test_a_cache_that_is_no_folder_costs_the_measurement_only(measured, monkeypa
         assert load_profile().rates
     new_process(monkeypatch)
     load_profile()
-    assert len(measured) == 2
+    assert len(measurements) == 2
 
 
-def test_the_compiler_is_tried_once_and_what_compiling_took_is_kept(measured, monkeypatch):
+def test_the_compiler_is_tried_once_and_what_compiling_took_is_kept(measurements, monkeypatch):
     tried: list[int] = []
     monkeypatch.setattr(profiles, "find_cpp_compiler", lambda: "/usr/bin/g++")
     monkeypatch.setattr(profiles, "try_cpp_compiler", lambda: tried.append(1) or CompilerTrial("/usr/bin/g++", "", 0.5))
@@ -218,7 +218,7 @@ def test_the_compiler_is_tried_once_and_what_compiling_took_is_kept(measured, mo
     assert len(tried) == 2
 
 
-def test_a_compiler_that_failed_is_tried_again_by_the_next_process(measured, monkeypatch):
+def test_a_compiler_that_failed_is_tried_again_by_the_next_process(measurements, monkeypatch):
     answers = iter([CompilerTrial(None, "none"), CompilerTrial("/usr/bin/g++", "")])
     monkeypatch.setattr(profiles, "try_cpp_compiler", lambda: next(answers))
     assert not load_compiler().works

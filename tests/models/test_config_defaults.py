@@ -33,7 +33,7 @@ EXCEPTIONS = {
 
 
 @functools.cache
-def published(name: str) -> dict[str, Any]:
+def config_json(name: str) -> dict[str, Any]:
     """A config.json as we write it, in both spellings, as JSON gives it back."""
     family, size = SUBJECTS[name]
     return dict(json.loads(json.dumps(family.publish(size.config))))
@@ -45,21 +45,21 @@ def reference_class(kind: str) -> Any:
 
 def variants(name: str) -> dict[tuple[str, str], dict[str, Any]]:
     """The file without each field, with null in its place, and in one spelling alone."""
-    whole = published(name)
+    whole = config_json(name)
     fields = [field for field in whole if field not in ("model_type", "architectures")]
-    found = {(field, "absent"): without(whole, field) for field in fields}
+    found = {(field, "absent"): without_fields(whole, field) for field in fields}
     found |= {(field, "null"): whole | {field: None} for field in fields}
     for part in ("text_config", "vision_config"):
         for field in whole.get(part, {}).keys() - {"model_type", "architectures"}:
-            found[f"{part}.{field}", "absent"] = whole | {part: without(whole[part], field)}
+            found[f"{part}.{field}", "absent"] = whole | {part: without_fields(whole[part], field)}
             found[f"{part}.{field}", "null"] = whole | {part: whole[part] | {field: None}}
     for spelling, dropped in {"old": NEW_SPELLING, "new": OLD_SPELLING}.items():
-        found["rope", spelling] = without(whole, *dropped)
+        found["rope", spelling] = without_fields(whole, *dropped)
         found["rope_theta", f"absent, {spelling}"] = without_theta(found["rope", spelling])
     return found
 
 
-def without(whole: dict[str, Any], *fields: str) -> dict[str, Any]:
+def without_fields(whole: dict[str, Any], *fields: str) -> dict[str, Any]:
     return {field: value for field, value in whole.items() if field not in fields}
 
 
@@ -84,7 +84,7 @@ def read_or_refuse(family: Family, config: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_what_a_file_leaves_out_is_what_the_reference_class_makes_of_it(name: str):
     family, size = SUBJECTS[name]
-    kind = published(name)["model_type"]
+    kind = config_json(name)["model_type"]
     different = {}
     for change, config in variants(name).items():
         expected = reference_reading(family, config, kind)
@@ -116,7 +116,7 @@ def differing_fields(ours: Any, expected: Any, size: Preset) -> Any:
 
 def refuses_width(name: str) -> bool:
     """Whether transformers' class refuses a width that is no multiple of the number of heads."""
-    hf_config = published(name)
+    hf_config = config_json(name)
     uneven = hf_config | {"hidden_size": 7 * hf_config["num_attention_heads"] + 1}
     try:
         reference_class(hf_config["model_type"])(**{key: x for key, x in uneven.items() if key != "model_type"})
@@ -127,8 +127,8 @@ def refuses_width(name: str) -> bool:
 
 def test_families_whose_width_transformers_divides_by_their_heads_are_those_that_a_recipe_divides():
     """A folder that was trained for hours, and that transformers then refuses, is refused before the training."""
-    of_text = [name for name in SUBJECTS if {"hidden_size", "num_attention_heads"} <= published(name).keys()]
-    separate = [name for name in of_text if "head_dim" in published(name) or "qk_nope_head_dim" in published(name)]
+    of_text = [name for name in SUBJECTS if {"hidden_size", "num_attention_heads"} <= config_json(name).keys()]
+    separate = [name for name in of_text if "head_dim" in config_json(name) or "qk_nope_head_dim" in config_json(name)]
     found = {SUBJECTS[name][0].name for name in separate if refuses_width(name)}
     assert found == set(DIVIDED_IN_TRANSFORMERS)
     assert len(separate) > 15

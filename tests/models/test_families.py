@@ -43,7 +43,7 @@ def tokens(rows: int = 2, length: int = LENGTH) -> torch.Tensor:
 
 
 @torch.no_grad()
-def expected_logits(name: str) -> torch.Tensor:
+def reference_logits(name: str) -> torch.Tensor:
     return pair(name)[0](tokens(), use_cache=False).logits
 
 
@@ -64,7 +64,7 @@ def test_every_family_is_compared_with_its_reference(family):
 @families
 def test_logits_are_those_of_transformers(name):
     with torch.no_grad():
-        torch.testing.assert_close(pair(name)[1](tokens()), expected_logits(name), atol=tolerance(name), rtol=1e-4)
+        torch.testing.assert_close(pair(name)[1](tokens()), reference_logits(name), atol=tolerance(name), rtol=1e-4)
 
 
 @families
@@ -77,7 +77,7 @@ def test_cached_logits_are_those_of_one_pass_of_transformers(name, chunks):
         piece = tokens()[:, start : start + size]
         outs.append(model(piece, Scope.unpadded(piece, cache=cache, start=start)))
         start += size
-    torch.testing.assert_close(torch.cat(outs, 1), expected_logits(name), atol=tolerance(name), rtol=1e-4)
+    torch.testing.assert_close(torch.cat(outs, 1), reference_logits(name), atol=tolerance(name), rtol=1e-4)
 
 
 @families
@@ -123,7 +123,7 @@ def test_export_loads_in_transformers_without_a_missing_or_unexpected_key(name, 
     assert not info["mismatched_keys"]
     with torch.no_grad():
         torch.testing.assert_close(
-            again.eval()(tokens(), use_cache=False).logits, expected_logits(name), atol=tolerance(name), rtol=1e-4
+            again.eval()(tokens(), use_cache=False).logits, reference_logits(name), atol=tolerance(name), rtol=1e-4
         )
 
 
@@ -144,7 +144,7 @@ def test_lookahead_modules_compute_what_transformers_mtp_computes(depth, tmp_pat
     tensors = load_file(folder / "model.safetensors")
     for k in range(depth):
         for name, tensor in mtp.layers[k].state_dict().items():
-            tensors |= published_names(f"model.layers.{3 + k}.", name, tensor)
+            tensors |= release_names(f"model.layers.{3 + k}.", name, tensor)
         tensors[f"model.layers.{3 + k}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors[f"model.layers.{3 + k}.shared_head.head.weight"] = oracle.lm_head.weight.clone()
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -233,7 +233,7 @@ def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
 
 
-def published_names(prefix: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+def release_names(prefix: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """transformers' in-memory name of a module's tensor -> the released ones (stacked experts taken apart)."""
     name = name.removeprefix("mtp_block.")
     if name.endswith("experts.gate_up_proj"):

@@ -54,7 +54,7 @@ def whole_ragged_rows(ours: Decoder, theirs: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def cached_chunks(ours: Decoder, theirs: Any) -> tuple[Tensor, Tensor]:
+def logits_in_chunks(ours: Decoder, theirs: Any) -> tuple[Tensor, Tensor]:
     cache, outs, start = ours.new_cache(2, LENGTH), [], 0
     for piece in tokens().split((9, 1, 1, 3, 31, 1, 24), dim=1):
         outs.append(ours(piece, Scope.unpadded(piece, cache=cache, start=start)))
@@ -96,7 +96,7 @@ def gradients_for_weights(model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("compare", [whole_ragged_rows, cached_chunks, packed_documents, gradients])
+@pytest.mark.parametrize("compare", [whole_ragged_rows, logits_in_chunks, packed_documents, gradients])
 @pytest.mark.parametrize("name", ALL)
 def test_a_family_equals_transformers_in_float64(name, compare):
     """No family needs a bound of its own: constants that a float32 model keeps rounded (Gemma's embedding scale, YaRN's

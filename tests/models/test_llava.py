@@ -19,7 +19,7 @@ from llm_quest.models.build import build, build_meta_model, count_parameters, pr
 from llm_quest.models.multimodal import PARTS, VisionLanguageModel
 from llm_quest.scope import Scope
 from tests.laws.subjects import randomize_
-from tests.models.vision import IMAGE, PATCHES, images, loaded, shown, their_llava
+from tests.models.vision import IMAGE, PATCHES, images, load_ours, their_llava, tokens_with_images
 from tests.oracles import edit_config, save_published, transformers
 
 TINY = preset("llava-tiny").config
@@ -38,16 +38,16 @@ NEAR = {"atol": 2e-5, "rtol": 1e-4}
 
 @functools.cache
 def model_of(name: str) -> VisionLanguageModel:
-    return own(name).requires_grad_(False)
+    return random_model(name).requires_grad_(False)
 
 
-def own(name: str) -> VisionLanguageModel:
+def random_model(name: str) -> VisionLanguageModel:
     return randomize_(build(VARIANTS[name])).double()  # type: ignore[arg-type, return-value]
 
 
 def prompt(model: VisionLanguageModel, length: int, *starts: int) -> torch.Tensor:
     numbers = model.config
-    tokens = shown(length, *starts, patches=0, vocab=numbers.vocab_size)
+    tokens = tokens_with_images(length, *starts, patches=0, vocab=numbers.vocab_size)
     tokens[tokens == numbers.image_token_id] = 1
     for row, start in zip(tokens, starts, strict=True):
         row[start : start + numbers.image_seq_length] = numbers.image_token_id
@@ -108,7 +108,7 @@ def test_a_later_token_never_changes_earlier_logits_and_the_image_changes_later_
 
 @every
 def test_every_parameter_that_the_logits_read_receives_a_gradient_and_no_other_is_trained(name: str):
-    model = own(name)
+    model = random_model(name)
     model(prompt(model, 30, 2), image_features=model.get_image_features(pictures(1))).square().sum().backward()
     reached = {path for path, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert reached == {path for path, p in model.named_parameters() if p.requires_grad}
@@ -129,7 +129,7 @@ def test_without_images_it_is_its_decoder(name: str):
 
 @every
 def test_export_then_import_is_the_identity(name: str, tmp_path: Path):
-    model = own(name)
+    model = random_model(name)
     again = quest.load(quest.save(model, tmp_path / "model"))  # type: ignore[arg-type]
     assert again.config == model.config
     for (path, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
@@ -170,7 +170,7 @@ def test_a_group_of_samples_shares_the_image():
 @pytest.mark.parametrize(("placeholders", "number"), [(PATCHES - 1, 1), (PATCHES + 1, 1), (PATCHES, 2)])
 def test_placeholders_and_images_that_do_not_match_are_refused_with_both_counts(placeholders: int, number: int):
     model = model_of("llava-tiny")
-    tokens = shown(40, 3, patches=placeholders)
+    tokens = tokens_with_images(40, 3, patches=placeholders)
     with pytest.raises(
         UsageError, match=rf"{placeholders} placeholders \(image_token 96\), but the images give {16 * number} vectors"
     ):
@@ -189,7 +189,7 @@ def test_an_image_of_the_wrong_size_is_refused():
 
 
 def test_parts_are_frozen_by_choice():
-    model = own("llava-tiny").train_only(["adapter"])
+    model = random_model("llava-tiny").train_only(["adapter"])
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"adapter"}
     model.train_only(PARTS)
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == set(PARTS)
@@ -255,7 +255,7 @@ def test_a_config_that_cannot_be_computed_is_refused_with_field_and_rule(
 @functools.cache
 def pair(tied: bool = False, vision: str = "clip") -> tuple[VisionLanguageModel, Any]:
     theirs = their_llava(vision, tie_word_embeddings=tied)
-    return loaded(theirs), theirs
+    return load_ours(theirs), theirs
 
 
 def reference(theirs: Any, tokens: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
@@ -266,7 +266,7 @@ def reference(theirs: Any, tokens: torch.Tensor, batch: torch.Tensor) -> torch.T
 @pytest.mark.parametrize(("tied", "vision"), [(False, "clip"), (True, "clip"), (False, "vit")])
 def test_logits_equal_transformers(tied: bool, vision: str):
     ours, theirs = pair(tied, vision)
-    tokens, batch = shown(40, 1, 20), images(2)
+    tokens, batch = tokens_with_images(40, 1, 20), images(2)
     torch.testing.assert_close(
         ours(tokens, image_features=ours.get_image_features(batch)), reference(theirs, tokens, batch), **NEAR
     )
@@ -277,7 +277,7 @@ def test_logits_equal_transformers(tied: bool, vision: str):
 )
 def test_logits_equal_transformers_in_variants(change: dict[str, Any]):
     theirs = their_llava(**change)
-    ours, tokens, batch = loaded(theirs), shown(30, 5), images(1)
+    ours, tokens, batch = load_ours(theirs), tokens_with_images(30, 5), images(1)
     torch.testing.assert_close(
         ours(tokens, image_features=ours.get_image_features(batch)), reference(theirs, tokens, batch), **NEAR
     )
@@ -285,7 +285,7 @@ def test_logits_equal_transformers_in_variants(change: dict[str, Any]):
 
 def test_the_class_token_is_shown_where_the_config_says_full():
     theirs = their_llava(vision_feature_select_strategy="full", image_seq_length=PATCHES + 1)
-    ours, tokens = loaded(theirs), shown(30, 5, patches=PATCHES + 1)
+    ours, tokens = load_ours(theirs), tokens_with_images(30, 5, patches=PATCHES + 1)
     torch.testing.assert_close(
         ours(tokens, image_features=ours.get_image_features(images(1))), reference(theirs, tokens, images(1)), **NEAR
     )
@@ -293,7 +293,7 @@ def test_the_class_token_is_shown_where_the_config_says_full():
 
 def test_several_images_of_a_row_are_shown_in_their_order():
     ours, theirs = pair()
-    tokens, batch = shown(50, 2), images(2)
+    tokens, batch = tokens_with_images(50, 2), images(2)
     tokens[0, 25 : 25 + PATCHES] = IMAGE
     torch.testing.assert_close(
         ours(tokens, image_features=ours.get_image_features(batch)), reference(theirs, tokens, batch), **NEAR
@@ -302,7 +302,7 @@ def test_several_images_of_a_row_are_shown_in_their_order():
 
 def test_gradients_equal_transformers():
     theirs = their_llava()
-    ours, tokens, batch = loaded(theirs).train(), shown(30, 5), images(1)
+    ours, tokens, batch = load_ours(theirs).train(), tokens_with_images(30, 5), images(1)
     for logits in (
         ours(tokens, image_features=ours.get_image_features(batch)),
         theirs(input_ids=tokens, pixel_values=batch).logits,
@@ -328,7 +328,7 @@ def test_transformers_loads_what_we_save_and_computes_the_same(tmp_path: Path):
         tmp_path / "model", output_loading_info=True
     )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    tokens, batch = shown(30, 5), images(1, 16)
+    tokens, batch = tokens_with_images(30, 5), images(1, 16)
     torch.testing.assert_close(
         model(tokens, image_features=model.get_image_features(batch)), reference(theirs, tokens, batch), **NEAR
     )  # type: ignore[operator]
@@ -345,7 +345,7 @@ def test_the_hubs_older_names_are_read_too(tmp_path: Path):
         with safe_open(folder / "model.safetensors", "pt") as file:
             named.append({name for name in file.keys() if name.startswith("vision_tower.")})  # noqa: SIM118
     assert {name.replace("vision_model.", "") for name in named[1]} == named[0] != named[1]
-    tokens, batch = shown(30, 5), images(1)
+    tokens, batch = tokens_with_images(30, 5), images(1)
     again = quest.load(old)
     torch.testing.assert_close(
         again(tokens, image_features=again.get_image_features(batch)),

@@ -18,7 +18,7 @@ from llm_quest.models.build import family_of
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.weight_names import ConcatRows, Transposed
 from llm_quest.scope import Scope
-from tests.laws.test_decoder import in_chunks, padded
+from tests.laws.test_decoder import in_chunks, pad_rows
 from tests.oracles import ATOL, ROPES, RTOL, logits_of, save_published, tiny_gpt2, tiny_llama
 
 CASES: dict[str, Callable[[], Any]] = {
@@ -110,7 +110,7 @@ def grads(model: torch.nn.Module, logits: Tensor, tokens: Tensor) -> tuple[Tenso
 def test_a_ragged_left_padded_batch_equals(name: str):
     ours, theirs = pair(name)
     rows = [tokens_for(1, length, seed=length)[0] for length in (3, 9, 6)]
-    tokens, positions = padded(rows, [range(9 - len(row), 9) for row in rows], 9)
+    tokens, positions = pad_rows(rows, [range(9 - len(row), 9) for row in rows], 9)
     here = positions >= 0
     expected = logits_of(theirs, tokens, attention_mask=here.long(), position_ids=positions.clamp(min=0))
     torch.testing.assert_close(ours(tokens, Scope(positions))[here], expected[here], **CLOSE)
@@ -129,7 +129,7 @@ def test_padded_prefill_and_cached_steps_equal_each_row_alone(name: str):
     ours, theirs = pair(name)
     rows = [tokens_for(1, length + 5, seed=length)[0] for length in (3, 9, 6)]
     prompts = [row[:-5] for row in rows]
-    tokens, positions = padded(prompts, [range(9 - len(row), 9) for row in prompts], 9)
+    tokens, positions = pad_rows(prompts, [range(9 - len(row), 9) for row in prompts], 9)
     cache = ours.new_cache(3, 16)
     logits = [ours(tokens, Scope(positions, cache=cache))[:, -1:]]
     for step in range(5):

@@ -15,18 +15,18 @@ def judge(*names: str) -> None:
         torch.compiler.reset()
         model = build(name).double()
         inputs: tuple[torch.Tensor, ...] = (torch.randn(2, 3, 16, 16, dtype=torch.float64),)
-        plain = model
+        logits_of_images = model
         if name in ("llava-tiny", "gemma3-vision-tiny"):
             length = model.config.num_image_tokens(16, 16)
             tokens = torch.randint(90, (2, length + 8))
             tokens[:, 2 : 2 + length] = 96
             inputs = (tokens, *inputs)
 
-            def plain(tokens: torch.Tensor, images: torch.Tensor, model=model) -> torch.Tensor:
+            def logits_of_images(tokens: torch.Tensor, images: torch.Tensor, model=model) -> torch.Tensor:
                 return model(tokens, image_features=model.get_image_features(images))
 
-        compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(*inputs), plain(*inputs), atol=1e-10, rtol=0)
+        compiled = torch.compile(logits_of_images, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*inputs), logits_of_images(*inputs), atol=1e-10, rtol=0)
         compiled(*inputs).square().sum().backward()
         print(name, flush=True)
 

@@ -25,13 +25,13 @@ from tests.models.vision import (
     PATCHES,
     SIZES,
     images,
-    loaded,
+    load_ours,
     qwen_patches,
-    shown,
     their_gemma3,
     their_llava,
     their_qwen3_5,
     their_vit,
+    tokens_with_images,
 )
 from tests.oracles import randomize_, transformers
 
@@ -53,7 +53,7 @@ def pair(make: Callable[[], Any]) -> tuple[Any, Any]:
     """Ours, loaded from the folder that theirs wrote; and theirs: every weight and constant in float64."""
     with computing_in_float64():
         theirs = make().double()
-        return loaded(theirs, dtype="float64"), theirs
+        return load_ours(theirs, dtype="float64"), theirs
 
 
 def close(got: Tensor, expected: Tensor) -> None:
@@ -74,14 +74,14 @@ def causal_logits(theirs: Any, ids: Tensor, pictures: Sequence[Tensor]) -> Tenso
     return theirs(input_ids=ids, **shown_pixels, use_cache=False).logits  # type: ignore[no-any-return]
 
 
-def typed_logits(theirs: Any, ids: Tensor, pictures: Sequence[Tensor]) -> Tensor:
+def logits_with_token_types(theirs: Any, ids: Tensor, pictures: Sequence[Tensor]) -> Tensor:
     """Gemma 3's processor says which tokens are an image's."""
     shown_pixels = {"pixel_values": torch.stack(list(pictures))} if len(pictures) else {}
     kinds = (ids == IMAGE).long()
     return theirs(input_ids=ids, token_type_ids=kinds, **shown_pixels, use_cache=False).logits  # type: ignore[no-any-return]
 
 
-def gridded_logits(theirs: Any, ids: Tensor, pictures: Sequence[Tensor]) -> Tensor:
+def logits_with_grid(theirs: Any, ids: Tensor, pictures: Sequence[Tensor]) -> Tensor:
     """Qwen3.5's processor says which tokens are an image's, and how many rows and columns of patches it has."""
     seen = qwen_patches(pictures) if len(pictures) else {}
     if hasattr(theirs.config.text_config, "num_experts"):
@@ -93,9 +93,9 @@ def gridded_logits(theirs: Any, ids: Tensor, pictures: Sequence[Tensor]) -> Tens
 LANGUAGE_MODELS: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor, Sequence[Tensor]], Tensor]]] = {
     "llava": (their_llava, causal_logits),
     "llava with a vit": (functools.partial(their_llava, "vit"), causal_logits),
-    "gemma3": (their_gemma3, typed_logits),
-    "qwen3.5": (their_qwen3_5, gridded_logits),
-    "qwen3.5 moe": (functools.partial(their_qwen3_5, "Qwen3_5Moe"), gridded_logits),
+    "gemma3": (their_gemma3, logits_with_token_types),
+    "qwen3.5": (their_qwen3_5, logits_with_grid),
+    "qwen3.5 moe": (functools.partial(their_qwen3_5, "Qwen3_5Moe"), logits_with_grid),
 }
 every = pytest.mark.parametrize("name", LANGUAGE_MODELS)
 LENGTH, PADDING = 48, 9
@@ -104,7 +104,7 @@ LENGTH, PADDING = 48, 9
 def rows(name: str) -> tuple[Tensor, list[list[Tensor]]]:
     """Two rows: one with two images, one with one that stands near its end; of several sizes, where a model reads
     several: 16 vectors each."""
-    ids = shown(LENGTH, 2, 29)
+    ids = tokens_with_images(LENGTH, 2, 29)
     ids[0, 25 : 25 + PATCHES] = IMAGE
     shapes = [(64, 16), (32, 32), (16, 64)] if name.startswith("qwen") else [(32, 32)] * 3
     pictures = [torch.randn(3, *shape, generator=torch.Generator().manual_seed(7)).double() for shape in shapes]
@@ -158,7 +158,7 @@ def test_gradients_of_every_weight_equal_transformers(name: str):
             torch.cat([LANGUAGE_MODELS[name][1](theirs, r[None], p) for r, p in zip(ids, pictures, strict=True)]), ids
         )
         loss_of(ours.train()(ids, image_features=features(ours, pictures)), ids)
-        again = loaded(gradients_for_weights(theirs), dtype="float64")
+        again = load_ours(gradients_for_weights(theirs), dtype="float64")
         got = load_file(save(gradients_for_weights(ours), f"{folder}/ours") / "model.safetensors")
         expected = load_file(save(again, f"{folder}/theirs") / "model.safetensors")
     assert got.keys() == expected.keys()

@@ -17,41 +17,41 @@ from llm_quest.models import clip, clip_model, clip_text, vit
 from llm_quest.models.build import build, build_meta_model, count_parameters, preset
 from llm_quest.models.image_encoder import ImageEncoder
 from tests.laws.subjects import randomize_
-from tests.models.vision import images, loaded, their_vit
+from tests.models.vision import images, load_ours, their_vit
 from tests.oracles import edit_config, save_published, transformers
 
 TINY = ("vit-tiny", "clip-tiny")
 every = pytest.mark.parametrize("name", TINY)
 
 
-def own(name: str) -> ImageEncoder:
+def random_model(name: str) -> ImageEncoder:
     return randomize_(build(name)).double()  # type: ignore[arg-type, return-value]
 
 
 @every
 def test_a_row_is_the_row_alone(name: str):
-    model, batch = own(name), images(3, 16).double()
+    model, batch = random_model(name), images(3, 16).double()
     alone = torch.cat([model(image[None]) for image in batch])
     torch.testing.assert_close(model(batch), alone, atol=1e-10, rtol=0)
 
 
 @every
 def test_every_parameter_receives_a_gradient(name: str):
-    model = own(name)
+    model = random_model(name)
     model(images(2, 16).double()).square().sum().backward()
     assert [path for path, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
 @every
 def test_every_patch_has_a_share_in_the_answer(name: str):
-    model, batch = own(name), images(1, 16).double().requires_grad_()
+    model, batch = random_model(name), images(1, 16).double().requires_grad_()
     model(batch).sum().backward()
     assert (batch.grad.unfold(2, 4, 4).unfold(3, 4, 4).abs().sum(dim=(1, 4, 5)) > 0).all()
 
 
 @every
 def test_patches_that_change_places_change_the_answer(name: str):
-    model, batch = own(name), images(1, 16).double()
+    model, batch = random_model(name), images(1, 16).double()
     assert (model(batch) - model(batch.flip(2))).abs().max() > 1e-3
 
 
@@ -66,7 +66,7 @@ def test_other_dtypes_answer_in_their_dtype(name: str, dtype: torch.dtype):
 
 @every
 def test_checkpointed_activations_give_the_same_gradients(name: str):
-    plain, again = own(name), own(name)
+    plain, again = random_model(name), random_model(name)
     for block in again.blocks:
         block.forward = lambda *inputs, kept=block.forward: checkpoint(kept, *inputs, use_reentrant=False)
     for model in (plain, again):
@@ -156,7 +156,7 @@ def test_logits_equal_transformers():
     theirs = their_vit()
     with torch.no_grad():
         torch.testing.assert_close(
-            loaded(theirs)(images(3)), theirs(pixel_values=images(3)).logits, atol=2e-5, rtol=1e-4
+            load_ours(theirs)(images(3)), theirs(pixel_values=images(3)).logits, atol=2e-5, rtol=1e-4
         )
 
 
@@ -164,12 +164,12 @@ def test_logits_equal_transformers():
 def test_logits_equal_transformers_in_variants(change: dict[str, Any]):
     theirs, batch = their_vit(**change), images(2, channels=change.get("num_channels", 3))
     with torch.no_grad():
-        torch.testing.assert_close(loaded(theirs)(batch), theirs(pixel_values=batch).logits, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(load_ours(theirs)(batch), theirs(pixel_values=batch).logits, atol=2e-5, rtol=1e-4)
 
 
 def test_gradients_equal_transformers():
     theirs = their_vit()
-    ours = loaded(theirs)
+    ours = load_ours(theirs)
     for logits in (ours(images(3)), theirs(pixel_values=images(3)).logits):
         F.cross_entropy(logits, torch.tensor([0, 1, 2])).backward()
     their_grads = {name: p.grad for name, p in theirs.named_parameters()}
@@ -192,7 +192,7 @@ def test_gradients_equal_transformers():
 @pytest.mark.parametrize("side", [16, 48])
 def test_an_image_of_another_size_is_read_with_stretched_positions_as_transformers_does(side: int):
     theirs = their_vit()
-    ours = vit.resize_images(loaded(theirs), side)
+    ours = vit.resize_images(load_ours(theirs), side)
     with torch.no_grad():
         expected = theirs(pixel_values=images(2, side), interpolate_pos_encoding=True).logits
         torch.testing.assert_close(ours(images(2, side)), expected, atol=2e-5, rtol=1e-4)

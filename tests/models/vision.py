@@ -111,7 +111,7 @@ def qwen_patches(pictures: Sequence[torch.Tensor], side: int = 4) -> dict[str, t
     return {"pixel_values": torch.cat(rows), "image_grid_thw": torch.tensor(grids)}
 
 
-def loaded(theirs: Any, **options: Any) -> Any:
+def load_ours(theirs: Any, **options: Any) -> Any:
     """Ours, from the folder that theirs wrote."""
     with tempfile.TemporaryDirectory() as folder:
         return quest.load(save_published(theirs, folder), vision=True, **options)
@@ -121,7 +121,9 @@ def images(number: int, side: int = 32, channels: int = 3) -> torch.Tensor:
     return torch.randn(number, channels, side, side, generator=torch.Generator().manual_seed(7))
 
 
-def shown(length: int, *starts: int, patches: int = PATCHES, vocab: int = 96, placeholder: int = IMAGE) -> torch.Tensor:
+def tokens_with_images(
+    length: int, *starts: int, patches: int = PATCHES, vocab: int = 96, placeholder: int = IMAGE
+) -> torch.Tensor:
     """A row of random tokens for each start, with an image's placeholders from there on."""
     tokens = torch.randint(vocab, (len(starts), length), generator=torch.Generator().manual_seed(3))
     for row, start in zip(tokens, starts, strict=True):

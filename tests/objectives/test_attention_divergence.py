@@ -62,7 +62,7 @@ def case(rows: int = 3):
     return model, AttentionPolicyBatch(batch, compute_attention_policy(model, tokens).detach())
 
 
-def moved(model):
+def copy_and_perturb(model):
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -81,7 +81,7 @@ def test_at_the_old_policy_there_is_neither_value_nor_gradient():
 
 def test_halves_add_up_and_the_advantage_decides_the_direction():
     model, batch = case()
-    objective = AttentionDivergenceLoss(moved(model))
+    objective = AttentionDivergenceLoss(copy_and_perturb(model))
     loss = objective(batch)
     total, count = loss.metrics["divergence"]
     assert 0 < total / count < math.log(2)
@@ -102,7 +102,7 @@ def part(rows: PolicyBatch, some: slice) -> PolicyBatch:
 
 def test_a_step_along_it_brings_the_attention_back():
     model, batch = case()
-    objective = AttentionDivergenceLoss(moved(model))
+    objective = AttentionDivergenceLoss(copy_and_perturb(model))
     batch = AttentionPolicyBatch(replace(batch.rows, advantages=torch.ones(3, 8)), batch.old_attention)
     before = objective(batch)
     before.total.backward()
@@ -116,7 +116,7 @@ def test_a_step_along_it_brings_the_attention_back():
 @pytest.mark.parametrize("count", ["tokens", "sequences"])
 def test_in_a_policy_gradient_it_is_added_times_lambda_and_weighed_as_the_tokens_are(count: str):
     model, given = case()
-    policy, batch = moved(model), replace(given.rows, attention_maps=given.old_attention)
+    policy, batch = copy_and_perturb(model), replace(given.rows, attention_maps=given.old_attention)
     plain = PolicyGradientLoss(policy, count=count)(batch)
     loss = PolicyGradientLoss(policy, count=count, attention_coef=0.5)(batch)
     each = (

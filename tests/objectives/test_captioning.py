@@ -8,14 +8,14 @@ from llm_quest.data.image_text import ImageTextBatch
 from llm_quest.models.build import build
 from llm_quest.objectives.next_token import CaptioningLoss
 from tests.laws.subjects import randomize_
-from tests.models.vision import images, shown
+from tests.models.vision import images, tokens_with_images
 
 MODEL = randomize_(build("llava-tiny"))
 OBJECTIVE = CaptioningLoss(MODEL)
 
 
 def batch() -> ImageTextBatch:
-    tokens = shown(26, 1, 1, 1)
+    tokens = tokens_with_images(26, 1, 1, 1)
     targets = torch.full_like(tokens, -100)
     targets[:, 19:25] = tokens[:, 20:26]
     targets[2, 21:] = -100

@@ -82,7 +82,9 @@ def factors(dtype: torch.dtype, rows: int = 2 * CHUNK_ROWS + 40) -> dict[str, An
     return {"x": x.requires_grad_(), "weight": weight.requires_grad_(), "y": y, "own": own, "learn": learn}
 
 
-def whole(at: dict[str, Any], caps: tuple[float | None, float | None], beta: float, temperature: float) -> Tensor:
+def divergence_of_all_logits(
+    at: dict[str, Any], caps: tuple[float | None, float | None], beta: float, temperature: float
+) -> Tensor:
     """The definition, with all logits at once."""
     bent = [
         made if cap is None else cap * torch.tanh(made / cap)
@@ -102,7 +104,7 @@ def pieces(at: dict[str, Any], caps: tuple[float | None, float | None], beta: fl
 def test_in_pieces_it_is_the_definition_in_value_and_gradient(beta: float, caps: tuple[float | None, float | None]):
     at = factors(torch.float64)
     found = []
-    for form in (whole, pieces):
+    for form in (divergence_of_all_logits, pieces):
         total = form(at, caps, beta, 0.8)
         found.append((total.detach(), *torch.autograd.grad(0.37 * total, (at["x"], at["weight"]))))
     for expected, got in zip(*found, strict=True):
@@ -125,7 +127,7 @@ class Largest(TorchDispatchMode):
 
 def test_logits_of_all_rows_are_never_there_at_once():
     at = factors(torch.float32)
-    for form, most in ((whole, len(at["x"]) * 61), (pieces, CHUNK_ROWS * 61)):
+    for form, most in ((divergence_of_all_logits, len(at["x"]) * 61), (pieces, CHUNK_ROWS * 61)):
         with Largest() as largest:
             form(at, (None, 3.0), 0.5, 0.8).backward()
         assert largest.numbers == most
@@ -143,7 +145,7 @@ def test_under_autocast_both_models_products_are_in_bfloat16_and_sums_in_float32
 
 def test_a_head_that_is_frozen_costs_no_gradient_of_its_own():
     at = factors(torch.float64)
-    expected = torch.autograd.grad(whole(at, (None, None), 0.5, 1.0), at["x"])[0]
+    expected = torch.autograd.grad(divergence_of_all_logits(at, (None, None), 0.5, 1.0), at["x"])[0]
     at["weight"] = at["weight"].detach()
     torch.testing.assert_close(torch.autograd.grad(pieces(at, (None, None), 0.5, 1.0), at["x"])[0], expected)
 

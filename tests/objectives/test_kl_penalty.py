@@ -9,7 +9,7 @@ from llm_quest.errors import UsageError
 from llm_quest.objectives.kl_penalty import KL_ESTIMATORS, KLPenalty
 
 
-def at(name: str, log_p: float, reference: float, old: float) -> tuple[float, float]:
+def penalty_and_slope(name: str, log_p: float, reference: float, old: float) -> tuple[float, float]:
     x = torch.tensor(log_p, dtype=torch.float64, requires_grad=True)
     found = KL_ESTIMATORS[name](x, torch.tensor(reference, dtype=torch.float64), x - old)
     return found.item(), torch.autograd.grad(found, x)[0].item()
@@ -24,7 +24,7 @@ def at(name: str, log_p: float, reference: float, old: float) -> tuple[float, fl
     ],
 )  # fmt: skip
 def test_values_and_slopes_by_hand(name, log_p, reference, value, slope):
-    assert at(name, log_p, reference, old=-0.7) == pytest.approx((value, slope), abs=1e-6)
+    assert penalty_and_slope(name, log_p, reference, old=-0.7) == pytest.approx((value, slope), abs=1e-6)
 
 
 @pytest.mark.parametrize(

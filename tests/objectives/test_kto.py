@@ -29,14 +29,14 @@ from tests.objectives.rated import Answering, elements, gradients, tiny
 R = torch.tensor([1.0, -1.0], dtype=torch.float64)
 
 
-def labeled(number: int = 6, seed: int = 0) -> list[TokenizedPreference]:
+def label_rows(number: int = 6, seed: int = 0) -> list[TokenizedPreference]:
     """Random rows, every third undesirable, each with another row's answer."""
     rows = elements(number, answers=1, seed=seed)
     rows = [replace(one, margin=-1.0 if n % 3 == 1 else 1.0) for n, one in enumerate(rows)]
     return add_mismatched_answers(rows, 64, seed)
 
 
-def collated(rows: list[TokenizedPreference]) -> PreferenceBatch:
+def collate(rows: list[TokenizedPreference]) -> PreferenceBatch:
     """With a reference that differs from row to row."""
     batch = collate_preferences(rows)
     return replace(batch, reference_log_probs=-torch.linspace(20, 24, len(batch.input_ids), dtype=torch.float64))
@@ -59,7 +59,7 @@ def test_the_reference_point_is_a_mean_over_all_processes_and_not_below_0():
 
 def test_a_policy_that_is_its_reference_has_half_of_every_weight():
     model = tiny()
-    batch = collated(labeled())
+    batch = collate(label_rows())
     from llm_quest.objectives.preference import sequence_log_probs
 
     batch = replace(batch, reference_log_probs=sequence_log_probs(model, batch).detach())
@@ -89,9 +89,9 @@ def test_mismatched_answers_are_all_answers_each_with_another_question():
 
 @pytest.mark.parametrize("name", UNPAIRED_LOSSES)
 def test_splitting_a_batch_adds(name: str):
-    model, rows = tiny(), labeled()
+    model, rows = tiny(), label_rows()
     objective = KTOLoss(model, UNPAIRED_LOSSES[name](0.3), undesirable_weight=1.7)
-    batch, z = collated(rows), torch.tensor(0.4, dtype=torch.float64)
+    batch, z = collate(rows), torch.tensor(0.4, dtype=torch.float64)
     whole = objective(own_rows(batch, z))
     parts = [
         replace(collate_preferences([row]), reference_log_probs=batch.reference_log_probs[2 * n : 2 * n + 2])
@@ -107,7 +107,7 @@ def test_splitting_a_batch_adds(name: str):
 @pytest.mark.parametrize("name", UNPAIRED_LOSSES)
 def test_gradients_are_those_of_finite_differences(name: str):
     model = tiny()
-    batch = own_rows(collated(labeled(3)), torch.tensor(0.4, dtype=torch.float64))
+    batch = own_rows(collate(label_rows(3)), torch.tensor(0.4, dtype=torch.float64))
     objective = KTOLoss(model, UNPAIRED_LOSSES[name](0.3), desirable_weight=1.5)
     weight = model.blocks[0].mixer.layer.out.weight
     slope = gradients(model, objective(batch).total)[[id(p) for p in model.parameters()].index(id(weight))]
@@ -128,8 +128,8 @@ def test_loss_gradients_and_metrics_equal_trl(name: str, shift: float):
     """shift: of the reference's mismatched answers, so that z is above 0 and held at it."""
     from trl import KTOTrainer
 
-    model, rows = tiny(), labeled()
-    batch = collated(rows)
+    model, rows = tiny(), label_rows()
+    batch = collate(rows)
     reference = batch.reference_log_probs.clone()
     reference[batch.rejected] -= shift
     batch = replace(batch, reference_log_probs=reference)

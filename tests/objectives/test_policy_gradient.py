@@ -28,20 +28,20 @@ def objective(surrogate=None, **options) -> PolicyGradientLoss:
     return PolicyGradientLoss(nn.Identity(), surrogate or UnclippedSurrogate(), **options)
 
 
-def padded(rows: list[list[float]], nothing: float = 0.0) -> Tensor:
+def pad_with(rows: list[list[float]], nothing: float = 0.0) -> Tensor:
     width = max(map(len, rows))
     return torch.tensor([row + [nothing] * (width - len(row)) for row in rows], dtype=D)
 
 
 def batch_of(learn: list[list[float]], **values: Tensor) -> PolicyBatch:
     """learn: ones where something is learned, ragged."""
-    mask = padded(learn) > 0
+    mask = pad_with(learn) > 0
     zeros = torch.zeros(mask.shape, dtype=D)
     given = {"advantages": zeros, "sampler_log_probs": zeros} | values
     return PolicyBatch(mask.long(), torch.where(mask, 0, -100), **given)
 
 
-def ones(*lengths: int) -> list[list[float]]:
+def rows_of_ones(*lengths: int) -> list[list[float]]:
     return [[1.0] * n for n in lengths]
 
 
@@ -61,8 +61,8 @@ class Given:
 LOSSES = [[1.0, 3.0], [0.5, 0.5, 0.5, 2.5]]
 
 
-def aggregated(count: str, rows: slice = slice(None), **options) -> tuple[float, float, Tensor]:
-    losses = padded(LOSSES)[rows]
+def aggregate(count: str, rows: slice = slice(None), **options) -> tuple[float, float, Tensor]:
+    losses = pad_with(LOSSES)[rows]
     log_p = torch.zeros_like(losses, requires_grad=True)
     batch = batch_of([[1.0] * len(row) + [0.0] * (4 - len(row)) for row in LOSSES[rows]])
     found = objective(Given(losses), count=count, **options).loss(log_p, batch)
@@ -79,9 +79,9 @@ def aggregated(count: str, rows: slice = slice(None), **options) -> tuple[float,
     ],
 )
 def test_four_denominators_over_the_same_losses(count, options, mean):
-    total, number, _ = aggregated(count, **options)
+    total, number, _ = aggregate(count, **options)
     assert total / number == pytest.approx(mean, abs=1e-6)
-    parts = [aggregated(count, slice(i, i + 1), **options) for i in range(2)]
+    parts = [aggregate(count, slice(i, i + 1), **options) for i in range(2)]
     assert sum(part[0] for part in parts) / sum(part[1] for part in parts) == pytest.approx(mean, abs=1e-6)
 
 
@@ -90,7 +90,7 @@ def test_a_sequence_that_is_left_out_leaves_both_sides_of_the_fraction():
     log_p = torch.zeros(2, 4, dtype=D, requires_grad=True)
     batch = batch_of([[1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
     for count in ("tokens", "sequences"):
-        found = objective(Given(padded(LOSSES)), count=count).loss(log_p, batch)
+        found = objective(Given(pad_with(LOSSES)), count=count).loss(log_p, batch)
         assert found.total.item() / found.count.item() == pytest.approx(2.0)
 
 
@@ -104,10 +104,10 @@ def test_a_sequence_that_is_left_out_leaves_both_sides_of_the_fraction():
 )
 def test_what_one_token_weighs(count, options, weights):
     log_p = torch.zeros(2, 4, dtype=D, requires_grad=True)
-    batch = batch_of(ones(2, 4), advantages=torch.ones(2, 4, dtype=D))
+    batch = batch_of(rows_of_ones(2, 4), advantages=torch.ones(2, 4, dtype=D))
     found = objective(count=count, **options).loss(log_p, batch)
     (slope,) = torch.autograd.grad(found.total / found.count, log_p)
-    torch.testing.assert_close(slope, -padded([[weights[0]] * 2, [weights[1]] * 4]), atol=1e-7, rtol=0)
+    torch.testing.assert_close(slope, -pad_with([[weights[0]] * 2, [weights[1]] * 4]), atol=1e-7, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------ corrections
@@ -128,7 +128,10 @@ OLD, SAMPLED = [[-1.0, -2.0, -0.5]], [[-1.2, -3.0, -0.4]]
 def test_importance_corrections(correction, weights):
     log_p = torch.tensor(OLD, dtype=D, requires_grad=True)
     batch = batch_of(
-        ones(3), advantages=torch.ones(1, 3, dtype=D), old_log_probs=padded(OLD), sampler_log_probs=padded(SAMPLED)
+        rows_of_ones(3),
+        advantages=torch.ones(1, 3, dtype=D),
+        old_log_probs=pad_with(OLD),
+        sampler_log_probs=pad_with(SAMPLED),
     )
     found = objective(count="tokens", correction=correction).loss(log_p, batch)
     (slope,) = torch.autograd.grad(-found.total, log_p)
@@ -140,9 +143,9 @@ def test_importance_corrections(correction, weights):
     [([-1.0, -1.2, -0.6], -1.0, False), ([-0.5, -0.6, -0.5], -1.0, True), ([-1.0, -1.2, -0.6], 0.0, True)],
 )
 def test_a_stale_sequence_of_negative_advantage_is_left_alone(new, A, kept):
-    old = padded([[-0.2, -0.4, -0.3]])
+    old = pad_with([[-0.2, -0.4, -0.3]])
     log_p = torch.tensor([new], dtype=D, requires_grad=True)
-    batch = batch_of(ones(3), advantages=torch.full((1, 3), A, dtype=D), sampler_log_probs=old)
+    batch = batch_of(rows_of_ones(3), advantages=torch.full((1, 3), A, dtype=D), sampler_log_probs=old)
     found = objective(Given(torch.ones(1, 3, dtype=D)), count="tokens", off_policy_delta=0.5).loss(log_p, batch)
     assert (found.total.item(), found.count.item()) == pytest.approx((3.0 if kept else 0.0, 3.0))
 
@@ -153,12 +156,12 @@ OUTPUTS = [[0, 2], [2, 2, 1], [1, 0]]
 STD, MEAN = [1.154701, -0.577350, -0.577350], [0.666667, -0.333333, -0.333333]
 
 
-def whole(z: list[float], A: list[float], surrogate, count: str, **options) -> tuple[float, list[float]]:
+def loss_and_gradient(z: list[float], A: list[float], surrogate, count: str, **options) -> tuple[float, list[float]]:
     """Loss and its gradient in the logits of a policy over three symbols that sees nothing."""
     logits = torch.tensor(z, dtype=D, requires_grad=True)
     old, reference = (torch.tensor(t, dtype=D).log_softmax(0) for t in ([0.0, 0, 0], [0.1, 0, -0.1]))
-    symbols = padded(OUTPUTS).long()
-    learn = ones(2, 3, 2)
+    symbols = pad_with(OUTPUTS).long()
+    learn = rows_of_ones(2, 3, 2)
     batch = batch_of(
         learn,
         advantages=torch.tensor(A, dtype=D)[:, None].expand(3, 3),
@@ -204,7 +207,7 @@ SAPO = POLICY_VARIANTS["sapo"].surrogate
     ],
 )
 def test_off_policy_losses_and_gradients(A, surrogate, count, options, value, gradient):
-    loss, slope = whole([0.2, 0, -0.2], A, surrogate, count, **options)
+    loss, slope = loss_and_gradient([0.2, 0, -0.2], A, surrogate, count, **options)
     assert loss == pytest.approx(value, abs=1.5e-6)
     assert slope == pytest.approx(gradient, abs=1.5e-6)
 
@@ -228,7 +231,7 @@ def test_off_policy_losses_and_gradients(A, surrogate, count, options, value, gr
     ],
 )
 def test_on_policy_gradients_are_equal_within_each_aggregation(A, surrogate, count, options, value, gradient):
-    loss, slope = whole([0, 0, 0], A, surrogate, count, **options)
+    loss, slope = loss_and_gradient([0, 0, 0], A, surrogate, count, **options)
     assert loss == pytest.approx(value, abs=1.5e-6)
     assert slope == pytest.approx(gradient, abs=1.5e-6)
 
@@ -316,7 +319,7 @@ def test_gradients_are_those_of_finite_differences(name):
     sampled = -torch.rand(2, 4, generator=g, dtype=D)
     reference = -torch.rand(2, 4, generator=g, dtype=D)
     A = torch.tensor([[1.0], [-0.5]], dtype=D).expand(2, 4)
-    batch = batch_of(ones(2, 4), advantages=A, sampler_log_probs=sampled, reference_log_probs=reference)
+    batch = batch_of(rows_of_ones(2, 4), advantages=A, sampler_log_probs=sampled, reference_log_probs=reference)
     log_p = (sampled + 1e-4 * torch.randn(2, 4, generator=g, dtype=D)).requires_grad_()
     if name in ("cispo", "gspo_token"):  # what they hold back is held back by a stop-gradient
         log_p = sampled.clone().requires_grad_()
@@ -383,7 +386,7 @@ def test_options_without_sense_are_refused(options, told):
 
 
 def test_what_a_batch_lacks_is_said():
-    log_p, batch = torch.zeros(1, 2, dtype=D), batch_of(ones(2))
+    log_p, batch = torch.zeros(1, 2, dtype=D), batch_of(rows_of_ones(2))
     with pytest.raises(UsageError, match="reference"):
         objective(kl=KLPenalty(0.1)).loss(log_p, batch)
     with pytest.raises(UsageError, match="no effect"):
@@ -399,7 +402,7 @@ def test_what_a_batch_lacks_is_said():
 def test_every_option_of_clipping_changes_the_loss(low, high):
     log_p = torch.tensor([[-1.0, 1.0, 0.15, -0.15]], dtype=D)
     for A in (1.0, -1.0):
-        batch = batch_of(ones(4), advantages=torch.full((1, 4), A, dtype=D))
+        batch = batch_of(rows_of_ones(4), advantages=torch.full((1, 4), A, dtype=D))
         one, other = (objective(ClippedSurrogate(**x)).loss(log_p, batch).total.item() for x in (low, high))
         if one != other:
             return

@@ -47,7 +47,7 @@ def of_margin(margin: torch.Tensor) -> LogRatios:
     return LogRatios(margin / 2, -margin / 2, torch.zeros_like(margin))
 
 
-def made(name: str, flips: float, beta: float = 0.1) -> PairwiseLoss:
+def make_loss(name: str, flips: float, beta: float = 0.1) -> PairwiseLoss:
     return make_preference_loss(name, beta=beta, **({"label_smoothing": flips} if flips else {}))
 
 
@@ -59,7 +59,7 @@ NAMED = [(name, flips) for name, flips in EVERY if not PREFERENCE_LOSSES[name].t
 
 @pytest.mark.parametrize(("name", "beta", "flips", "loss", "slope"), TABLE)
 def test_vector_dpo_1(name, beta, flips, loss, slope):
-    found = made(name, flips, beta)(of_margin(D))
+    found = make_loss(name, flips, beta)(of_margin(D))
     assert found.item() == pytest.approx(loss, abs=1e-6)
     if slope is not None:
         assert torch.autograd.grad(found, D)[0].item() == pytest.approx(slope, abs=1e-6)
@@ -83,7 +83,7 @@ class Told(torch.nn.Module):
         weight, softcap = torch.eye(2, dtype=torch.float64), None
 
 
-def told() -> tuple[Told, object]:
+def policy_and_batch() -> tuple[Told, object]:
     policy = Told([[-0.5, -1.0, -0.25], [-0.75, -2.0]])
     batch = collate_preferences([TokenizedPreference(np.array([0]), (np.array([1, 1, 1]), np.array([1, 1])))])
     return policy, replace(batch, reference_log_probs=torch.tensor([-2.5, -2.0], dtype=torch.float64))
@@ -91,7 +91,7 @@ def told() -> tuple[Told, object]:
 
 def test_log_probabilities_are_summed_and_rewards_carry_beta():
     """The worked pair as a batch: sums -1.75 and -2.75, rewards +0.075 and -0.075 at beta 0.1."""
-    policy, batch = told()
+    policy, batch = policy_and_batch()
     torch.testing.assert_close(sequence_log_probs(policy, batch), torch.tensor([-1.75, -2.75], dtype=torch.float64))
     loss = PreferenceLoss(policy)(batch)
     assert loss.total.item() == pytest.approx(0.620957, abs=1e-6)
@@ -109,12 +109,12 @@ WORKED = [
     ("bco_pair", {"beta": 0.5}, 1.046246), ("sppo_hard", {"beta": 0.5}, 0.125),
     ("discopop", {"beta": 0.5, "discopop_tau": 1.0}, 0.444938),
 ]  # fmt: skip
-"""By hand, of the pair of `told`: a = 0.75, b = -0.75; log p -1.75 of 3 tokens and -2.75 of 2."""
+"""By hand, of the pair of `policy_and_batch`: a = 0.75, b = -0.75; log p -1.75 of 3 tokens and -2.75 of 2."""
 
 
 @pytest.mark.parametrize(("name", "numbers", "loss"), WORKED)
 def test_the_other_losses_of_the_worked_pair(name, numbers, loss):
-    policy, batch = told()
+    policy, batch = policy_and_batch()
     assert PreferenceLoss(policy, make_preference_loss(name, **numbers))(batch).total.item() == pytest.approx(
         loss, abs=1e-6
     )
@@ -126,7 +126,7 @@ def test_every_loss_has_a_worked_value():
 
 
 def test_the_sft_term_is_a_mean_over_the_chosen_answers_tokens():
-    policy, batch = told()
+    policy, batch = policy_and_batch()
     for weight in (0.0, 0.5):
         found = PreferenceLoss(policy, sft_weight=weight)(batch)
         assert found.total.item() == pytest.approx(0.620957 + weight * 1.75 / 3, abs=1e-6)
@@ -153,7 +153,7 @@ def test_log_odds_are_exact_at_both_ends():
 
 
 def test_means_over_tokens_are_another_loss_and_have_to_be_asked_for():
-    policy, batch = told()
+    policy, batch = policy_and_batch()
     found = {
         loss: PreferenceLoss(policy, loss, average_log_prob=True)(batch).total.item()
         for loss in (DPO(0.1), IPO(0.1), IPO(0.5))
@@ -175,7 +175,7 @@ class LogRatioAlone:
 
 
 def test_a_loss_may_do_without_a_reference_and_ask_for_means():
-    policy, batch = told()
+    policy, batch = policy_and_batch()
     objective = PreferenceLoss(policy, LogRatioAlone())
     assert objective(batch).total.item() == pytest.approx(-1.75 / 3 + 2.75 / 2)
     assert objective(replace(batch, reference_log_probs=None)).total.item() == pytest.approx(-1.75 / 3 + 2.75 / 2)
@@ -192,10 +192,10 @@ def test_cdpo_rests_at_its_optimum_and_pushes_back_beyond():
 
 @pytest.mark.parametrize(("name", "flips"), [("dpo", 0.0), ("cdpo", 0.2)])
 def test_swapping_the_answers_is_a_negative_margin(name, flips):
-    other = made(name, flips, 0.3)(of_margin(-D))
+    other = make_loss(name, flips, 0.3)(of_margin(-D))
     if name == "cdpo":
         assert other.item() == pytest.approx(ConservativeDPO(1 - flips, 0.3)(of_margin(D)).item())
-    assert (other - made(name, flips, 0.3)(of_margin(D))).item() == pytest.approx((1 - 2 * flips) * 0.3 * 1.5)
+    assert (other - make_loss(name, flips, 0.3)(of_margin(D))).item() == pytest.approx((1 - 2 * flips) * 0.3 * 1.5)
 
 
 def batch_of(model, number=4, **options):
@@ -209,7 +209,7 @@ def test_a_policy_that_is_its_reference_has_loss_ln_2():
     batch = collate_preferences(elements())
     batch = replace(batch, reference_log_probs=sequence_log_probs(model, batch).detach())
     for name, flips in (("dpo", 0.0), ("cdpo", 0.1)):
-        loss = PreferenceLoss(model, made(name, flips))(batch)
+        loss = PreferenceLoss(model, make_loss(name, flips))(batch)
         assert (loss.total / loss.count).item() == pytest.approx(math.log(2), abs=1e-9)
 
 
@@ -225,7 +225,7 @@ def test_what_is_added_to_both_answers_of_a_question_changes_nothing():
 def test_splitting_a_batch_adds_and_padding_is_invisible(name, flips, answers):
     """Elements of other lengths make rows of other widths: each alone, and all together."""
     model = tiny()
-    objective = PreferenceLoss(model, made(name, flips))
+    objective = PreferenceLoss(model, make_loss(name, flips))
     rated = elements(5, answers=answers)
     known = np.linspace(-9, -4, 5 * answers).reshape(5, answers)
     whole = objective(collate_preferences(rated, list(known)))
@@ -242,7 +242,7 @@ def test_splitting_a_batch_adds_and_padding_is_invisible(name, flips, answers):
 def test_gradients_are_those_of_finite_differences(name, flips):
     model = tiny()
     batch = batch_of(model, 2)
-    objective = PreferenceLoss(model, made(name, flips, 0.3))
+    objective = PreferenceLoss(model, make_loss(name, flips, 0.3))
     weight = model.blocks[0].mixer.layer.out.weight
     slope = gradients(model, objective(batch).total)[[id(p) for p in model.parameters()].index(id(weight))]
     generator = torch.Generator().manual_seed(1)
@@ -314,7 +314,7 @@ def test_losses_gradients_and_rewards_equal_trl(name, flips, theirs, per_token, 
 
     model = tiny()
     batch = batch_of(model, 5)
-    loss = PreferenceLoss(model, made(name, flips, 0.3), average_log_prob=per_token)(batch)
+    loss = PreferenceLoss(model, make_loss(name, flips, 0.3), average_log_prob=per_token)(batch)
     other = trainer(
         model=Answering(model), beta=0.3, loss_types=[theirs], label_smoothing=flips,
         args=SimpleNamespace(discopop_tau=0.05),

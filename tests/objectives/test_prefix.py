@@ -43,15 +43,15 @@ def rows(vocab: int = 90) -> list[PolicyRow]:
     return found
 
 
-def learned(model: torch.nn.Module) -> list[Tensor]:
+def trainable_parameters(model: torch.nn.Module) -> list[Tensor]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def scored(model: torch.nn.Module, batch: PolicyBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
+def log_probs_and_gradients(model: torch.nn.Module, batch: PolicyBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Log-probabilities of what is learned, and the gradient of a sum in which each has its own weight."""
     found = token_log_probs(model, batch)[batch.loss_mask]
     weights = torch.linspace(-1, 1, len(found), dtype=found.dtype)
-    return found.detach(), torch.autograd.grad((found * weights).sum(), learned(model), allow_unused=True)
+    return found.detach(), torch.autograd.grad((found * weights).sum(), trainable_parameters(model), allow_unused=True)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -60,8 +60,8 @@ def test_shared_prompts_change_no_log_probability_and_no_gradient(name: str):
     whole_rows, shared = collate_policy_rows(rows()), collate_policy_rows(rows(), share_prompts=True)
     assert shared.prefix is not None
     assert shared.prefix.input_ids.shape == (3, 6)
-    plain, gradients = scored(model, whole_rows)
-    found, others = scored(model, shared)
+    plain, gradients = log_probs_and_gradients(model, whole_rows)
+    found, others = log_probs_and_gradients(model, shared)
     torch.testing.assert_close(found, plain, rtol=0, atol=1e-6)
     torch.testing.assert_close(others, gradients, rtol=1e-6, atol=1e-6)
 
@@ -76,9 +76,11 @@ def test_the_whole_loss_is_that_of_plain_rows():
 
 
 def test_a_checkpointed_policy_files_nothing_twice():
-    plain = scored(build("llama3.2-tiny", seed=1).double().eval(), collate_policy_rows(rows()))
+    plain = log_probs_and_gradients(build("llama3.2-tiny", seed=1).double().eval(), collate_policy_rows(rows()))
     again = ActivationCheckpointing()(build("llama3.2-tiny", seed=1).double().eval())
-    torch.testing.assert_close(scored(again, collate_policy_rows(rows(), share_prompts=True)), plain, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        log_probs_and_gradients(again, collate_policy_rows(rows(), share_prompts=True)), plain, rtol=0, atol=1e-6
+    )
 
 
 def test_laid_out_by_hand():
@@ -131,7 +133,9 @@ def test_answers_that_share_their_question_have_the_same_loss_and_gradient(name:
     known = [np.linspace(-9, -5, len(one.answers)) for one in RATED]
     batches = [collate_preferences(RATED, known, share_prompts=shared) for shared in (False, True)]
     losses = [made(batch) for batch in batches]
-    gradients = [torch.autograd.grad(loss.total, learned(made.model), allow_unused=True) for loss in losses]
+    gradients = [
+        torch.autograd.grad(loss.total, trainable_parameters(made.model), allow_unused=True) for loss in losses
+    ]
     torch.testing.assert_close(losses[1].total, losses[0].total, rtol=0, atol=1e-6)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-6, atol=1e-6)
     assert batches[1].num_tokens == batches[0].num_tokens == int((batches[0].position_ids >= 0).sum())

@@ -23,7 +23,9 @@ def tokens(*values: float) -> Tensor:
     return torch.tensor([values], dtype=torch.float64)
 
 
-def worked(surrogate: Surrogate, log_ratios: Tensor, advantages: Tensor | float) -> tuple[list[float], list[float]]:
+def objective_and_slope(
+    surrogate: Surrogate, log_ratios: Tensor, advantages: Tensor | float
+) -> tuple[list[float], list[float]]:
     """Objective and derivative in log pi at each token of one sequence."""
     log_p = (log_ratios - 0.7).requires_grad_()
     learn = torch.ones_like(log_ratios, dtype=torch.bool)
@@ -34,7 +36,7 @@ def worked(surrogate: Surrogate, log_ratios: Tensor, advantages: Tensor | float)
 
 
 def at_ratio(surrogate: Surrogate, rho: float, A: float) -> tuple[float, float]:
-    found, slope = worked(surrogate, tokens(math.log(rho)), A)
+    found, slope = objective_and_slope(surrogate, tokens(math.log(rho)), A)
     return found[0], slope[0]
 
 
@@ -74,7 +76,7 @@ def test_a_ratio_is_held_exactly_where_the_gradient_is_gone(options: dict, A: fl
         ClippedSurrogate(0.2, 0.28, **options),
         tokens(*map(math.log, (0.5, 0.9, 1.05, 1.2, 1.5, 3.5, 5.0))),
     )
-    slope = worked(surrogate, log_ratios, A)[1]
+    slope = objective_and_slope(surrogate, log_ratios, A)[1]
     learn = torch.ones_like(log_ratios, dtype=torch.bool)
     held = surrogate(SurrogateInputs(log_ratios, log_ratios, torch.full_like(log_ratios, A), learn))[1]
     assert held[0].tolist() == [one == 0 for one in slope]
@@ -84,20 +86,20 @@ def test_the_sequence_ratio_is_a_geometric_mean():
     """s = exp(.05) = 1.051271, where the product would be 1.221403."""
     log_ratios = tokens(0.1, -0.2, 0.05, 0.25)
     gspo = ClippedSurrogate(3e-4, 4e-4, importance_ratio=sequence_ratio)
-    found, slope = worked(gspo, log_ratios, 1.0)
+    found, slope = objective_and_slope(gspo, log_ratios, 1.0)
     assert found == pytest.approx([1.0004] * 4)
     assert slope == pytest.approx([0.0] * 4)
-    found, slope = worked(gspo, log_ratios, -1.0)
+    found, slope = objective_and_slope(gspo, log_ratios, -1.0)
     assert found == pytest.approx([-1.051271] * 4, abs=1e-6)
     assert [each / 4 for each in slope] == pytest.approx([-0.262818] * 4, abs=1e-6)
-    inside, _ = worked(gspo, tokens(0.0003, -0.0001, 0.0002, 0.0), 1.0)
+    inside, _ = objective_and_slope(gspo, tokens(0.0003, -0.0001, 0.0002, 0.0), 1.0)
     assert inside == pytest.approx([1.000100] * 4, abs=1e-6)
 
 
 def test_the_token_form_of_gspo_allows_an_advantage_per_token():
     wide = ClippedSurrogate(1.0, 1.0, importance_ratio=sequence_token_ratio)
     log_ratios = tokens(0.1, -0.2, 0.05, 0.25)
-    found, slope = worked(wide, log_ratios, tokens(1, 1, -1, -1))
+    found, slope = objective_and_slope(wide, log_ratios, tokens(1, 1, -1, -1))
     assert sum(found) / 4 == pytest.approx(0)
     assert [each / 4 for each in slope] == pytest.approx([0.262818, 0.262818, -0.262818, -0.262818], abs=1e-6)
 
@@ -106,7 +108,7 @@ def test_the_token_form_of_gspo_allows_an_advantage_per_token():
 def test_both_forms_of_gspo_agree_where_the_advantage_is_one_per_sequence(A):
     log_ratios = tokens(0.1, -0.2, 0.05, 0.051)
     one, other = (
-        worked(ClippedSurrogate(3e-2, 4e-2, importance_ratio=level), log_ratios, A)
+        objective_and_slope(ClippedSurrogate(3e-2, 4e-2, importance_ratio=level), log_ratios, A)
         for level in (sequence_ratio, sequence_token_ratio)
     )
     assert one[0] == pytest.approx(other[0], abs=1e-12)
@@ -136,8 +138,8 @@ def test_sapo_fades_sooner_where_the_advantage_is_not_positive(rho, down, down_s
 
 def test_cispo_caps_the_weight_and_never_the_gradient():
     log_ratios = tokens(*map(math.log, (0.3, 1, 1.25, 6)))
-    assert worked(CISPOSurrogate(5.0), log_ratios, 1.0)[1] == pytest.approx([0.3, 1, 1.25, 5])
-    assert worked(CISPOSurrogate(1.2, floor=0.8), log_ratios, 1.0)[1] == pytest.approx([0.8, 1, 1.2, 1.2])
+    assert objective_and_slope(CISPOSurrogate(5.0), log_ratios, 1.0)[1] == pytest.approx([0.3, 1, 1.25, 5])
+    assert objective_and_slope(CISPOSurrogate(1.2, floor=0.8), log_ratios, 1.0)[1] == pytest.approx([0.8, 1, 1.2, 1.2])
     log_p = tokens(-0.7).requires_grad_()
     terms = SurrogateInputs(log_p, torch.full_like(log_p, math.log(6)), tokens(0.5), torch.ones(1, 1, dtype=torch.bool))
     loss = -CISPOSurrogate(5.0)(terms)[0].sum()
@@ -149,7 +151,7 @@ def test_cispo_caps_the_weight_and_never_the_gradient():
 @pytest.mark.parametrize("A", [0.8, -0.8])
 def test_on_policy_every_surrogate_has_the_policy_gradient(name, A):
     """d objective / d log pi is A, whatever the variant: a run on fresh batches cannot tell them apart."""
-    assert worked(POLICY_VARIANTS[name].surrogate, tokens(0, 0, 0), A)[1] == pytest.approx([A] * 3)
+    assert objective_and_slope(POLICY_VARIANTS[name].surrogate, tokens(0, 0, 0), A)[1] == pytest.approx([A] * 3)
 
 
 def test_the_unclipped_surrogate_weighs_by_importance():

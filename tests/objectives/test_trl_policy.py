@@ -44,7 +44,7 @@ def ours(surrogate: Any, count: str, **options: Any) -> tuple[float, Tensor]:
     return (loss.total / loss.count).item(), slope
 
 
-def trls(**settings: Any) -> tuple[float, Tensor]:
+def trl_loss(**settings: Any) -> tuple[float, Tensor]:
     """`GRPOTrainer._compute_loss` itself, on a trainer that holds nothing but its settings."""
     from collections import defaultdict
 
@@ -133,7 +133,7 @@ CASES = {
 def test_loss_and_gradient_are_trls(name):
     surrogate, count, options, settings = CASES[name]
     loss, slope = ours(surrogate, count, **options)
-    their_loss, their_slope = trls(**dict(settings))
+    their_loss, their_slope = trl_loss(**dict(settings))
     assert loss == pytest.approx(their_loss, abs=1e-5)
     torch.testing.assert_close(slope, their_slope, atol=1e-5, rtol=0)
     assert slope.abs().max() > 1e-3

@@ -9,7 +9,7 @@ from llm_quest.errors import UsageError
 from llm_quest.objectives.value_loss import ValueLoss
 
 
-def worked(v: float, old: float, target: float, clip: float | None = 0.2) -> tuple[float, float]:
+def loss_and_slope(v: float, old: float, target: float, clip: float | None = 0.2) -> tuple[float, float]:
     """The loss of one token, and its slope in v."""
     value = torch.tensor([[v]], dtype=torch.float64, requires_grad=True)
     other = torch.tensor([[[old]], [[target]]], dtype=torch.float64)
@@ -27,12 +27,12 @@ def worked(v: float, old: float, target: float, clip: float | None = 0.2) -> tup
     ],
 )
 def test_worked_values_and_slopes(v, old, target, loss, slope):
-    found = worked(v, old, target)
+    found = loss_and_slope(v, old, target)
     assert found == (pytest.approx(loss), pytest.approx(slope))
 
 
 def test_without_a_clip_it_is_half_the_squared_error():
-    assert worked(0.9, 0.5, 1.0, None) == (pytest.approx(0.005), pytest.approx(-0.1))
+    assert loss_and_slope(0.9, 0.5, 1.0, None) == (pytest.approx(0.005), pytest.approx(-0.1))
 
 
 @pytest.mark.parametrize("options", [{"coef": 0.0}, {"clip": 0.0}])

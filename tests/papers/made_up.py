@@ -7,7 +7,7 @@ from typing import Any
 from llm_quest.papers import Paper
 
 
-def made_result(paper: Paper, outcome: str, differences: list[float], parameters: int = 250_000) -> dict[str, Any]:
+def make_result(paper: Paper, outcome: str, differences: list[float], parameters: int = 250_000) -> dict[str, Any]:
     """A size at which the claim's arm differs by these numbers."""
     arm = {
         "parameters": parameters, "steps": 9, "flops": 1e9, "shared_weights": 1.0, "rates": {"0.01": 4.0},

@@ -24,7 +24,7 @@ from llm_quest.papers.reproduce import SizeResult, comparison_claim, describe_co
 from llm_quest.recipes.model_config import build_model_config
 from llm_quest.recipes.recipe import get_recipe, load_recipe
 from tests.papers import directions
-from tests.papers.made_up import made_result
+from tests.papers.made_up import make_result
 
 DOCS = Path(__file__).parents[2] / "docs" / "papers"
 OWN_VALUE = r"null: (the model's own|[\d.]+ if)"
@@ -132,7 +132,7 @@ def test_verdicts(expect: str, outcome: str, verdict: str):
 
 def test_a_card_holds_verdict_tuning_interval_size_date_machine_and_replication(tmp_path: Path):
     paper = load_paper("muon")
-    result = made_result(paper, "better", [-0.5, -0.51, -0.49, -0.5])
+    result = make_result(paper, "better", [-0.5, -0.51, -0.49, -0.5])
     result["verdicts"][0]["secondary"] = {"max_violation": {"mean": -0.8, "interval_95": [-1.0, -0.6]}}
     card = write_card(paper, {"0.3M": result}, tmp_path)
     page = card.file.read_text()
@@ -150,9 +150,9 @@ def test_a_card_holds_verdict_tuning_interval_size_date_machine_and_replication(
 
 def test_a_second_size_joins_the_card_and_shows_the_trend(tmp_path: Path):
     paper = load_paper("qk_norm")
-    write_card(paper, {"0.3M": made_result(paper, "not worse by delta", [-0.5, -0.51, -0.49, -0.5])}, tmp_path)
+    write_card(paper, {"0.3M": make_result(paper, "not worse by delta", [-0.5, -0.51, -0.49, -0.5])}, tmp_path)
     card = write_card(
-        paper, {"1M": made_result(paper, "undecided (time)", [-0.1, -0.11, -0.09, -0.1], 900_000)}, tmp_path
+        paper, {"1M": make_result(paper, "undecided (time)", [-0.1, -0.11, -0.09, -0.1], 900_000)}, tmp_path
     )
     assert list(card.sizes) == ["0.3M", "1M"]
     assert card.verdict == "confirmed", "of the largest size that is decided"
@@ -162,7 +162,7 @@ def test_a_second_size_joins_the_card_and_shows_the_trend(tmp_path: Path):
 
 def test_a_cards_command_says_which_seeds(tmp_path: Path):
     paper = load_paper("muon")
-    result = made_result(paper, "better", [-0.5, -0.51, -0.49, -0.5])
+    result = make_result(paper, "better", [-0.5, -0.51, -0.49, -0.5])
     assert "`quest reproduce muon --size 0.3M`" in write_card(paper, {"0.3M": result}, tmp_path).file.read_text()
     result["verdicts"][0]["seeds"] = [401, 402, 403, 404]
     page = write_card(paper, {"0.3M": result}, tmp_path).file.read_text()
@@ -174,12 +174,12 @@ def test_a_cards_command_says_which_seeds(tmp_path: Path):
 @pytest.mark.parametrize("name", ["muon", "qk_clip_magnitude"])
 def test_a_claim_whose_arms_compute_the_same_is_undecided(tmp_path: Path, name: str):
     paper = load_paper(name)
-    result = made_result(paper, "no difference larger than delta", [0.0] * 4)
+    result = make_result(paper, "no difference larger than delta", [0.0] * 4)
     result["verdicts"][0]["reason"] = "every pair is identical"
     card = write_card(paper, {"0.3M": result}, tmp_path)
     assert card.verdict == "undecided"
     assert "every pair is identical" in card.file.read_text()
-    few = made_result(paper, "no difference larger than delta", [0.0, 0.0, 0.0, 1e-6])
+    few = make_result(paper, "no difference larger than delta", [0.0, 0.0, 0.0, 1e-6])
     assert write_card(paper, {"0.3M": few}, tmp_path).verdict != "undecided"
 
 
@@ -199,7 +199,7 @@ EQUAL = [-0.1, -0.11, -0.09, -0.1]
 )
 def test_trends(small: list[float], large: list[float], word: str):
     paper = load_paper("qk_norm")
-    sizes = {"0.3M": made_result(paper, "better", small), "1M": made_result(paper, "better", large)}
+    sizes = {"0.3M": make_result(paper, "better", small), "1M": make_result(paper, "better", large)}
     assert describe_trend(paper, sizes).startswith(f"{word} from 0.3M to 1M: ")
     assert describe_trend(paper, {"0.3M": sizes["0.3M"]}) == ""
 
@@ -214,7 +214,7 @@ def test_a_trend_that_is_not_there_is_seen_in_one_card_of_twenty(change: float, 
             comparison = Comparison(comparison_claim(paper), ["qk_norm"])
             while comparison.open_arms:
                 comparison.add_pair(comparison.pairs + 1, 0.0, {"qk_norm": effect + 0.02 * draw.standard_normal()})
-            sizes[size] = made_result(paper, "open", comparison.arms["qk_norm"].differences)
+            sizes[size] = make_result(paper, "open", comparison.arms["qk_norm"].differences)
         found += re.match(word, describe_trend(paper, sizes)) is not None
     assert found / 300 <= most
 
@@ -273,7 +273,7 @@ def test_papers_shows_shipped_verdicts_beside_those_measured_here(tmp_path: Path
     shipped = {"muon": {"verdict": "refuted", "sizes": "1M", "date": "d", "machine": "m", "effect": "e"}}
     monkeypatch.setattr(commands, "shipped_verdicts", lambda: shipped)
     paper = load_paper("muon")
-    write_card(paper, {"0.3M": made_result(paper, "better", [-0.5, -0.51, -0.49, -0.5])}, commands.cards_dir())
+    write_card(paper, {"0.3M": make_result(paper, "better", [-0.5, -0.51, -0.49, -0.5])}, commands.cards_dir())
     entries = {entry.name: entry for entry in commands.list_papers().entries}
     assert entries["muon"].verdict == "refuted (e; 1M, d, m)"
     assert entries["muon"].here.startswith("confirmed (-0.6 to -0.4; 0.3M, 2026-01-02")

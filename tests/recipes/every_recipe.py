@@ -20,7 +20,7 @@ from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.train.parallel import DistributedContext
-from tests.recipes.tuned import WORDS, base, written
+from tests.recipes.tuned import WORDS, base, write_rows
 
 COMMON = """
 max_steps: 2
@@ -83,16 +83,16 @@ def prepare(folder: Path) -> None:
     pairs = [
         {"prompt": f"say {w}", "chosen": w, "rejected": v, "completion": w} for w in WORDS for v in WORDS if v != w
     ]
-    written(folder / "pairs.jsonl", pairs)
+    write_rows(folder / "pairs.jsonl", pairs)
     labeled = [
         {"prompt": one["prompt"], "completion": one["rejected"], "label": n % 3 > 0} for n, one in enumerate(pairs)
     ]
-    written(folder / "labeled.jsonl", labeled)
+    write_rows(folder / "labeled.jsonl", labeled)
     steps = [{"prompt": f"say {w}", "completions": [w, v], "labels": [True, w > v]} for w in WORDS for v in WORDS]
-    written(folder / "steps.jsonl", steps)
-    written(folder / "labels.jsonl", [{"text": f"say {w} {v}", "label": str(w > v)} for w in WORDS for v in WORDS])
-    written(folder / "few.jsonl", [{"text": f"say {w} user dog"} for w in WORDS])
-    written(folder / "text.jsonl", [{"text": f"say {w} user {v}\n" * 9} for w in WORDS for v in WORDS])
+    write_rows(folder / "steps.jsonl", steps)
+    write_rows(folder / "labels.jsonl", [{"text": f"say {w} {v}", "label": str(w > v)} for w in WORDS for v in WORDS])
+    write_rows(folder / "few.jsonl", [{"text": f"say {w} user dog"} for w in WORDS])
+    write_rows(folder / "text.jsonl", [{"text": f"say {w} user {v}\n" * 9} for w in WORDS for v in WORDS])
     chance = np.random.default_rng(0)
     for kind in ("above", "below"):
         (folder / "images" / kind).mkdir(parents=True)

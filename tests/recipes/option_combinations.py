@@ -43,7 +43,7 @@ REFUSALS = {
 long as RPT's compute allows."""
 
 
-def combined(recipe: str) -> list[str]:
+def all_options(recipe: str) -> list[str]:
     """All options together, without those that the recipe refuses."""
     return [pair for name, pairs in OPTIONS.items() if (recipe, name) not in REFUSALS for pair in pairs]
 
@@ -73,7 +73,7 @@ def main(names: Sequence[str]) -> int:
     for recipe in names or NAMES:
         if recipe == "rpt_control":
             run_tiny("rpt", folder, folder / "alone" / "rpt")
-        for name, pairs in {"all": combined(recipe), **OPTIONS}.items():
+        for name, pairs in {"all": all_options(recipe), **OPTIONS}.items():
             out = folder / f"{recipe}-{name}"
             found = outcome(lambda: run_tiny(recipe, folder, out, *pairs))  # noqa: B023 (called at once)
             if name == "all" and found == "ok":

@@ -50,7 +50,7 @@ def config(*pairs: str) -> PretrainConfig:
     return parse_config(PretrainConfig, apply_overrides(read_yaml(GOOD, "my.yaml"), pairs))
 
 
-def chosen(*pairs: str, flops: float | None = None) -> tuple[dict, dict[str, str]]:
+def make_choices(*pairs: str, flops: float | None = None) -> tuple[dict, dict[str, str]]:
     """The choices on the present machine, and what is said of each."""
     said: list[str] = []
     found = choose_all(config(*pairs), {}, Machine(CPU, flops, said.append))
@@ -148,25 +148,25 @@ def test_a_compiled_run_goes_on_without_a_compiler_and_says_so(text, tmp_path, m
 def test_a_long_run_is_compiled_where_a_compiler_works(machine, works, value):
     problem = "" if works else "/usr/bin/g++ fails on five lines (cmath: no such file)"
     machine("avx512_bf16", compiler={"path": "/usr/bin/g++", "problem": problem, "seconds": 1})
-    found, said = chosen("compile=auto", flops=1e18)
+    found, said = make_choices("compile=auto", flops=1e18)
     assert found["compile"] is value
     assert ("compiling takes 60 s" if works else "cmath: no such file") in said["compiled"]
-    assert chosen("compile=auto", flops=None)[0]["compile"] is False, "only where a recipe counts its FLOPs"
+    assert make_choices("compile=auto", flops=None)[0]["compile"] is False, "only where a recipe counts its FLOPs"
 
 
 def test_bfloat16_where_it_is_slow_is_done_and_said_before_the_run(machine):
     machine("avx2")
-    found, said = chosen("precision=bf16")
+    found, said = make_choices("precision=bf16")
     assert found["precision"] == "bf16"
     assert "34 times as long" in said["precision"]
     machine("avx512_bf16")
-    assert chosen("precision=bf16")[1]["precision"] == "bf16 (asked for)"
+    assert make_choices("precision=bf16")[1]["precision"] == "bf16 (asked for)"
 
 
 def test_what_is_asked_for_is_not_decided(machine):
     machine("avx2")
     pairs = ("precision=bfloat16", "muon_form=bfloat16", "few_row_products={bfloat16: [1, 9]}", "optim=muon")
-    found, said = chosen(*pairs)
+    found, said = make_choices(*pairs)
     assert (found["precision"], found["muon_form"], found["few_row_products"]) == (
         "bf16", "bfloat16", {"bfloat16": (1, 9)}
     )  # fmt: skip
@@ -188,7 +188,7 @@ def test_a_long_run_with_muon_measures_its_kernel(machine, monkeypatch, optim, f
 
     monkeypatch.setattr(auto, "load_muon_rates", load_muon_rates)
     monkeypatch.setattr(auto, "missing_kernel", lambda *machine: "")
-    found, said = chosen(f"optim={optim}", flops=flops)
+    found, said = make_choices(f"optim={optim}", flops=flops)
     assert bool(asked) == measures
     assert found["muon_form"] == ("kernel_bfloat16" if measures else "bfloat16")
     assert ("kernel_bfloat16 0.4 ms" in said.get("Muon's iterations", "")) == measures
@@ -212,7 +212,7 @@ def test_more_threads_than_cores_are_said(machine, monkeypatch):
     monkeypatch.setattr("llm_quest.machine.hardware.cpu_quotas", lambda root: iter([0.5]))
     before = torch.get_num_threads()
     try:
-        _, said = chosen("threads=3")
+        _, said = make_choices("threads=3")
     finally:
         torch.set_num_threads(before)
     assert said["threads"].startswith("3 (asked for; 3 threads on 1 usable core (a CPU quota of 0.5 of 64 cores)")

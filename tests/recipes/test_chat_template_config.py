@@ -15,7 +15,7 @@ from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.recipes import chat_template_config
 from llm_quest.recipes.chat_template_config import ChatTemplateConfig
 from llm_quest.recipes.policy_prompts import ProblemSet, make_prompt_encoder
-from tests.recipes.tuned import WORDS, base, started, weights, written
+from tests.recipes.tuned import WORDS, base, start_run, weights, write_rows
 
 COMMON = """
 batch_size: 4
@@ -42,7 +42,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows_of(name: str, folder: Path) -> Path:
     rows = [{"prompt": f"say {word}", "chosen": word, "rejected": "tree" * 2, "completion": word} for word in WORDS]
     keys = ("prompt", "completion") if name == "sft" else ("prompt", "chosen", "rejected")
-    return written(folder / "rows.jsonl", [{key: row[key] for key in keys} for row in rows])
+    return write_rows(folder / "rows.jsonl", [{key: row[key] for key in keys} for row in rows])
 
 
 def set_day(monkeypatch: pytest.MonkeyPatch, day: int) -> None:
@@ -64,15 +64,15 @@ def test_a_run_goes_on_the_next_day_where_its_template_writes_the_date(name, sta
     out = tmp_path / "run"
     set_day(monkeypatch, 1)
     lines: list[str] = []
-    started(name, RECIPES[name] + COMMON, out, *pairs, log=lines.append)
+    start_run(name, RECIPES[name] + COMMON, out, *pairs, log=lines.append)
     assert any("2026-03-01 in the whole run" in line for line in lines)
     whole = weights(out, 2)
     shutil.rmtree(out / "checkpoints" / "step-00000002")
     set_day(monkeypatch, 2)
-    started(name, RECIPES[name] + COMMON, out, *pairs)
+    start_run(name, RECIPES[name] + COMMON, out, *pairs)
     assert weights(out, 2) == whole
     other = tmp_path / "other"
-    started(name, RECIPES[name] + COMMON, other, *pairs)
+    start_run(name, RECIPES[name] + COMMON, other, *pairs)
     assert "chat_template_date: '2026-03-02'" in (other / "config.yaml").read_text()
     assert weights(other, 2) != whole
 
@@ -84,11 +84,11 @@ def test_arguments_of_the_template_are_in_every_row(name, start, tmp_path):
         f"model.load={start}", f"data.source={rows_of(name, tmp_path)}", "data.held_out=0.2",
         f"data.chat_template_path={tmp_path / 'asking.jinja'}",
     ]  # fmt: skip
-    started(name, RECIPES[name] + COMMON, tmp_path / "plain", *pairs)
-    started(name, RECIPES[name] + COMMON, tmp_path / "asked", *pairs, "data.chat_template_kwargs={thinking: true}")
+    start_run(name, RECIPES[name] + COMMON, tmp_path / "plain", *pairs)
+    start_run(name, RECIPES[name] + COMMON, tmp_path / "asked", *pairs, "data.chat_template_kwargs={thinking: true}")
     assert weights(tmp_path / "plain", 2) != weights(tmp_path / "asked", 2)
     with pytest.raises(UsageError, match="reads no no_such"):
-        started(name, RECIPES[name] + COMMON, tmp_path / "none", *pairs, "data.chat_template_kwargs={no_such: 1}")
+        start_run(name, RECIPES[name] + COMMON, tmp_path / "none", *pairs, "data.chat_template_kwargs={no_such: 1}")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_arguments_of_the_template_are_in_every_row(name, start, tmp_path):
 )
 def test_what_no_template_can_be_given_is_refused_with_its_key(pair, said, start, tmp_path):
     with pytest.raises(QuestError, match=said):
-        started("sft", RECIPES["sft"] + COMMON, tmp_path / "run", f"model.load={start}", pair)
+        start_run("sft", RECIPES["sft"] + COMMON, tmp_path / "run", f"model.load={start}", pair)
 
 
 def test_a_policys_prompts_have_the_arguments_of_the_template(start):
@@ -121,7 +121,7 @@ def test_a_policys_prompts_have_the_arguments_of_the_template(start):
     with pytest.raises(UsageError, match="have no effect with apply_chat_template=false"):
         prompt(given, False)
     with pytest.raises(QuestError, match=r"for rows give data\.chat_template_kwargs"):
-        started(
+        start_run(
             "grpo", "recipe: grpo\n", Path("never"), f"model.load={start}", "model.preset=null", "warmup=null",
             "data={source: rows.jsonl}", "chat_template_kwargs={thinking: true}",
         )  # fmt: skip

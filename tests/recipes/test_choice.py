@@ -46,7 +46,7 @@ def tables() -> dict[frozenset[str], str]:
     return found
 
 
-def listed(node: ast.AST) -> frozenset[str]:
+def literal_texts(node: ast.AST) -> frozenset[str]:
     """The texts in a `Literal[...]`; none for anything else."""
     if not (isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith("Literal")):
         return frozenset()
@@ -60,6 +60,6 @@ def test_no_literal_of_a_schema_repeats_the_keys_of_a_table() -> None:
         f"{file.relative_to(PACKAGE)}:{node.lineno} {ast.unparse(node)} repeats {known[names]}"
         for file in (PACKAGE / "recipes").rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        for names in {listed(node)} & known.keys()
+        for names in {literal_texts(node)} & known.keys()
     ]
     assert not repeated, "write Annotated[str, Choice(TABLE)]:\n" + "\n".join(repeated)

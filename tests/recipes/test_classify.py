@@ -34,7 +34,7 @@ from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.recipes.class_weights import make_class_weights
 from llm_quest.report.page import write_report
 from tests.later import Later
-from tests.recipes.tuned import WORDS, base, started, weights
+from tests.recipes.tuned import WORDS, base, start_run, weights
 
 transformers = Later("transformers")
 sklearn_metrics, sklearn_class_weight = Later("sklearn.metrics"), Later("sklearn.utils.class_weight")
@@ -74,27 +74,27 @@ def pairs(start: Path, table: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(start: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def classifier_run(start: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
     pairs = [f"model.load={start}", f"data.source={table}", "data.columns={text: mail, label: kind}"]
-    outcome = started("classify", RECIPE, out, *pairs)
+    outcome = start_run("classify", RECIPE, out, *pairs)
     assert outcome.scores["accuracy"] == 1.0
     assert outcome.scores["macro_f1"] == 1.0
     assert 0.5 < outcome.scores["commonest"] < 0.9
     return out
 
 
-def test_it_tells_apart_what_it_was_taught(trained: Path):
-    found = classify_text(str(trained), "say, green 7")
+def test_it_tells_apart_what_it_was_taught(classifier_run: Path):
+    found = classify_text(str(classifier_run), "say, green 7")
     assert found.label == "color"
     assert sum(found.probabilities.values()) == pytest.approx(1.0)
-    assert classify_text(str(trained), "say, moon 7").label == "thing"
-    assert json.loads((trained / "data.json").read_text())["dropped"] == {"empty text": 1}
+    assert classify_text(str(classifier_run), "say, moon 7").label == "thing"
+    assert json.loads((classifier_run / "data.json").read_text())["dropped"] == {"empty text": 1}
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_export_is_a_classifier_in_transformers(trained: Path, tmp_path: Path):
-    export_run(trained, tmp_path / "out")
+def test_the_export_is_a_classifier_in_transformers(classifier_run: Path, tmp_path: Path):
+    export_run(classifier_run, tmp_path / "out")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     for text in ("say, blue 3", "a tree"):
@@ -110,7 +110,7 @@ def test_as_many_tokens_are_read_as_in_training(form: str, pairs: list[str], tmp
     """What follows them changes nothing, and is counted; transformers' own truncation goes by the same number."""
     run = folder = tmp_path / "run"
     adapted = ["techniques=[{name: lora, rank: 2}]"] if form in ("adapter", "merged") else []
-    started("classify", RECIPE, run, *pairs, *adapted, "max_steps=2", "sequence_length=8", "eval_steps=0")
+    start_run("classify", RECIPE, run, *pairs, *adapted, "max_steps=2", "sequence_length=8", "eval_steps=0")
     if form != "run":
         folder = tmp_path / "out"
         export_run(run, folder, adapter=form == "adapter", merged=form == "merged")
@@ -127,36 +127,38 @@ def test_as_many_tokens_are_read_as_in_training(form: str, pairs: list[str], tmp
 
 @pytest.mark.parametrize("what", ["last_block", "head"])
 def test_what_is_frozen_does_not_move(what: str, start: Path, pairs: list[str], tmp_path: Path):
-    started("classify", RECIPE, tmp_path / "run", *pairs, f"trainable={what}", "max_steps=3")
+    start_run("classify", RECIPE, tmp_path / "run", *pairs, f"trainable={what}", "max_steps=3")
     before, after = load(start), load(tmp_path / "run")
     moved = {name for (name, a), (_, b) in zip(before.named_parameters(), after.named_parameters(), strict=False) if not torch.equal(a, b)}  # fmt: skip # noqa: E501
     assert all(name.startswith(("blocks.1.", "norm.")) for name in moved)
     assert bool(moved) == (what == "last_block")
 
 
-def test_a_resumed_run_has_the_bits_of_one_that_was_never_interrupted(trained: Path, pairs: list[str], tmp_path: Path):
+def test_a_resumed_run_has_the_bits_of_one_that_was_never_interrupted(
+    classifier_run: Path, pairs: list[str], tmp_path: Path
+):
     out = tmp_path / "again"
     pairs = [*pairs, "save_steps=10"]
-    started("classify", RECIPE, out, *pairs)
+    start_run("classify", RECIPE, out, *pairs)
     shutil.rmtree(out / "checkpoints" / "step-00000020")
-    started("classify", RECIPE, out, *pairs)
-    assert weights(out, 20) == weights(trained, 20)
+    start_run("classify", RECIPE, out, *pairs)
+    assert weights(out, 20) == weights(classifier_run, 20)
 
 
-def test_mistakes_are_told(pairs: list[str], trained: Path, start: Path, tmp_path: Path):
+def test_mistakes_are_told(pairs: list[str], classifier_run: Path, start: Path, tmp_path: Path):
     with pytest.raises(
         DataError,
         match=r"rows\.csv:2: has the keys mail, kind; expected those of one form: text, label",
     ):
-        started("classify", RECIPE, tmp_path / "a", *pairs[:2])
+        start_run("classify", RECIPE, tmp_path / "a", *pairs[:2])
     with pytest.raises(UsageError, match="techniques decide what is trained"):
-        started("classify", RECIPE, tmp_path / "a", *pairs, "techniques=[lora]", "trainable=head")
+        start_run("classify", RECIPE, tmp_path / "a", *pairs, "techniques=[lora]", "trainable=head")
     with pytest.raises(UsageError, match="the model tells apart color, thing, the texts say"):
-        started(
+        start_run(
             "classify",
             RECIPE,
             tmp_path / "a",
-            f"model.load={trained}",
+            f"model.load={classifier_run}",
             pairs[1],
             "data.columns={text: mail, label: mail}",
             "data.stratify=false",
@@ -266,7 +268,7 @@ def test_class_weights_balance_the_classes_as_scikit_learn_does():
 
 
 @pytest.fixture(scope="module")
-def several(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def multi_label_run(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on texts of no, one or two words, each of which is a label."""
     folder = tmp_path_factory.mktemp("several")
     words = WORDS[:3]
@@ -274,37 +276,37 @@ def several(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"text": f"{' '.join(some)} {n}", "labels": some} for n, some in enumerate(chosen)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = [f"model.load={start}", f"data.source={folder}/rows.jsonl", "max_steps=60", "class_weights=balanced"]
-    outcome = started("classify", RECIPE, folder / "run", *pairs, "eval_steps=0", "label_smoothing=0.02")
+    outcome = start_run("classify", RECIPE, folder / "run", *pairs, "eval_steps=0", "label_smoothing=0.02")
     assert outcome.scores["micro_f1"] > 0.95
     assert outcome.scores["accuracy"] > 0.9
     return folder / "run"
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_multi_label_export_scores_the_same_in_transformers(several: Path, tmp_path: Path):
-    export_run(several, tmp_path / "out")
+def test_a_multi_label_export_scores_the_same_in_transformers(multi_label_run: Path, tmp_path: Path):
+    export_run(multi_label_run, tmp_path / "out")
     pipe = transformers.pipeline("text-classification", str(tmp_path / "out"), top_k=None, device="cpu")
     assert pipe.model.config.problem_type == "multi_label_classification"
     for text, labels in (("red blue 3", {"red", "blue"}), ("green 1", {"green"}), (" 14", set())):
         ours = classify_text(str(tmp_path / "out"), text)
-        assert set(ours.labels) == set(classify_text(str(several), text).labels) == labels
+        assert set(ours.labels) == set(classify_text(str(multi_label_run), text).labels) == labels
         assert {one["label"]: one["score"] for one in pipe([text])[0]} == pytest.approx(ours.probabilities, abs=1e-5)
-    assert "labels: none" in classify_text(str(several), " 14").lines()[3]
+    assert "labels: none" in classify_text(str(multi_label_run), " 14").lines()[3]
 
 
-def test_the_report_of_several_labels_has_the_cases_of_each(several: Path):
-    page = write_report([several], out=several / "page.html").read_text()
+def test_the_report_of_several_labels_has_the_cases_of_each(multi_label_run: Path):
+    page = write_report([multi_label_run], out=multi_label_run / "page.html").read_text()
     for told in ("wrongly left out", "nats per label", "macro F1, held out"):
         assert told in page, told
-    facts = json.loads((several / "data.json").read_text())
+    facts = json.loads((multi_label_run / "data.json").read_text())
     assert facts["problem_type"] == "multi_label_classification"
     assert all(held == round(0.2 * (learned + held)) for learned, held in facts["label_counts"].values())
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_adapter_keeps_what_its_scores_mean(several: Path, start: Path, tmp_path: Path):
-    pairs = [f"model.load={start}", f"data.source={several.parent}/rows.jsonl", "max_steps=1", "warmup_steps=0"]
-    started("classify", RECIPE, tmp_path / "run", *pairs, "techniques=[lora]", "eval_steps=0")
+def test_an_adapter_keeps_what_its_scores_mean(multi_label_run: Path, start: Path, tmp_path: Path):
+    pairs = [f"model.load={start}", f"data.source={multi_label_run.parent}/rows.jsonl", "max_steps=1", "warmup_steps=0"]
+    start_run("classify", RECIPE, tmp_path / "run", *pairs, "techniques=[lora]", "eval_steps=0")
     export_run(tmp_path / "run", tmp_path / "out", adapter=True)
     ours, theirs = (classify_text(str(folder), "red 1") for folder in (tmp_path / "run", tmp_path / "out"))
     assert ours.is_multi_label
@@ -312,12 +314,14 @@ def test_an_adapter_keeps_what_its_scores_mean(several: Path, start: Path, tmp_p
     assert theirs.probabilities == pytest.approx(ours.probabilities, abs=1e-6)
 
 
-def test_problem_types_that_do_not_fit_are_told(several: Path, pairs: list[str], trained: Path, tmp_path: Path):
-    rows = f"data.source={several.parent}/rows.jsonl"
+def test_problem_types_that_do_not_fit_are_told(
+    multi_label_run: Path, pairs: list[str], classifier_run: Path, tmp_path: Path
+):
+    rows = f"data.source={multi_label_run.parent}/rows.jsonl"
     with pytest.raises(DataError, match=r"rows.jsonl:\d: has a list of labels, and the problem type is single_label"):
-        started("classify", RECIPE, tmp_path / "a", pairs[0], rows, "problem_type=single_label_classification")
+        start_run("classify", RECIPE, tmp_path / "a", pairs[0], rows, "problem_type=single_label_classification")
     with pytest.raises(UsageError, match="the model's problem type is single_label_classification"):
-        started("classify", RECIPE, tmp_path / "a", f"model.load={trained}", *pairs[1:],
+        start_run("classify", RECIPE, tmp_path / "a", f"model.load={classifier_run}", *pairs[1:],
                 "problem_type=multi_label_classification")  # fmt: skip
 
 
@@ -327,5 +331,5 @@ def test_rare_labels_are_held_out_and_learned(pairs: list[str], table: Path, tmp
     with (tmp_path / "rows.csv").open("w", newline="") as out:
         csv.writer(out).writerows([*rows, *[[f"rare {n}", "rare"] for n in range(5)]])
     pairs = [pairs[0], f"data.source={tmp_path}/rows.csv", pairs[2], "max_steps=1", "warmup_steps=0"]
-    started("classify", RECIPE, tmp_path / "run", *pairs, "class_weights={rare: 8.0}", "eval_steps=0")
+    start_run("classify", RECIPE, tmp_path / "run", *pairs, "class_weights={rare: 8.0}", "eval_steps=0")
     assert json.loads((tmp_path / "run" / "data.json").read_text())["label_counts"]["rare"] == [4, 1]

@@ -34,7 +34,7 @@ from llm_quest.recipes.yaml_io import ConfigProblem, apply_overrides, read_yaml,
 GOOD = "recipe: pretrain\nmodel:\n  preset: llama3.2-tiny\n"
 
 
-def told(text: str, *pairs: str) -> list[str]:
+def config_problems(text: str, *pairs: str) -> list[str]:
     with pytest.raises(UsageError) as error:
         parse_config(PretrainConfig, apply_overrides(read_yaml(text, "my.yaml"), pairs))
     assert error.value.exit_code == 2
@@ -69,7 +69,7 @@ def told(text: str, *pairs: str) -> list[str]:
     ],
 )
 def test_a_wrong_setting_is_told_with_its_key_and_what_is_allowed(pair: str, path: str, said: str) -> None:
-    lines = told(GOOD, pair)
+    lines = config_problems(GOOD, pair)
     places = (f"argument {pair!r}: {path}", f"my.yaml:2: {path}", "my.yaml: warmup_steps", "my.yaml: micro_batch_size")
     assert any(line.startswith(places) and said in line for line in lines), lines
 
@@ -92,7 +92,7 @@ def test_a_wrong_setting_in_an_entry_of_a_list_is_told_by_what_the_entry_may_hol
 def test_all_mistakes_of_a_file_are_told_at_once_with_their_lines() -> None:
     text = "recipe: pretrain\nstep: 10\nmodel:\n  preset: llama3.2-tiny\n"
     text += "batch_size: x\nsamples:\n  lenght: 8\nlearning_rate: 0\n"
-    lines = told(text)
+    lines = config_problems(text)
     assert [line.split(": ")[:2] for line in lines] == [
         ["my.yaml:8", "learning_rate"],
         ["my.yaml:5", "batch_size"],
@@ -102,7 +102,9 @@ def test_all_mistakes_of_a_file_are_told_at_once_with_their_lines() -> None:
 
 
 def test_a_missing_key_is_told_with_what_it_takes() -> None:
-    assert told("recipe: pretrain") == ["my.yaml: model: missing; give a group of keys (preset, family, config, load)"]
+    assert config_problems("recipe: pretrain") == [
+        "my.yaml: model: missing; give a group of keys (preset, family, config, load)"
+    ]
 
 
 @pytest.mark.parametrize("name", ["pretrain", "tiny"])
@@ -138,12 +140,12 @@ def test_an_unknown_recipe_is_answered_with_the_nearest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("old", list(OLD_KEYS))
 def test_every_old_key_is_an_error_that_names_the_new_one(old: str) -> None:
     pair = f"{old}=1"
-    assert f"argument {pair!r}: {old} is now {OLD_KEYS[old]}" in told(GOOD, pair)
+    assert f"argument {pair!r}: {old} is now {OLD_KEYS[old]}" in config_problems(GOOD, pair)
 
 
 def test_every_new_key_is_known_and_no_old_one_is() -> None:
     known = {
-        name for name in recipe_names() for name in dotted_keys(get_recipe(load_raw_config(name).tree["recipe"]).Config)
+        name for name in recipe_names() for name in schema_keys(get_recipe(load_raw_config(name).tree["recipe"]).Config)
     }
     assert not known & set(OLD_KEYS), known & set(OLD_KEYS)
     new = {word for value in OLD_KEYS.values() for word in value.partition(" (")[0].replace(" and ", ", ").split(", ")}
@@ -151,19 +153,19 @@ def test_every_new_key_is_known_and_no_old_one_is() -> None:
     assert new - free <= known, new - free - known
 
 
-def dotted_keys(schema: type[StrictModel], before: str = "") -> set[str]:
+def schema_keys(schema: type[StrictModel], before: str = "") -> set[str]:
     """Every key of a schema, groups included."""
     found = set()
     for name, field in schema.model_fields.items():
         found.add(before + name)
         inner = [part for one in (field.annotation, *get_args(field.annotation)) if (part := nested_schema(one))]
         for part in inner:
-            found |= dotted_keys(part, f"{before}{name}.")
+            found |= schema_keys(part, f"{before}{name}.")
     return found
 
 
 def test_every_key_of_an_old_group_is_told_with_its_line() -> None:
-    assert told(GOOD + "optimizer:\n  name: muon\n  lr: 1e-3\nkl: null\n") == [
+    assert config_problems(GOOD + "optimizer:\n  name: muon\n  lr: 1e-3\nkl: null\n") == [
         "my.yaml:5: optimizer.name is now optim",
         "my.yaml:6: optimizer.lr is now learning_rate",
         "my.yaml:7: kl is now kl_coef",

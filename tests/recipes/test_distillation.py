@@ -16,10 +16,10 @@ from llm_quest.files import file_sha256
 from llm_quest.hub.load_save import save
 from llm_quest.hub.load_tokenizer import load_tokenizer
 from llm_quest.models.build import build, preset
-from tests.recipes.test_config import GOOD, told
+from tests.recipes.test_config import GOOD, config_problems
 from tests.recipes.test_pretrain import BASE, CtrlC, rows, run, weights
 from tests.recipes.test_sft import RECIPE, WORDS
-from tests.recipes.tuned import base, metrics, started, written
+from tests.recipes.tuned import base, metrics, start_run, write_rows
 from tests.recipes.two import by_two
 
 SMALL = ("model={preset: gpt2-tiny}", "samples.every_steps=0", "eval_baselines=false")
@@ -125,26 +125,26 @@ def test_what_does_not_fit_is_refused_with_a_remedy(text: Path, target: Path, tm
     ],
 )
 def test_settings_without_effect_or_out_of_range_are_errors(pair: str, said: str) -> None:
-    lines = told(GOOD, pair)
+    lines = config_problems(GOOD, pair)
     assert any("teacher" in line and said in line for line in lines), lines
 
 
 def test_conversations_are_learned_from_a_teacher_too(tmp_path: Path) -> None:
     asked = [{"prompt": f"say {word} {other}", "completion": word} for word in WORDS for other in WORDS[:4]]
-    source = written(tmp_path / "rows.jsonl", asked)
+    source = write_rows(tmp_path / "rows.jsonl", asked)
     start, same = base(tmp_path / "start"), base(tmp_path / "teacher", "gpt2-tiny")
     pairs = [f"model.load={start}", f"data.source={source}", "max_steps=6", "eval_steps=0", "samples.every_steps=0"]
     pairs += ["teacher={load: " + json.dumps(str(same)) + ", weight: 0.5, beta: 0.5, temperature: 2}"]
-    started("sft", RECIPE, tmp_path / "run", *pairs)
+    start_run("sft", RECIPE, tmp_path / "run", *pairs)
     for row in metrics(tmp_path / "run"):
         assert row["loss"] == pytest.approx((row["next_token"] + row["distillation"]) / 2, rel=1e-5)
     split = [*pairs, "micro_batch_size=1"]
-    started("sft", RECIPE, tmp_path / "split", *split)
+    start_run("sft", RECIPE, tmp_path / "split", *split)
     last, other = metrics(tmp_path / "run")[-1], metrics(tmp_path / "split")[-1]
     assert last["distillation"] == pytest.approx(other["distillation"], rel=1e-3)
 
 
-def padded(folder: Path, start: Path, by: int) -> Path:
+def write_padded_model(folder: Path, start: Path, by: int) -> Path:
     """Another model of the same tokenizer, whose vocabulary is padded."""
     tokenizer = load_tokenizer(start)
     config = dataclasses.replace(preset("gpt2-tiny").config, vocab_size=tokenizer.vocab_size + by)
@@ -153,13 +153,13 @@ def padded(folder: Path, start: Path, by: int) -> Path:
 
 def test_padding_counts_where_both_have_it_and_else_asks_for_some_cross_entropy(tmp_path: Path) -> None:
     asked = [{"prompt": f"say {word} {other}", "completion": word} for word in WORDS for other in WORDS[:2]]
-    start, model = base(tmp_path / "start"), padded(tmp_path / "model", tmp_path / "start", 6)
-    pairs = [f"model.load={model}", f"data.source={written(tmp_path / 'rows.jsonl', asked)}", "max_steps=2"]
+    start, model = base(tmp_path / "start"), write_padded_model(tmp_path / "model", tmp_path / "start", 6)
+    pairs = [f"model.load={model}", f"data.source={write_rows(tmp_path / 'rows.jsonl', asked)}", "max_steps=2"]
     pairs += ["eval_steps=0", "samples.every_steps=0"]
     for name, by, weight in (("alike", 6, 1.0), ("wider", 9, 0.9), ("narrower", 0, 0.9)):
-        teacher = padded(tmp_path / f"teacher {name}", start, by)
+        teacher = write_padded_model(tmp_path / f"teacher {name}", start, by)
         given = [*pairs, f"teacher={{load: '{teacher}', weight: {weight}}}"]
-        started("sft", RECIPE, tmp_path / name, *given)
+        start_run("sft", RECIPE, tmp_path / name, *given)
         assert metrics(tmp_path / name)[-1]["distillation"] > 0
     with pytest.raises(UsageError, match="with 6 ids of which the teacher says nothing: give"):
-        started("sft", RECIPE, tmp_path / "no", *pairs, f"teacher.load={teacher}")
+        start_run("sft", RECIPE, tmp_path / "no", *pairs, f"teacher.load={teacher}")

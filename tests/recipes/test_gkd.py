@@ -9,7 +9,7 @@ import pytest
 
 from llm_quest.cli.train import estimate_cost
 from llm_quest.errors import UsageError
-from tests.recipes.tuned import WORDS, base, metrics, started, weights, written
+from tests.recipes.tuned import WORDS, base, metrics, start_run, weights, write_rows
 
 TEXT = """
 recipe: gkd
@@ -35,16 +35,16 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("gkd")
     start = base(folder / "model")
     asked = [(f"say {word} {other}", word) for word in WORDS for other in WORDS]
-    right = written(folder / "right.jsonl", [{"prompt": p, "completion": w} for p, w in asked])
-    wrong = written(folder / "wrong.jsonl", [{"prompt": p, "completion": "user"} for p, w in asked])
-    started("sft", SFT, folder / "teacher", f"model.load={start}", f"data.source={right}")
+    right = write_rows(folder / "right.jsonl", [{"prompt": p, "completion": w} for p, w in asked])
+    wrong = write_rows(folder / "wrong.jsonl", [{"prompt": p, "completion": "user"} for p, w in asked])
+    start_run("sft", SFT, folder / "teacher", f"model.load={start}", f"data.source={right}")
     return [f"model.load={start}", f"teacher.load={folder / 'teacher'}", f"data.source={wrong}"]
 
 
 def test_on_its_own_answers_the_model_comes_to_write_as_its_teacher(options: list[str], tmp_path: Path):
     """The data's answers are wrong, and are not read with lmbda 1."""
     out, said = tmp_path / "run", list[str]()
-    outcome = started("gkd", TEXT, out, *options, "lmbda=1", "teacher.beta=0.5", "max_steps=60", log=said.append)
+    outcome = start_run("gkd", TEXT, out, *options, "lmbda=1", "teacher.beta=0.5", "max_steps=60", log=said.append)
     rows = metrics(out)
     assert rows[-1]["distillation"] < 0.2 * rows[0]["distillation"]
     assert rows[0]["loss"] == pytest.approx(rows[0]["distillation"])
@@ -54,10 +54,10 @@ def test_on_its_own_answers_the_model_comes_to_write_as_its_teacher(options: lis
 
 def test_a_resumed_run_has_the_bits_of_one_that_was_never_interrupted(options: list[str], tmp_path: Path):
     more = [*options, "lmbda=0.5", "max_steps=8", "save_steps=4", "save_total_limit=9", "eval_steps=0"]
-    started("gkd", TEXT, tmp_path / "whole", *more)
+    start_run("gkd", TEXT, tmp_path / "whole", *more)
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000008")
-    started("gkd", TEXT, tmp_path / "again", *more)
+    start_run("gkd", TEXT, tmp_path / "again", *more)
     assert weights(tmp_path / "again", 8) == weights(tmp_path / "whole", 8)
 
 
@@ -70,4 +70,4 @@ def test_the_teacher_and_the_answers_are_planned(options: list[str]):
 
 def test_a_budget_without_room_for_a_question_is_refused(options: list[str], tmp_path: Path):
     with pytest.raises(UsageError, match="leaves no tokens for a question"):
-        started("gkd", TEXT, tmp_path / "run", *options, "max_new_tokens=40")
+        start_run("gkd", TEXT, tmp_path / "run", *options, "max_new_tokens=40")

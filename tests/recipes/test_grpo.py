@@ -74,7 +74,7 @@ logging_steps: 1
 """
 
 
-def started(out: Path, *pairs: str, say=lambda line: None):
+def run_grpo(out: Path, *pairs: str, say=lambda line: None):
     settings = apply_overrides(read_yaml(RECIPE, "recipe.yaml"), list(pairs))
     return run_recipe(get_recipe("grpo"), parse_config(GrpoConfig, settings), settings, out, quiet=True, log=say)
 
@@ -83,7 +83,7 @@ def started(out: Path, *pairs: str, say=lambda line: None):
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose teacher copied half of the words where it should have reversed them."""
     out = tmp_path_factory.mktemp("runs") / "first"
-    started(out, "max_steps=1")
+    run_grpo(out, "max_steps=1")
     return out / "warmup"
 
 
@@ -98,12 +98,12 @@ def rewards(out: Path) -> list[float]:
 def test_the_reward_rises_and_not_by_chance(warm: Path, tmp_path: Path):
     """Held-out accuracy rises with it; under a reward that knows nothing, neither does."""
     said: list[str] = []
-    started(tmp_path / "true", *from_(warm, "max_steps=60"), say=said.append)
+    run_grpo(tmp_path / "true", *from_(warm, "max_steps=60"), say=said.append)
     told = [float(line.split("accuracy ")[1].split()[0]) for line in said if line.startswith("held out")]
     found = rewards(tmp_path / "true")
     assert sum(found[-5:]) / 5 - sum(found[:5]) / 5 >= 0.2
     assert told[1] - told[0] >= 0.2
-    started(tmp_path / "random", *from_(warm, "max_steps=60", "rewards=[{name: random}]"), say=said.append)
+    run_grpo(tmp_path / "random", *from_(warm, "max_steps=60", "rewards=[{name: random}]"), say=said.append)
     told = [float(line.split("accuracy ")[1].split()[0]) for line in said if line.startswith("held out")]
     assert told[3] - told[2] < 0.1
 
@@ -118,7 +118,7 @@ def test_held_out_answers_are_refined_as_the_command_does(warm: Path, tmp_path: 
         *from_(talking, "max_steps=1", "learning_rate=1e-9", "apply_chat_template=true", 'system_prompt=""'),
         f"eval_refinement={json.dumps({'rounds': 2, **words})}",
     ]
-    started(tmp_path / "run", *pairs, say=said.append)
+    run_grpo(tmp_path / "run", *pairs, say=said.append)
     found = metrics(tmp_path / "run")[-1]
     chat = ChatTemplate(tokenizer)
     encode = PromptEncoder(tokenizer, chat, "")
@@ -133,13 +133,13 @@ def test_held_out_answers_are_refined_as_the_command_does(warm: Path, tmp_path: 
     assert [found["eval/refine@1"], found["eval/refine@2"]] == [one.accuracy.share for one in told.refined]
     assert found["eval/accuracy"] == told.greedy_accuracy.share
     with pytest.raises(UsageError, match="set apply_chat_template=true"):
-        started(tmp_path / "other", *pairs, "apply_chat_template=false", "system_prompt=null")
+        run_grpo(tmp_path / "other", *pairs, "apply_chat_template=false", "system_prompt=null")
 
 
 @pytest.mark.parametrize("variant", POLICY_VARIANTS)
 def test_every_variant_runs_with_updates_minibatches_and_a_reference(variant: str, warm: Path, tmp_path: Path):
     pairs = ["num_iterations=2", "num_mini_batches=2", "kl_coef=0.01", f"loss_type={variant}"]
-    started(tmp_path / "run", *from_(warm, *pairs))
+    run_grpo(tmp_path / "run", *from_(warm, *pairs))
     rows = metrics(tmp_path / "run")
     assert all(row["grad_norm"] > 0 for row in rows)
     assert rows[0]["log_ratio"] < 1e-5 < rows[1]["log_ratio"]
@@ -148,13 +148,13 @@ def test_every_variant_runs_with_updates_minibatches_and_a_reference(variant: st
 
 def test_a_run_resumed_in_the_middle_of_a_rollout_has_the_same_bits(warm: Path, tmp_path: Path):
     pairs = from_(warm, "num_iterations=2", "num_mini_batches=2", "kl_coef=0.01", "save_steps=1", "max_steps=6")
-    started(tmp_path / "straight", *pairs)
+    run_grpo(tmp_path / "straight", *pairs)
     for stopped in (2, 4):
         out = tmp_path / f"stopped-{stopped}"
         shutil.copytree(tmp_path / "straight", out)
         for step in range(stopped + 1, 7):
             shutil.rmtree(out / "checkpoints" / f"step-{step:08d}")
-        started(out, *pairs)
+        run_grpo(out, *pairs)
         assert weights(out, 6) == weights(tmp_path / "straight", 6)
     assert [row["step"] for row in metrics(out)] == list(range(1, 7))
 
@@ -162,8 +162,8 @@ def test_a_run_resumed_in_the_middle_of_a_rollout_has_the_same_bits(warm: Path, 
 def test_attention_is_learned_beside_the_tokens_and_a_resumed_run_has_the_same_bits(warm: Path, tmp_path: Path):
     """At the first update of a rollout the policy is the old one: no divergence, and the step of the plain run."""
     pairs = from_(warm, "num_iterations=2", "save_steps=1", "max_steps=4")
-    started(tmp_path / "plain", *pairs, "attention_coef=0")
-    started(tmp_path / "looking", *pairs, "attention_coef=4.0")
+    run_grpo(tmp_path / "plain", *pairs, "attention_coef=0")
+    run_grpo(tmp_path / "looking", *pairs, "attention_coef=4.0")
     rows = metrics(tmp_path / "looking")
     assert rows[0]["attention_divergence"] < 1e-7 < 1e-5 < rows[1]["attention_divergence"]
     one, two = (metrics(tmp_path / name) for name in ("plain", "looking"))
@@ -174,7 +174,7 @@ def test_attention_is_learned_beside_the_tokens_and_a_resumed_run_has_the_same_b
     shutil.copytree(tmp_path / "looking", out)
     for step in (2, 3, 4):
         shutil.rmtree(out / "checkpoints" / f"step-{step:08d}")
-    started(out, *pairs, "attention_coef=4.0")
+    run_grpo(out, *pairs, "attention_coef=4.0")
     assert weights(out, 4) == weights(tmp_path / "looking", 4)
 
 
@@ -214,13 +214,13 @@ def test_a_dry_run_refuses_demonstrations_that_do_not_fit(recipe: str, pairs: li
 
 def test_two_runs_are_the_same_to_the_bit(warm: Path, tmp_path: Path):
     for name in ("one", "two"):
-        started(tmp_path / name, *from_(warm, "max_steps=3"))
+        run_grpo(tmp_path / name, *from_(warm, "max_steps=3"))
     assert weights(tmp_path / "one", 3) == weights(tmp_path / "two", 3)
 
 
 def test_with_lora_the_reference_is_the_model_without_its_adapters(warm: Path, tmp_path: Path):
     out = tmp_path / "run"
-    started(out, *from_(warm, "techniques=[{name: lora, rank: 4}]", "kl_coef=0.1", "kl_estimator=unbiased"))
+    run_grpo(out, *from_(warm, "techniques=[{name: lora, rank: 4}]", "kl_coef=0.1", "kl_estimator=unbiased"))
     rows = metrics(out)
     assert rows[0]["kl"] < 1e-6 < rows[-1]["kl"]
     before, after = load(warm), load(out)
@@ -229,7 +229,7 @@ def test_with_lora_the_reference_is_the_model_without_its_adapters(warm: Path, t
     assert frozen
     assert all(torch.equal(dict(before.named_parameters())[name], trained[name]) for name in frozen)
     again = tmp_path / "again"
-    started(again, *from_(out, "kl_coef=0.1", "kl_estimator=unbiased"))
+    run_grpo(again, *from_(out, "kl_coef=0.1", "kl_estimator=unbiased"))
     assert metrics(again)[0]["kl"] < 1e-6 < metrics(again)[-1]["kl"], (
         "adapters that stood before belong to the reference"
     )
@@ -243,7 +243,7 @@ def test_chained_answers_are_supervised_step_by_step(tmp_path: Path):
         "loss_type=gspo_token",
         "warmup.max_steps=60",
     ]
-    started(tmp_path / "run", *pairs, "max_steps=2")
+    run_grpo(tmp_path / "run", *pairs, "max_steps=2")
     assert all(row["completions/mean_length"] > 0 for row in metrics(tmp_path / "run"))
 
 
@@ -266,14 +266,14 @@ def test_a_file_of_problems_is_asked_in_a_new_order_every_epoch(warm: Path, tmp_
     file = tmp_path / "gsm.jsonl"
     rows = [{"question": "abcde"[i % 5] * (1 + i // 5), "answer": f"{i} #### {i}"} for i in range(60)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    started(tmp_path / "run", *from_(warm, f"task={file}", "max_steps=1"))
+    run_grpo(tmp_path / "run", *from_(warm, f"task={file}", "max_steps=1"))
     assert metrics(tmp_path / "run")[-1]["frac_reward_zero_std"] == 1
 
 
 def test_a_run_that_cannot_learn_stops_and_says_why(warm: Path, tmp_path: Path):
     pairs = from_(warm, "task=reverse:shortest=30,longest=40", "diagnostics_patience=3", "max_steps=50")
     with pytest.raises(GuardStop, match="cannot learn"):
-        started(tmp_path / "run", *pairs)
+        run_grpo(tmp_path / "run", *pairs)
     assert json.loads((tmp_path / "run" / "crash.json").read_text())["step"] <= 6
 
 
@@ -317,15 +317,15 @@ def test_an_explicit_wish_for_groups_that_dynamic_sampling_removes_is_refused():
 
 def test_mistakes_that_only_the_run_can_see(warm: Path, tmp_path: Path):
     with pytest.raises(UsageError, match="compared with others of its group"):
-        started(tmp_path / "a", *from_(warm, "num_generations=1"))
+        run_grpo(tmp_path / "a", *from_(warm, "num_generations=1"))
     with pytest.raises(UsageError, match="no task is called 'revers', did you mean 'reverse'"):
-        started(tmp_path / "b", *from_(warm, "task=revers"))
+        run_grpo(tmp_path / "b", *from_(warm, "task=revers"))
     with pytest.raises(DataError, match="there is no file"):
-        started(tmp_path / "c", *from_(warm, "task=nothing.jsonl"))
+        run_grpo(tmp_path / "c", *from_(warm, "task=nothing.jsonl"))
     with pytest.raises(DataError, match="no room"):
-        started(tmp_path / "d", *from_(warm, "max_new_tokens=1000", "eval_problems=1"))
+        run_grpo(tmp_path / "d", *from_(warm, "max_new_tokens=1000", "eval_problems=1"))
     with pytest.raises(UsageError, match="warmup has no effect"):
-        started(tmp_path / "e", "model=null", f"model.load={warm}")
+        run_grpo(tmp_path / "e", "model=null", f"model.load={warm}")
 
 
 class Interrupting(Reverse):

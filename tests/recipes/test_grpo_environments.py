@@ -9,7 +9,7 @@ import pytest
 
 from llm_quest.errors import BusyError, UsageError
 from llm_quest.recipes.config import load_raw_config
-from tests.recipes.test_grpo import from_, started, warm  # noqa: F401 (a fixture)
+from tests.recipes.test_grpo import from_, run_grpo, warm  # noqa: F401 (a fixture)
 from tests.recipes.tuned import metrics, weights
 
 ENVIRONMENT = '''
@@ -43,14 +43,14 @@ def file(tmp_path: Path) -> Path:
 FEW = ("prompts_per_rollout=4", "num_generations=4", "eval_problems=4")
 
 
-def played(warm: Path, file: Path, *pairs: str) -> list[str]:  # noqa: F811
+def environment_pairs(warm: Path, file: Path, *pairs: str) -> list[str]:  # noqa: F811
     return from_(warm, "task=null", f"environment={file}:TwoWords", "max_turns=2", *pairs)
 
 
 def test_the_reward_of_an_environment_of_ones_own_rises(warm: Path, file: Path, tmp_path: Path):  # noqa: F811
     said: list[str] = []
-    pairs = played(warm, file, "max_steps=24", "learning_rate=4e-3", "kl_coef=0.01", "eval_problems=20")
-    started(tmp_path / "run", *pairs, say=said.append)
+    pairs = environment_pairs(warm, file, "max_steps=24", "learning_rate=4e-3", "kl_coef=0.01", "eval_problems=20")
+    run_grpo(tmp_path / "run", *pairs, say=said.append)
     before, after = (float(line.split("reward ")[1].split()[0]) for line in said if line.startswith("held out"))
     assert after - before >= 0.1, said
     rows = metrics(tmp_path / "run")
@@ -64,15 +64,15 @@ def test_the_reward_of_an_environment_of_ones_own_rises(warm: Path, file: Path, 
 def test_a_run_with_episodes_resumed_in_the_middle_of_a_rollout_has_the_same_bits(
     variant: str, warm: Path, file: Path, tmp_path: Path  # noqa: F811
 ):  # fmt: skip
-    pairs = played(
+    pairs = environment_pairs(
         warm, file, f"loss_type={variant}", "num_iterations=2", "kl_coef=0.01", "save_steps=1", "max_steps=4", *FEW
     )
-    started(tmp_path / "straight", *pairs)
+    run_grpo(tmp_path / "straight", *pairs)
     out = tmp_path / "stopped"
     shutil.copytree(tmp_path / "straight", out)
     for step in (2, 3, 4):
         shutil.rmtree(out / "checkpoints" / f"step-{step:08d}")
-    started(out, *pairs)
+    run_grpo(out, *pairs)
     assert weights(out, 4) == weights(tmp_path / "straight", 4)
 
 
@@ -80,13 +80,13 @@ def test_an_included_environment_plays_with_a_reward_function_beside_it(warm: Pa
     (tmp_path / "r.py").write_text("def turns(completions): return [float(len(one)) for one in completions]\n")
     both = f"rewards=[{{name: environment}}, {{function: {tmp_path}/r.py:turns, weight: 0.1}}]"
     pairs = from_(warm, "task=null", "environment=guessing_game", "environment_kwargs={high: 3}", both, "max_steps=2")
-    started(tmp_path / "run", *pairs, *FEW)
+    run_grpo(tmp_path / "run", *pairs, *FEW)
     assert {"rewards/environment", "rewards/turns"} <= set(metrics(tmp_path / "run")[-1])
 
 
 def test_a_calculator_asks_the_tasks_questions(warm: Path, tmp_path: Path):  # noqa: F811
     pairs = from_(warm, "task=addition", "environment=calculator", "max_steps=1", "max_turns=2", *FEW)
-    started(tmp_path / "run", *pairs)
+    run_grpo(tmp_path / "run", *pairs)
     assert metrics(tmp_path / "run")[0]["reward"] >= 0
 
 
@@ -107,21 +107,21 @@ def test_functions_of_ones_own_are_tools(warm: Path, tmp_path: Path):  # noqa: F
     file.write_text(TOOL)
     functions = f"environment_kwargs={{functions: ['{file}:double']}}"
     pairs = from_(warm, "task=addition", "environment=functions", functions, "max_steps=1", *FEW)
-    started(tmp_path / "run", *pairs, "max_turns=2", say=said.append)
+    run_grpo(tmp_path / "run", *pairs, "max_turns=2", say=said.append)
     assert "tools: double; which this chat template does not show" in said
     file.write_text(TOOL.replace("2 * x", "3 * x"))
     with pytest.raises(BusyError, match="environment"):
-        started(tmp_path / "run", *pairs, "max_turns=2")
+        run_grpo(tmp_path / "run", *pairs, "max_turns=2")
     with pytest.raises(UsageError, match=r"environment_kwargs\.functions: name the tools"):
-        started(tmp_path / "other", *from_(warm, "task=addition", "environment=functions"))
+        run_grpo(tmp_path / "other", *from_(warm, "task=addition", "environment=functions"))
 
 
 def test_a_changed_environment_does_not_resume(warm: Path, file: Path, tmp_path: Path):  # noqa: F811
-    pairs = played(warm, file, "max_steps=1", *FEW)
-    started(tmp_path / "run", *pairs)
+    pairs = environment_pairs(warm, file, "max_steps=1", *FEW)
+    run_grpo(tmp_path / "run", *pairs)
     file.write_text(ENVIRONMENT.replace("/ 3", "/ 4"))
     with pytest.raises(BusyError, match="environment"):
-        started(tmp_path / "run", *pairs)
+        run_grpo(tmp_path / "run", *pairs)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_changed_environment_does_not_resume(warm: Path, file: Path, tmp_path:
 )
 def test_a_mistake_is_named_before_anything_runs(pairs: list[str], said: str, tmp_path: Path):
     with pytest.raises(UsageError, match=said):
-        started(tmp_path / "run", *from_(Path("nowhere"), "task=null", *pairs))
+        run_grpo(tmp_path / "run", *from_(Path("nowhere"), "task=null", *pairs))
 
 
 def test_an_environment_on_the_command_line_takes_the_place_of_the_recipes_task():

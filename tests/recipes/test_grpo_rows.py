@@ -17,7 +17,7 @@ from llm_quest.recipes.config import load_raw_config
 from llm_quest.recipes.dependent_defaults import OPEN_ANSWERS
 from llm_quest.recipes.policy_prompts import ProblemSet, PromptEncoder, make_prompt
 from llm_quest.recipes.reward_specs import RewardSpec, check_labels, reward_file_hashes, reward_labels
-from tests.recipes.test_grpo import from_, started, warm  # noqa: F401 (a fixture)
+from tests.recipes.test_grpo import from_, run_grpo, warm  # noqa: F401 (a fixture)
 from tests.recipes.tuned import metrics
 from tests.rollouts.test_judge_reward import TEMPLATE, Server, server  # noqa: F401 (a fixture)
 
@@ -47,7 +47,7 @@ def write_rows(folder: Path, number: int = 120, **more: Any) -> Path:
     return folder
 
 
-def own(warm: Path, folder: Path, *pairs: str, reward: str = "score") -> list[str]:  # noqa: F811
+def row_settings(warm: Path, folder: Path, *pairs: str, reward: str = "score") -> list[str]:  # noqa: F811
     rewards = f"rewards=[{{function: {folder}/my_rewards.py:{reward}}}]"
     return from_(warm, "task=null", f"data={{source: {folder}/prompts.jsonl}}", rewards, *pairs)
 
@@ -56,7 +56,7 @@ def test_a_function_of_ones_own_teaches_on_prompts_of_ones_own(warm: Path, tmp_p
     """Held-out reward rises, before and after are printed, and the metrics have it."""
     said: list[str] = []
     folder, out = write_rows(tmp_path), tmp_path / "run"
-    started(out, *own(warm, folder, "max_steps=30", "eval_steps=15"), say=said.append)
+    run_grpo(out, *row_settings(warm, folder, "max_steps=30", "eval_steps=15"), say=said.append)
     assert any("to train on" in line and "0 with an answer" in line for line in said)
     before, after = (float(line.split("reward ")[1].split()[0]) for line in said if line.startswith("held out"))
     assert after - before >= 0.1
@@ -68,7 +68,7 @@ def test_a_function_of_ones_own_teaches_on_prompts_of_ones_own(warm: Path, tmp_p
 def test_several_rewards_have_a_curve_each(warm: Path, tmp_path: Path):  # noqa: F811
     folder = write_rows(tmp_path, answer="abc")
     both = f"[{{name: correct}}, {{function: {folder}/my_rewards.py:short, weight: 0.5}}]"
-    started(tmp_path / "run", *own(warm, folder, f"rewards={both}", "kl_coef=0.01"))
+    run_grpo(tmp_path / "run", *row_settings(warm, folder, f"rewards={both}", "kl_coef=0.01"))
     row = metrics(tmp_path / "run")[0]
     assert row["reward"] == pytest.approx(row["rewards/correct"] + 0.5 * row["rewards/short"], abs=1e-6)
     last = metrics(tmp_path / "run")[-1]
@@ -78,44 +78,46 @@ def test_several_rewards_have_a_curve_each(warm: Path, tmp_path: Path):  # noqa:
 def test_a_reward_that_applies_to_no_row_teaches_nothing(warm: Path, tmp_path: Path):  # noqa: F811
     folder = write_rows(tmp_path, level="none")
     with pytest.raises(GuardStop, match="not one sample could be scored"):
-        started(tmp_path / "run", *own(warm, folder, "max_steps=120", "diagnostics_patience=2", reward="short"))
+        run_grpo(
+            tmp_path / "run", *row_settings(warm, folder, "max_steps=120", "diagnostics_patience=2", reward="short")
+        )
 
 
 def test_failures_are_told_and_a_run_goes_on_unless_all_fail(warm: Path, tmp_path: Path):  # noqa: F811
     said: list[str] = []
     folder = write_rows(tmp_path)
-    started(tmp_path / "run", *own(warm, folder, reward="sometimes"), say=said.append)
+    run_grpo(tmp_path / "run", *row_settings(warm, folder, reward="sometimes"), say=said.append)
     assert len([line for line in said if "ZeroDivisionError" in line]) == 1
     assert any(line.startswith("the reward sometimes failed, exception:") for line in said)
     assert len(metrics(tmp_path / "run")) == 4
     with pytest.raises(GuardStop, match="failed on 5 batches in a row"):
-        started(tmp_path / "other", *own(warm, folder, "max_steps=20", reward="broken"))
+        run_grpo(tmp_path / "other", *row_settings(warm, folder, "max_steps=20", reward="broken"))
 
 
 def test_a_judge_behind_a_url_is_asked_for_every_completion(warm: Path, tmp_path: Path, server: Server):  # noqa: F811
     folder = write_rows(tmp_path)
     (folder / "judge.txt").write_text(TEMPLATE)
     judge = f"rewards=[{{judge: '{server.url}', model: m, prompt: {folder}/judge.txt}}]"
-    started(tmp_path / "run", *own(warm, folder, judge, "max_steps=1", "eval_problems=5"))
+    run_grpo(tmp_path / "run", *row_settings(warm, folder, judge, "max_steps=1", "eval_problems=5"))
     assert 0 < metrics(tmp_path / "run")[0]["reward"] < 5
     (folder / "judge.txt").write_text(TEMPLATE + " Be strict.")
     with pytest.raises(BusyError, match="reward judge"):
-        started(tmp_path / "run", *own(warm, folder, judge, "max_steps=1", "eval_problems=5"))
+        run_grpo(tmp_path / "run", *row_settings(warm, folder, judge, "max_steps=1", "eval_problems=5"))
 
 
 def test_a_changed_reward_function_does_not_resume(warm: Path, tmp_path: Path):  # noqa: F811
     folder = write_rows(tmp_path)
-    started(tmp_path / "run", *own(warm, folder, "max_steps=2"))
-    started(tmp_path / "run", *own(warm, folder, "max_steps=2"))
+    run_grpo(tmp_path / "run", *row_settings(warm, folder, "max_steps=2"))
+    run_grpo(tmp_path / "run", *row_settings(warm, folder, "max_steps=2"))
     (folder / "my_rewards.py").write_text(REWARDS.replace("3)", "4)"))
     with pytest.raises(BusyError, match="reward score"):
-        started(tmp_path / "run", *own(warm, folder, "max_steps=2"))
+        run_grpo(tmp_path / "run", *row_settings(warm, folder, "max_steps=2"))
 
 
 def test_a_reward_that_needs_answers_is_refused_on_rows_without(warm: Path, tmp_path: Path):  # noqa: F811
     folder = write_rows(tmp_path)
     with pytest.raises(DataError, match=r"has no answer, ground_truth or solution, which the reward correct"):
-        started(tmp_path / "run", *own(warm, folder, "rewards=[{name: correct}]"))
+        run_grpo(tmp_path / "run", *row_settings(warm, folder, "rewards=[{name: correct}]"))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_a_mistake_is_named_before_anything_is_read(pairs: list[str], said: str,
     folder = write_rows(tmp_path)
     settings = from_(Path("nowhere"), "task=null", f"data={{source: {folder}/prompts.jsonl}}")
     with pytest.raises(UsageError, match=said) as raised:
-        started(tmp_path / "run", *settings, *pairs)
+        run_grpo(tmp_path / "run", *settings, *pairs)
     assert len(str(raised.value).splitlines()) == 1, "one mistake, one line"
 
 
@@ -149,8 +151,8 @@ def test_prompts_that_leave_no_room_for_an_answer_are_told(warm: Path, tmp_path:
     (folder / "held.jsonl").write_text("\n".join([*lines[:4], long]))
     (folder / "prompts.jsonl").write_text("\n".join([*lines[4:16], long]))
     said: list[str] = []
-    pairs = own(warm, folder, f"data.validation={folder}/held.jsonl", "max_steps=1")
-    started(tmp_path / "run", *pairs, say=said.append)
+    pairs = row_settings(warm, folder, f"data.validation={folder}/held.jsonl", "max_steps=1")
+    run_grpo(tmp_path / "run", *pairs, say=said.append)
     told = [line for line in said if "no room for an answer" in line]
     assert [re.sub(r"[0-9,]+ tokens", "N tokens", line) for line in told] == [
         "held-out prompts of more than N tokens, which leave no room for an answer: 1 left out",
@@ -158,7 +160,7 @@ def test_prompts_that_leave_no_room_for_an_answer_are_told(warm: Path, tmp_path:
     ]
     (folder / "held.jsonl").write_text(long)
     with pytest.raises(DataError, match=r"every held-out prompt has more than [0-9]+ tokens"):
-        started(tmp_path / "other", *pairs)
+        run_grpo(tmp_path / "other", *pairs)
 
 
 def test_two_rewards_of_one_name_have_curves_and_hashes_of_their_own(tmp_path: Path):
@@ -220,26 +222,28 @@ def test_prompts_are_rendered_many_at_a_time_with_a_system_prompt(monkeypatch: p
 def test_an_epoch_is_every_prompt_once(warm: Path, tmp_path: Path):  # noqa: F811
     """Of 36 prompts, 8 at a time with two steps each; the same command goes on with the same run, and ends it."""
     said: list[str] = []
-    pairs = own(warm, write_rows(tmp_path, 40), "num_train_epochs=1", "prompts_per_rollout=8", "num_iterations=2",
+    pairs = row_settings(warm, write_rows(tmp_path, 40), "num_train_epochs=1", "prompts_per_rollout=8",
+                "num_iterations=2",
                 "eval_problems=4", "save_steps=2")  # fmt: skip
-    outcome = started(tmp_path / "run", *pairs, say=said.append)
+    outcome = run_grpo(tmp_path / "run", *pairs, say=said.append)
     assert "epochs: 1 of 36 rows, 8 at a time and 2 steps each, are 10 steps" in said
     assert (outcome.status, outcome.step) == ("finished", 10)
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000010" / "state.json").read_text())
     assert 36 <= state["loaders"][0]["num_prompts_taken"] <= 40
-    assert started(tmp_path / "run", *pairs).steps == 10
-    longer = started(tmp_path / "run", *[one.replace("epochs=1", "epochs=1.2") for one in pairs], say=said.append)
+    assert run_grpo(tmp_path / "run", *pairs).steps == 10
+    longer = run_grpo(tmp_path / "run", *[one.replace("epochs=1", "epochs=1.2") for one in pairs], say=said.append)
     assert (longer.steps, longer.step) == (12, 12)
     with pytest.raises(UsageError, match="num_train_epochs has no effect on rows that are drawn without end"):
-        started(tmp_path / "other", *from_(warm, "num_train_epochs=1"))
+        run_grpo(tmp_path / "other", *from_(warm, "num_train_epochs=1"))
 
 
 def test_a_policy_stops_early_and_keeps_its_best(warm: Path, tmp_path: Path):  # noqa: F811
     """A reward that only falls while the policy moves: the first measured one is the best."""
-    pairs = own(warm, write_rows(tmp_path), "max_steps=30", "eval_steps=2", "learning_rate=0.5", "max_grad_norm=null",
+    pairs = row_settings(warm, write_rows(tmp_path), "max_steps=30", "eval_steps=2", "learning_rate=0.5",
+                "max_grad_norm=null",
                 "metric_for_best_model=eval/reward", "early_stopping_patience=2", "load_best_model_at_end=true",
                 "eval_problems=8", "save_steps=0")  # fmt: skip
-    outcome = started(tmp_path / "run", *pairs)
+    outcome = run_grpo(tmp_path / "run", *pairs)
     looked = {row["step"]: row["eval/reward"] for row in metrics(tmp_path / "run") if "eval/reward" in row}
     best = max(looked, key=lambda step: (looked[step], -step))
     assert outcome.step < 30

@@ -20,7 +20,7 @@ from llm_quest.recipes.iterative import IterativeConfig
 from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.techniques.score_head import find_score_head
-from tests.recipes.test_grpo import RECIPE, from_, started, warm  # noqa: F401
+from tests.recipes.test_grpo import RECIPE, from_, run_grpo, warm  # noqa: F401
 from tests.recipes.test_grpo_environments import ENVIRONMENT
 from tests.recipes.tuned import metrics, weights
 
@@ -35,7 +35,7 @@ reward_model: {max_steps: 12, batch_size: 10, num_prompts: 24}
 )
 
 
-def iterated(out: Path, *pairs: str) -> list[str]:
+def run_iterative(out: Path, *pairs: str) -> list[str]:
     settings, said = apply_overrides(read_yaml(ITERATIVE, "recipe.yaml"), list(pairs)), []
     run_recipe(
         get_recipe("iterative"), parse_config(IterativeConfig, settings), settings, out, quiet=True, log=said.append
@@ -44,13 +44,13 @@ def iterated(out: Path, *pairs: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def done(warm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:  # noqa: F811
+def iterative_run(warm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:  # noqa: F811
     out = tmp_path_factory.mktemp("runs") / "iterative"
-    return out, iterated(out, *from_(warm, "max_steps=2"))
+    return out, run_iterative(out, *from_(warm, "max_steps=2"))
 
 
-def test_policies_and_judges_take_turns(done: tuple[Path, list[str]]):
-    out, said = done
+def test_policies_and_judges_take_turns(iterative_run: tuple[Path, list[str]]):
+    out, said = iterative_run
     told = [line for line in said if line.startswith("reward model")]
     assert [line.split(":")[0] for line in told] == ["reward model 0", "reward model 1", "reward model 2"]
     counts = [len(json.loads((out / f"iteration-{i}" / "comparisons.json").read_text())) for i in range(3)]
@@ -69,21 +69,21 @@ def test_policies_and_judges_take_turns(done: tuple[Path, list[str]]):
     assert all(torch.equal(a, b) for a, b in zip(load(out).parameters(), load(newest).parameters(), strict=True))
 
 
-def test_the_whole_goes_on_where_it_was_interrupted(done: tuple[Path, list[str]], warm: Path):  # noqa: F811
-    out = done[0]
+def test_the_whole_goes_on_where_it_was_interrupted(iterative_run: tuple[Path, list[str]], warm: Path):  # noqa: F811
+    out = iterative_run[0]
     before = weights(out / "iteration-2" / "policy", 2), weights(out / "iteration-2" / "judge", 12)
     shutil.rmtree(out / "iteration-2")
     shutil.rmtree(out / "iteration-1" / "judge" / "checkpoints")
-    iterated(out, *from_(warm, "max_steps=2"))
+    run_iterative(out, *from_(warm, "max_steps=2"))
     assert (weights(out / "iteration-2" / "policy", 2), weights(out / "iteration-2" / "judge", 12)) == before
 
 
-def test_a_reward_model_rewards_a_plain_grpo_run(done: tuple[Path, list[str]], warm: Path, tmp_path: Path):  # noqa: F811
-    judge = done[0] / "iteration-0" / "judge"
-    started(tmp_path / "run", *from_(warm, "max_steps=2", f"rewards=[{{name: model, load: {judge}}}]"))
+def test_a_reward_model_rewards_a_plain_grpo_run(iterative_run: tuple[Path, list[str]], warm: Path, tmp_path: Path):  # noqa: F811
+    judge = iterative_run[0] / "iteration-0" / "judge"
+    run_grpo(tmp_path / "run", *from_(warm, "max_steps=2", f"rewards=[{{name: model, load: {judge}}}]"))
     assert metrics(tmp_path / "run")[-1]["rows_trained"] == 1
     with pytest.raises(UsageError, match="no reward model"):
-        started(tmp_path / "no", *from_(warm, f"rewards=[{{name: model, load: {warm}}}]"))
+        run_grpo(tmp_path / "no", *from_(warm, f"rewards=[{{name: model, load: {warm}}}]"))
 
 
 def test_episodes_are_judged_and_labeled_by_their_environment(warm: Path, tmp_path: Path):  # noqa: F811
@@ -93,7 +93,7 @@ def test_episodes_are_judged_and_labeled_by_their_environment(warm: Path, tmp_pa
     pairs = from_(warm, "task=null", f"environment={file}:TwoWords", "max_turns=2", "max_steps=1", "eval_problems=4",
                   "apply_chat_template=false",
                   "num_outer_iterations=1", "reward_model={max_steps: 2, batch_size: 4, num_prompts: 16}")  # fmt: skip
-    iterated(out, *pairs)
+    run_iterative(out, *pairs)
     row = metrics(out / "iteration-1" / "policy")[-1]
     assert {"rewards/environment", "rewards/model", "completions/mean_turns"} <= set(row)
     _, better, worse = json.loads((out / "iteration-0" / "comparisons.json").read_text())[0]

@@ -12,7 +12,7 @@ import torch
 from llm_quest.cli.inspect_batch import load_batch_view
 from llm_quest.errors import DataError
 from llm_quest.recipes.kto import area_under_curve
-from tests.recipes.tuned import WORDS, base, metrics, started, weights, written
+from tests.recipes.tuned import WORDS, base, metrics, start_run, weights, write_rows
 
 TEXT = """
 recipe: kto
@@ -35,7 +35,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     said = [(f"say {w}", WORDS[(i + 3 * j) % 10]) for i, w in enumerate(WORDS) for j in range(6)]
     told = [{"prompt": p, "completion": c, "label": c in WORDS[:5]} for p, c in said]
     told = [one for n, one in enumerate(told) if one["label"] is False or n % 2]
-    return written(
+    return write_rows(
         tmp_path_factory.mktemp("rows") / "rows.jsonl", [*told, {"prompt": "x", "completion": " ", "label": 1}]
     )
 
@@ -47,7 +47,7 @@ def options(start: Path, rows: Path) -> list[str]:
 
 def test_kto_learns_which_answers_are_desirable_and_tells_the_counts(options: list[str], tmp_path: Path):
     said = list[str]()
-    outcome = started("kto", TEXT, tmp_path / "run", *options, log=said.append)
+    outcome = start_run("kto", TEXT, tmp_path / "run", *options, log=said.append)
     first, last = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
     assert first["loss"] == pytest.approx(0.5, abs=1e-5)
     assert first["kl"] == 0.0
@@ -69,10 +69,10 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_never_interrupted(
     loss_type: str, options: list[str], tmp_path: Path
 ):
     more = [*options, f"loss_type={loss_type}", "max_steps=6", "save_steps=3", "save_total_limit=9", "eval_steps=0"]
-    started("kto", TEXT, tmp_path / "whole", *more)
+    start_run("kto", TEXT, tmp_path / "whole", *more)
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000006")
-    started("kto", TEXT, tmp_path / "again", *more)
+    start_run("kto", TEXT, tmp_path / "again", *more)
     assert weights(tmp_path / "again", 6) == weights(tmp_path / "whole", 6)
 
 
@@ -80,7 +80,7 @@ def test_neither_micro_batches_nor_their_order_change_the_reference_point(option
     found = []
     for size in (2, 8):
         out = tmp_path / str(size)
-        started(
+        start_run(
             "kto", TEXT, out, *options, f"micro_batch_size={size}", "max_steps=4", "eval_steps=0", "desirable_weight=9"
         )
         found.append([(row["loss"], row["kl"]) for row in metrics(out)])
@@ -89,13 +89,13 @@ def test_neither_micro_batches_nor_their_order_change_the_reference_point(option
 
 
 def test_pairs_are_taken_apart_and_labels_may_be_text(start: Path, tmp_path: Path):
-    pairs = written(tmp_path / "pairs.jsonl", [{"prompt": f"say {w}", "chosen": w, "rejected": "no"} for w in WORDS])
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": f"say {w}", "chosen": w, "rejected": "no"} for w in WORDS])
     lines = load_batch_view("kto", [f"model.load={start}", f"data.source={pairs}"], step=0, rows=8, log=print).lines()
     assert any("(desirable)" in line for line in lines)
     assert any("(undesirable)" in line for line in lines)
     table = tmp_path / "rows.csv"
     table.write_text("prompt,completion,label\n" + "".join(f"say {w},{w},{w < 'm'!s}\n" for w in WORDS))
-    started("kto", TEXT, tmp_path / "csv", f"model.load={start}", f"data.source={table}", "max_steps=2")
+    start_run("kto", TEXT, tmp_path / "csv", f"model.load={start}", f"data.source={table}", "max_steps=2")
 
 
 @pytest.mark.parametrize(
@@ -111,6 +111,6 @@ def test_pairs_are_taken_apart_and_labels_may_be_text(start: Path, tmp_path: Pat
     ],
 )
 def test_rows_that_are_not_labeled_answers_are_refused(row, said, start: Path, tmp_path: Path):
-    source = written(tmp_path / "rows.jsonl", [row])
+    source = write_rows(tmp_path / "rows.jsonl", [row])
     with pytest.raises(DataError, match=said):
-        started("kto", TEXT, tmp_path / "run", f"model.load={start}", f"data.source={source}")
+        start_run("kto", TEXT, tmp_path / "run", f"model.load={start}", f"data.source={source}")

@@ -11,7 +11,7 @@ from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from tests.recipes.every_recipe import COMMON, NAMES, TEXTS, prepare, run_tiny
-from tests.recipes.option_combinations import OPTIONS, REFUSALS, combined, use_results
+from tests.recipes.option_combinations import OPTIONS, REFUSALS, all_options, use_results
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -37,6 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("recipe", ["classify", "kto", "vit", "grpo"])
 def test_all_options_go_together_and_the_result_can_be_used(recipe: str, folder: Path):
     """The other recipes: `python -m tests.recipes.option_combinations`."""
-    run_tiny(recipe, folder, folder / recipe, *combined(recipe))
+    run_tiny(recipe, folder, folder / recipe, *all_options(recipe))
     use_results(folder / recipe)
     assert list((folder / recipe).rglob("events.out.tfevents*")), "TensorBoard"

@@ -18,7 +18,7 @@ from llm_quest.hub.load_save import load
 from llm_quest.recipes.engine import build_optimizer
 from llm_quest.recipes.recipe import load_recipe
 from tests.recipes.test_vision import SMALL_VIT, SMALL_VLM, two_classes
-from tests.recipes.tuned import WORDS, base, planning_context, written
+from tests.recipes.tuned import WORDS, base, planning_context, write_rows
 
 POLICY = [
     "model.config={hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1}",
@@ -37,15 +37,15 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         for b in WORDS
         if a != b
     ]
-    given = [f"model.load={base(folder / 'model')}", f"data.source={written(folder / 'rows.jsonl', rows)}"]
+    given = [f"model.load={base(folder / 'model')}", f"data.source={write_rows(folder / 'rows.jsonl', rows)}"]
     return [*given, "precision=fp32", "max_steps=20", "warmup_steps=1", "batch_size=8", "sequence_length=40"]
 
 
-def planned(recipe: str, *pairs: str, measure: bool = False) -> Plan:
+def make_plan(recipe: str, *pairs: str, measure: bool = False) -> Plan:
     return estimate_cost(recipe, pairs, measure=measure, log=lambda text: None)
 
 
-def built(recipe: str, pairs: list[str]) -> Any:
+def build_job(recipe: str, pairs: list[str]) -> Any:
     found, config, _ = load_recipe(recipe, pairs)
     return found.build(config, planning_context())
 
@@ -54,7 +54,7 @@ def built(recipe: str, pairs: list[str]) -> Any:
 
 
 def test_pretraining_is_planned_without_its_data_and_without_memory_for_its_model():
-    found = planned(
+    found = make_plan(
         "tiny",
         "data.source=nothere.txt",
         "model={preset: mixtral-8x7b}",
@@ -69,19 +69,19 @@ def test_pretraining_is_planned_without_its_data_and_without_memory_for_its_mode
 
 
 def test_a_plan_of_pretraining_names_tokens():
-    found = planned("tiny", "batch_size=4", "sequence_length=32", "max_steps=10", "micro_batch_size=2", measure=True)
+    found = make_plan("tiny", "batch_size=4", "sequence_length=32", "max_steps=10", "micro_batch_size=2", measure=True)
     as_json = found.as_json()
     assert (as_json["tokens_per_step"], as_json["tokens"]) == (128, 1280)
     assert found.measured
     assert "10 steps of 128 tokens" in "\n".join(found.lines())
-    adapted = planned("tiny", "batch_size=4", "sequence_length=32", "techniques=[lora]")
+    adapted = make_plan("tiny", "batch_size=4", "sequence_length=32", "techniques=[lora]")
     assert adapted.trainable < found.trainable / 2
 
 
 def test_the_recipes_threads_are_those_of_the_plan():
     before = torch.get_num_threads()
     try:
-        planned("tiny", "batch_size=2", "sequence_length=32", f"threads={before + 1}")
+        make_plan("tiny", "batch_size=2", "sequence_length=32", f"threads={before + 1}")
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
@@ -91,7 +91,7 @@ def test_the_recipes_threads_are_those_of_the_plan():
 
 
 def test_fine_tunings_flops_are_three_passes_over_its_rows_padding_included(pairs: list[str]):
-    found, job = planned("sft", *pairs), built("sft", pairs)
+    found, job = make_plan("sft", *pairs), build_job("sft", pairs)
     some = [job.loader.batches(step) for step in range(8)]
     largest = max((batch for step in some for batch in step), key=lambda batch: batch.num_tokens)
     flops = 3 * ModelCost(job.model).forward(largest.input_ids.shape[1]) * largest.input_ids.shape[0]
@@ -106,7 +106,7 @@ def test_fine_tunings_flops_are_three_passes_over_its_rows_padding_included(pair
 
 @pytest.mark.parametrize("recipe", ["sft", "reward", "dpo", "kto", "classify"])
 def test_every_recipe_that_fine_tunes_is_planned_and_timed(pairs: list[str], recipe: str):
-    found = planned(recipe, *pairs, measure=True)
+    found = make_plan(recipe, *pairs, measure=True)
     assert found.measured
     assert found.seconds == pytest.approx(20 * found.step_seconds + found.first_seconds)
     assert found.epochs is not None
@@ -115,8 +115,8 @@ def test_every_recipe_that_fine_tunes_is_planned_and_timed(pairs: list[str], rec
 
 
 def test_the_reference_is_paid_once_and_of_held_out_pairs_alone_where_a_model_follows(pairs: list[str]):
-    cached, moving = planned("dpo", *pairs), planned("dpo", *pairs, "sync_ref_model=true", "ref_model_sync_steps=5")
-    facts = built("dpo", pairs).facts
+    cached, moving = make_plan("dpo", *pairs), make_plan("dpo", *pairs, "sync_ref_model=true", "ref_model_sync_steps=5")
+    facts = build_job("dpo", pairs).facts
     a_pass = (moving.flops_per_step - cached.flops_per_step) / 8
     assert cached.first_flops == pytest.approx((facts["held_out_rows"] + facts["train_rows"]) * a_pass, rel=0.01)
     assert moving.first_flops == pytest.approx(facts["held_out_rows"] * a_pass, rel=0.01)
@@ -127,14 +127,14 @@ def test_the_reference_is_paid_once_and_of_held_out_pairs_alone_where_a_model_fo
 
 def test_a_teachers_weights_and_forward_pass_are_planned(pairs: list[str]):
     teacher = pairs[0].removeprefix("model.load=")
-    alone, taught = planned("sft", *pairs), planned("sft", *pairs, f"teacher.load={teacher}")
+    alone, taught = make_plan("sft", *pairs), make_plan("sft", *pairs, f"teacher.load={teacher}")
     assert taught.memory["teacher"] == alone.memory["weights"] == taught.memory["weights"]
     assert 4 / 3 * alone.flops < taught.flops < 1.7 * alone.flops
 
 
 def test_an_adapter_and_checkpointing_are_planned_as_they_are_trained(pairs: list[str]):
     plain, adapted, again = (
-        planned("sft", *pairs, *more) for more in ((), ("techniques=[lora]",), ("gradient_checkpointing=true",))
+        make_plan("sft", *pairs, *more) for more in ((), ("techniques=[lora]",), ("gradient_checkpointing=true",))
     )
     assert adapted.trainable < plain.trainable / 2
     assert adapted.memory["gradients"] == 4 * adapted.trainable
@@ -146,7 +146,7 @@ def test_an_adapter_and_checkpointing_are_planned_as_they_are_trained(pairs: lis
 
 
 def test_a_frozen_body_costs_no_gradient(pairs: list[str]):
-    whole, head = planned("classify", *pairs), planned("classify", *pairs, "trainable=head")
+    whole, head = make_plan("classify", *pairs), make_plan("classify", *pairs, "trainable=head")
     assert head.flops == pytest.approx(whole.flops / 3, rel=0.1)
     assert head.trainable == 2 * load(pairs[0].partition("=")[2]).config.hidden_size
 
@@ -156,7 +156,7 @@ def test_a_frozen_body_costs_no_gradient(pairs: list[str]):
 
 def test_a_vits_plan_by_hand(tmp_path: Path):
     pairs = [*SMALL_VIT, f"data.path={two_classes(tmp_path / 'images')}", "max_steps=10", "micro_batch_size=8"]
-    found = planned("vit", *pairs)
+    found = make_plan("vit", *pairs)
     patches, width, hidden, tokens = 4, 16, 32, 5
     products = patches * 16 * width + 3 * width * width * tokens + width * width + 2 * width * hidden + width * 2
     pairs_of_tokens = 2 * tokens * width
@@ -169,7 +169,7 @@ def test_a_vits_plan_by_hand(tmp_path: Path):
 
 def test_a_vlms_plan_holds_what_its_optimizer_holds():
     pairs = [*SMALL_VLM, "trainable=[projector,language_model]"]
-    found, job = planned("vlm", *pairs, measure=True), built("vlm", pairs)
+    found, job = make_plan("vlm", *pairs, measure=True), build_job("vlm", pairs)
     optimizer = build_optimizer(job.config, job.model, job.adamw_parameters)
     job.objective(job.loader.batches(0)[0]).total.backward()
     optimizer.step()
@@ -181,7 +181,7 @@ def test_a_vlms_plan_holds_what_its_optimizer_holds():
 
 def test_frozen_parts_of_a_vlm_are_planned_as_they_are_trained():
     whole, adapter, frozen = (
-        planned("vlm", *SMALL_VLM, "batch_size=4", *more)
+        make_plan("vlm", *SMALL_VLM, "batch_size=4", *more)
         for more in ((), ("techniques=[{name: lora, rank: 1}]",), ("trainable=[projector]",))
     )
     assert adapter.trainable < whole.trainable / 2
@@ -191,11 +191,11 @@ def test_frozen_parts_of_a_vlm_are_planned_as_they_are_trained():
 
 def test_what_the_run_refuses_the_plan_refuses(tmp_path: Path):
     with pytest.raises(UsageError, match="technique hyper_connections: HyperConnections edits language models"):
-        planned("vlm", *SMALL_VLM, "techniques=[hyper_connections]")
+        make_plan("vlm", *SMALL_VLM, "techniques=[hyper_connections]")
     with pytest.raises(MissingError, match=r"CIFAR-10 is not in .*Unpack cifar-10-binary\.tar\.gz"):
-        planned("cifar10", f"data.path={tmp_path}")
+        make_plan("cifar10", f"data.path={tmp_path}")
     with pytest.raises(UsageError, match="longer than"):
-        planned("tiny", "model={preset: gpt2-tiny}", "sequence_length=65")
+        make_plan("tiny", "model={preset: gpt2-tiny}", "sequence_length=65")
 
 
 # ---------------------------------------------------------------------------------------------- policies
@@ -208,7 +208,7 @@ def policy_model() -> Any:
 
 def test_a_policys_memory_by_hand_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    found = planned("grpo", *POLICY, measure=True)
+    found = make_plan("grpo", *POLICY, measure=True)
     assert found.memory["weights"] == 4 * found.parameters == found.memory["gradients"]
     keys_and_values = 2 * 2 * 16 * 4  # two layers, one head of 16
     assert found.memory["cache"] == 12 * keys_and_values * (PROMPT + 5 + 1), "and a spare slot"
@@ -224,7 +224,7 @@ def test_a_policys_memory_by_hand_and_nothing_is_written(tmp_path: Path, monkeyp
 
 def test_a_reference_costs_a_copy_and_a_pass_over_every_row():
     cost = ModelCost(policy_model())
-    without, held = planned("grpo", *POLICY, measure=True), planned("grpo", *POLICY, "kl_coef=0.1", measure=True)
+    without, held = make_plan("grpo", *POLICY, measure=True), make_plan("grpo", *POLICY, "kl_coef=0.1", measure=True)
     a_pass = (held.flops - without.flops) / 10
     assert 12 * cost.forward(PROMPT) <= a_pass <= 12 * cost.forward(PROMPT + 4)
     sampling = without.flops / 10 - 3 * a_pass
@@ -234,13 +234,13 @@ def test_a_reference_costs_a_copy_and_a_pass_over_every_row():
 
 def test_a_rollout_that_serves_four_steps_is_sampled_once_for_them():
     once, four = (
-        planned("grpo", *POLICY, *more, measure=True) for more in ((), ("num_iterations=2", "num_mini_batches=2"))
+        make_plan("grpo", *POLICY, *more, measure=True) for more in ((), ("num_iterations=2", "num_mini_batches=2"))
     )
     assert four.flops < 0.75 * once.flops
 
 
 def test_recipes_that_are_not_planned_say_why():
     with pytest.raises(UsageError, match="leave --no-measure out"):
-        planned("grpo", *POLICY)
+        make_plan("grpo", *POLICY)
     with pytest.raises(UsageError, match="several runs"):
-        planned("iterative")
+        make_plan("iterative")

@@ -21,7 +21,7 @@ from llm_quest.recipes.recipe import load_recipe
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.techniques.score_head import ScoreHead
 from llm_quest.techniques.value_head import find_value_head, find_value_model, remove_value_head
-from tests.recipes.test_grpo import RECIPE, from_, rewards, started, warm  # noqa: F401
+from tests.recipes.test_grpo import RECIPE, from_, rewards, run_grpo, warm  # noqa: F401
 from tests.recipes.tuned import metrics, weights
 from tests.recipes.two import recipe_by_two
 
@@ -30,7 +30,7 @@ PPO = ["loss_type=ppo", "num_generations=1", "prompts_per_rollout=64", "num_mini
 
 def test_ppo_learns_the_task_and_its_values(warm: Path, tmp_path: Path):  # noqa: F811
     out = tmp_path / "run"
-    started(out, *from_(warm, *PPO, "max_steps=60", "learning_rate=2e-3"))
+    run_grpo(out, *from_(warm, *PPO, "max_steps=60", "learning_rate=2e-3"))
     found, rows = rewards(out), metrics(out)
     assert sum(found[-5:]) / 5 - sum(found[:5]) / 5 >= 0.2
     assert rows[0]["value/mean"] == 0.0
@@ -47,7 +47,7 @@ def test_a_run_resumed_in_the_middle_of_a_rollout_has_the_same_bits(warm: Path, 
         warm, *PPO, "kl_coef=0.05", "kl_estimator=k1", "kl_placement=reward", "save_steps=1", "max_steps=4",
         "gae={lam: 0.9, whiten_rewards: true, vf_coef: 0.5}",
     )  # fmt: skip
-    started(tmp_path / "straight", *pairs)
+    run_grpo(tmp_path / "straight", *pairs)
     first, second, third, last = metrics(tmp_path / "straight")
     for row in (first, third):
         assert 1 - 1e-4 < row["ratio/min"] <= row["ratio/max"] < 1 + 1e-4, "the first step of a rollout, by itself"
@@ -58,7 +58,7 @@ def test_a_run_resumed_in_the_middle_of_a_rollout_has_the_same_bits(warm: Path, 
     shutil.copytree(tmp_path / "straight", out)
     for step in (4,):
         shutil.rmtree(out / "checkpoints" / f"step-{step:08d}")
-    started(out, *pairs)
+    run_grpo(out, *pairs)
     assert weights(out, 4) == weights(tmp_path / "straight", 4)
 
 
@@ -69,7 +69,7 @@ def test_a_value_model_of_its_own_learns_and_leaves_the_policy_alone(optim: str,
     out = tmp_path / "run"
     pairs = from_(warm, *PPO, "value_model=separate", "max_steps=4", "save_steps=1", f"optim={optim}",
                   "prompts_per_rollout=16", "techniques=[{name: lora, rank: 4}]", "kl_coef=0.01")  # fmt: skip
-    started(out, *pairs)
+    run_grpo(out, *pairs)
     rows = metrics(out)
     assert rows[0]["value/mean"] == 0.0 != rows[-1]["value/mean"]
     model = load(out)
@@ -78,7 +78,7 @@ def test_a_value_model_of_its_own_learns_and_leaves_the_policy_alone(optim: str,
     assert not all(torch.equal(a, b) for a, b in zip(trunk(model.value_model), trunk(load(warm)), strict=True))
     shutil.copytree(out, tmp_path / "stopped")
     shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "step-00000004")
-    started(tmp_path / "stopped", *pairs)
+    run_grpo(tmp_path / "stopped", *pairs)
     assert weights(out, 4) == weights(tmp_path / "stopped", 4)
     export_run(out, tmp_path / "exported", merged=True)
     assert find_value_head(load(tmp_path / "exported")) is None
@@ -94,7 +94,7 @@ def test_a_reward_model_is_where_the_values_begin(warm: Path, tmp_path: Path):  
     reward = ScoreHead(1, std=0.5)(load(warm))
     save(reward, tmp_path / "reward", tokenizer=load_tokenizer(warm))
     pairs = from_(warm, *PPO, f"value_model.load={tmp_path / 'reward'}", "max_steps=1", "prompts_per_rollout=8")
-    started(tmp_path / "run", *pairs)
+    run_grpo(tmp_path / "run", *pairs)
     assert abs(metrics(tmp_path / "run")[0]["value/mean"]) > 1e-3
     assert "value_model.load" in json.loads((tmp_path / "run" / "env.json").read_text())["hashes"]
     policy = load(tmp_path / "run")

@@ -21,7 +21,7 @@ from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.dpo import DpoConfig, build_dpo
 from llm_quest.recipes.finetuning import flip_labels
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
-from tests.recipes.tuned import COMMON, WORDS, base, metrics, planning_context, started, weights, written
+from tests.recipes.tuned import COMMON, WORDS, base, metrics, planning_context, start_run, weights, write_rows
 
 REWARD = """
 recipe: reward
@@ -51,7 +51,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     good, bad = WORDS[:5], WORDS[5:]
     pairs = [(f"say {w}", good[i % 5], bad[(i + j) % 5]) for i, w in enumerate(WORDS) for j in range(6)]
     asked = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in pairs]
-    return written(
+    return write_rows(
         tmp_path_factory.mktemp("rows") / "rows.jsonl", [*asked, {"prompt": "say", "chosen": "x", "rejected": "x"}]
     )
 
@@ -63,7 +63,7 @@ def pairs(start: Path, rows: Path) -> list[str]:
 
 def test_a_reward_model_learns_which_answer_is_better(pairs: list[str], tmp_path: Path):
     out = tmp_path / "rm"
-    outcome = started("reward", REWARD, out, *pairs)
+    outcome = start_run("reward", REWARD, out, *pairs)
     assert outcome.scores["accuracy"] == 1.0
     assert outcome.scores["margin"] > 0.5
     assert json.loads((out / "data.json").read_text())["dropped"] == {"chosen and rejected are the same": 1}
@@ -75,7 +75,7 @@ def test_a_reward_model_learns_which_answer_is_better(pairs: list[str], tmp_path
 
 def test_dpo_prefers_and_keeps_the_reference_it_computed_once(pairs: list[str], tmp_path: Path):
     out, said = tmp_path / "dpo", list[str]()
-    outcome = started("dpo", DPO, out, *pairs, log=said.append)
+    outcome = start_run("dpo", DPO, out, *pairs, log=said.append)
     first = metrics(out)[0]
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert first["rewards/margin"] == pytest.approx(0, abs=1e-4)
@@ -84,7 +84,7 @@ def test_dpo_prefers_and_keeps_the_reference_it_computed_once(pairs: list[str], 
     kept = (out / "reference.safetensors").read_bytes()
     shutil.rmtree(out / "checkpoints" / "step-00000024")
     said.clear()
-    started("dpo", DPO, out, *pairs, log=said.append)
+    start_run("dpo", DPO, out, *pairs, log=said.append)
     assert not any("reference:" in line for line in said)
     assert (out / "reference.safetensors").read_bytes() == kept
 
@@ -103,10 +103,10 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_never_interrupted(recipe, op
     name, text = ("reward", REWARD) if recipe == "reward" else ("dpo", DPO)
     options = [*pairs, *options, "max_steps=16", "save_steps=8", "save_total_limit=9", "eval_steps=0"]
     out = tmp_path / "run"
-    started(name, text, out, *options)
+    start_run(name, text, out, *options)
     straight, told = weights(out, 16), metrics(out)
     shutil.rmtree(out / "checkpoints" / "step-00000016")
-    started(name, text, out, *options)
+    start_run(name, text, out, *options)
     assert weights(out, 16) == straight
     assert [row["loss"] for row in metrics(out)] == [row["loss"] for row in told]
 
@@ -120,7 +120,7 @@ def test_a_question_is_read_once_for_both_answers_but_under_checkpointing_and_th
         config = parse_config(DpoConfig, apply_overrides(read_yaml(DPO + COMMON, "recipe.yaml"), options))
         batch = build_dpo(config, planning_context(tmp_path)).loader.batches(0)[0]
         assert (batch.prefix is not None) == shared
-        started("dpo", DPO, tmp_path / str(shared), *options)
+        start_run("dpo", DPO, tmp_path / str(shared), *options)
         losses.append([row["loss"] for row in metrics(tmp_path / str(shared))])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
@@ -130,7 +130,7 @@ def test_adapters_off_and_cached_are_one_reference(pairs: list[str], tmp_path: P
     for precomputed in ("true", "false"):
         out = tmp_path / precomputed
         options = ["techniques=[lora]", f"precompute_ref_log_probs={precomputed}", "max_steps=6", "optim=adamw"]
-        started("dpo", DPO, out, *pairs, *options)
+        start_run("dpo", DPO, out, *pairs, *options)
         losses.append([row["loss"] for row in metrics(out)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0][-1] < losses[0][0]
@@ -139,11 +139,13 @@ def test_adapters_off_and_cached_are_one_reference(pairs: list[str], tmp_path: P
 def test_after_sft_with_lora_the_reference_is_the_model_after_it(pairs: list[str], rows: Path, tmp_path: Path):
     """Adapters that stood before a run are part of the model it begins with: the loss of step 1 is ln 2, whatever holds
     the reference."""
-    started("dpo", DPO, tmp_path / "adapted", *pairs, "techniques=[lora]", "max_steps=4", "eval_steps=0", "optim=adamw")
+    start_run(
+        "dpo", DPO, tmp_path / "adapted", *pairs, "techniques=[lora]", "max_steps=4", "eval_steps=0", "optim=adamw"
+    )
     losses = []
     for precomputed in ("true", "false"):
         again = [f"model.load={tmp_path / 'adapted'}", f"data.source={rows}", f"precompute_ref_log_probs={precomputed}"]
-        started("dpo", DPO, tmp_path / precomputed, *again, "max_steps=3", "eval_steps=0", "optim=adamw")
+        start_run("dpo", DPO, tmp_path / precomputed, *again, "max_steps=3", "eval_steps=0", "optim=adamw")
         losses.append([row["loss"] for row in metrics(tmp_path / precomputed)])
     assert losses[1][0] == pytest.approx(np.log(2), abs=1e-5)
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
@@ -153,7 +155,7 @@ def test_after_sft_with_lora_the_reference_is_the_model_after_it(pairs: list[str
 def test_a_moving_reference_takes_the_part_it_was_told(pairs: list[str], tmp_path: Path):
     """Reward margins shrink when the reference comes closer; at mix 1 they are zero after each sync."""
     out = tmp_path / "run"
-    started(
+    start_run(
         "dpo",
         DPO,
         out,
@@ -172,7 +174,7 @@ def test_every_checkpoint_that_is_kept_has_its_reference(pairs: list[str], tmp_p
     """keep_every keeps checkpoints that are older than the last save_total_limit: their references stay too."""
     out = tmp_path / "run"
     synced = ["sync_ref_model=true", "ref_model_sync_steps=2", "save_steps=2", "save_total_limit=1", "keep_every=4"]
-    started("dpo", DPO, out, *pairs, "max_steps=20", *synced)
+    start_run("dpo", DPO, out, *pairs, "max_steps=20", *synced)
     kept = [int(folder.name[5:]) for folder in (out / "checkpoints").glob("step-*")]
     assert sorted(kept) == [4, 8, 12, 16, 20]
     files = {int(file.stem[5:]) for file in (out / "reference").glob("step-*.safetensors")}
@@ -183,12 +185,12 @@ def test_every_checkpoint_that_is_kept_has_its_reference(pairs: list[str], tmp_p
 def test_a_damaged_reference_is_named_and_not_used(pairs: list[str], tmp_path: Path):
     out = tmp_path / "run"
     synced = ["sync_ref_model=true", "ref_model_sync_steps=2", "save_steps=2"]
-    started("dpo", DPO, out, *pairs, "max_steps=4", "max_time=1000s", *synced)
+    start_run("dpo", DPO, out, *pairs, "max_steps=4", "max_time=1000s", *synced)
     shutil.rmtree(out / "checkpoints" / "step-00000004")
     file = out / "reference" / "step-00000002.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
     with pytest.raises(DataError, match=r"step-00000002\.safetensors is damaged"):
-        started("dpo", DPO, out, *pairs, "max_steps=4", "max_time=1000s", *synced)
+        start_run("dpo", DPO, out, *pairs, "max_steps=4", "max_time=1000s", *synced)
 
 
 def test_labels_are_turned_round_on_purpose_in_the_part_asked_for_and_it_is_said(pairs: list[str], tmp_path: Path):
@@ -197,7 +199,7 @@ def test_labels_are_turned_round_on_purpose_in_the_part_asked_for_and_it_is_said
     assert sum(one.answers == ("worse", "better") for one in turned) == 10
     assert [one.question for one in turned] == [one.question for one in many]
     out = tmp_path / "run"
-    started("dpo", DPO, out, *pairs, "data.label_flip_fraction=0.2", "max_steps=2")
+    start_run("dpo", DPO, out, *pairs, "data.label_flip_fraction=0.2", "max_steps=2")
     notes = json.loads((out / "data.json").read_text())["notes"]
     assert "11 of the training pairs are swapped on purpose" in notes
 
@@ -216,7 +218,7 @@ def test_labels_are_turned_round_on_purpose_in_the_part_asked_for_and_it_is_said
 )
 def test_options_without_effect_are_refused(options, said, pairs: list[str], tmp_path: Path):
     with pytest.raises(ValueError, match=said):
-        started("dpo", DPO, tmp_path / "run", *pairs, *options)
+        start_run("dpo", DPO, tmp_path / "run", *pairs, *options)
 
 
 LEARNS = sorted(set(PREFERENCE_LOSSES) - {"apo_down"})
@@ -227,7 +229,7 @@ LEARNS = sorted(set(PREFERENCE_LOSSES) - {"apo_down"})
 def test_every_loss_learns_which_answer_is_better(loss_type: str, pairs: list[str], tmp_path: Path):
     options = ["label_smoothing=0.05"] if loss_type in ("cdpo", "robust") else []
     out = tmp_path / loss_type
-    outcome = started(
+    outcome = start_run(
         "dpo",
         DPO,
         out,
@@ -255,7 +257,7 @@ def test_beta_is_the_losss_own_unless_it_is_given(pairs: list[str]):
 def test_the_sft_term_goes_with_any_loss(pairs: list[str], tmp_path: Path):
     rows = {}
     for alpha in ("0", "1"):
-        started("dpo", DPO, tmp_path / alpha, *pairs, f"rpo_alpha={alpha}", "max_steps=2", "eval_steps=0")
+        start_run("dpo", DPO, tmp_path / alpha, *pairs, f"rpo_alpha={alpha}", "max_steps=2", "eval_steps=0")
         rows[alpha] = metrics(tmp_path / alpha)[0]
     assert "nll_loss" not in rows["0"]
     assert rows["1"]["loss"] == pytest.approx(rows["0"]["loss"] + rows["1"]["nll_loss"], abs=1e-5)

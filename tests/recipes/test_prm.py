@@ -18,8 +18,8 @@ from llm_quest.models.build import build, preset
 from llm_quest.recipes.reward_specs import load_process_reward_model
 from llm_quest.rollouts.sampler import Sample
 from llm_quest.train.parallel import DistributedContext
-from tests.recipes.test_grpo import started as grpo_started
-from tests.recipes.tuned import base, metrics, started, written
+from tests.recipes.test_grpo import run_grpo as grpo_started
+from tests.recipes.tuned import base, metrics, start_run, write_rows
 
 TASK = Chained(shortest=1, longest=2, modulus=3)
 TEXT = """
@@ -47,13 +47,13 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
         steps = [f"{rng.randrange(10)}{rng.randrange(10)}" for _ in range(rng.randint(1, 4))]
         labels = [int(step) % 2 == 0 for step in steps]
         found.append({"prompt": f"{number}%7:", "completions": steps, "labels": labels})
-    return written(tmp_path_factory.mktemp("rows") / "steps.jsonl", found)
+    return write_rows(tmp_path_factory.mktemp("rows") / "steps.jsonl", found)
 
 
 @pytest.fixture(scope="module")
 def prm(policy: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("prm") / "run"
-    started("prm", TEXT, out, f"model.load={policy}", f"data.source={rows}", "data.step_separator=;")
+    start_run("prm", TEXT, out, f"model.load={policy}", f"data.source={rows}", "data.step_separator=;")
     return out
 
 
@@ -91,13 +91,13 @@ def test_grpo_rewards_steps_and_answers_with_it(prm: Path, policy: Path, tmp_pat
 
 def test_reward_models_may_be_read_at_every_token(tmp_path: Path):
     words = ["red", "green", "blue", "cat"]
-    rows = written(
+    rows = write_rows(
         tmp_path / "pairs.jsonl",
         [{"prompt": f"say {w} {v}", "chosen": w, "rejected": v} for w in words for v in words if v > w],
     )
     text = "recipe: reward\nbatch_size: 4\nsequence_length: 40\nmax_steps: 2\neval_steps: 0\n"
     start = base(tmp_path / "model")
-    started("reward", text, tmp_path / "run", f"model.load={start}", f"data.source={rows}", "readout=mean_tokens")
+    start_run("reward", text, tmp_path / "run", f"model.load={start}", f"data.source={rows}", "readout=mean_tokens")
     assert load(tmp_path / "run").spec.techniques[-1].readout == "mean_tokens"
     with pytest.raises(UsageError, match="read by mean_tokens, not by readout=last_token"):
-        started("reward", text, tmp_path / "b", f"model.load={tmp_path / 'run'}", f"data.source={rows}")
+        start_run("reward", text, tmp_path / "b", f"model.load={tmp_path / 'run'}", f"data.source={rows}")

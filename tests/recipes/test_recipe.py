@@ -73,13 +73,13 @@ RECIPE = Recipe("copy", CopyConfig, build_copy)
 
 
 @pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def copy_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "copy_recipe_of_a_test.py").write_text(OWN_RECIPE)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(RECIPES, "copy", "copy_recipe_of_a_test")  # the one line
 
 
-@pytest.mark.usefixtures("own")
+@pytest.mark.usefixtures("copy_recipe")
 def test_a_recipe_of_ones_own_costs_one_file_and_one_line(tmp_path: Path) -> None:
     said: list[str] = []
     pairs = ["max_steps=6", "warmup_steps=1", "batch_size=4", "device=cpu", "logging_steps=1"]
@@ -108,7 +108,7 @@ def test_rows_of_a_recipe_without_a_tokenizer_cannot_be_shown_and_the_message_sa
         load_batch_view("copy", ["device=cpu"], step=0, rows=1, log=print)
 
 
-@pytest.mark.usefixtures("own")
+@pytest.mark.usefixtures("copy_recipe")
 def test_a_dry_run_tells_all_mistakes_of_ones_own_recipe_and_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
     for dry_run in (True, False):
         with pytest.raises(UsageError) as error:

@@ -25,7 +25,7 @@ from llm_quest.recipes.row_source import RowsConfig
 from llm_quest.recipes.schema import LocalPath, StrictModel
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from tests.recipes.every_recipe import COMMON, TEXTS, prepare
-from tests.recipes.tuned import WORDS, written
+from tests.recipes.tuned import WORDS, write_rows
 
 ROWS: dict[str, Callable[[str, str], dict[str, Any]]] = {
     "pretrain": lambda one, two: {"text": f"say {one} user {two}\n" * 9},
@@ -116,7 +116,7 @@ def test_columns_are_mapped_and_mistakes_name_what_there_is(name: str, folder: P
     key = "question" if name == "vlm" else next(iter(rows[0]))
     for row in rows:
         row["other"] = row.pop(key)
-    source = written((folder if name == "vlm" else tmp_path) / f"{name}-other.jsonl", rows)
+    source = write_rows((folder if name == "vlm" else tmp_path) / f"{name}-other.jsonl", rows)
     facts, _ = build(name, folder, f"data.source={source}", f"data.columns={{{key}: other}}")
     found = row_facts(facts)
     assert found["skipped"]["rows"] == 0
@@ -137,7 +137,7 @@ def test_too_few_rows_are_told_with_those_that_were_skipped(name: str, folder: P
 
 
 def test_bad_rows_of_validation_are_told_too(folder: Path, tmp_path: Path) -> None:
-    held = written(tmp_path / "held.jsonl", [{"text": "say cat user dog\n" * 9}, {"body": "x"}])
+    held = write_rows(tmp_path / "held.jsonl", [{"text": "say cat user dog\n" * 9}, {"body": "x"}])
     _, said = build("pretrain", folder, f"data.source={folder}/text.jsonl", f"data.validation={held}")
     assert any("data.validation: skipped: 1 row cannot be used" in line for line in said)
 
@@ -221,8 +221,8 @@ def test_a_run_is_resumed_and_evaluated_from_another_folder(
 def test_tokens_from_the_cache_bring_no_other_sources_name_into_a_run(folder: Path, tmp_path: Path) -> None:
     """Two files with the same texts share their tokens; each run names its own file and what it dropped."""
     texts = [{"text": f"say {one} user {two}\n" * 9} for one in WORDS for two in WORDS]
-    first = written(tmp_path / "first.jsonl", texts)
-    second = written(tmp_path / "second.jsonl", [*texts, {"text": " "}, {"body": "x"}])
+    first = write_rows(tmp_path / "first.jsonl", texts)
+    second = write_rows(tmp_path / "second.jsonl", [*texts, {"text": " "}, {"body": "x"}])
     names, folders = [], []
     for source in (first, second):
         facts, _ = build("pretrain", folder, f"data.source={source}")

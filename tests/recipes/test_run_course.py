@@ -19,7 +19,7 @@ from llm_quest.models.build import build
 from llm_quest.recipes.freezing import freeze_parameters
 from llm_quest.recipes.recipe import load_recipe
 from llm_quest.techniques.lora import LoRA
-from tests.recipes.tuned import WORDS, base, metrics, started, written
+from tests.recipes.tuned import WORDS, base, metrics, start_run, write_rows
 
 SFT = "recipe: sft\nbatch_size: 4\nsequence_length: 40\nsamples: {every_steps: 0}\neval_steps: 2\n"
 
@@ -28,16 +28,16 @@ SFT = "recipe: sft\nbatch_size: 4\nsequence_length: 40\nsamples: {every_steps: 0
 def rows(tmp_path: Path) -> str:
     base(tmp_path / "base")
     pairs = [{"prompt": f"say {a} {b}", "completion": a} for a in WORDS for b in WORDS]
-    return f"model: {{load: {tmp_path}/base}}\ndata: {{source: {written(tmp_path / 'pairs.jsonl', pairs)}}}\n"
+    return f"model: {{load: {tmp_path}/base}}\ndata: {{source: {write_rows(tmp_path / 'pairs.jsonl', pairs)}}}\n"
 
 
 def test_an_epoch_is_every_row_once(tmp_path, rows):
     said: list[str] = []
-    outcome = started("sft", SFT + rows, tmp_path / "run", "num_train_epochs=2", log=said.append)
+    outcome = start_run("sft", SFT + rows, tmp_path / "run", "num_train_epochs=2", log=said.append)
     epoch = int(next(line for line in said if line.startswith("learned:")).split(" in ")[1].split()[0])
     assert outcome.steps == -(-2 * epoch // 4)
     assert f"epochs: 2 of {epoch} rows, 4 at a time, are {outcome.steps} steps" in said
-    assert started("sft", SFT + rows, tmp_path / "run", "num_train_epochs=2").status == "finished"  # the same run
+    assert start_run("sft", SFT + rows, tmp_path / "run", "num_train_epochs=2").status == "finished"  # the same run
 
 
 def test_epochs_and_steps_exclude_each_other(tmp_path):
@@ -55,12 +55,12 @@ def test_epochs_and_steps_exclude_each_other(tmp_path):
 def test_a_finished_run_is_made_longer_in_place(tmp_path, rows):
     """Steps of before stay, the rows of after are those of a run of that length, and its rate is too."""
     lrs = "lr_scheduler_type: cosine\n"
-    started("sft", SFT + rows + lrs, tmp_path / "run", "max_steps=4", "samples.every_steps=0")
+    start_run("sft", SFT + rows + lrs, tmp_path / "run", "max_steps=4", "samples.every_steps=0")
     said: list[str] = []
-    outcome = started("sft", SFT + rows + lrs, tmp_path / "run", "max_steps=8", log=said.append)
+    outcome = start_run("sft", SFT + rows + lrs, tmp_path / "run", "max_steps=8", log=said.append)
     assert (outcome.step, outcome.status) == (8, "finished")
     assert any("the run has 8 steps now instead of 4: from step 4 on its learning rate" in line for line in said)
-    straight = started("sft", SFT + rows + lrs, tmp_path / "straight", "max_steps=8")
+    straight = start_run("sft", SFT + rows + lrs, tmp_path / "straight", "max_steps=8")
     assert straight.step == 8
     longer, whole = ({row["step"]: row for row in metrics(tmp_path / name)} for name in ("run", "straight"))
     assert sorted(longer) == sorted(whole)
@@ -68,9 +68,9 @@ def test_a_finished_run_is_made_longer_in_place(tmp_path, rows):
     assert longer[4]["learning_rate"] != whole[4]["learning_rate"]
     assert longer[7]["num_targets"] == whole[7]["num_targets"]  # the same rows
     with pytest.raises(UsageError, match="has done 8 steps, and max_steps=6 asks for fewer"):
-        started("sft", SFT + rows + lrs, tmp_path / "run", "max_steps=6")
+        start_run("sft", SFT + rows + lrs, tmp_path / "run", "max_steps=6")
     with pytest.raises(BusyError, match="other settings"):
-        started("sft", SFT + rows + lrs, tmp_path / "run", "max_steps=9", "seed=3")
+        start_run("sft", SFT + rows + lrs, tmp_path / "run", "max_steps=9", "seed=3")
 
 
 def test_the_best_of_a_run_that_overfits_is_exported_by_name(tmp_path):
@@ -79,8 +79,8 @@ def test_the_best_of_a_run_that_overfits_is_exported_by_name(tmp_path):
     draw = random.Random(1)
     base(tmp_path / "base")
     noise = [{"prompt": f"say {i}", "completion": " ".join(draw.choices(WORDS, k=8))} for i in range(30)]
-    text = SFT + f"model: {{load: {tmp_path}/base}}\ndata: {{source: {written(tmp_path / 'r.jsonl', noise)}}}\n"
-    started(
+    text = SFT + f"model: {{load: {tmp_path}/base}}\ndata: {{source: {write_rows(tmp_path / 'r.jsonl', noise)}}}\n"
+    start_run(
         "sft", text, tmp_path / "run", "max_steps=40", "data.held_out=0.3", "save_steps=0", "save_total_limit=1",
         "sequence_length=96", "lr_scheduler_type=constant", "metric_for_best_model=eval/loss",
     )  # fmt: skip
@@ -97,7 +97,7 @@ def test_the_best_of_a_run_that_overfits_is_exported_by_name(tmp_path):
 
 
 def test_the_summary_of_a_run_that_loads_its_best_is_of_the_best(tmp_path, rows):
-    outcome = started(
+    outcome = start_run(
         "sft", SFT + rows, tmp_path / "run", "max_steps=6", "metric_for_best_model=eval/loss", "greater_is_better=true",
         "load_best_model_at_end=true",
     )  # fmt: skip
@@ -150,7 +150,7 @@ def test_a_pattern_that_names_nothing_that_is_trained_is_told():
 
 
 def test_what_is_frozen_does_not_move(tmp_path, rows):
-    started("sft", SFT + rows, tmp_path / "run", "max_steps=2", "freeze=['model.layers.*']", "save_steps=1")
+    start_run("sft", SFT + rows, tmp_path / "run", "max_steps=2", "freeze=['model.layers.*']", "save_steps=1")
     before, after = (
         load_file(tmp_path / "run/checkpoints" / name / "model.safetensors")
         for name in ("step-00000001", "step-00000002")

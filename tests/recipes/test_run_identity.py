@@ -43,7 +43,7 @@ from llm_quest.rollouts.included_environments import PARAGRAPHS
 from tests.recipes.every_recipe import COMMON as RECIPE_COMMON
 from tests.recipes.every_recipe import TEXTS, prepare
 from tests.recipes.test_grpo import RECIPE as GRPO
-from tests.recipes.tuned import COMMON, base, planning_context, written
+from tests.recipes.tuned import COMMON, base, planning_context, write_rows
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"count {n}"}, {"role": "assistant", "content": f"{n} {n + 1}"}]}
@@ -71,7 +71,7 @@ def train(out: Path, *pairs: str, text: str = SFT, accept: tuple[str, ...] = ())
 def run(tmp_path: Path) -> tuple[Path, list[str], Path]:
     """A finished run of four steps without its last checkpoint, its settings, and the model it began from."""
     model, out = base(tmp_path / "model"), tmp_path / "run"
-    pairs = [f"model.load={model}", f"data.source={written(tmp_path / 'rows.jsonl', ROWS)}"]
+    pairs = [f"model.load={model}", f"data.source={write_rows(tmp_path / 'rows.jsonl', ROWS)}"]
     train(out, *pairs)
     shutil.rmtree(out / "checkpoints" / "step-00000004")
     return out, pairs, model
@@ -266,7 +266,7 @@ def test_problems_of_a_file_a_chat_template_and_a_folder_that_is_searched_are_co
 
     def prompts(answer: int, template: str) -> dict[str, str]:
         rows = [{"question": f"question {n}", "answer": f"so #### {answer}"} for n in range(90)]
-        problems = problems_of_task(str(written(file, rows)), "", "strict", 5, 0)
+        problems = problems_of_task(str(write_rows(file, rows)), "", "strict", 5, 0)
         tokenizer.chat_template = template
         return PromptEncoder(tokenizer, ChatTemplate(tokenizer)).identity(problems)
 
@@ -307,16 +307,16 @@ def test_a_run_that_has_got_no_further_than_its_warm_up_keeps_its_settings(tmp_p
 
 
 def test_a_group_that_is_added_or_taken_away_is_a_change_and_a_key_of_another_version_is_none():
-    def told(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    def change_messages(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         return list(describe_changes({"settings": json.dumps(before)}, {"settings": json.dumps(after)}).values())
 
-    assert told({"a": 1, "teacher": None}, {"a": 1, "teacher.load": "x", "teacher.beta": 1}) == [
+    assert change_messages({"a": 1, "teacher": None}, {"a": 1, "teacher.load": "x", "teacher.beta": 1}) == [
         "settings (teacher: None -> 'a group of keys')"
     ]
-    assert told({"e": {}, "c.d": 1}, {"e.x": 1, "c": {}}) == [
+    assert change_messages({"e": {}, "c.d": 1}, {"e.x": 1, "c": {}}) == [
         "settings (c: 'a group of keys' -> {}; e: {} -> 'a group of keys')"
     ]
-    assert told({"a": 1, "old": 2, "g.old": 1}, {"a": 1, "new": 3, "g.new": 2}) == []
+    assert change_messages({"a": 1, "old": 2, "g.old": 1}, {"a": 1, "new": 3, "g.new": 2}) == []
     assert describe_changes({"tokenizer": "a", "reward score": "b"}, {"tokenizer": "a", "data": "c"}) == {
         "reward score": "reward score (there is none now)"
     }

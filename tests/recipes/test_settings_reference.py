@@ -32,19 +32,19 @@ OPEN_KEYS = {
 SETTINGS = Path(__file__).parents[2] / "docs" / "settings"
 
 
-def described_keys(schema: type[StrictModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+def keys_with_descriptions(schema: type[StrictModel], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, field in schema.model_fields.items():
         inner = nested_schema(field.annotation)
         yield prefix + name, field.description or (inner.__doc__ if inner else None) or ""
         if get_origin(field.annotation) is dict:
             yield from ((f"{prefix}{name}.{key}", "open") for key in OPEN_KEYS.get(name, ()))
         if inner is not None:
-            yield from described_keys(inner, f"{prefix}{name}.")
+            yield from keys_with_descriptions(inner, f"{prefix}{name}.")
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_every_setting_is_described(recipe: str):
-    keys = dict(described_keys(get_recipe(recipe).Config))
+    keys = dict(keys_with_descriptions(get_recipe(recipe).Config))
     assert len(keys) > 30
     assert [key for key, text in keys.items() if not text.strip() and key != "recipe"] == []
 
@@ -144,7 +144,7 @@ def test_what_is_said_in_place_of_a_setting_is_no_key_of_the_recipe_and_no_other
 
 
 def all_keys(recipe: str) -> set[str]:
-    return {key for key, _ in described_keys(get_recipe(recipe).Config)}
+    return {key for key, _ in keys_with_descriptions(get_recipe(recipe).Config)}
 
 
 @pytest.mark.parametrize("name", sorted(OTHER_NAMES))

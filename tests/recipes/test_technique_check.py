@@ -69,7 +69,7 @@ def test_two_techniques_are_refused_by_the_dry_run_as_by_the_run() -> None:
     assert {names for names in lists_of_two() if len(set(names)) == 1} - refused <= {("taps", "taps")}
 
 
-def dry(recipe: str, *pairs: str) -> str:
+def dry_run_refusal(recipe: str, *pairs: str) -> str:
     return refusal(lambda: start_training(recipe, pairs, out=None, dry_run=True, log=lambda text: None))
 
 
@@ -78,28 +78,30 @@ def test_a_model_that_is_quantized_already_learns_through_an_adapter_alone(recip
     model, tokenizer = load_model_and_tokenizer(base(tmp_path / "base"))
     save(Quantize("int4")(model), tmp_path / "quantized", tokenizer=tokenizer)
     source = f"model.load={tmp_path / 'quantized'}"
-    assert "applied to this model already" in dry(recipe, source, "techniques=[quantize]")
-    assert "add lora to techniques" in dry(recipe, source)
-    assert "add lora to techniques" in dry(recipe, f"model.load={tmp_path / 'base'}", "techniques=[quantize]")
-    assert dry(recipe, source, "techniques=[lora]") == ""
-    assert "has an adapter" in dry(recipe, f"model.load={tmp_path / 'base'}", "techniques=[lora, quantize]")
+    assert "applied to this model already" in dry_run_refusal(recipe, source, "techniques=[quantize]")
+    assert "add lora to techniques" in dry_run_refusal(recipe, source)
+    assert "add lora to techniques" in dry_run_refusal(
+        recipe, f"model.load={tmp_path / 'base'}", "techniques=[quantize]"
+    )
+    assert dry_run_refusal(recipe, source, "techniques=[lora]") == ""
+    assert "has an adapter" in dry_run_refusal(recipe, f"model.load={tmp_path / 'base'}", "techniques=[lora, quantize]")
 
 
 @pytest.mark.parametrize("recipe", ["vit", "vlm"])
 def test_a_technique_of_language_models_is_refused_for_images(recipe: str) -> None:
-    assert "edits language models" in dry(recipe, "techniques=[quantize]")
+    assert "edits language models" in dry_run_refusal(recipe, "techniques=[quantize]")
 
 
 def test_checkpointing_is_not_asked_for_in_two_ways() -> None:
-    assert "checkpointing" in dry("tiny", "techniques=[checkpointing]", "gradient_checkpointing=true")
+    assert "checkpointing" in dry_run_refusal("tiny", "techniques=[checkpointing]", "gradient_checkpointing=true")
 
 
 @pytest.mark.parametrize("recipe", ["classify", "reward", "prm"])
 def test_a_score_head_that_comes_later_is_what_is_trained(recipe: str, tmp_path: Path) -> None:
     pairs = [f"model.load={base(tmp_path / 'base')}", "data.source=nowhere.jsonl"]
-    assert dry(recipe, *pairs, "techniques=[quantize]") == ""
-    assert "already" in dry(recipe, *pairs, "techniques=[quantize, quantize]")
+    assert dry_run_refusal(recipe, *pairs, "techniques=[quantize]") == ""
+    assert "already" in dry_run_refusal(recipe, *pairs, "techniques=[quantize, quantize]")
 
 
 def test_a_model_that_is_not_here_yet_is_left_to_the_run() -> None:
-    assert dry("sft", "model.load=runs/of-a-later-command", "techniques=[quantize, quantize]") == ""
+    assert dry_run_refusal("sft", "model.load=runs/of-a-later-command", "techniques=[quantize, quantize]") == ""

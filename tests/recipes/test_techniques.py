@@ -24,16 +24,16 @@ from llm_quest.techniques.activation_checkpointing import CheckpointedForward
 from llm_quest.techniques.adapter_merge import disable_adapter
 from llm_quest.techniques.lora import LoRA, adapter_addresses
 from tests.oracles import transformers
-from tests.recipes.test_config import GOOD, told
+from tests.recipes.test_config import GOOD, config_problems
 from tests.recipes.test_pretrain import CtrlC, rows, run, weights
 
 
-def understood(*pairs: str) -> PretrainConfig:
+def parse_pairs(*pairs: str) -> PretrainConfig:
     return parse_config(PretrainConfig, apply_overrides(read_yaml(GOOD, "my.yaml"), pairs))
 
 
 def test_names_and_options_are_understood_and_written_out_whole() -> None:
-    config = understood("techniques=[lora, {name: dora, rank: 2, targets: [q, v]}, checkpointing]")
+    config = parse_pairs("techniques=[lora, {name: dora, rank: 2, targets: [q, v]}, checkpointing]")
     assert [entry["name"] for entry in config.techniques] == ["lora", "dora", "checkpointing"]
     assert config.techniques[0] == {
         "name": "lora", "rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ("all",), "seed": 0,
@@ -45,7 +45,7 @@ def test_names_and_options_are_understood_and_written_out_whole() -> None:
 
 
 def test_gradient_checkpointing_is_the_last_technique_of_every_recipe() -> None:
-    config = understood("techniques=[lora]", "gradient_checkpointing=true")
+    config = parse_pairs("techniques=[lora]", "gradient_checkpointing=true")
     assert [entry["name"] for entry in config.all_techniques] == ["lora", "checkpointing"]
     model = quest.build("llama3.2-tiny", seed=0)
     apply_config_techniques(config, model, lambda text: None)
@@ -65,7 +65,7 @@ def test_gradient_checkpointing_is_the_last_technique_of_every_recipe() -> None:
     ],
 )
 def test_a_wrong_technique_is_told_with_its_place_and_what_is_allowed(pair: str, said: str) -> None:
-    lines = told(GOOD, pair)
+    lines = config_problems(GOOD, pair)
     assert any(f"argument {pair!r}: techniques" in line and said in line for line in lines), lines
 
 
@@ -98,18 +98,18 @@ def test_the_largest_logit_and_the_number_loss_are_logged_and_streams_resume(tex
 
 
 def test_the_line_of_a_file_is_named() -> None:
-    assert told(GOOD + "techniques:\n  - lora\n  - name: dora\n    rnk: 2\n")[0].startswith(
+    assert config_problems(GOOD + "techniques:\n  - lora\n  - name: dora\n    rnk: 2\n")[0].startswith(
         "my.yaml:6: techniques.1: dora"
     )
 
 
-def adapted(text: Path, out: Path, *pairs: str, **more: Any) -> Any:
+def train_lora(text: Path, out: Path, *pairs: str, **more: Any) -> Any:
     return run(text, out, "techniques=[{name: lora, rank: 2, targets: [q, v]}]", "optim=adamw", *pairs, **more)
 
 
 def test_lora_trains_its_own_numbers_alone_and_says_what_it_matched(text: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    adapted(text, tmp_path / "run", log=said.append)
+    train_lora(text, tmp_path / "run", log=said.append)
     model = quest.load(tmp_path / "run")
     assert model.spec.techniques == (LoRA(rank=2, targets=("q", "v")),)
     assert any("technique: lora of q, v in 2 layers (4 matrices)" in line and "are trained" in line for line in said), (
@@ -123,9 +123,9 @@ def test_lora_trains_its_own_numbers_alone_and_says_what_it_matched(text: Path, 
 
 
 def test_an_interrupted_run_with_an_adapter_ends_with_the_same_bits(text: Path, tmp_path: Path) -> None:
-    adapted(text, tmp_path / "straight")
-    assert adapted(text, tmp_path / "twice", callbacks=(CtrlC(4),)).status == "interrupted"
-    assert adapted(text, tmp_path / "twice").step == 8
+    train_lora(text, tmp_path / "straight")
+    assert train_lora(text, tmp_path / "twice", callbacks=(CtrlC(4),)).status == "interrupted"
+    assert train_lora(text, tmp_path / "twice").step == 8
     assert weights(tmp_path / "twice") == weights(tmp_path / "straight")
 
 
@@ -147,7 +147,7 @@ def test_qlora_trains_an_adapter_on_quantized_weights_resumes_to_the_bit_and_exp
 
 
 def test_a_run_with_an_adapter_is_exported_whole_or_alone(text: Path, tmp_path: Path) -> None:
-    adapted(text, tmp_path / "run", "max_steps=4")
+    train_lora(text, tmp_path / "run", "max_steps=4")
     model, tokens = quest.load(tmp_path / "run"), torch.arange(20)[None]
     with pytest.raises(UsageError, match=r"--merge writes the whole model .* --adapter the adapter alone"):
         export_run(tmp_path / "run", tmp_path / "undecided")
@@ -156,11 +156,11 @@ def test_a_run_with_an_adapter_is_exported_whole_or_alone(text: Path, tmp_path: 
     torch.testing.assert_close(merged(tokens).logits, model(tokens), rtol=1e-4, atol=2e-5)
     assert whole.parameters == merged.num_parameters()
     export_run(tmp_path / "run", tmp_path / "adapter", adapter=True)
-    started = quest.load_adapter(bare(model), tmp_path / "adapter")
+    started = quest.load_adapter(without_adapters(model), tmp_path / "adapter")
     torch.testing.assert_close(started(tokens), model(tokens))
     for served in ("run", "run@last", "adapter"):  # quest serve FOLDER --adapter NAME=...
         with adapter_folder(str(tmp_path / served)) as folder:
-            torch.testing.assert_close(quest.load_adapter(bare(model), folder)(tokens), model(tokens))
+            torch.testing.assert_close(quest.load_adapter(without_adapters(model), folder)(tokens), model(tokens))
     run(text, tmp_path / "plain", "max_steps=2")
     with pytest.raises(UsageError, match=r"plain: this model has no adapter"), adapter_folder(str(tmp_path / "plain")):
         pass
@@ -168,7 +168,7 @@ def test_a_run_with_an_adapter_is_exported_whole_or_alone(text: Path, tmp_path: 
         export_run(tmp_path / "run", tmp_path / "both", merged=True, adapter=True)
 
 
-def bare(model: Any) -> Any:
+def without_adapters(model: Any) -> Any:
     """The model that was adapted."""
     plain = quest.build(model.config)
     held = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items() if ".edits." not in name}
@@ -177,12 +177,12 @@ def bare(model: Any) -> Any:
 
 
 def test_training_goes_on_from_an_adapted_run_and_adapts_it_no_second_time(text: Path, tmp_path: Path) -> None:
-    adapted(text, tmp_path / "first", "max_steps=2")
+    train_lora(text, tmp_path / "first", "max_steps=2")
     on = ["model={load: " + str(tmp_path / "first") + "}", f"tokenizer.load={tmp_path / 'first'}", "max_steps=2"]
     run(text, tmp_path / "second", *on)
     assert adapter_addresses(quest.load(tmp_path / "second")) == adapter_addresses(quest.load(tmp_path / "first"))
     with pytest.raises(UsageError, match=r"technique lora: this model has an adapter already"):
-        adapted(text, tmp_path / "third", *on)
+        train_lora(text, tmp_path / "third", *on)
 
 
 def test_transformers_refuses_a_folder_whose_published_part_is_not_the_model(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from llm_quest.data.sources import DataSource, load_rows
 from llm_quest.errors import UsageError
 from llm_quest.recipes.recipe import load_recipe
 from tests.recipes.every_recipe import prepare, run_tiny
-from tests.recipes.tuned import WORDS, metrics, written
+from tests.recipes.tuned import WORDS, metrics, write_rows
 
 RECIPES = ("pretrain", "sft", "dpo", "reward", "kto", "gkd", "prm", "classify")
 
@@ -33,12 +33,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for w in words
     ]  # fmt: skip
-    written(folder / "held.jsonl", [{key: row[key] for key in ("prompt", "completion")} for row in rows])
+    write_rows(folder / "held.jsonl", [{key: row[key] for key in ("prompt", "completion")} for row in rows])
     steps = [{"prompt": row["prompt"], "completions": ["a", "b"], "labels": [True, False]} for row in rows]
-    written(folder / "held_steps.jsonl", steps)
-    written(folder / "held_pairs.jsonl", [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows])
-    written(folder / "held_texts.jsonl", [{"text": row["text"]} for row in rows])
-    written(folder / "held_labels.jsonl", [{"text": row["text"], "label": "True"} for row in rows])
+    write_rows(folder / "held_steps.jsonl", steps)
+    write_rows(
+        folder / "held_pairs.jsonl", [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
+    )
+    write_rows(folder / "held_texts.jsonl", [{"text": row["text"]} for row in rows])
+    write_rows(folder / "held_labels.jsonl", [{"text": row["text"], "label": "True"} for row in rows])
     return folder
 
 
@@ -130,7 +132,7 @@ def test_the_halves_of_what_is_held_out_are_one_whole(recipe: str, folder: Path,
 def test_captions_to_evaluate_on_are_rows_of_their_own(folder: Path, tmp_path: Path):
     images = sorted((folder / "images/above").glob("*.png"))[:6]
     rows = [{"image": str(image), "caption": f"sight {image.stem}"} for image in images]
-    train, held = written(tmp_path / "train.jsonl", rows[:4]), written(tmp_path / "held.jsonl", rows[4:])
+    train, held = write_rows(tmp_path / "train.jsonl", rows[:4]), write_rows(tmp_path / "held.jsonl", rows[4:])
     preprocess = ImageProcessor(8)
     report = DropReport()
     learned, others = (load_rows([DataSource(str(file))], read_caption_rows, report) for file in (train, held))

@@ -37,12 +37,12 @@ def base(folder: Path, page: str = "llama3.2-tiny", **sizes: Any) -> Path:
     return save(build(config, seed=1), folder, tokenizer=tokenizer)
 
 
-def written(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
+def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
 
-def started(name: str, text: str, out: Path, *pairs: str, log: Any = lambda line: None) -> RunOutcome:
+def start_run(name: str, text: str, out: Path, *pairs: str, log: Any = lambda line: None) -> RunOutcome:
     settings = apply_overrides(read_yaml(text + COMMON, "recipe.yaml"), list(pairs))
     recipe = get_recipe(name)
     return run_recipe(recipe, parse_config(recipe.Config, settings), settings, out, quiet=True, log=log)

@@ -25,7 +25,7 @@ def row(step: int, **more: Any) -> dict[str, Any]:
     return {"step": step, "loss": loss, "learning_rate": 1e-3, "grad_norm": 1.0 + 1 / step, **speed, **more}
 
 
-def finished_run(folder: Path, *, steps: int = 60, config: str = "seed: 0\noptimizer:\n  lr: 0.001\n") -> Path:
+def write_finished_run(folder: Path, *, steps: int = 60, config: str = "seed: 0\noptimizer:\n  lr: 0.001\n") -> Path:
     """A run with everything a run can have."""
     rows = [row(step) for step in range(1, steps + 1)]
     rows[29] |= {"eval/loss": 3.3, "eval/bits_per_byte": 2.5}

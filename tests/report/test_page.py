@@ -11,7 +11,7 @@ import pytest
 from llm_quest.errors import DataError, UsageError
 from llm_quest.report.page import parse_settings, write_report
 from llm_quest.report.record import OLD_METRICS, read_run
-from tests.report.folders import finished_run, row, write_json, write_rows
+from tests.report.folders import row, write_finished_run, write_json, write_rows
 
 
 class Reader(HTMLParser):
@@ -42,13 +42,13 @@ def read(page: Path) -> Reader:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
+def report_page(tmp_path_factory) -> Path:
     """The page of a finished run."""
-    return write_report([finished_run(tmp_path_factory.mktemp("runs") / "run")])
+    return write_report([write_finished_run(tmp_path_factory.mktemp("runs") / "run")])
 
 
-def test_a_finished_run_is_told_in_a_sentence_with_its_numbers(finished):
-    seen = read(finished).text
+def test_a_finished_run_is_told_in_a_sentence_with_its_numbers(report_page):
+    seen = read(report_page).text
     assert (
         "A llama-style model of 12,345 parameters was trained for 60 steps on 30,720 tokens of builtin:topics" in seen
     )
@@ -59,31 +59,31 @@ def test_a_finished_run_is_told_in_a_sentence_with_its_numbers(finished):
     assert "no compiler: install g++" in seen
 
 
-def test_the_plan_stands_beside_what_was_measured(finished):
-    seen = " ".join(read(finished).text.split())
+def test_the_plan_stands_beside_what_was_measured(report_page):
+    seen = " ".join(read(report_page).text.split())
     assert "tokens per second 2,000 1,031 0.515" in seen
     assert "a step 0.256 s 0.497 s 1.94" in seen
     assert "memory: weights 49.4 kB" in seen
 
 
-def test_samples_stand_in_the_order_of_their_steps(finished):
-    seen = read(finished).text
+def test_samples_stand_in_the_order_of_their_steps(report_page):
+    seen = read(report_page).text
     places = [seen.index(f"answer of step {step}") for step in (20, 40, 60)]
     assert places == sorted(places)
 
 
-def test_the_page_fetches_nothing_and_runs_nothing(finished):
-    seen = read(finished)
+def test_the_page_fetches_nothing_and_runs_nothing(report_page):
+    seen = read(report_page)
     assert not {"script", "link", "iframe", "object", "embed", "img", "base", "form"} & set(seen.tags)
     policy = next(value for name, value in seen.attributes if name == "content" and "default-src" in value)
     assert policy.startswith("default-src 'none'")
     addresses = [value for name, value in seen.attributes if name in ("src", "href", "xlink:href", "action", "data")]
     assert all(address.startswith("#") for address in addresses)
-    assert not re.search(r"@import|url\((?!#)", finished.read_text(encoding="utf-8"))
+    assert not re.search(r"@import|url\((?!#)", report_page.read_text(encoding="utf-8"))
 
 
 def test_whatever_a_run_holds_is_shown_as_text(tmp_path):
-    folder = finished_run(tmp_path / "run", config="note: </pre><script>alert(1)</script>\n")
+    folder = write_finished_run(tmp_path / "run", config="note: </pre><script>alert(1)</script>\n")
     hostile = [{"prompt": "<img src=x onerror=alert(1)>", "text": "a\u202eb\x1b[31mc"}]
     write_json(folder / "samples" / "step-00000070.json", {"step": 70, "samples": hostile})
     write_rows(folder / "events.jsonl", [{"time": "", "event": "<b>", "message": '"><svg onload=alert(1)>'}])
@@ -96,7 +96,7 @@ def test_whatever_a_run_holds_is_shown_as_text(tmp_path):
 
 
 def test_secrets_in_the_environment_are_not_shown(tmp_path):
-    folder = finished_run(tmp_path / "run")
+    folder = write_finished_run(tmp_path / "run")
     write_json(folder / "env.json", {"variables": {"HF_TOKEN": "hf_abc", "MY_API_KEY": "k123", "threads": 2}})
     text = write_report([folder]).read_text(encoding="utf-8")
     assert "hf_abc" not in text
@@ -129,8 +129,8 @@ def test_steps_that_were_not_finite_are_marked_and_counted(tmp_path):
 
 
 def test_several_runs_are_compared_on_one_page(tmp_path):
-    first = finished_run(tmp_path / "a" / "run")
-    second = finished_run(tmp_path / "b" / "run", config="seed: 0\noptimizer:\n  lr: 0.002\n")
+    first = write_finished_run(tmp_path / "a" / "run")
+    second = write_finished_run(tmp_path / "b" / "run", config="seed: 0\noptimizer:\n  lr: 0.002\n")
     page = write_report([first, second], out=tmp_path / "both.html")
     seen = " ".join(read(page).text.split())
     assert page == tmp_path / "both.html"
@@ -146,8 +146,11 @@ def test_the_settings_of_a_config_are_read_with_their_paths():
     assert dict(parse_settings(config)) == expected
 
 
-def test_the_same_run_gives_the_same_page(finished):
-    assert write_report([finished.parent], out=finished.parent / "again.html").read_bytes() == finished.read_bytes()
+def test_the_same_run_gives_the_same_page(report_page):
+    assert (
+        write_report([report_page.parent], out=report_page.parent / "again.html").read_bytes()
+        == report_page.read_bytes()
+    )
 
 
 def test_a_page_of_ten_thousand_steps_stays_small(tmp_path):
@@ -181,7 +184,7 @@ def test_what_is_no_run_folder_is_refused(tmp_path):
 
 
 def test_an_earlier_page_survives_a_failed_one(tmp_path):
-    folder = finished_run(tmp_path / "run")
+    folder = write_finished_run(tmp_path / "run")
     (folder / "report.html").write_text("an earlier page")
     (folder / "plan.json").write_text("{")
     with pytest.raises(DataError):
@@ -191,7 +194,7 @@ def test_an_earlier_page_survives_a_failed_one(tmp_path):
 
 
 def test_the_metrics_of_the_first_version_are_shown_under_todays_names(tmp_path):
-    folder = finished_run(tmp_path / "run")
+    folder = write_finished_run(tmp_path / "run")
     new = (folder / "metrics.jsonl").read_text()
     record = read_run(folder)
     old = new

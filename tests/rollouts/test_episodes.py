@@ -176,13 +176,13 @@ def test_gae_passes_over_the_environments_tokens():
 def test_episodes_are_the_same_alone_and_among_others():
     model = policy()
 
-    def played(numbers: Sequence[int], at_once: int) -> list[Any]:
+    def sample_episodes(numbers: Sequence[int], at_once: int) -> list[Any]:
         sampler = episodes(batch_size=at_once)
         return [[s.completion_ids for s in group] for group in sampler(model, [prompt(n) for n in numbers], 4, seed=3)]
 
-    together = played(range(4), 0)
-    assert played(range(4), 3) == together
-    assert [played([n], 0)[0] for n in range(4)] == together
+    together = sample_episodes(range(4), 0)
+    assert sample_episodes(range(4), 3) == together
+    assert [sample_episodes([n], 0)[0] for n in range(4)] == together
 
 
 @pytest.mark.parametrize(("options", "most"), [({"max_episode_tokens": 6}, 6), ({"max_turns": 1}, 8)])

@@ -48,17 +48,17 @@ def test_everything_else_is_refused(text: str) -> None:
         evaluate_expression(text)
 
 
-def drawn(chance: random.Random, depth: int) -> str:
+def random_expression(chance: random.Random, depth: int) -> str:
     if depth == 0 or chance.random() < 0.3:
         return str(chance.randrange(30))
-    left, right = drawn(chance, depth - 1), drawn(chance, depth - 1)
+    left, right = random_expression(chance, depth - 1), random_expression(chance, depth - 1)
     text = f"{left}{chance.choice('+-*/')}{right}"
     return f"({text})" if chance.random() < 0.7 else text
 
 
 @given(st.integers(0, 2**32))
 def test_random_expressions_come_to_what_python_says(seed: int) -> None:
-    text = drawn(random.Random(seed), 3)
+    text = random_expression(random.Random(seed), 3)
     try:
         expected = eval(re.sub(r"(\d+)", r"Fraction(\1)", text), {"Fraction": Fraction})  # our own text, in a test
     except ZeroDivisionError:

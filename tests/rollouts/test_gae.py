@@ -17,7 +17,7 @@ from llm_quest.rollouts.gae import GAE, VALUE_ESTIMATORS, whiten_together
 from llm_quest.rollouts.rollouts import RolloutLoader, RolloutPlan, ValueBaseline
 from llm_quest.rollouts.sampler import Sampler
 from llm_quest.techniques.value_head import ValueHead, remove_value_head, values_from_hidden
-from tests.rollouts.test_rollouts import Words, ask, even
+from tests.rollouts.test_rollouts import Words, ask, even_reward
 
 REWARDS, VALUES = np.array([0.0, 0.0, 1.0]), np.array([0.5, 0.2, 0.4])
 
@@ -82,7 +82,7 @@ def test_rows_survive_a_checkpoint():
 def loader(policy, **options) -> RolloutLoader:
     plan = RolloutPlan(prompts_per_rollout=4, num_generations=options.pop("num_generations", 2), seed=3)
     sampler = Sampler(tokenizer=Words(), eos_token_ids=(7, 9), max_new_tokens=6)
-    scoring = RewardPipeline(rewards=(WeightedReward("even", even),), estimator=VALUE_ESTIMATORS["gae"])
+    scoring = RewardPipeline(rewards=(WeightedReward("even", even_reward),), estimator=VALUE_ESTIMATORS["gae"])
 
     def scorer(batch):
         return values_from_hidden(policy, batch_hidden_states(policy, batch))
@@ -103,7 +103,9 @@ def test_a_rollouts_values_are_those_before_each_token_and_one_sample_a_prompt_i
     policy = policy_with_values()
     batches = loader(policy, whiten=False, num_generations=generations).batches(0)
     groups = loader(policy, num_generations=generations).generate_rollout(0).groups
-    rewards = {sample.prompt_ids + sample.completion_ids: even([sample])[0] for group in groups for sample in group}
+    rewards = {
+        sample.prompt_ids + sample.completion_ids: even_reward([sample])[0] for group in groups for sample in group
+    }
     assert sum(int(batch.loss_mask.any(dim=1).sum()) for batch in batches) == 4 * generations == len(rewards)
     for text, reward in rewards.items():
         with torch.no_grad():

@@ -25,13 +25,13 @@ def test_better_stands_beside_worse_and_groups_without_both_are_left_out():
     assert found[0].prompt.tolist() == [1, 2]
 
 
-def rated(first: int) -> TokenizedPreference:
+def preference_of(first: int) -> TokenizedPreference:
     return TokenizedPreference(np.array([first]), (np.array([5, 0]), np.array([6, 0])))
 
 
 @pytest.mark.parametrize(("rows", "old"), [(10, 1), (32, 3), (4, 0), (15, 2)])
 def test_a_tenth_of_every_batch_is_history(rows: int, old: int):
-    feed = ReplayLoader([rated(1)] * 9, [rated(2)] * 4, batch_size=rows)
+    feed = ReplayLoader([preference_of(1)] * 9, [preference_of(2)] * 4, batch_size=rows)
     for step in range(3):
         (batch,) = feed.batches(step)
         assert (batch.input_ids[::2, 0] == 2).sum() == old
@@ -39,7 +39,7 @@ def test_a_tenth_of_every_batch_is_history(rows: int, old: int):
 
 
 def test_what_is_drawn_is_a_function_of_seed_and_step():
-    new = [rated(i) for i in range(50)]
+    new = [preference_of(i) for i in range(50)]
     one, two = (ReplayLoader(new, new, batch_size=8, seed=seed) for seed in (1, 2))
     assert one.batches(3)[0].input_ids.equal(ReplayLoader(new, new, batch_size=8, seed=1).batches(3)[0].input_ids)
     assert not one.batches(3)[0].input_ids.equal(one.batches(4)[0].input_ids)
@@ -49,6 +49,6 @@ def test_what_is_drawn_is_a_function_of_seed_and_step():
 
 
 def test_the_first_iteration_has_no_history_and_nothing_to_compare_is_an_error():
-    assert len(ReplayLoader([rated(1)], [], batch_size=5).batches(0)[0].input_ids) == 10
+    assert len(ReplayLoader([preference_of(1)], [], batch_size=5).batches(0)[0].input_ids) == 10
     with pytest.raises(DataError, match="nothing to compare"):
-        ReplayLoader([], [rated(1)], batch_size=5)
+        ReplayLoader([], [preference_of(1)], batch_size=5)

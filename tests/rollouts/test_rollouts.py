@@ -44,13 +44,13 @@ def ask(index: int) -> PolicyPrompt:
     return PolicyPrompt(tuple((13 * index + 5 * place) % 90 + 1 for place in range(length)), index)
 
 
-def even(group: Sequence[Sample]) -> list[float]:
+def even_reward(group: Sequence[Sample]) -> list[float]:
     """1 for an even first token."""
     return [float(sample.completion_ids[0] % 2 == 0) for sample in group]
 
 
 def rollouts(
-    policy: Decoder, *, reward: Callable = even, new_tokens: int = 8, temperature=1.0, **options
+    policy: Decoder, *, reward: Callable = even_reward, new_tokens: int = 8, temperature=1.0, **options
 ) -> RolloutLoader:
     scoring = options.pop("scoring", None) or RewardPipeline(rewards=(WeightedReward("even", reward),))
     others = {name: options.pop(name) for name in ("scorers", "ask", "processes", "read_all") if name in options}
@@ -160,11 +160,11 @@ def test_old_log_probs_are_stored_once_and_the_second_update_has_a_ratio():
 def test_minibatches_part_the_rows_and_every_pass_deals_anew():
     feed = rollouts(build("llama3.2-tiny", seed=1), prompts_per_rollout=6, num_iterations=2, minibatches=3)
 
-    def dealt(step: int) -> list[tuple[int, ...]]:
+    def minibatch_rows(step: int) -> list[tuple[int, ...]]:
         feed.batches(step)
         return [row.prompt_ids + row.completion_ids for row in feed.minibatch(step % 6)]
 
-    passes = [[dealt(step) for step in (0, 1, 2)], [dealt(step) for step in (3, 4, 5)]]
+    passes = [[minibatch_rows(step) for step in (0, 1, 2)], [minibatch_rows(step) for step in (3, 4, 5)]]
     everything = sorted(row.prompt_ids + row.completion_ids for row in feed.rollout.rows)
     for one in passes:
         assert sorted(row for part in one for row in part) == everything
@@ -190,7 +190,7 @@ def test_the_bookmark_goes_on_in_the_middle_of_a_rollout():
     policy = build("llama3.2-tiny", seed=1)
     reference = build("llama3.2-tiny", seed=2)
 
-    def made() -> RolloutLoader:
+    def make_loader() -> RolloutLoader:
         return rollouts(
             policy,
             num_iterations=2,
@@ -198,13 +198,13 @@ def test_the_bookmark_goes_on_in_the_middle_of_a_rollout():
             scorers={"reference_log_probs": lambda batch: token_log_probs(reference, batch)},
         )
 
-    straight = made()
+    straight = make_loader()
     steps = [straight.batches(step) for step in range(6)]
     for stop in (0, 1, 3):
-        before = made()
+        before = make_loader()
         for step in range(stop + 1):
             before.batches(step)
-        after = made()
+        after = make_loader()
         after.load_state_dict(json.loads(json.dumps(before.state_dict())))
         for step in range(stop + 1, 6):
             for got, wanted in zip(after.batches(step), steps[step], strict=True):
@@ -217,11 +217,11 @@ def test_the_bookmark_goes_on_in_the_middle_of_a_rollout():
 # ------------------------------------------------------------------------------------------ what is learned from
 
 
-def judged_by_question(table: dict[int, list[float]]) -> Callable:
+def rewards_by_question(table: dict[int, list[float]]) -> Callable:
     return lambda group: table[group[0].problem]
 
 
-def learned(feed: RolloutLoader) -> dict[int, list[float]]:
+def advantages_by_question(feed: RolloutLoader) -> dict[int, list[float]]:
     """Question -> advantages of the samples that are learned from."""
     questions = {ask(index).prompt_ids: index for index in range(100)}
     feed.batches(0)
@@ -261,27 +261,27 @@ def test_groups_without_spread_are_not_read_and_count_in_the_divisor():
     """Two of four groups are mixed: 8 of 16 samples are read, and the loss is divided by all 16 (DeepSeekMath, eq. 3);
     dropped (keep_flat off), it would be divided by 8."""
     policy, table = build("llama3.2-tiny", seed=1), {0: MIXED, 1: WRONG, 2: RIGHT, 3: MIXED}
-    feed = rollouts(policy, reward=judged_by_question(table))
-    assert set(learned(feed)) == {0, 3}
+    feed = rollouts(policy, reward=rewards_by_question(table))
+    assert set(advantages_by_question(feed)) == {0, 3}
     notes = feed.batches(0)[0].metric_sums
     assert notes["frac_reward_zero_std"] == (2, 4)
     assert notes["reward"] == (6, 16)
     assert notes["rows_trained"] == (8, 16)
-    everything = rollouts(policy, reward=judged_by_question(table), read_all=True)
-    assert set(learned(everything)) == {0, 1, 2, 3}
+    everything = rollouts(policy, reward=rewards_by_question(table), read_all=True)
+    assert set(advantages_by_question(everything)) == {0, 1, 2, 3}
     dropped = rollouts(
         policy,
-        scoring=RewardPipeline(rewards=(WeightedReward("r", judged_by_question(table)),), keep_uniform_groups=False),
+        scoring=RewardPipeline(rewards=(WeightedReward("r", rewards_by_question(table)),), keep_uniform_groups=False),
     )
-    losses = [summed(policy, some, count="sequences") for some in (feed, everything, dropped)]
+    losses = [loss_sum_and_count(policy, some, count="sequences") for some in (feed, everything, dropped)]
     assert [count for _, count in losses] == [16, 16, 8]
     assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-6)
     tokens = sum(len(row.completion_ids) for row in everything.rollout.rows)
-    assert [summed(policy, some, count="tokens")[1] for some in (feed, everything)] == [tokens, tokens]
-    assert summed(policy, feed, count="horizon", horizon=8)[1] == 16 * 8, "Dr. GRPO's divisor is a constant"
+    assert [loss_sum_and_count(policy, some, count="tokens")[1] for some in (feed, everything)] == [tokens, tokens]
+    assert loss_sum_and_count(policy, feed, count="horizon", horizon=8)[1] == 16 * 8, "Dr. GRPO's divisor is a constant"
 
 
-def summed(policy: Decoder, feed: RolloutLoader, **options: Any) -> tuple[float, float]:
+def loss_sum_and_count(policy: Decoder, feed: RolloutLoader, **options: Any) -> tuple[float, float]:
     """The loss of the first step: its sum, and what that is divided by."""
     losses = [PolicyGradientLoss(policy, **options)(batch) for batch in feed.batches(0)]
     return sum(float(loss.total.detach()) for loss in losses), sum(float(loss.count) for loss in losses)
@@ -291,28 +291,28 @@ def test_a_term_that_acts_on_all_samples_has_them_all_read():
     """A KL term in the loss reads flat groups too; an entropy bonus with samples left out is refused."""
     policy, table = build("llama3.2-tiny", seed=1), {0: MIXED, 1: WRONG, 2: RIGHT, 3: MIXED}
     reference = partial(token_log_probs, build("llama3.2-tiny", seed=2))
-    feed = rollouts(policy, reward=judged_by_question(table), scorers={"reference_log_probs": reference})
-    assert set(learned(feed)) == {0, 1, 2, 3}
-    assert summed(policy, feed, kl=KLPenalty(0.1))[1] == 16
+    feed = rollouts(policy, reward=rewards_by_question(table), scorers={"reference_log_probs": reference})
+    assert set(advantages_by_question(feed)) == {0, 1, 2, 3}
+    assert loss_sum_and_count(policy, feed, kl=KLPenalty(0.1))[1] == 16
     with pytest.raises(UsageError, match="read_all=True"):
-        summed(policy, rollouts(policy, reward=judged_by_question(table)), entropy_coef=0.1)
+        loss_sum_and_count(policy, rollouts(policy, reward=rewards_by_question(table)), entropy_coef=0.1)
 
 
 def test_a_step_without_any_advantage_has_nothing_to_learn():
     policy = build("llama3.2-tiny", seed=1)
-    feed = rollouts(policy, reward=judged_by_question(dict.fromkeys(range(4), WRONG)))
-    assert summed(policy, feed) == (0, 0)
+    feed = rollouts(policy, reward=rewards_by_question(dict.fromkeys(range(4), WRONG)))
+    assert loss_sum_and_count(policy, feed) == (0, 0)
 
 
 def test_of_several_processes_one_counts_the_samples_that_nobody_reads():
     table = {i: MIXED if i % 2 else WRONG for i in range(4)}
 
-    def made(**more: Any) -> RolloutLoader:
+    def make_loader(**more: Any) -> RolloutLoader:
         return rollouts(
-            build("llama3.2-tiny", seed=1), reward=judged_by_question(table), max_micro_batch_tokens=40, **more
+            build("llama3.2-tiny", seed=1), reward=rewards_by_question(table), max_micro_batch_tokens=40, **more
         )
 
-    counts = [batch.zero_rows for _, steps in company(2, made, 1) for batch in steps[0]]
+    counts = [batch.zero_rows for _, steps in run_processes(2, make_loader, 1) for batch in steps[0]]
     assert sum(counts) == 8
     assert counts[0] == 8
 
@@ -333,7 +333,7 @@ class Thread:
         return told
 
 
-def company(
+def run_processes(
     world: int, made: Callable[..., RolloutLoader], steps: int
 ) -> list[tuple[RolloutLoader, list[list[PolicyBatch]]]]:
     """So many processes as threads, each with rollouts and a policy of its own; their batches of so many steps."""
@@ -352,7 +352,7 @@ def test_several_processes_share_one_rollout():
     """Two know the rows that one has which samples half at a time; each learns from its part, and together from all."""
     table = {i: MIXED if i % 3 else WRONG for i in range(40)}
 
-    def made(at_once: int = 0, **more: Any) -> RolloutLoader:
+    def make_loader(at_once: int = 0, **more: Any) -> RolloutLoader:
         policy = build("llama3.2-tiny", seed=1)
         options = {
             "scorers": {"reference_log_probs": partial(token_log_probs, build("llama3.2-tiny", seed=2))},
@@ -360,12 +360,12 @@ def test_several_processes_share_one_rollout():
             "max_sampling_rounds": 3,
         }
         return rollouts(
-            policy, reward=judged_by_question(table), at_once=at_once, max_micro_batch_tokens=40, **options, **more
+            policy, reward=rewards_by_question(table), at_once=at_once, max_micro_batch_tokens=40, **options, **more
         )  # fmt: skip
 
-    one = made(at_once=8)
+    one = make_loader(at_once=8)
     alone = [one.batches(step) for step in range(2)]
-    both = company(2, made, 2)
+    both = run_processes(2, make_loader, 2)
     for feed, _ in both:
         assert feed.num_prompts_taken == one.num_prompts_taken
         for mine, theirs in zip(feed.rollout.rows, one.rollout.rows, strict=True):
@@ -404,10 +404,10 @@ def test_a_text_is_the_same_however_the_prompts_are_shared_and_equal_prompts_hav
 
 def test_who_comes_away_empty_waits_with_a_row_that_is_as_complete():
     """One group of four rows in one micro-batch, and two processes."""
-    reward = judged_by_question({0: MIXED, 1: WRONG, 2: WRONG, 3: WRONG})
+    reward = rewards_by_question({0: MIXED, 1: WRONG, 2: WRONG, 3: WRONG})
     reference = partial(token_log_probs, build("llama3.2-tiny", seed=2))
 
-    def made(**more: Any) -> RolloutLoader:
+    def make_loader(**more: Any) -> RolloutLoader:
         return rollouts(
             build("llama3.2-tiny", seed=1),
             reward=reward,
@@ -416,14 +416,14 @@ def test_who_comes_away_empty_waits_with_a_row_that_is_as_complete():
             **more,
         )
 
-    (_, [[full]]), (feed, [[empty]]) = company(2, made, 1)
+    (_, [[full]]), (feed, [[empty]]) = run_processes(2, make_loader, 1)
     assert full.loss_mask.any()
     assert not empty.loss_mask.any()
     loss = PolicyGradientLoss(feed.policy, kl=KLPenalty(0.1))(empty)
     assert {"kl", "reward"} <= set(loss.metrics)
     assert float(loss.metrics["reward"][1]) == 0
     with pytest.raises(UsageError, match="4 prompts cannot be shared by 3 processes"):
-        made(processes=Thread(DataShard(0, 3), [], threading.Barrier(3)))
+        make_loader(processes=Thread(DataShard(0, 3), [], threading.Barrier(3)))
 
 
 def test_all_groups_without_spread_leave_a_step_with_notes_and_nothing_to_learn():
@@ -436,19 +436,19 @@ def test_all_groups_without_spread_leave_a_step_with_notes_and_nothing_to_learn(
 
 def test_dynamic_sampling_draws_until_enough_groups_are_mixed():
     table = {i: MIXED if i in (1, 6, 9, 10, 11) else WRONG for i in range(12)}
-    feed = rollouts(build("llama3.2-tiny", seed=1), reward=judged_by_question(table), max_sampling_rounds=5)
-    assert set(learned(feed)) == {1, 6, 9, 10}
+    feed = rollouts(build("llama3.2-tiny", seed=1), reward=rewards_by_question(table), max_sampling_rounds=5)
+    assert set(advantages_by_question(feed)) == {1, 6, 9, 10}
     assert feed.rollout.metric_sums["sampling_rounds"] == (3, 1)
     assert feed.rollout.metric_sums["frac_reward_zero_std"] == (7, 12)
     assert feed.num_prompts_taken == 12
-    few = rollouts(build("llama3.2-tiny", seed=1), reward=judged_by_question(table), max_sampling_rounds=2)
-    assert set(learned(few)) == {1, 6}
+    few = rollouts(build("llama3.2-tiny", seed=1), reward=rewards_by_question(table), max_sampling_rounds=2)
+    assert set(advantages_by_question(few)) == {1, 6}
 
 
 def test_dynamic_sampling_judges_raw_correctness_and_not_what_shapes_it():
     """All wrong, but of different lengths and formats: filtered (P23)."""
     shaped = RewardPipeline(
-        rewards=(WeightedReward("right", lambda group: WRONG), WeightedReward("format", even, 0.1)),
+        rewards=(WeightedReward("right", lambda group: WRONG), WeightedReward("format", even_reward, 0.1)),
         max_new_tokens=8,
         overlong_window=6,
     )
@@ -460,8 +460,8 @@ def test_dynamic_sampling_judges_raw_correctness_and_not_what_shapes_it():
 
 def test_the_unscorable_is_not_learned_from_and_counted():
     table = {0: [1.0, NAN, 0, 0], 1: [NAN] * 4, 2: [NAN, NAN, NAN, 1.0], 3: WRONG}
-    feed = rollouts(build("llama3.2-tiny", seed=1), reward=judged_by_question(table))
-    found = learned(feed)
+    feed = rollouts(build("llama3.2-tiny", seed=1), reward=rewards_by_question(table))
+    found = advantages_by_question(feed)
     assert set(found) == {0}
     assert found[0] == pytest.approx([1.154501, -0.577250, -0.577250])
     assert feed.rollout.metric_sums["rewards/unscorable"] == (8, 16)
@@ -474,7 +474,7 @@ def test_overlong_punishment(length: int, penalty: float):
 
 
 def test_what_the_budget_cut_can_be_left_out_of_batch_and_statistics():
-    scoring = RewardPipeline(rewards=(WeightedReward("even", even),), filter_truncated=True)
+    scoring = RewardPipeline(rewards=(WeightedReward("even", even_reward),), filter_truncated=True)
     feed = rollouts(build("llama3.2-tiny", seed=1), scoring=scoring, new_tokens=30, prompts_per_rollout=8)
     feed.batches(0)
     assert feed.rollout.rows
@@ -483,7 +483,7 @@ def test_what_the_budget_cut_can_be_left_out_of_batch_and_statistics():
 
 def test_kl_in_the_reward_moves_the_baseline_too_and_is_told_per_token():
     policy, other = build("llama3.2-tiny", seed=1), build("llama3.2-tiny", seed=2)
-    scoring = RewardPipeline(rewards=(WeightedReward("even", even),), estimator=ADVANTAGE_ESTIMATORS["mean"])
+    scoring = RewardPipeline(rewards=(WeightedReward("even", even_reward),), estimator=ADVANTAGE_ESTIMATORS["mean"])
     feed = rollouts(
         policy,
         scoring=scoring,
@@ -514,7 +514,7 @@ def test_kl_in_the_reward_moves_the_baseline_too_and_is_told_per_token():
 
 def test_process_supervision_gives_every_step_its_own_advantage():
     scoring = RewardPipeline(
-        rewards=(WeightedReward("even", even),),
+        rewards=(WeightedReward("even", even_reward),),
         step_rewards=lambda sample: [(0, float(sample.completion_ids[0] % 2)), (len(sample.completion_ids) - 1, 1.0)],
     )
     feed = rollouts(build("llama3.2-tiny", seed=1), scoring=scoring)
@@ -579,7 +579,7 @@ def test_plans_without_sense_are_refused(options: dict, told: str):
 )
 def test_scoring_without_sense_is_refused(options: dict, told: str):
     with pytest.raises(UsageError, match=told):
-        RewardPipeline(**{"rewards": (WeightedReward("even", even),)} | options)
+        RewardPipeline(**{"rewards": (WeightedReward("even", even_reward),)} | options)
 
 
 @pytest.mark.parametrize("name", ["grpo", "gspo", "cispo"])

@@ -24,15 +24,15 @@ from llm_quest.rollouts.advantages import RewardPipeline, WeightedReward
 from llm_quest.rollouts.rollouts import RolloutLoader, RolloutPlan
 from llm_quest.rollouts.sampler import Sampler
 from tests.objectives.rated import tiny
-from tests.recipes.test_grpo import started
+from tests.recipes.test_grpo import run_grpo
 from tests.recipes.tuned import metrics
-from tests.rollouts.test_rollouts import Words, ask, even
+from tests.rollouts.test_rollouts import Words, ask, even_reward
 
 FAMILIES = ["mixtral-tiny", "deepseek-v3-tiny", "qwen3-moe-tiny"]
 TOKENS = torch.arange(1, 15).reshape(2, 7)
 
 
-def recorded(model: Any, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
+def routing_of_pass(model: Any, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
     with record_routing(model) as chosen, torch.no_grad():
         model(tokens)
     return stack_routing(chosen, len(tokens))
@@ -50,7 +50,7 @@ def change_routers(model: Any) -> None:
 def test_replaying_ones_own_choice_changes_no_bit_and_leaves_no_hook(page: str):
     model = tiny(page=page)
     before = model(TOKENS)
-    with replay_routing(model, recorded(model)):
+    with replay_routing(model, routing_of_pass(model)):
         assert torch.equal(model(TOKENS), before)
     assert torch.equal(model(TOKENS), before)
     assert not any(router._forward_hooks for router in find_routers(model))
@@ -59,11 +59,13 @@ def test_replaying_ones_own_choice_changes_no_bit_and_leaves_no_hook(page: str):
 @pytest.mark.parametrize("page", FAMILIES)
 def test_another_models_choice_is_taken_with_the_present_weights(page: str):
     model = tiny(page=page)
-    old = recorded(model)
+    old = routing_of_pass(model)
     change_routers(model)
-    assert not torch.equal(recorded(model), old)
+    assert not torch.equal(routing_of_pass(model), old)
     with replay_routing(model, old):
-        assert torch.equal(recorded(model), old), "what reaches the experts: a later hook sees what an earlier one gave"
+        assert torch.equal(routing_of_pass(model), old), (
+            "what reaches the experts: a later hook sees what an earlier one gave"
+        )
         total = model(TOKENS).square().sum()
     learned = [router.weight for router in find_routers(model)]
     assert all(gradient.abs().max() > 0 for gradient in torch.autograd.grad(total, learned)), "routers still learn"
@@ -78,7 +80,7 @@ def loader(policy: Any) -> RolloutLoader:
 
     plan = RolloutPlan(prompts_per_rollout=4, num_generations=4, num_iterations=2, seed=3, share_prompts=False)
     sampler = Sampler(tokenizer=Words(), eos_token_ids=(7, 9), max_new_tokens=6)
-    scoring = RewardPipeline(rewards=(WeightedReward("even", even),))
+    scoring = RewardPipeline(rewards=(WeightedReward("even", even_reward),))
     return RolloutLoader(policy, ask, sampler, scoring, plan, routing_scorer=score)
 
 
@@ -93,7 +95,7 @@ def test_the_ratio_is_1_on_the_first_pass_and_the_recorded_experts_are_taken_on_
     assert objective.ratio_range.log().abs().max() < 1e-5
     alone = {row.prompt_ids + row.completion_ids: row.routing for row in feed.rollout.rows}
     for text, routing in alone.items():
-        assert np.array_equal(recorded(policy, torch.tensor([text[:-1]]))[0].numpy(), routing)
+        assert np.array_equal(routing_of_pass(policy, torch.tensor([text[:-1]]))[0].numpy(), routing)
     change_routers(policy)
     seen = list[torch.Tensor]()
     for batch in feed.batches(1):
@@ -131,10 +133,10 @@ def test_a_run_takes_it_and_a_model_without_experts_refuses_it(tmp_path: Path):
         save(build(config, seed=1), tmp_path / page, tokenizer=tokenizer)
     common = ["model=null", "warmup=null", "max_steps=2", "rewards=[{name: random}]", "router_replay=true"]
     with pytest.raises(UsageError, match="set num_iterations or num_mini_batches to 2"):
-        started(tmp_path / "a", *common, f"model.load={tmp_path / 'mixtral-tiny'}", "num_iterations=1")
+        run_grpo(tmp_path / "a", *common, f"model.load={tmp_path / 'mixtral-tiny'}", "num_iterations=1")
     common.append("num_iterations=2")
-    started(tmp_path / "run", *common, f"model.load={tmp_path / 'mixtral-tiny'}")
+    run_grpo(tmp_path / "run", *common, f"model.load={tmp_path / 'mixtral-tiny'}")
     rows = metrics(tmp_path / "run")
     assert rows[0]["log_ratio"] < 1e-5 < rows[1]["log_ratio"]
     with pytest.raises(UsageError, match="this model has no experts"):
-        started(tmp_path / "b", *common, f"model.load={tmp_path / 'llama3.2-tiny'}")
+        run_grpo(tmp_path / "b", *common, f"model.load={tmp_path / 'llama3.2-tiny'}")

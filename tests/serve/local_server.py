@@ -20,7 +20,7 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.serve.app import QuestServer
 from llm_quest.serve.server import LoadedModel, ServeOptions, bind_socket, http_server, make_server, run_server
 from llm_quest.techniques.lora import LoRA
-from tests.generation.test_generate import loud
+from tests.generation.test_generate import enlarge_weights
 from tests.tokenizer_kinds import byte_level
 
 Headers = Mapping[str, str]
@@ -31,7 +31,7 @@ def tiny_tokenizer() -> Tokenizer:
 
 
 def tiny_model(tokenizer: Tokenizer) -> Decoder:
-    return loud(build(replace(preset("llama3.2-tiny").config, vocab_size=tokenizer.vocab_size), seed=1))
+    return enlarge_weights(build(replace(preset("llama3.2-tiny").config, vocab_size=tokenizer.vocab_size), seed=1))
 
 
 def tiny_adapter(tokenizer: Tokenizer) -> Decoder:

@@ -21,7 +21,7 @@ from llm_quest.serve.batch import BatchLimits, RunningBatch
 from llm_quest.serve.engine import QueueFull, ServingEngine
 from llm_quest.serve.metrics import ServerMetrics
 from llm_quest.serve.requests import Event, GenerationRequest, PromptRead, RequestFailed, TokenMade
-from tests.generation.test_generate import TINY, loud
+from tests.generation.test_generate import TINY, enlarge_weights
 
 PARAMS = (
     SamplingParams(temperature=0.0),
@@ -46,7 +46,7 @@ class Recorder:
         made = self.events[request.number]
         return [one.token for one in made if isinstance(one, TokenMade) and one.choice == choice]
 
-    def cached(self, request: GenerationRequest) -> int:
+    def num_cached(self, request: GenerationRequest) -> int:
         return next(one.cached for one in self.events[request.number] if isinstance(one, PromptRead))
 
 
@@ -88,12 +88,12 @@ def little_memory(monkeypatch) -> None:
 
 @pytest.fixture(params=TINY)
 def model(request) -> Decoder:
-    return loud(build(request.param, seed=1, dtype="float64"))
+    return enlarge_weights(build(request.param, seed=1, dtype="float64"))
 
 
 @pytest.fixture
 def llama() -> Decoder:
-    return loud(build("llama3.2-tiny", seed=1, dtype="float64"))
+    return enlarge_weights(build("llama3.2-tiny", seed=1, dtype="float64"))
 
 
 def test_a_request_writes_the_same_text_in_any_company(model):
@@ -114,7 +114,7 @@ def test_a_prompt_that_begins_like_another_is_computed_from_there(llama):
     opening = list(range(30))
     first, running, third = (make_request(recorder, [*opening, *end]) for end in ([40], [41], [42, 43]))
     run(batch, {0: [first], 1: [running], 20: [third]})
-    assert [recorder.cached(one) for one in (first, running, third)] == [0, 30, 30]
+    assert [recorder.num_cached(one) for one in (first, running, third)] == [0, 30, 30]
     assert batch.prefixes.hits == 60
     assert batch.prefixes.queries == 31 + 31 + 32
 
@@ -126,13 +126,13 @@ def test_memory_is_that_of_the_longest_text_not_of_the_capacity(llama, monkeypat
     until = StoppingCriteria(max_new_tokens=3)
     fresh, alike = (make_request(recorder, [*range(18), n], stopping_criteria=until) for n in (30, 31))
     run(batch, {0: [fresh], 9: [alike]})
-    assert recorder.cached(alike) == 18
+    assert recorder.num_cached(alike) == 18
     assert set(reserved) == {20}, "the prompt's own length and the slot of padding"
     assert {buffer.shape[1] for buffer in batch.slots.buffers.values()} == {39}, "19, doubled for 21"
 
 
 def test_a_recurrent_state_is_used_again_from_the_end_of_its_prompt():
-    model = loud(build("qwen3-next-tiny", seed=1, dtype="float64"))
+    model = enlarge_weights(build("qwen3-next-tiny", seed=1, dtype="float64"))
     recorder, batch = Recorder(), RunningBatch(model, LIMITS, ServerMetrics())
     first = make_request(recorder, list(range(20)))
     run(batch, {0: [first]})
@@ -140,8 +140,8 @@ def test_a_recurrent_state_is_used_again_from_the_end_of_its_prompt():
     turn = make_request(recorder, [*first.prompt, *answer, 7, 8])
     other = make_request(recorder, [*first.prompt[:18], 7, 8])
     run(batch, {0: [turn, other]})
-    assert recorder.cached(turn) >= 20
-    assert recorder.cached(other) == 0
+    assert recorder.num_cached(turn) >= 20
+    assert recorder.num_cached(other) == 0
 
 
 def test_the_memory_of_finished_texts_has_a_bound(llama):

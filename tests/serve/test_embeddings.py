@@ -122,7 +122,7 @@ def local():
         yield running
 
 
-def expected_vector(local: LocalServer, text: str) -> np.ndarray:
+def reference_vector(local: LocalServer, text: str) -> np.ndarray:
     """The definition, in float64 behind the model."""
     served = local.served
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_vectors_are_the_last_tokens_in_both_encodings(local):
     assert default.usage.prompt_tokens == sum(len(local.served.tokenizer.encode(text)) for text in TEXTS)
     for one, other, text in zip(default.data, plain.data, TEXTS, strict=True):
         assert one.embedding == other.embedding
-        assert np.abs(np.array(one.embedding) - expected_vector(local, text)).max() < 1e-6
+        assert np.abs(np.array(one.embedding) - reference_vector(local, text)).max() < 1e-6
     ids = local.served.tokenizer.encode(TEXTS[0])
     assert client.embeddings.create(model="tiny", input=ids).data[0].embedding == default.data[0].embedding
     with pytest.raises(openai.BadRequestError, match="dimensions"):

@@ -18,7 +18,7 @@ from llm_quest.generation.stopping import StoppingCriteria
 from llm_quest.models.build import build
 from llm_quest.models.decoder import Decoder
 from llm_quest.serve.inside import TextInside, WrittenText, attention_heads, find_attention, hook
-from tests.generation.test_generate import TINY, loud
+from tests.generation.test_generate import TINY, enlarge_weights
 from tests.serve.local_server import LocalServer, local_server
 
 PROMPT = [5, 9, 2, 7, 7, 1, 30]
@@ -32,12 +32,12 @@ SAMPLINGS = (
 
 @pytest.fixture(params=TINY)
 def model(request) -> Decoder:
-    return loud(build(request.param, seed=1, dtype="float64"))
+    return enlarge_weights(build(request.param, seed=1, dtype="float64"))
 
 
 @pytest.fixture
 def qwen() -> Decoder:
-    return loud(build("qwen3-tiny", seed=1, dtype="float64"))
+    return enlarge_weights(build("qwen3-tiny", seed=1, dtype="float64"))
 
 
 def write(model: Decoder, params: SamplingParams, tokens: int = 12) -> tuple[WrittenText, list[float]]:
@@ -149,7 +149,7 @@ def test_a_layer_of_the_lens_is_the_model_cut_behind_it(qwen):
 
 
 def test_the_experts_are_those_that_the_router_scores_highest():
-    model = loud(build("mixtral-tiny", seed=1, dtype="float64"))
+    model = enlarge_weights(build("mixtral-tiny", seed=1, dtype="float64"))
     text = write(model, SAMPLINGS[0], 4)[0]
     routing = TextInside(model, text).routing()
     assert len(routing) == len(model.blocks)
@@ -162,11 +162,11 @@ def test_the_experts_are_those_that_the_router_scores_highest():
         assert [sorted(token for token, _ in row) for row in layer] == [sorted(row) for row in top.indices.tolist()]
         weights = [sorted(weight for _, weight in row) for row in layer]
         assert np.allclose(weights, top.values.softmax(-1).sort(-1).values.detach().numpy(), atol=1e-5)
-    assert TextInside(loud(build("gpt2-tiny", seed=1)), text).routing() == []
+    assert TextInside(enlarge_weights(build("gpt2-tiny", seed=1)), text).routing() == []
 
 
 def test_a_dense_layer_before_those_with_experts_keeps_its_number():
-    model = loud(build("deepseek-v3-tiny", seed=1))
+    model = enlarge_weights(build("deepseek-v3-tiny", seed=1))
     with_experts = [any(type(part).__name__.endswith("Router") for part in block.modules()) for block in model.blocks]
     assert with_experts.index(True) > 0
     text = write(model, SAMPLINGS[0], 3)[0]

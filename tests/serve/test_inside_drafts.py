@@ -137,11 +137,11 @@ def test_greedy_cycles_are_those_of_the_speculative_decoder(name, kind):
     drafter, stats = decode_with_drafts(model, prompt, draft)
     found = {len(prompt) + one.place: [each.token for each in one.proposals] for one in cycles if one.proposals}
     assert found == {place: tokens for place, tokens in drafter.proposed.items() if tokens}
-    assert (len(cycles), accepted(cycles)) == (stats.num_passes, stats.num_accepted_tokens)
+    assert (len(cycles), count_accepted(cycles)) == (stats.num_passes, stats.num_accepted_tokens)
     assert sum(one.num_taken for one in cycles) == len(plain)
 
 
-def accepted(cycles: list[DraftCycle]) -> int:
+def count_accepted(cycles: list[DraftCycle]) -> int:
     return sum(one.is_accepted for cycle in cycles for one in cycle.proposals)
 
 
@@ -149,7 +149,7 @@ def accepted(cycles: list[DraftCycle]) -> int:
 def test_some_proposals_are_accepted_and_some_are_not(params):
     model = target("llama3.2-tiny", "float64")
     cycles = replay(model, write(model, params, 24)[0], drafting("model", model))
-    assert 0 < accepted(cycles) < sum(len(cycle.proposals) for cycle in cycles)
+    assert 0 < count_accepted(cycles) < sum(len(cycle.proposals) for cycle in cycles)
 
 
 def test_a_draft_that_is_the_model_has_its_probabilities():

@@ -1,4 +1,4 @@
-"""Run by test_processes.py: one process judges `compiled`, and two judge `sharded`; all are forked. They
+"""Run by test_processes.py: one process judges `compiled`, and two judge `clip_sharded`; all are forked. They
 tell what holds."""
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def compiled() -> None:
         print(name, flush=True)
 
 
-def sharded(told: str) -> None:
+def clip_sharded(told: str) -> None:
     """Each of two processes sees half of the batch and holds half of every matrix; the clip is that of one process."""
     distributed.init_process_group("gloo")
     rank, mesh = distributed.get_rank(), init_device_mesh("cpu", (2,))

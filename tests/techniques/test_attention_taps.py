@@ -13,7 +13,7 @@ from llm_quest.techniques.attention_taps import AttentionTaps
 from tests.laws.subjects import own, random_tokens
 
 
-def recorded(model, tokens, **more):
+def record_attention(model, tokens, **more):
     records: dict = {}
     model(tokens, Scope.unpadded(tokens, records=records, **more))
     return records.get("attention", [])
@@ -27,7 +27,7 @@ def test_the_weights_are_those_that_mixed_the_values(page: str):
     seen = []
     mixer = model.blocks[1].mixer.layer
     mixer.attend.register_forward_hook(lambda attend, inputs, output: seen.append((inputs[2], output)))
-    [(layer, weights)] = recorded(model, tokens)
+    [(layer, weights)] = record_attention(model, tokens)
     assert layer == 1
     values, out = seen[0]
     spread = values.repeat_interleave(weights.shape[1] // values.shape[2], dim=2)
@@ -51,10 +51,10 @@ def test_nothing_is_recorded_unless_somebody_asks_and_no_logit_moves():
 def test_with_a_cache_the_queries_see_all_keys_and_gradients_flow():
     model = AttentionTaps()(own("qwen3-next-tiny"))
     tokens = random_tokens(model, 1, 8)
-    [(_, whole)] = recorded(model, tokens)
+    [(_, whole)] = record_attention(model, tokens)
     cache = model.new_cache(1, 8)
-    recorded(model, tokens[:, :5], cache=cache)
-    [(_, rest)] = recorded(model, tokens[:, 5:], cache=cache, start=5)
+    record_attention(model, tokens[:, :5], cache=cache)
+    [(_, rest)] = record_attention(model, tokens[:, 5:], cache=cache, start=5)
     torch.testing.assert_close(rest[..., -8:], whole[:, :, 5:])
     whole.square().sum().backward()
     mixer = next(m for m in model.modules() if isinstance(m, GroupedQueryAttention))

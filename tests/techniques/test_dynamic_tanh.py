@@ -18,7 +18,7 @@ from tests.laws.subjects import TINY
 x_transformers = Later("x_transformers.x_transformers")
 
 
-def randomized(width: int, generator: torch.Generator) -> tuple[DynamicTanh, Any]:
+def random_pair(width: int, generator: torch.Generator) -> tuple[DynamicTanh, Any]:
     ours, theirs = DynamicTanh(width, 0.5, bias=True), x_transformers.DynamicTanh(width, init_alpha=0.5)
     with torch.no_grad():
         for mine, other in ((ours.alpha, theirs.pre_tanh_scale), (ours.weight, theirs.gamma), (ours.bias, theirs.beta)):
@@ -28,7 +28,7 @@ def randomized(width: int, generator: torch.Generator) -> tuple[DynamicTanh, Any
 
 
 def test_it_equals_x_transformers_bit_by_bit(generator: torch.Generator):
-    ours, theirs = randomized(20, generator)
+    ours, theirs = random_pair(20, generator)
     x = 3 * torch.randn(4, 7, 20, generator=generator)
     assert torch.equal(ours(x), theirs(x))
     assert ours.bfloat16()(x.bfloat16()).dtype is torch.bfloat16

@@ -40,7 +40,7 @@ KINDS = {
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def trained(kind: str, page: str = "llama3.2-tiny", dtype: torch.dtype = torch.float64) -> Any:
+def train_adapter(kind: str, page: str = "llama3.2-tiny", dtype: torch.dtype = torch.float64) -> Any:
     """An adapted model whose adapter has moved."""
     model = KINDS[kind](own(page, dtype))
     generator = torch.Generator().manual_seed(4)
@@ -114,7 +114,7 @@ def test_tiny_lora_shares_its_numbers_as_far_as_it_is_tied(tying: float, groups:
 @every_kind
 @pytest.mark.parametrize("page", ["llama3.2-tiny", "gpt2-tiny", "deepseek-v3-tiny"])
 def test_merging_gives_the_same_logits_and_unmerging_the_same_bits(kind: str, page: str):
-    model = trained(kind, page)
+    model = train_adapter(kind, page)
     tokens = random_tokens(model, 2, 9)
     before, state = model(tokens), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     learned, card = [name for name, p in model.named_parameters() if p.requires_grad], model.spec
@@ -133,7 +133,7 @@ def test_merging_gives_the_same_logits_and_unmerging_the_same_bits(kind: str, pa
 
 @every_kind
 def test_without_its_adapters_it_is_the_model_before_to_the_bit(kind: str):
-    model = trained(kind)
+    model = train_adapter(kind)
     tokens = random_tokens(model, 2, 9)
     with disable_adapter(model):
         assert torch.equal(model(tokens), shared("llama3.2-tiny")(tokens))
@@ -148,7 +148,7 @@ def test_without_its_adapters_it_is_the_model_before_to_the_bit(kind: str):
 
 def test_off_everywhere_also_where_a_matrix_is_read_and_not_called():
     """MLA's absorbed form multiplies by the matrix itself: few queries and a long memory."""
-    model, plain = trained("lora", "deepseek-v3-tiny"), shared("deepseek-v3-tiny")
+    model, plain = train_adapter("lora", "deepseek-v3-tiny"), shared("deepseek-v3-tiny")
     tokens = random_tokens(model, 1, 40)
 
     def last(one: Any) -> torch.Tensor:
@@ -237,7 +237,7 @@ def test_what_cannot_be_adapted_is_refused_and_the_model_left_as_it_was(techniqu
 
 
 def test_merging_twice_unmerging_twice_and_adapting_twice_are_refused():
-    model = trained("lora")
+    model = train_adapter("lora")
     with pytest.raises(UsageError, match="has an adapter already"):
         DoRA()(model)
     record = merge_adapter(model)
@@ -253,7 +253,7 @@ def test_merging_twice_unmerging_twice_and_adapting_twice_are_refused():
 
 
 def test_a_merged_model_can_be_adapted_again_and_saved_for_others(tmp_path):
-    model = trained("lora", dtype=torch.float32)
+    model = train_adapter("lora", dtype=torch.float32)
     merge_adapter(model)
     quest.save(model, tmp_path / "merged")
     assert not (tmp_path / "merged" / "techniques.safetensors").exists()
@@ -272,13 +272,13 @@ def test_seeds_decide_first_values():
 
 
 def test_a_copy_lives_its_own_life():
-    model = trained("dora")
+    model = train_adapter("dora")
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.mul_(1.5)
     tokens = random_tokens(model, 1, 5)
-    assert torch.equal(model(tokens), trained("dora")(tokens))
+    assert torch.equal(model(tokens), train_adapter("dora")(tokens))
     assert not torch.equal(twin(tokens), model(tokens))
 
 

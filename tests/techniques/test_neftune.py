@@ -11,7 +11,7 @@ from llm_quest.errors import UsageError
 from llm_quest.models.build import build
 from llm_quest.scope import Scope
 from llm_quest.techniques.neftune import EmbeddingNoise, NEFTune, document_lengths
-from tests.recipes.tuned import base, started, written
+from tests.recipes.tuned import base, start_run, write_rows
 
 
 def noise(scope: Scope, dim: int, alpha: float = 5.0) -> torch.Tensor:
@@ -73,7 +73,7 @@ WORDS = ("red", "blue", "cat", "dog")
 
 
 def test_a_run_of_sft_takes_it_and_recipes_that_score_in_evaluation_mode_refuse_it(tmp_path):
-    rows = written(
+    rows = write_rows(
         tmp_path / "rows.jsonl",
         [
             {"prompt": f"say {w} {v}", "completion": w, "chosen": w, "rejected": v}
@@ -87,9 +87,11 @@ def test_a_run_of_sft_takes_it_and_recipes_that_score_in_evaluation_mode_refuse_
     losses = {}
     for techniques in ("[]", "[neftune]", "[{name: neftune, noise_alpha: 50}]"):
         out = tmp_path / techniques
-        outcome = started("sft", text.format("sft"), out, *options, f"techniques={techniques}", "samples.every_steps=0")
+        outcome = start_run(
+            "sft", text.format("sft"), out, *options, f"techniques={techniques}", "samples.every_steps=0"
+        )
         losses[techniques] = outcome.metrics["loss"]
     assert len(set(losses.values())) == 3
     for recipe in ("dpo", "reward"):
         with pytest.raises(UsageError, match=r"neftune has no effect on .* without dropout and noise"):
-            started(recipe, text.format(recipe), tmp_path / recipe, *options, "techniques=[neftune]")
+            start_run(recipe, text.format(recipe), tmp_path / recipe, *options, "techniques=[neftune]")

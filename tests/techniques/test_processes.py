@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.forked import run_forked
 from tests.recipes.two import together
-from tests.techniques.processes import compiled, sharded
+from tests.techniques.processes import clip_sharded, compiled
 
 
 def test_a_training_pass_is_one_graph_with_the_eager_loss():
@@ -16,5 +16,5 @@ def test_a_training_pass_is_one_graph_with_the_eager_loss():
 
 def test_two_processes_clip_as_one(tmp_path: Path):
     file = tmp_path / "judged.txt"
-    together(sharded, str(file))
+    together(clip_sharded, str(file))
     assert file.read_text().split() == ["gpt2-tiny", "deepseek-v3-tiny"]

@@ -33,7 +33,7 @@ class One(nn.Module):
         self.mixer = mixer
 
 
-def grouped(heads: int, groups: int, dtype: torch.dtype, **more) -> nn.Module:
+def make_gqa(heads: int, groups: int, dtype: torch.dtype, **more) -> nn.Module:
     sizes = {
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
@@ -43,15 +43,15 @@ def grouped(heads: int, groups: int, dtype: torch.dtype, **more) -> nn.Module:
     return GroupedQueryAttention(24, **(sizes | more)).to(dtype)
 
 
-def gated(heads: int, groups: int, dtype: torch.dtype) -> nn.Module:
-    mixer = grouped(heads, groups, dtype, bias=True)
+def make_gated(heads: int, groups: int, dtype: torch.dtype) -> nn.Module:
+    mixer = make_gqa(heads, groups, dtype, bias=True)
     mixer.qkv = PackedLinear(24, q=heads * 16, k=groups * 8, v=groups * 8, bias=True).to(dtype)
     mixer.output_gate = SigmoidOutputGate()
     return mixer
 
 
 def narrow_values(heads: int, groups: int, dtype: torch.dtype, **more) -> nn.Module:
-    mixer = grouped(heads, groups, dtype, **more)
+    mixer = make_gqa(heads, groups, dtype, **more)
     mixer.qkv = PackedLinear(24, q=heads * 8, k=groups * 8, v=groups * 5).to(dtype)
     mixer.out = nn.Linear(heads * 5, 24, bias=False).to(dtype)
     return mixer
@@ -72,9 +72,9 @@ def latent(q_rank: int | None, dtype: torch.dtype) -> nn.Module:
 
 
 MIXERS = {
-    "MHA": lambda dtype: grouped(4, 4, dtype),
-    "MHA with biases": lambda dtype: grouped(4, 4, dtype, bias=True),
-    "GQA, gated, biases": lambda dtype: gated(6, 2, dtype),
+    "MHA": lambda dtype: make_gqa(4, 4, dtype),
+    "MHA with biases": lambda dtype: make_gqa(4, 4, dtype, bias=True),
+    "GQA, gated, biases": lambda dtype: make_gated(6, 2, dtype),
     "MQA, window": lambda dtype: narrow_values(4, 1, dtype, sliding_window=3),
     "MLA": lambda dtype: latent(10, dtype),
     "MLA without q_rank": lambda dtype: latent(None, dtype),
@@ -82,7 +82,7 @@ MIXERS = {
 everybody = pytest.mark.parametrize("name", MIXERS)
 
 
-def one(name: str, dtype: torch.dtype = torch.float64) -> tuple[One, Tensor]:
+def mixer_and_input(name: str, dtype: torch.dtype = torch.float64) -> tuple[One, Tensor]:
     """The mixer with all tensors random (the last head's queries small) and what it reads."""
     generator = torch.Generator().manual_seed(0)
     mixer = MIXERS[name](dtype)
@@ -101,49 +101,49 @@ def one(name: str, dtype: torch.dtype = torch.float64) -> tuple[One, Tensor]:
     return One(mixer.train()), torch.randn(2, 70, 24, generator=generator, dtype=dtype)
 
 
-def measured(model: One, x: Tensor) -> Tensor:
+def take_max_logits(model: One, x: Tensor) -> Tensor:
     """S of a training pass, taken away."""
     model.mixer(x, Scope.unpadded(x[..., 0]))
     return model.mixer.attend.max_logits.take()
 
 
-def clipped(model: One, x: Tensor, clip: QKClip) -> Tensor:
+def max_logits_after_clip(model: One, x: Tensor, clip: QKClip) -> Tensor:
     model.mixer(x, Scope.unpadded(x[..., 0]))
     clip.on_step_end(model, 1)
-    return measured(model, x)
+    return take_max_logits(model, x)
 
 
 @everybody
 @pytest.mark.parametrize("clip", [QKClip(TAU), QKClip(TAU, heads="layer"), QKClip(TAU, magnitude=True)], ids=str)
 def test_after_the_clip_the_largest_logit_is_tau(name: str, clip: QKClip):
-    model, x = one(name)
+    model, x = mixer_and_input(name)
     clip(model)
-    before = measured(model, x)
+    before = take_max_logits(model, x)
     assert before.max() > 2 * TAU
-    after = clipped(model, x, clip)
+    after = max_logits_after_clip(model, x, clip)
     assert after.max() <= TAU * (1 + 1e-6)
     if clip.heads == "each":
         torch.testing.assert_close(after, before.clamp(max=TAU), rtol=1e-9, atol=0)
     else:
         torch.testing.assert_close(after, before * (TAU / before.max()), rtol=1e-9, atol=0)
-    torch.testing.assert_close(clipped(model, x, clip), after, rtol=1e-9, atol=0)
+    torch.testing.assert_close(max_logits_after_clip(model, x, clip), after, rtol=1e-9, atol=0)
 
 
 @everybody
 def test_in_float32_the_bound_holds_to_one_in_a_million(name: str):
-    model, x = one(name, torch.float32)
+    model, x = mixer_and_input(name, torch.float32)
     clip = QKClip(TAU)
     clip(model)
-    assert clipped(model, x, clip).max() <= TAU * (1 + 1e-6)
+    assert max_logits_after_clip(model, x, clip).max() <= TAU * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("shared", ["query", "group", "both"])
 def test_the_three_ways_to_share_a_key(shared: str):
-    model, x = one("GQA, gated, biases")
+    model, x = mixer_and_input("GQA, gated, biases")
     clip = QKClip(TAU, key_share=shared)
     clip(model)
-    before = measured(model, x)
-    after = clipped(model, x, clip)
+    before = take_max_logits(model, x)
+    after = max_logits_after_clip(model, x, clip)
     own = before.clamp(max=TAU)
     groups = (before * (TAU / before.view(2, 3).amax(1).clamp(min=TAU)).repeat_interleave(3)).clamp(max=TAU)
     torch.testing.assert_close(after, groups if shared == "group" else own, rtol=1e-9, atol=0)
@@ -151,13 +151,13 @@ def test_the_three_ways_to_share_a_key(shared: str):
 
 @everybody
 def test_heads_below_tau_and_all_values_stay_bit_by_bit(name: str):
-    model, x = one(name)
+    model, x = mixer_and_input(name)
     clip = QKClip(TAU)
     clip(model)
     heads: list[Tensor] = []
     model.mixer.attend.register_forward_hook(lambda attend, inputs, output: heads.append(output))
-    before = measured(model, x)
-    clipped(model, x, clip)
+    before = take_max_logits(model, x)
+    max_logits_after_clip(model, x, clip)
     stays = (before <= TAU).nonzero()[:, 0].tolist()
     assert stays == [model.mixer.num_attention_heads - 1]
     assert torch.equal(heads[-1][:, :, stays], heads[0][:, :, stays])
@@ -166,12 +166,12 @@ def test_heads_below_tau_and_all_values_stay_bit_by_bit(name: str):
 
 
 def test_a_gate_made_beside_the_query_stays():
-    model, x = one("GQA, gated, biases")
+    model, x = mixer_and_input("GQA, gated, biases")
     clip = QKClip(TAU)
     clip(model)
     qkv, heads = model.mixer.qkv, model.mixer.num_attention_heads
     before = [part[qkv.row_slice("q")].unflatten(0, (heads, 2, -1)).clone() for part in (qkv.weight, qkv.bias)]
-    clipped(model, x, clip)
+    max_logits_after_clip(model, x, clip)
     for part, old in zip((qkv.weight, qkv.bias), before, strict=True):
         now = part[qkv.row_slice("q")].unflatten(0, (heads, 2, -1))
         assert torch.equal(now[:, 1], old[:, 1])
@@ -179,11 +179,11 @@ def test_a_gate_made_beside_the_query_stays():
 
 
 def test_mlas_shared_rotary_key_stays():
-    model, x = one("MLA")
+    model, x = mixer_and_input("MLA")
     clip = QKClip(TAU)
     clip(model)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    clipped(model, x, clip)
+    max_logits_after_clip(model, x, clip)
     moved = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
     assert moved == ["mixer.q_up.weight", "mixer.kv_up.weight"]
 

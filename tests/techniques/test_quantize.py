@@ -28,7 +28,7 @@ every_page = pytest.mark.parametrize("page", TINY)
 every_format = pytest.mark.parametrize("name", FORMATS)
 
 
-def quantized(page: str, name: str = "int8", dtype: torch.dtype = torch.float64) -> Any:
+def quantize_model(page: str, name: str = "int8", dtype: torch.dtype = torch.float64) -> Any:
     return Quantize(name)(own(page, dtype))  # type: ignore[arg-type]
 
 
@@ -36,7 +36,7 @@ def quantized(page: str, name: str = "int8", dtype: torch.dtype = torch.float64)
 @every_format
 def test_the_model_is_the_one_whose_matrices_were_rounded(page: str, name: str):
     """In float64: the same logits as the float model with the dequantized matrices, everywhere."""
-    small, plain = quantized(page, name), own(page)
+    small, plain = quantize_model(page, name), own(page)
     rounded = {path: module.weight for path, module in small.named_modules() if isinstance(module, QuantizedMatrix)}
     with torch.no_grad():
         for path, weight in rounded.items():
@@ -70,7 +70,7 @@ def test_a_weight_takes_its_bits_and_its_share_of_a_scale(name: str, bits: float
 @every_format
 def test_decoding_in_float32_is_reading_at_once(page: str, name: str):
     """One token at a time, and all together: other numbers of rows, the same logits up to float32's rounding."""
-    small = quantized(page, name, torch.float32)
+    small = quantize_model(page, name, torch.float32)
     tokens = random_tokens(small, 1, 12)
     cache, parts = small.new_cache(1, 12), []
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_decoding_in_float32_is_reading_at_once(page: str, name: str):
 
 @every_format
 def test_a_rows_text_is_the_same_alone_in_a_batch_and_drafted(name: str):
-    model = quantized("llama3.2-tiny", name, torch.float32)
+    model = quantize_model("llama3.2-tiny", name, torch.float32)
     prompts = [tokens.tolist() for tokens in random_tokens(model, 6, 9)]
     for how in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 1}):
         together = quest.generate(model, prompts, max_new_tokens=12, eos_token_id=(), **how)
@@ -100,13 +100,13 @@ def test_a_capped_head_stays_capped_and_a_tied_one_stays_one():
     untied = Quantize("int4")(quest.build(replace(preset("llama3.2-tiny").config, tie_word_embeddings=False)))
     assert isinstance(untied.head.matrix, QuantizedMatrix)
     gemma = next(name for name in TINY if name.startswith("gemma2"))
-    capped, plain = quantized(gemma), own(gemma)
+    capped, plain = quantize_model(gemma), own(gemma)
     assert capped.head.softcap == plain.head.softcap is not None
 
 
 @every_format
 def test_saved_as_bytes_and_read_in_another_dtype(name: str, tmp_path: Path):
-    small = quantized("llama3.2-tiny", name, torch.float32)
+    small = quantize_model("llama3.2-tiny", name, torch.float32)
     quest.save(small, tmp_path / "small")
     again = quest.load(tmp_path / "small", dtype="bfloat16")
     matrix, before = again.blocks[0].mixer.layer.qkv.matrix, small.blocks[0].mixer.layer.qkv.matrix
@@ -121,8 +121,8 @@ def test_saved_as_bytes_and_read_in_another_dtype(name: str, tmp_path: Path):
 @every_format
 def test_an_adapter_learns_on_quantized_weights_and_nothing_else_moves(page: str, name: str):
     """QLoRA: the gradients are those of the same adapter on the dequantized model."""
-    small = LoRA(rank=2)(quantized(page, name))
-    plain = LoRA(rank=2)(dequantized(page, name))
+    small = LoRA(rank=2)(quantize_model(page, name))
+    plain = LoRA(rank=2)(dequantize_model(page, name))
     frozen = {path: parameter.clone() for path, parameter in small.named_parameters() if not parameter.requires_grad}
     learned = {path: parameter for path, parameter in small.named_parameters() if parameter.requires_grad}
     assert learned
@@ -142,9 +142,9 @@ def test_an_adapter_learns_on_quantized_weights_and_nothing_else_moves(page: str
     assert all(torch.equal(parameter, frozen[path]) for path, parameter in small.named_parameters() if path in frozen)
 
 
-def dequantized(page: str, name: str) -> Any:
+def dequantize_model(page: str, name: str) -> Any:
     """The float model with the numbers of the quantized one."""
-    small, plain = quantized(page, name), own(page)
+    small, plain = quantize_model(page, name), own(page)
     with torch.no_grad():
         for path, module in small.named_modules():
             if isinstance(module, QuantizedMatrix):
@@ -155,7 +155,7 @@ def dequantized(page: str, name: str) -> Any:
 
 
 def test_an_adapter_of_a_quantized_model_is_peft_s_and_loads_onto_either_model(tmp_path: Path):
-    model = LoRA(rank=2)(quantized("llama3.2-tiny", "nf4"))
+    model = LoRA(rank=2)(quantize_model("llama3.2-tiny", "nf4"))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -164,9 +164,9 @@ def test_an_adapter_of_a_quantized_model_is_peft_s_and_loads_onto_either_model(t
     with pytest.raises(ValueError, match="base is quantized"):
         merge_adapter(model)
     save_adapter(model, tmp_path / "adapter")
-    again = load_adapter(quantized("llama3.2-tiny", "nf4"), tmp_path / "adapter")
+    again = load_adapter(quantize_model("llama3.2-tiny", "nf4"), tmp_path / "adapter")
     torch.testing.assert_close(again(tokens), model(tokens), rtol=0, atol=1e-6)
-    merged = load_adapter(dequantized("llama3.2-tiny", "nf4"), tmp_path / "adapter")
+    merged = load_adapter(dequantize_model("llama3.2-tiny", "nf4"), tmp_path / "adapter")
     merge_adapter(merged)
     torch.testing.assert_close(merged(tokens), model(tokens), rtol=0, atol=1e-6)
     quest.save(model, tmp_path / "both")

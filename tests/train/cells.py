@@ -60,7 +60,7 @@ def pairs(shard: Any) -> Any:
     return ShardedLoader(PreferenceDataset(made), batch_size=ROWS, micro_batch_size=1, seed=0, shard=shard)
 
 
-def labeled(shard: Any) -> Any:
+def classification_loader(shard: Any) -> Any:
     labels = [(n % 3,) for n in range(8)]
     texts = TextClassificationDataset([some_ids(n, 4, 9) for n in range(8)], labels, ["a", "b", "c"])
     return ShardedLoader(texts, batch_size=ROWS, micro_batch_size=1, seed=0, shard=shard)
@@ -101,7 +101,7 @@ OBJECTIVES: dict[str, tuple[Callable[[Any], nn.Module], Callable[[Any], Any]]] =
     "reward": (lambda model: RewardModelLoss(score(model, 1)), pairs),
     "classification": (
         lambda model: TextClassificationLoss(score(model, 3), class_weights=torch.tensor([0.5, 1.0, 4.0])),
-        labeled,
+        classification_loader,
     ),
     "policy": (PolicyGradientLoss, Completions),
 }

@@ -21,7 +21,7 @@ from llm_quest.experiments.code_tree import own_code
 from llm_quest.experiments.ledger import Ledger
 from llm_quest.experiments.measurements import Measurements, RunRequest, hash_inputs, read_metric
 from llm_quest.experiments.tuning import LARGEST_RATE, parabola_vertex
-from tests.experiments.forked_pool import forked_pool
+from tests.experiments.forked_pool import make_forked_pool
 
 VOCAB, STEPS, MOST_OCTAVES = 300, 150, 1
 BASE = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32}
@@ -174,7 +174,7 @@ def main() -> int:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     failed = False
-    with forked_pool(1) as pool:
+    with make_forked_pool(1) as pool:
         transfer = Transfer(given.out, pool)
         for optim in given.optims.split(","):
             size = Size(optim, "standard", 1)  # at the base all parametrizations are the same

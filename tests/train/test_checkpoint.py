@@ -24,7 +24,7 @@ from llm_quest.train.state import TrainState
 from tests.train.small import Rule, digest, go, objective
 
 
-def made(step: int, size: int = 100) -> Checkpoint:
+def make_checkpoint(step: int, size: int = 100) -> Checkpoint:
     tensors = {"model": {"w": torch.full((size,), float(step))}, "optimizer": {"w|exp_avg": torch.zeros(size)}}
     return Checkpoint(step, {**tensors, "progress": {"step": step}})
 
@@ -34,19 +34,19 @@ def names(root) -> list[str]:
 
 
 def test_what_is_written_is_read_and_latest_names_it(tmp_path):
-    folder = files.save_checkpoint(tmp_path / "checkpoints", made(1000))
+    folder = files.save_checkpoint(tmp_path / "checkpoints", make_checkpoint(1000))
     assert folder.name == "step-00001000"
     assert (tmp_path / "LATEST").read_text() == "step-00001000\n"
     assert find_fault(folder) == ""
     back = files.load_checkpoint(folder)
-    assert torch.equal(back.state_dict["model"]["w"], made(1000).state_dict["model"]["w"])
+    assert torch.equal(back.state_dict["model"]["w"], make_checkpoint(1000).state_dict["model"]["w"])
     assert (back.step, back.state_dict["progress"]) == (1000, {"step": 1000})
 
 
 def test_files_have_the_modes_of_the_umask_and_no_pickle(tmp_path):
     before = os.umask(0o027)
     try:
-        folder = files.save_checkpoint(tmp_path / "checkpoints", made(1))
+        folder = files.save_checkpoint(tmp_path / "checkpoints", make_checkpoint(1))
     finally:
         os.umask(before)
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o640}
@@ -55,9 +55,9 @@ def test_files_have_the_modes_of_the_umask_and_no_pickle(tmp_path):
 
 
 def test_a_committed_checkpoint_is_never_overwritten(tmp_path):
-    files.save_checkpoint(tmp_path / "checkpoints", made(1))
+    files.save_checkpoint(tmp_path / "checkpoints", make_checkpoint(1))
     with pytest.raises(BusyError, match="exists already"):
-        files.save_checkpoint(tmp_path / "checkpoints", made(1))
+        files.save_checkpoint(tmp_path / "checkpoints", make_checkpoint(1))
 
 
 def flip(path) -> None:
@@ -80,7 +80,7 @@ def flip(path) -> None:
 def test_a_corrupt_newest_is_renamed_and_the_one_before_it_is_used(tmp_path, harm, words):
     root = tmp_path / "checkpoints"
     for step in (1, 2):
-        files.save_checkpoint(root, made(step))
+        files.save_checkpoint(root, make_checkpoint(step))
     harm(root / "step-00000002")
     said: list[str] = []
     assert files.latest_checkpoint(root, said.append).name == "step-00000001"
@@ -90,7 +90,7 @@ def test_a_corrupt_newest_is_renamed_and_the_one_before_it_is_used(tmp_path, har
 
 
 def test_a_manifest_of_an_earlier_version_is_verified_by_its_sha256(tmp_path):
-    folder = files.save_checkpoint(tmp_path / "checkpoints", made(1))
+    folder = files.save_checkpoint(tmp_path / "checkpoints", make_checkpoint(1))
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
     for name, entry in manifest["files"].items():
         del entry["xxh3_128"]
@@ -102,7 +102,7 @@ def test_a_manifest_of_an_earlier_version_is_verified_by_its_sha256(tmp_path):
 
 
 def test_a_manifest_without_any_hash_is_refused(tmp_path):
-    folder = files.save_checkpoint(tmp_path / "checkpoints", made(1))
+    folder = files.save_checkpoint(tmp_path / "checkpoints", make_checkpoint(1))
     text = (folder / MANIFEST_FILE).read_text()
     (folder / MANIFEST_FILE).write_text(text.replace("xxh3_128", "crc"))
     assert "has no size and hash (xxh3_128 or sha256)" in find_fault(folder)
@@ -111,7 +111,7 @@ def test_a_manifest_without_any_hash_is_refused(tmp_path):
 def test_if_all_are_corrupt_the_run_does_not_start_over_however_often_it_is_asked(tmp_path):
     root = tmp_path / "checkpoints"
     for step in (1, 2):
-        files.save_checkpoint(root, made(step))
+        files.save_checkpoint(root, make_checkpoint(step))
         flip(root / f"step-{step:08d}/model.safetensors")
     for _ in range(3):
         with pytest.raises(DataError, match=r"all are corrupt \(step-00000002: .* xxh3_128 .*; step-00000001"):
@@ -141,7 +141,7 @@ def test_a_run_that_was_stopped_before_any_checkpoint_keeps_its_rows_aside(tmp_p
 def test_retention_keeps_the_last_the_multiples_and_the_best(tmp_path):
     root = tmp_path / "checkpoints"
     for step in range(10, 80, 10):
-        files.save_checkpoint(root, made(step))
+        files.save_checkpoint(root, make_checkpoint(step))
     files.prune_checkpoints(root, files.Retention(2, keep_every=30, keep_steps=(20,)))
     assert [files.checkpoint_step(folder) for folder in files.list_checkpoints(root)] == [20, 30, 60, 70]
     files.prune_checkpoints(root, files.Retention(0))
@@ -166,7 +166,7 @@ def test_a_checkpoint_that_is_known_to_be_well_is_always_there(every: int, save_
 
 def test_leftovers_of_killed_processes_are_swept_and_others_are_not(tmp_path):
     root = tmp_path / "checkpoints"
-    files.save_checkpoint(root, made(1))
+    files.save_checkpoint(root, make_checkpoint(1))
     for name in (".tmp-00000002-1-x", ".trash-step-00000000", "step-00000003.corrupt"):
         (root / name).mkdir()
         (root / name / "model.safetensors").write_bytes(b"half")
@@ -177,7 +177,7 @@ def test_leftovers_of_killed_processes_are_swept_and_others_are_not(tmp_path):
 def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 500, 500))
     with pytest.raises(ResourceError, match=r"0\.0 MB are missing\)\. Earlier checkpoints are untouched"):
-        files.save_checkpoint(tmp_path / "checkpoints", made(1))
+        files.save_checkpoint(tmp_path / "checkpoints", make_checkpoint(1))
     assert names(tmp_path / "checkpoints") == []
 
 
@@ -277,7 +277,7 @@ def test_a_train_state_is_restored_whole():
 @pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES])
 def test_an_error_of_the_disk_names_the_checkpoint_and_leaves_the_others(tmp_path, monkeypatch, number: int):
     root = tmp_path / "checkpoints"
-    files.save_checkpoint(root, made(1))
+    files.save_checkpoint(root, make_checkpoint(1))
 
     def fail(*given: object) -> None:
         raise OSError(number, os.strerror(number))
@@ -286,7 +286,7 @@ def test_an_error_of_the_disk_names_the_checkpoint_and_leaves_the_others(tmp_pat
         with monkeypatch.context() as patched:
             patched.setattr(files, door, fail)
             with pytest.raises(ResourceError, match=r"step-00000002 cannot be written .*Earlier checkpoints are"):
-                files.save_checkpoint(root, made(2))
+                files.save_checkpoint(root, make_checkpoint(2))
         if door != "fsync_path" or not (root / "step-00000002").exists():
             assert names(root) == ["step-00000001"]
     assert find_fault(root / "step-00000001") == ""

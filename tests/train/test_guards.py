@@ -14,7 +14,7 @@ from llm_quest.train.loop import train
 from llm_quest.train.optimizers import make_adamw, make_lr_schedule
 from llm_quest.train.run_dir import RunDir
 from tests.train.small import Losses, Rule, digest, go, objective
-from tests.train.test_loop import Poisoned, trapped
+from tests.train.test_loop import Poisoned, make_trap
 
 
 class Spoil:
@@ -33,7 +33,7 @@ class Spoil:
 
 def test_a_step_that_is_skipped_names_the_module_once_a_streak():
     show = Losses()
-    go(8, made=trapped(), feed=Poisoned({3, 4, 6}), show=show)
+    go(8, made=make_trap(), feed=Poisoned({3, 4, 6}), show=show)
     named = [text for text in show.events if text.startswith("skipped")]
     assert ["output of model.embed (Trap)" in text for text in named] == [True, False, True]
 
@@ -47,7 +47,7 @@ def test_looking_for_the_module_leaves_no_trace_on_the_numbers(tmp_path, monkeyp
                 "llm_quest.train.health.HealthMonitor.locate_nonfinite", lambda self, reason, *given: reason
             )
         with RunDir(tmp_path / name) as run:
-            ends.append(digest(go(8, run, made=trapped(), feed=Poisoned({3, 6})).checkpoint_path))
+            ends.append(digest(go(8, run, made=make_trap(), feed=Poisoned({3, 6})).checkpoint_path))
     assert ends[0] == ends[1]
 
 

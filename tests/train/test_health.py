@@ -35,7 +35,7 @@ HEALTHY_LOSSES = {
 }
 
 
-def told_at(losses: Iterable[float], norms: Iterable[float] = (), weights: Iterable[float] = ()) -> list[int]:
+def warning_steps(losses: Iterable[float], norms: Iterable[float] = (), weights: Iterable[float] = ()) -> list[int]:
     """The steps in which a monitor says something, resumed from its saved state after each of them."""
     monitor, steps = DivergenceMonitor(), []
     series = list(losses)
@@ -52,25 +52,25 @@ def told_at(losses: Iterable[float], norms: Iterable[float] = (), weights: Itera
 
 @pytest.mark.parametrize("name", HEALTHY_LOSSES)
 def test_a_healthy_loss_is_no_divergence(name: str):
-    assert told_at(HEALTHY_LOSSES[name]) == []
+    assert warning_steps(HEALTHY_LOSSES[name]) == []
 
 
 def test_a_loss_that_rises_is_told_once_until_it_is_well_again():
     rising = [*FALLING, *[4.5] * 20]
-    assert told_at(rising) == [len(FALLING) + STREAK]
-    assert told_at([*rising, *FALLING[40:], *[5.0] * 9]) == [len(FALLING) + STREAK, len(rising) + 20 + STREAK]
-    assert told_at([7.0, *[30.0] * 9]) == [1 + STREAK]
+    assert warning_steps(rising) == [len(FALLING) + STREAK]
+    assert warning_steps([*rising, *FALLING[40:], *[5.0] * 9]) == [len(FALLING) + STREAK, len(rising) + 20 + STREAK]
+    assert warning_steps([7.0, *[30.0] * 9]) == [1 + STREAK]
 
 
 def test_gradients_and_weights_that_explode_are_told():
     calm, steps = [1.0 + n % 3 for n in range(30)], 30
     loss = [2.0] * (steps + 9)
-    assert told_at(loss, [*calm, *[500.0] * 9]) == [steps + STREAK]
-    assert told_at(loss, [*calm, 500.0, 1.0, 500.0, *calm[:6]]) == []
-    assert told_at(loss, [0.0] * 20 + [3.0] * 19) == []  # a policy whose groups were all alike
-    assert told_at(loss, weights=[*[10.0] * steps, *[10.0 * 2**n for n in range(1, 10)]]) == [steps + 1 + STREAK]
-    assert told_at(loss, weights=[0.01 * n for n in range(steps + 9)]) == []  # an adapter that begins at zero
-    assert told_at(loss, weights=[0.01 * n**2 for n in range(steps + 9)]) == []  # and whose rate rises
+    assert warning_steps(loss, [*calm, *[500.0] * 9]) == [steps + STREAK]
+    assert warning_steps(loss, [*calm, 500.0, 1.0, 500.0, *calm[:6]]) == []
+    assert warning_steps(loss, [0.0] * 20 + [3.0] * 19) == []  # a policy whose groups were all alike
+    assert warning_steps(loss, weights=[*[10.0] * steps, *[10.0 * 2**n for n in range(1, 10)]]) == [steps + 1 + STREAK]
+    assert warning_steps(loss, weights=[0.01 * n for n in range(steps + 9)]) == []  # an adapter that begins at zero
+    assert warning_steps(loss, weights=[0.01 * n**2 for n in range(steps + 9)]) == []  # and whose rate rises
     assert steps > FIRST_GROWTH_STEP
 
 

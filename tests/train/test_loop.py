@@ -162,7 +162,7 @@ class Trap(nn.Module):
         return torch.where(hit, torch.nan, x)
 
 
-def trapped(backward: bool = False, dropout: float = 0.1):
+def make_trap(backward: bool = False, dropout: float = 0.1):
     made = objective(dropout=dropout)
     made.model.embed = Trap(made.model.embed, backward)
     return made
@@ -184,7 +184,7 @@ class Poisoned(Rule):
 def test_a_nan_is_skipped_counted_shown_and_null_in_the_log(tmp_path):
     calls, show = Calls(), Losses()
     with RunDir(tmp_path / "run") as run:
-        result = go(8, run, made=trapped(), feed=Poisoned({3, 4}), callbacks=[calls], show=show)
+        result = go(8, run, made=make_trap(), feed=Poisoned({3, 4}), callbacks=[calls], show=show)
     assert result.metrics["skipped_steps"] == 2
     assert calls.at == [1, 2, 3, None, None, 6, 7, 8]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -196,7 +196,7 @@ def test_a_nan_is_skipped_counted_shown_and_null_in_the_log(tmp_path):
 def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were():
     ends = []
     for bad, steps in (({3, 4}, 5), (set(), 3)):
-        made = trapped(dropout=0.0)
+        made = make_trap(dropout=0.0)
         go(steps, made=made, feed=Poisoned(bad))
         ends.append(made.model.state_dict())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
@@ -208,7 +208,7 @@ def test_too_many_bad_steps_stop_the_run_and_name_the_module(tmp_path, backward,
         RunDir(tmp_path / "run") as run,
         pytest.raises(GuardStop, match=rf"stopped at step 8: 3 steps in a row.*{place}"),
     ):
-        go(20, run, made=trapped(backward), feed=Poisoned(range(5, 20)), max_nonfinite_steps=2)
+        go(20, run, made=make_trap(backward), feed=Poisoned(range(5, 20)), max_nonfinite_steps=2)
     report = json.loads((tmp_path / "run/crash.json").read_text())
     assert report["step"] == 8
     assert report["guard"]["nonfinite_streak"] == 3

@@ -19,12 +19,12 @@ def by_two(request, tmp_path_factory: pytest.TempPathFactory) -> dict[Cell, dict
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[Cell, dict]:
+def results_of_one_process() -> dict[Cell, dict]:
     return {cell: run_cell(cell, DistributedContext()) for cell in CELLS}
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=" ".join)
-def test_two_processes_train_as_one(cell: Cell, by_two: dict, alone: dict):
-    one, two = alone[cell], by_two[cell]
+def test_two_processes_train_as_one(cell: Cell, by_two: dict, results_of_one_process: dict):
+    one, two = results_of_one_process[cell], by_two[cell]
     torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ from llm_quest.train.optimizers import make_adamw, make_muon
 from tests.train.small import Model
 
 
-def grown(model: nn.Module, generator: torch.Generator) -> None:
+def set_gradients(model: nn.Module, generator: torch.Generator) -> None:
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
 
@@ -112,7 +112,7 @@ def test_a_stack_of_experts_is_as_many_matrices(generator):
     model = nn.Module()
     model.experts = nn.Parameter(torch.zeros(3, 8, 6))
     model.conv = nn.Parameter(torch.zeros(5, 1, 4))
-    grown(model, generator)
+    set_gradients(model, generator)
     gradient = model.experts.grad.clone()
     optimizer = make_muon(model, lr=1.0, weight_decay=0.0, momentum=0.0, row_splits={"experts": (4, 4)})
     optimizer.step()
@@ -152,7 +152,7 @@ def test_matrices_of_one_shape_are_updated_together_as_each_alone(monkeypatch, f
         optimizer = make_muon(model, lr=0.1, row_splits=splits, form=form, scales=scales)
         optimizer.param_groups[2]["lr"] = 0.3
         for step in range(3):
-            grown(model, generator)
+            set_gradients(model, generator)
             if step == 1:
                 model.up.grad = None
             optimizer.step()
@@ -175,7 +175,7 @@ def test_embeddings_heads_and_vectors_go_to_adamw(generator):
     model, same = Model(), Model()
     same.load_state_dict(model.state_dict())
     for one in (model, same):
-        grown(one, torch.Generator().manual_seed(1))
+        set_gradients(one, torch.Generator().manual_seed(1))
     both, plain = make_muon(model, lr=1e-2), make_adamw(same, lr=1e-2)
     both.step(), plain.step()
     kinds = {name: "momentum" in both.state[p] for name, p in model.named_parameters()}

@@ -35,7 +35,9 @@ RAW_STREAM = ("olmo2-tiny", "olmo3-tiny", "exaone4-tiny")
 """Norms behind the branches alone."""
 
 
-def scaled(config: Any, wide: int, deep: int, kind: str = "completep", seed: int = 0) -> tuple[Any, dict[str, Any]]:
+def scale_model(
+    config: Any, wide: int, deep: int, kind: str = "completep", seed: int = 0
+) -> tuple[Any, dict[str, Any]]:
     """A model of `wide` times the heads and `deep` times the layers, and its scales."""
     sizes = {"heads": wide * config.num_attention_heads, "layers": deep * config.num_hidden_layers}
     model = build(resize_config(config, **sizes), seed=seed)
@@ -70,7 +72,7 @@ def test_every_parameter_of_every_family_has_a_role_and_a_scale(name: str):
 
 @pytest.mark.parametrize("kind", ["standard", "mup", "completep"])
 def test_at_the_base_nothing_changes(kind: str):
-    model, scales = scaled(LLAMA, 1, 1, kind)
+    model, scales = scale_model(LLAMA, 1, 1, kind)
     plain = build(LLAMA)
     for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(one, other), name
@@ -92,7 +94,7 @@ def steps(model: Any, make: Any, count: int, scales: Any) -> list[torch.Tensor]:
 
 
 def test_first_values_follow_the_table():
-    base, (model, _) = build(LLAMA), scaled(LLAMA, 4, 4)
+    base, (model, _) = build(LLAMA), scale_model(LLAMA, 4, 4)
     std = lambda one, name: float(one.get_parameter(name).detach().std())  # noqa: E731
     for name, factor in {
         "embed.token.weight": 1.0, "head.weight": 1 / 4, "blocks.1.mixer.layer.qkv.weight": 1 / 2,
@@ -122,8 +124,10 @@ def test_a_folded_forward_factor_is_the_same_training():
 def test_activations_change_alike_at_every_size(optim: str, axis: str):
     factors = (1, 4) if (optim, axis) == ("muon", "width") else (1, 8)
     case = Case(NARROW_HEADS, "completep", axis, factors, optim, seeds=1, steps=6)
-    assert not list(unlike(case)), changes(case)
-    assert list(unlike(replace(case, kind="standard"))), "the standard parametrization fails beside it"
+    assert not list(changes_that_depend_on_size(case)), changes(case)
+    assert list(changes_that_depend_on_size(replace(case, kind="standard"))), (
+        "the standard parametrization fails beside it"
+    )
 
 
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
@@ -145,7 +149,7 @@ def test_norms_behind_the_branches_alone_need_an_embedding_of_size_one(optim: st
     assert last > first, "beside an embedding of 0.02 deeper models learn more slowly"
 
 
-def unlike(case: Case) -> Iterator[str]:
+def changes_that_depend_on_size(case: Case) -> Iterator[str]:
     """The activations whose change depends on the size."""
     for name, values in changes(case).items():
         if spread(values) > MOST_SPREAD or abs(slope(values, case.factors)) > MOST_SLOPE:
@@ -153,7 +157,7 @@ def unlike(case: Case) -> Iterator[str]:
 
 
 def test_a_saved_folder_computes_the_same(tmp_path: Path):
-    model, _ = scaled(TINY["gemma2-tiny"], 2, 2)
+    model, _ = scale_model(TINY["gemma2-tiny"], 2, 2)
     save(model, tmp_path / "folder")
     tokens = torch.arange(20).view(2, 10)
     assert torch.equal(load(tmp_path / "folder")(tokens), model(tokens))

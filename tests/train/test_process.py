@@ -42,7 +42,7 @@ def end(process: multiprocessing.process.BaseProcess) -> int:
     return process.exitcode
 
 
-def until(folder: Path, step: int, name: str = "metrics.jsonl") -> None:
+def wait_for_step(folder: Path, step: int, name: str = "metrics.jsonl") -> None:
     """Wait for the first line at or after a step."""
     give_up = time.monotonic() + 60
     while time.monotonic() < give_up:
@@ -65,7 +65,7 @@ def test_killed_at_random_moments_and_resumed_the_run_ends_with_the_same_bits(tm
     broken, kills, reached = tmp_path / "broken", 0, 0
     for _ in range(5):
         process = start(broken, "--pause", "0.01")
-        until(broken, min(reached + 2, 36))
+        wait_for_step(broken, min(reached + 2, 36))
         time.sleep(chance.uniform(0, 0.15))
         process.kill()
         kills += end(process) == -signal.SIGKILL
@@ -80,7 +80,7 @@ def test_killed_at_random_moments_and_resumed_the_run_ends_with_the_same_bits(tm
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(tmp_path, number, code):
     process = start(tmp_path / "run", "--pause", "0.02", "--save-steps", "0")
-    until(tmp_path / "run", 2)
+    wait_for_step(tmp_path / "run", 2)
     os.kill(process.pid, number)
     assert end(process) == code
     last = rows(tmp_path / "run")[-1]["step"]
@@ -90,7 +90,7 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(tmp_path, numbe
 
 def test_a_second_signal_ends_at_once_and_the_checkpoint_before_it_stands(tmp_path):
     process = start(tmp_path / "run", "--pause", "1", "--save-steps", "1")
-    until(tmp_path / "run", 1, "events.jsonl")
+    wait_for_step(tmp_path / "run", 1, "events.jsonl")
     os.kill(process.pid, signal.SIGTERM)
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGTERM)
@@ -251,14 +251,14 @@ def torchrun(folder: Path, *options: str) -> None:
     assert end(agent) == 0
 
 
-def forked(folder: Path, *options: str) -> None:
+def fork_processes(folder: Path, *options: str) -> None:
     """What torchrun starts, without importing torch three times."""
     together(child, [str(folder), *options])
 
 
 @pytest.mark.parametrize(
     ("start_two", "engine", "optimizer", "close"),
-    [(torchrun, "ddp", "adamw", 1e-4), (forked, "fsdp", "muon", 5e-2)],
+    [(torchrun, "ddp", "adamw", 1e-4), (fork_processes, "fsdp", "muon", 5e-2)],
 )
 def test_two_processes_see_the_data_of_one_and_have_its_losses(tmp_path, start_two, engine, optimizer, close):
     """Twelve steps on two, then on to 16 on one: the checkpoint knows nothing of how many wrote it."""

@@ -41,7 +41,7 @@ RAGGED = [[5, 9, 2, 7, 7, 1], [3], [8, 8, 4], [5, 9, 2, 7, 7, 1]]
 DRAFTS = ["model", "mtp", "ngram"]
 
 
-def loud(model: Decoder) -> Decoder:
+def enlarge_weights(model: Decoder) -> Decoder:
     """Weights large enough that tokens matter."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -54,10 +54,12 @@ def loud(model: Decoder) -> Decoder:
 def target(name: str, dtype: str = "float32") -> Decoder:
     """A model with lookahead modules."""
     model = build(name, seed=1)
-    return loud(model if len(model.mtp_modules) else MultiTokenPrediction(2)(model)).to(getattr(torch, dtype))
+    return enlarge_weights(model if len(model.mtp_modules) else MultiTokenPrediction(2)(model)).to(
+        getattr(torch, dtype)
+    )
 
 
-def disturbed(model: Decoder, by: float = 0.1) -> Decoder:
+def perturb(model: Decoder, by: float = 0.1) -> Decoder:
     """A draft that often, and not always, agrees."""
     draft, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -68,7 +70,7 @@ def disturbed(model: Decoder, by: float = 0.1) -> Decoder:
 
 
 def drafting(kind: str, model: Decoder) -> Decoder | str:
-    return disturbed(model) if kind == "model" else kind
+    return perturb(model) if kind == "model" else kind
 
 
 def tokens_of(completions) -> list[list[int]]:
@@ -135,10 +137,10 @@ def test_spec_1_by_hand():
     assert acceptance_probability(P, Q).tolist() == pytest.approx([1.0, 0.6, 2 / 3])
     assert float((Q * acceptance_probability(P, Q)).sum()) == pytest.approx(0.7)
     assert residual_distribution(P, Q).tolist() == pytest.approx([1.0, 0.0, 0.0])
-    assert written(P, Q).tolist() == pytest.approx(P.tolist(), abs=1e-15)
+    assert output_distribution(P, Q).tolist() == pytest.approx(P.tolist(), abs=1e-15)
 
 
-def written(p: Tensor, q: Tensor) -> Tensor:
+def output_distribution(p: Tensor, q: Tensor) -> Tensor:
     """The law of one judged token, all paths summed."""
     accepted = q * torch.where(q > 0, acceptance_probability(p, q), 0)
     return accepted + (1 - accepted.sum()) * residual_distribution(p, q)
@@ -176,10 +178,10 @@ def test_all_paths_of_three_guesses_sum_to_the_models_law():
         }
     assert sum(law.values()) == pytest.approx(1, abs=1e-12)
     for path in itertools.product(range(5), repeat=3):
-        assert completed(law, path, p) == pytest.approx(exact[path], abs=1e-12)
+        assert path_probability(law, path, p) == pytest.approx(exact[path], abs=1e-12)
 
 
-def completed(law: Counter[tuple[int, ...]], path: tuple[int, ...], p: Tensor) -> float:
+def path_probability(law: Counter[tuple[int, ...]], path: tuple[int, ...], p: Tensor) -> float:
     """Paths that ended early go on by p."""
     total = 0.0
     for length in range(1, 4):
@@ -196,11 +198,11 @@ def test_thousands_of_samples_have_the_models_law(kind, samples):
     config = dataclasses.replace(
         preset("llama3.2-tiny").config, vocab_size=5, hidden_size=16, num_hidden_layers=1, max_position_embeddings=16
     )
-    model = loud(MultiTokenPrediction(2)(build(config, seed=1)))
+    model = enlarge_weights(MultiTokenPrediction(2)(build(config, seed=1)))
     with torch.no_grad():
         model.head.weight.mul_(0.3)
     sampling, prompt = SamplingParams(temperature=0.9), [1, 2, 3, 1, 2]
-    draft = drafting(kind, model) if kind != "model" else disturbed(model, by=0.8)
+    draft = drafting(kind, model) if kind != "model" else perturb(model, by=0.8)
     tally = SpeculationStats()
     rows = generate_completions(
         model, [prompt], sampling, StoppingCriteria(max_new_tokens=3), n=samples, seed=5, draft=draft, stats=tally
@@ -290,7 +292,7 @@ def test_the_end_of_the_context_is_where_plain_decoding_finds_it(kind, beyond):
 def test_a_draft_with_a_shorter_context_falls_silent_at_its_end():
     model = target("llama3.2-tiny")
     config = dataclasses.replace(preset("llama3.2-tiny").config, max_position_embeddings=20)
-    draft = loud(build(config, seed=2))
+    draft = enlarge_weights(build(config, seed=2))
     prompts = [[1, 2, 3], list(range(1, 40))]
     plain = generate(model, prompts, max_new_tokens=30, temperature=0.0)
     assert tokens_of(generate(model, prompts, max_new_tokens=30, temperature=0.0, draft=draft)) == tokens_of(plain)
@@ -328,7 +330,7 @@ def test_a_sampled_row_ends_with_the_context_alone_and_among_neighbors(beyond):
     model = target("gpt2-tiny", "float64")
     context = model.config.max_position_embeddings
     prompts = [list(range(context - 3)), list(range(context - 12)), [7, 3]]
-    choice = {"max_new_tokens": 30, "seed": 3, "on_full_context": beyond, "draft": disturbed(model, by=0.01)}
+    choice = {"max_new_tokens": 30, "seed": 3, "on_full_context": beyond, "draft": perturb(model, by=0.01)}
     rows = generate(model, prompts, **choice)
     assert tokens_of(rows) == [tokens_of(generate(model, [prompt], **choice))[0] for prompt in prompts]
     lengths = [3, 12, 30] if beyond == "stop" else [30] * 3
@@ -349,7 +351,7 @@ def test_a_row_with_less_room_than_its_neighbors_reads_no_guess_beyond_its_conte
 
 def test_a_group_shares_a_prefill_on_both_sides():
     model = target("qwen3.5-tiny", "float64")
-    draft = disturbed(model)
+    draft = perturb(model)
     group = generate(model, [[3, 1], [8]], n=3, max_new_tokens=14, seed=5, draft=draft)
     apart = generate(model, [[3, 1]] * 3 + [[8]] * 3, max_new_tokens=14, seed=5, draft=draft)
     assert tokens_of(group) == tokens_of(apart)
@@ -404,7 +406,7 @@ def test_lookahead_modules_guess_what_the_uncached_chain_guesses(name):
 @pytest.mark.parametrize("name", KINDS)
 def test_a_small_model_guesses_what_it_would_write_itself(name):
     """After rejections, after cycles in which it was not asked, in ragged rows."""
-    draft = disturbed(target(name, "float64"))
+    draft = perturb(target(name, "float64"))
     drafter = DraftModelDrafter(draft, draft, SamplingParams(temperature=0.0))
     texts = [[5, 9, 2, 7, 7, 1], [3], [8, 8, 4]]
     drafter.prefill(texts, 1, 60)
@@ -517,13 +519,13 @@ def test_the_least_acceptance_that_pays_grows_with_the_drafts_cost():
     ],
 )
 def test_a_draft_that_cannot_draft_is_refused(draft, words):
-    model = loud(build("llama3.2-tiny", seed=1))
+    model = enlarge_weights(build("llama3.2-tiny", seed=1))
     with pytest.raises(UsageError, match=words):
         generate(model, [[1]], max_new_tokens=4, draft=draft(model))
 
 
 def test_a_draft_of_another_vocabulary_is_refused_with_a_reason():
-    model = loud(build("llama3.2-tiny", seed=1))
+    model = enlarge_weights(build("llama3.2-tiny", seed=1))
     other = build(dataclasses.replace(preset("llama3.2-tiny").config, vocab_size=2000), seed=0)
     with pytest.raises(UsageError, match="the draft knows 2000 tokens, the model 97"):
         stream_tokens(model, [[1]], SamplingParams(), StoppingCriteria(max_new_tokens=4), draft=other)
@@ -532,8 +534,8 @@ def test_a_draft_of_another_vocabulary_is_refused_with_a_reason():
 @pytest.mark.parametrize("rows", [80, 128])
 def test_a_draft_whose_embedding_is_padded_otherwise_drafts(rows):
     """The greedy text is the plain one; sampled, no id that the draft alone has is ever drawn."""
-    model = loud(build("llama3.2-tiny", seed=1))
-    draft = loud(build(dataclasses.replace(preset("llama3.2-tiny").config, vocab_size=rows), seed=1))
+    model = enlarge_weights(build("llama3.2-tiny", seed=1))
+    draft = enlarge_weights(build(dataclasses.replace(preset("llama3.2-tiny").config, vocab_size=rows), seed=1))
     prompts, options = [[1, 96, 3], [90]], {"max_new_tokens": 20, "eos_token_id": ()}
     plain = generate(model, prompts, temperature=0.0, **options)
     assert [r.tokens for r in generate(model, prompts, temperature=0.0, draft=draft, **options)] == [

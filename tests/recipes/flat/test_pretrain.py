@@ -45,7 +45,7 @@ TRAINING = flat.PretrainArguments(
 )
 
 
-def assembled() -> Decoder:
+def build_package_model() -> Decoder:
     rotary = RotaryEmbedding(8, CONFIG.rope_theta)
     return build(
         llama.Config(61, 32, 2, 4, 2, 8, 48, 16, rotary, True, rms_norm_eps=CONFIG.rms_norm_eps), seed=3
@@ -112,13 +112,13 @@ class Losses:
 
 
 def test_the_flat_model_is_the_page() -> None:
-    model = assembled()
+    model = build_package_model()
     tokens = batches()[0][0]
     torch.testing.assert_close(as_flat(model)(tokens), model(tokens), rtol=0, atol=2e-6)
 
 
 def test_every_step_loses_what_the_assembled_recipe_loses() -> None:
-    model = assembled()
+    model = build_package_model()
     plain = as_flat(model)
     given, losses = batches(), Losses()
     train(

@@ -18,13 +18,20 @@ from llm_quest.recipes.rpt.start_model import reasoning_tokenizer
 from llm_quest.rollouts.sampler import Sample, Sampler
 
 
-def told(entropy: float, plain: bool, thought: bool, said: str | None = "a", several: bool = False) -> PositionResult:
+def position_result(
+    entropy: float, plain: bool, thought: bool, said: str | None = "a", several: bool = False
+) -> PositionResult:
     return PositionResult(Position(0, 1, entropy), plain, thought, said, "", 4, several)
 
 
 def test_the_table_by_hand():
-    found = [told(0.1, True, False), told(0.7, True, True), told(1.2, False, True), told(1.3, False, False, None)]
-    table = summarize_buckets([*found, told(1.9, False, True, "ab", True)])
+    found = [
+        position_result(0.1, True, False),
+        position_result(0.7, True, True),
+        position_result(1.2, False, True),
+        position_result(1.3, False, False, None),
+    ]
+    table = summarize_buckets([*found, position_result(1.9, False, True, "ab", True)])
     rows = {
         one.name: (
             one.count,
@@ -56,7 +63,7 @@ def test_each_bucket_gives_as_many_places_as_it_has_up_to_the_number():
 
 
 @pytest.fixture(scope="module")
-def looked():
+def subjects():
     task = parse_task("registers:longest=3")
     tokenizer = reasoning_tokenizer(task)
     model = build(llama.Config(tokenizer.vocab_size, 32, 1, 2, 2, 16, 64, 64, RotaryEmbedding(16, 1e4), True), seed=3)
@@ -71,8 +78,8 @@ def looked():
     return model, tokenizer, NextTokenReasoningEval(documents, places, asking, writer, PrefixMatchReward("<think>"))
 
 
-def test_straight_off_is_the_likeliest_token_of_a_pass_that_sees_no_more(looked):
-    model, _, foretelling = looked
+def test_straight_off_is_the_likeliest_token_of_a_pass_that_sees_no_more(subjects):
+    model, _, foretelling = subjects
     found = foretelling.evaluate_positions(model.train())
     assert model.training, "it does not notice"
     model.eval()
@@ -83,8 +90,8 @@ def test_straight_off_is_the_likeliest_token_of_a_pass_that_sees_no_more(looked)
     assert 0 < sum(one.direct_correct for one in found) < len(found)
 
 
-def test_a_thought_is_the_greedy_text_behind_the_prompt(looked):
-    model, tokenizer, foretelling = looked
+def test_a_thought_is_the_greedy_text_behind_the_prompt(subjects):
+    model, tokenizer, foretelling = subjects
     found = foretelling.evaluate_positions(model)
     for one in found[::11]:
         ids = [*foretelling.documents[one.position.document][: one.position.place], tokenizer.encode("<think>")[-1]]
@@ -95,8 +102,8 @@ def test_a_thought_is_the_greedy_text_behind_the_prompt(looked):
         assert one.num_tokens == len(alone.tokens)
 
 
-def test_what_is_right_after_thinking_is_what_the_reward_pays_for(looked):
-    _, tokenizer, foretelling = looked
+def test_what_is_right_after_thinking_is_what_the_reward_pays_for(subjects):
+    _, tokenizer, foretelling = subjects
     truth = tokenizer.decode(foretelling.documents[0][1:])
     told = [
         f"x</think><answer>{truth[0]}</answer>",

@@ -73,13 +73,13 @@ logging_steps: 1
 """
 
 
-def started(out: Path, *pairs: str) -> list[str]:
+def train_rpt(out: Path, *pairs: str) -> list[str]:
     settings, said = apply_overrides(read_yaml(RECIPE, "recipe.yaml"), list(pairs)), []
     run_recipe(get_recipe("rpt"), parse_config(RptConfig, settings), settings, out, quiet=True, log=said.append)
     return said
 
 
-def controlled(out: Path, run: Path, *pairs: str) -> list[str]:
+def train_control(out: Path, run: Path, *pairs: str) -> list[str]:
     settings, said = apply_overrides(read_yaml(CONTROL, "control.yaml"), [f"rpt_run={run}", *pairs]), []
     run_recipe(
         get_recipe("rpt_control"), parse_config(RptControlConfig, settings), settings, out, quiet=True, log=said.append
@@ -88,9 +88,9 @@ def controlled(out: Path, run: Path, *pairs: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def rpt_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     out = tmp_path_factory.mktemp("runs") / "rpt"
-    return out, started(out)
+    return out, train_rpt(out)
 
 
 def from_(run: Path, *pairs: str) -> list[str]:
@@ -103,8 +103,8 @@ def from_(run: Path, *pairs: str) -> list[str]:
     ]
 
 
-def test_a_run_keeps_its_places_its_tables_and_its_bill(done: tuple[Path, list[str]]):
-    out, said = done
+def test_a_run_keeps_its_places_its_tables_and_its_bill(rpt_run: tuple[Path, list[str]]):
+    out, said = rpt_run
     places, tables = (json.loads((out / f"{name}.json").read_text()) for name in ("positions", "foretold"))
     assert all(entropy > 1.2 for _, _, entropy in places["train"])
     assert set(places["facts"]["dropped_places"]) <= {"the document ends there"}
@@ -121,17 +121,21 @@ def test_a_run_keeps_its_places_its_tables_and_its_bill(done: tuple[Path, list[s
     assert load(out).config.vocab_size == load(out / "base").config.vocab_size
 
 
-def test_a_reference_is_paid_for(done: tuple[Path, list[str]], tmp_path: Path):
-    started(tmp_path / "run", *from_(done[0], "kl_coef=0.1", "max_steps=1"))
-    first, other = metrics(done[0])[0], metrics(tmp_path / "run")[0]
+def test_a_reference_is_paid_for(rpt_run: tuple[Path, list[str]], tmp_path: Path):
+    train_rpt(tmp_path / "run", *from_(rpt_run[0], "kl_coef=0.1", "max_steps=1"))
+    first, other = metrics(rpt_run[0])[0], metrics(tmp_path / "run")[0]
     assert first["completions/mean_length"] == other["completions/mean_length"], "the same samples"
     assert other["teraflops"] > first["teraflops"]
 
 
 def test_held_out_places_are_hard_and_easy_ones_and_learned_from_are_hard_ones(
-    done: tuple[Path, list[str]], tmp_path: Path
+    rpt_run: tuple[Path, list[str]], tmp_path: Path
 ):
-    task, proxy, tokenizer = parse_task("registers:longest=2"), load(done[0] / "base"), load_tokenizer(done[0] / "base")
+    task, proxy, tokenizer = (
+        parse_task("registers:longest=2"),
+        load(rpt_run[0] / "base"),
+        load_tokenizer(rpt_run[0] / "base"),
+    )
     documents = [encode_problem(one, tokenizer) for one in unique_problems(task, "train", 12)]
     asking = make_prompt_builder(tokenizer, documents, prefix="", suffix="<think>", max_target_tokens=1)
     text = RptDocuments(documents[:6], documents[6:], asking)
@@ -168,67 +172,67 @@ def test_no_held_out_document_is_learned_from():
 
 
 def test_a_resumed_run_has_the_same_bits_the_same_places_and_the_same_bill(
-    done: tuple[Path, list[str]], tmp_path: Path
+    rpt_run: tuple[Path, list[str]], tmp_path: Path
 ):
     out = tmp_path / "stopped"
-    shutil.copytree(done[0], out)
+    shutil.copytree(rpt_run[0], out)
     for step in (3, 4):
         shutil.rmtree(out / "checkpoints" / f"step-{step:08d}")
     kept = json.loads((out / "positions.json").read_text())
     (out / "positions.json").write_text(json.dumps({**kept, "facts": {**kept["facts"], "train_places": -7}}))
-    started(out)
-    assert weights(out, 4) == weights(done[0], 4)
-    assert [row["teraflops"] for row in metrics(out)] == [row["teraflops"] for row in metrics(done[0])]
+    train_rpt(out)
+    assert weights(out, 4) == weights(rpt_run[0], 4)
+    assert [row["teraflops"] for row in metrics(out)] == [row["teraflops"] for row in metrics(rpt_run[0])]
     assert json.loads((out / "positions.json").read_text())["facts"]["train_places"] == -7, "found once, and kept"
 
 
-def test_a_run_from_a_folder_is_the_run_that_made_the_folder(done: tuple[Path, list[str]], tmp_path: Path):
-    started(tmp_path / "run", *from_(done[0]))
-    assert weights(tmp_path / "run", 4) == weights(done[0], 4)
+def test_a_run_from_a_folder_is_the_run_that_made_the_folder(rpt_run: tuple[Path, list[str]], tmp_path: Path):
+    train_rpt(tmp_path / "run", *from_(rpt_run[0]))
+    assert weights(tmp_path / "run", 4) == weights(rpt_run[0], 4)
 
 
-def test_the_control_spends_what_rpt_spent(done: tuple[Path, list[str]], tmp_path: Path):
-    said = controlled(tmp_path / "run", done[0])
-    rows, limit = metrics(tmp_path / "run"), metrics(done[0])[-1]["teraflops"]
+def test_the_control_spends_what_rpt_spent(rpt_run: tuple[Path, list[str]], tmp_path: Path):
+    said = train_control(tmp_path / "run", rpt_run[0])
+    rows, limit = metrics(tmp_path / "run"), metrics(rpt_run[0])[-1]["teraflops"]
     assert rows[-2]["teraflops"] < limit <= rows[-1]["teraflops"]
     assert f"compute: {limit:.4g} teraflops of RPT are {len(rows)} steps of 16 documents" in said
-    tables = [json.loads((run / "foretold.json").read_text()) for run in (done[0], tmp_path / "run")]
+    tables = [json.loads((run / "foretold.json").read_text()) for run in (rpt_run[0], tmp_path / "run")]
     assert tables[0]["before"] == tables[1]["before"], "the same start, looked at in the same places"
     before = weights(tmp_path / "run", len(rows))
     shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{len(rows):08d}")
-    controlled(tmp_path / "run", done[0], f"max_steps={len(rows)}")
+    train_control(tmp_path / "run", rpt_run[0], f"max_steps={len(rows)}")
     assert weights(tmp_path / "run", len(rows)) == before
 
 
-def test_a_control_that_learns_the_selected_places_alone(done: tuple[Path, list[str]], tmp_path: Path):
-    controlled(tmp_path / "all", done[0])
-    controlled(tmp_path / "some", done[0], "targets=selected")
+def test_a_control_that_learns_the_selected_places_alone(rpt_run: tuple[Path, list[str]], tmp_path: Path):
+    train_control(tmp_path / "all", rpt_run[0])
+    train_control(tmp_path / "some", rpt_run[0], "targets=selected")
     everything, some = metrics(tmp_path / "all")[0], metrics(tmp_path / "some")[0]
     assert some["num_targets"] < everything["num_targets"]
     assert some["teraflops"] == everything["teraflops"], "a row is read whole, whatever is learned from it"
 
 
 @pytest.mark.parametrize("reward", ["format", "random"])
-def test_controls_of_the_reward(reward: str, done: tuple[Path, list[str]], tmp_path: Path):
-    started(tmp_path / "run", *from_(done[0], f"reward={reward}", "max_steps=2"))
-    first, other = metrics(done[0])[0], metrics(tmp_path / "run")[0]
+def test_controls_of_the_reward(reward: str, rpt_run: tuple[Path, list[str]], tmp_path: Path):
+    train_rpt(tmp_path / "run", *from_(rpt_run[0], f"reward={reward}", "max_steps=2"))
+    first, other = metrics(rpt_run[0])[0], metrics(tmp_path / "run")[0]
     assert first["completions/mean_length"] == other["completions/mean_length"], "the same samples"
     assert first["reward"] < other["reward"]
 
 
-def test_a_text_file_is_read_in_the_models_own_ids(done: tuple[Path, list[str]], tmp_path: Path):
+def test_a_text_file_is_read_in_the_models_own_ids(rpt_run: tuple[Path, list[str]], tmp_path: Path):
     """Characters that the tokenizer has not are places that cannot be answered: counted, not asked."""
     file = tmp_path / "text.txt"
     lines = [f"a{i % 3}b+{i % 7}c*{i % 5}: {i}" for i in range(60)]
     file.write_text("\n\n".join(lines))
     source = [f"data.source={file}", "data.num_documents=null", "data.separator=\n\n", "data.held_out=0.2"]
-    pairs = from_(done[0], *source, "max_steps=1", "selection.entropy_threshold=0", "data.max_document_tokens=9")
-    said = started(tmp_path / "run", *pairs)
+    pairs = from_(rpt_run[0], *source, "max_steps=1", "selection.entropy_threshold=0", "data.max_document_tokens=9")
+    said = train_rpt(tmp_path / "run", *pairs)
     places = json.loads((tmp_path / "run" / "positions.json").read_text())
     assert places["facts"]["train_documents"] > 48, "cut to nine tokens each"
     assert places["facts"]["dropped_places"]["the document ends there"] >= 48
     assert any("dropped, the document ends there" in line for line in said)
-    controlled(tmp_path / "control", tmp_path / "run")
+    train_control(tmp_path / "control", tmp_path / "run")
     assert metrics(tmp_path / "control")[-1]["teraflops"] >= metrics(tmp_path / "run")[-1]["teraflops"]
 
 
@@ -253,40 +257,40 @@ def test_settings_without_sense_are_refused_before_anything_runs(pairs: list[str
         parse_config(RptConfig, apply_overrides(read_yaml(RECIPE, "recipe.yaml"), pairs))
 
 
-def test_mistakes_that_only_the_run_can_see(done: tuple[Path, list[str]], tmp_path: Path):
-    start = from_(done[0])
+def test_mistakes_that_only_the_run_can_see(rpt_run: tuple[Path, list[str]], tmp_path: Path):
+    start = from_(rpt_run[0])
     with pytest.raises(DataError, match=r"finds none harder than 9 nats; lower selection.entropy_threshold"):
-        started(tmp_path / "a", *start, "selection.entropy_threshold=9")
+        train_rpt(tmp_path / "a", *start, "selection.entropy_threshold=9")
     with pytest.raises(UsageError, match="context of 128 has no room for any text: 127 new tokens and 1"):
-        started(tmp_path / "b", *start, "max_new_tokens=127")
+        train_rpt(tmp_path / "b", *start, "max_new_tokens=127")
     with pytest.raises(UsageError, match="no room for texts of 120 tokens"):
-        started(tmp_path / "c", *start, "data.max_document_tokens=120")
+        train_rpt(tmp_path / "c", *start, "data.max_document_tokens=120")
     with pytest.raises(UsageError, match="the task registers has no option deepest"):
-        started(tmp_path / "d", *start, "data.source=registers:deepest=3")
+        train_rpt(tmp_path / "d", *start, "data.source=registers:deepest=3")
     (tmp_path / "short.txt").write_text("a")
     source = [f"data.source={tmp_path / 'short.txt'}", "data.num_documents=null"]
     with pytest.raises(DataError, match="cannot be held out"):
-        started(tmp_path / "e", *start, *source)
+        train_rpt(tmp_path / "e", *start, *source)
     with pytest.raises(UsageError, match="is no run folder; train one first"):
-        controlled(tmp_path / "f", tmp_path / "nothing")
+        train_control(tmp_path / "f", tmp_path / "nothing")
     with pytest.raises(UsageError, match=r"steps follows from what .* spent and is \d+, not 7"):
-        controlled(tmp_path / "g", done[0], "max_steps=7")
+        train_control(tmp_path / "g", rpt_run[0], "max_steps=7")
     (tmp_path / "h").mkdir()
     (tmp_path / "h" / "config.yaml").write_text(CONTROL)
     with pytest.raises(UsageError, match="recipe rpt_control; give one of rpt"):
-        controlled(tmp_path / "i", tmp_path / "h")
+        train_control(tmp_path / "i", tmp_path / "h")
     unfinished = tmp_path / "unfinished"
-    shutil.copytree(done[0], unfinished)
+    shutil.copytree(rpt_run[0], unfinished)
     (unfinished / "summary.json").unlink()
     with pytest.raises(UsageError, match="is not finished"):
-        controlled(tmp_path / "j", unfinished)
+        train_control(tmp_path / "j", unfinished)
     shutil.copytree(unfinished, tmp_path / "rpt")  # a run folder with a recipe's name is the folder
     with contextlib.chdir(tmp_path), pytest.raises(UsageError, match="is not finished"):
-        controlled(tmp_path / "l", Path("rpt"))
-    kept = json.loads((done[0] / "positions.json").read_text())
+        train_control(tmp_path / "l", Path("rpt"))
+    kept = json.loads((rpt_run[0] / "positions.json").read_text())
     other = tmp_path / "other"
-    shutil.copytree(done[0], other)
+    shutil.copytree(rpt_run[0], other)
     kept["key"]["documents"] = "of another text"
     (other / "positions.json").write_text(json.dumps(kept))
     with pytest.raises(DataError, match="belong to another text"):
-        controlled(tmp_path / "k", other)
+        train_control(tmp_path / "k", other)
