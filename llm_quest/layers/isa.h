@@ -13,7 +13,7 @@
 #include <immintrin.h>
 #endif
 
-enum Isa : int64_t { BEST = 0, PLAIN = 1, AVX2 = 2, AVX512 = 3 };
+enum Isa : int64_t { BEST = 0, PLAIN = 1, AVX2 = 2, AVX512 = 3, VNNI = 4 };
 
 inline int64_t best_isa() {
 #ifdef VECTORS
@@ -27,4 +27,13 @@ inline int64_t best_isa() {
 #else
   return PLAIN;
 #endif
+}
+
+// The same, with AVX512 told apart by its products of bytes.
+inline int64_t best_byte_isa() {
+  const int64_t best = best_isa();
+#ifdef VECTORS
+  if (best == AVX512 && __builtin_cpu_supports("avx512vnni")) return VNNI;
+#endif
+  return best;
 }

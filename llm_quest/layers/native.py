@@ -29,7 +29,7 @@ from llm_quest.errors import QuestWarning
 CPP_FILES = ("quantized_rows.cpp", "muon_step.cpp")
 SOURCES = [Path(__file__).with_name(name) for name in (*CPP_FILES, "quantized_tiles.h", "muon_tiles.h", "isa.h")]
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-Wall", "-ffp-contract=off")
-ISA = {"best": 0, "plain": 1, "avx2": 2, "avx512": 3}
+ISA = {"best": 0, "plain": 1, "avx2": 2, "avx512": 3, "vnni": 4}
 """What the operator's last argument means."""
 COMPILE_SECONDS = 120
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

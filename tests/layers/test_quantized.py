@@ -104,7 +104,7 @@ def test_pairs_are_unpacked_as_they_were_packed():
 
 @needs_compiler
 @every_format
-@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512", "vnni"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernel_is_the_definition_for_every_width_and_number_of_rows(
     form: WeightFormat, isa: str, dtype: torch.dtype
@@ -121,7 +121,7 @@ def test_the_kernel_is_the_definition_for_every_width_and_number_of_rows(
 
 @needs_compiler
 @every_format
-@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512", "vnni"])
 def test_a_row_has_the_same_bits_whatever_rows_come_with_it(form: WeightFormat, isa: str):
     q, scale = quantize(random_tensor(37, 96), form)
     x = random_tensor(MAX_KERNEL_ROWS, 96, seed=1)
@@ -135,11 +135,29 @@ def test_a_row_has_the_same_bits_whatever_rows_come_with_it(form: WeightFormat, 
 def test_what_is_not_finite_stays_so_and_no_rows_are_no_result(form: WeightFormat):
     q, scale = quantize(random_tensor(8, 64), form)
     x = random_tensor(2, 64)
-    x[1, 3] = float("nan")
-    made = native_rows(x, q, scale, form)
-    assert made[0].isfinite().all()
-    assert made[1].isnan().all()
+    for broken in ("nan", "inf", "-inf"):
+        x[1, 3] = float(broken)
+        made = native_rows(x, q, scale, form)
+        assert made[0].isfinite().all()
+        assert not made[1].isfinite().any()
+    assert native_rows(x * float("nan"), q, scale, form).isnan().all()
     assert native_rows(x[:0], q, scale, form).shape == (0, 8)
+
+
+@needs_compiler
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512", "vnni"])
+def test_numbers_of_x_keep_23_bits_of_their_group_s_largest(isa: str):
+    """int4's kernel multiplies integers. The largest number meets code 0 and a minimum of 0, so the others are the sum;
+    a group of zeros and one of tiny numbers are no division by zero."""
+    codes = torch.arange(96).view(1, 3, 32) % 16
+    q, scale = pack_pairs(codes), torch.tensor([[[1.0, 1, 1], [0.0, 0, 0]]])
+    x = random_tensor(200, 96)
+    x[:, 0] = 127.0
+    x[:, 32:64], x[0, 64:] = 0.0, 1e-38
+    exact = x.double() @ codes.view(1, 96).double().T
+    made = native_rows(x, q, scale, FORMATS["int4"], native.ISA[isa])
+    bound = 2**-24 * (127 * codes[0, 0].sum() + 4 * exact.abs())
+    assert ((made - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize(
