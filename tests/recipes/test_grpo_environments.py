@@ -49,7 +49,8 @@ def environment_pairs(warm: Path, file: Path, *pairs: str) -> list[str]:  # noqa
 
 def test_the_reward_of_an_environment_of_ones_own_rises(warm: Path, file: Path, tmp_path: Path):  # noqa: F811
     said: list[str] = []
-    pairs = environment_pairs(warm, file, "max_steps=24", "learning_rate=4e-3", "kl_coef=0.01", "eval_problems=20")
+    pairs = environment_pairs(warm, file, "max_steps=12", "learning_rate=4e-3", "kl_coef=0.01", "eval_problems=20")
+    pairs.append("apply_chat_template=false")  # as it was taught: in another form no answer is right, and none is paid
     run_grpo(tmp_path / "run", *pairs, say=said.append)
     before, after = (float(line.split("reward ")[1].split()[0]) for line in said if line.startswith("held out"))
     assert after - before >= 0.1, said
