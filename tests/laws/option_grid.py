@@ -63,15 +63,16 @@ def all_cells() -> Iterator[Cell]:
 
 
 def suite_cells() -> list[Cell]:
-    """Eagerly in bfloat16 every third pair (in float64 test_techniques judges every pair); eagerly in float32, and
-    compiled, every family with one technique, and every technique."""
+    """Eagerly in bfloat16 every third pair (in float64 test_techniques judges every pair); eagerly in float32 every
+    family with one technique; compiled each technique on a family of its own, in either dtype (test_compiled.py
+    compiles every family)."""
     techniques: list[str] = list(CHANGES)
     cells = []
     for cell in all_cells():
         number = techniques.index(cell.technique) + TINY.index(cell.page)
-        alternating = list(DTYPES)[number // SHARE % 2]
+        page = TINY.index(cell.page)
         if cell.compiled:
-            judged = number % SHARE == 0 and cell.dtype == alternating
+            judged = number % SHARE == 0 and page < SHARE and cell.dtype == list(DTYPES)[page % len(DTYPES)]
         else:
             judged = number % (EAGER_SHARE if cell.dtype == "bfloat16" else SHARE) == 0
         cells += [cell] if judged else []
