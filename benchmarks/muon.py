@@ -6,7 +6,7 @@ ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 python -m ben
 
 torch.optim.Muon always iterates in bfloat16 and takes a fused projection as one matrix (without bfloat16 instructions
 a step of it takes half a minute: --alone leaves it out); AdamW has the rest on both sides. The forward and backward
-pass is in the precision that `auto` takes here. --forms: every form of the iterations in float32, in turn.
+pass is in the precision that `auto` takes here. --forms: every form of the iterations, in turn.
 """
 
 from __future__ import annotations
@@ -21,20 +21,27 @@ from benchmarks.pairs import race
 from llm_quest.data.batch import TokenBatch
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.machine.choices import choose_muon_form, choose_precision
+from llm_quest.machine.hardware import bf16_support
 from llm_quest.machine.profile import load_muon_rates
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.llama import Config
 from llm_quest.objectives.next_token import NextTokenLoss
+from llm_quest.train.newton_schulz import MUON_FORMS
 from llm_quest.train.optimizers import make_muon
 from llm_quest.train.step import autocast
 
-FORMS = ["float32", "eigenvalues", "gram", "kernel_float32"]
 LENGTH = 256
 ROWS = {"2m": 8, "11m": 32}
 SHAPES = {
     "2m": Config(2048, 192, 4, 3, 1, 64, 512, LENGTH, RotaryEmbedding(64, 10_000.0), tie_word_embeddings=False),
     "11m": Config(4096, 384, 6, 6, 2, 64, 1024, LENGTH, RotaryEmbedding(64, 500_000.0), tie_word_embeddings=False),
 }
+
+
+def hardware_forms() -> list[str]:
+    """The forms whose products this processor has instructions for."""
+    has_bfloat16, _ = bf16_support(torch.device("cpu"))
+    return [form for form in MUON_FORMS if has_bfloat16 or "bfloat16" not in form]
 
 
 def our_step(model: Decoder, form: str) -> Callable[[], object]:
@@ -81,7 +88,7 @@ def main() -> None:
         model = quest.build(SHAPES[name])
         run = passes(model, precision, ROWS[name])
         run()
-        forms = FORMS if options.forms else [form]
+        forms = hardware_forms() if options.forms else [form]
         contestants = {} if options.alone else {"torch": torch_step(model)}
         contestants |= {one: our_step(model, one) for one in forms} | {"passes": run}
         rows = {row.name: row for row in race(contestants, pairs=options.pairs)}

@@ -79,9 +79,14 @@ def slow_bf16_warning(profile: MachineProfile) -> str:
     return f"bfloat16 was asked for, but on this machine {describe_bf16(profile)}: float32 is faster and more exact"
 
 
+MUON_BYTES = 68
+"""What the operators of a step besides the iterations read and write for each number: 17 times a float32. The kernel's
+rate is that of a whole step."""
+
+
 def muon_seconds(profile: MachineProfile) -> dict[str, float]:
-    """Form of Muon's iterations -> seconds for one matrix, by the rates of small products and of eigenvectors
-    (`train/newton_schulz.py`)."""
+    """Form of Muon's iterations -> seconds of a step of one matrix, by the rates of small products, of eigenvectors
+    (`train/newton_schulz.py`) and of memory."""
     n, m = MUON_SHAPE
     flops = newton_schulz_flops(n, m)
     small = {dtype: profile.rates.get(f"products/{dtype}/small") for dtype in ("float32", "bfloat16")}
@@ -89,6 +94,8 @@ def muon_seconds(profile: MachineProfile) -> dict[str, float]:
     seconds["gram"] = 2 * n**2 * (2 * m + 17 * n) / profile.rates["products/float32/small"] / 1e9
     seconds["eigenvalues"] = flops / MUON_STEPS / profile.rates["products/float32/small"] / 1e9
     seconds["eigenvalues"] += n**3 / profile.rates["eigenvalues/float32"] / 1e9
+    others = MUON_BYTES * n * m / profile.rates["memory/copy"] / 1e9
+    seconds = {form: time + others for form, time in seconds.items()}
     kernels = {name.removeprefix("muon/"): profile.rates.get(name) for name in MUON_KERNELS}
     return seconds | {form: flops / rate / 1e9 for form, rate in kernels.items() if rate}
 
