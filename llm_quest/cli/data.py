@@ -110,7 +110,7 @@ class ImageSummary:
 
 
 def dropped_lines(report: DropReport) -> list[str]:
-    """What a source leaves out, by reason, and the report's remarks."""
+    """Lines of a report: the number of dropped items by reason, and its remarks."""
     dropped = [f"left out: {count:,} {reason}" for reason, (count, _) in sorted(report.dropped.items())]
     return [*dropped, *report.remarks()]
 

@@ -199,7 +199,7 @@ def family_layers(family: Family) -> dict[str, str]:
 
 
 def layer_imports(module: ModuleType) -> dict[str, Any]:
-    """What a family's file imports from layers/."""
+    """Name -> object of the imports from layers/ in a family's file."""
     found: dict[str, Any] = {}
     for node in ast.parse(inspect.getsource(module)).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llm_quest.layers."):

@@ -32,8 +32,9 @@ NEEDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """How problems are asked. chat: whether through the chat template; None: as a run was trained, else as plain text.
-    system: a system message; None: the run's. template_kwargs: arguments of the template; empty: the run's."""
+    """The form of the prompts of problems. chat: whether through the chat template; None: as a run was trained, else as
+    plain text. system: a system message; None: the run's. template_kwargs: arguments of the template; empty: the
+    run's."""
 
     chat: bool | None = None
     system: str | None = None

@@ -69,8 +69,8 @@ def evaluate_measure(model: str, measures: Mapping[str, str], given: Mapping[str
 
 
 def evaluate_held_out(name_or_path: str, *, device: str, dtype: str, threads: int, log: LogFn) -> HeldOutReport:
-    """What a run measures on the data that it held out, in the run's own precision, threads and device where the
-    options say nothing."""
+    """Evaluate a run on its held-out data by its recipe's measure, in the run's own precision, threads and device where
+    the options say nothing."""
     given = {"device": device, "precision": dtype, "threads": threads or "auto"}
     return evaluate_run(name_or_path, [f"{key}={value}" for key, value in given.items() if value != "auto"], log=log)
 

@@ -100,7 +100,7 @@ def write_web_page(stage: Path, file: GGUFFile, report: GGUFExportReport, readme
 
 
 def model_facts(file: GGUFFile, report: GGUFExportReport) -> dict[str, str]:
-    """What the card says of the model itself."""
+    """The rows of the card about the model itself."""
     context = size_of(file, "context_length")
     return {
         "architecture": report.architecture,
@@ -116,7 +116,8 @@ def count_file_parameters(file: GGUFFile) -> int:
 
 
 def page_settings(file: GGUFFile) -> dict[str, Any]:
-    """What the page's program reads: the context, whether there is a chat template, the sampling that is advised."""
+    """The settings of the page's script: the context, whether there is a chat template, the sampling that is
+    advised."""
     advised = {ours: file.get(f"general.sampling.{theirs}") for ours, theirs in SAMPLING.items()}
     return {
         "context": min(size_of(file, "context_length") or MAX_CONTEXT, MAX_CONTEXT),

@@ -20,7 +20,7 @@ CHECKOUT_CARDS = VERDICTS.parents[2] / "docs" / "papers"
 
 
 def cards_dir() -> Path:
-    """Where cards are written that were measured here, whatever the working directory."""
+    """The folder of the cards that were measured on this machine, the same for every working directory."""
     return lasting_cache_dir("papers")
 
 

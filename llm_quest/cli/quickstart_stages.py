@@ -59,7 +59,7 @@ class StageResult:
 
 @dataclass(frozen=True)
 class QuickstartContext:
-    """What the stages share. root: the quickstart's folder. changes: further settings by recipe."""
+    """The settings that the stages share. root: the quickstart's folder. changes: further settings by recipe."""
 
     root: Path
     seed: int

@@ -107,7 +107,7 @@ def load_decoder(
 
 
 def find_pooling(name_or_path: str, log: LogFn) -> Pooling | None:
-    """How a folder's model makes embeddings; None, and a note, where that is not computed here."""
+    """The pooling by which a folder's model makes embeddings; None, with a note, for one that is not supported."""
     try:
         location = locate_model(name_or_path)
         return None if location.gguf_file is not None else read_pooling(location.folder)

@@ -77,7 +77,7 @@ class ImagePrompt:
 
     @property
     def image_lengths(self) -> list[int]:
-        """How many vectors the decoder reads of each image."""
+        """The number of vectors that the decoder reads for each image."""
         return [self.model.config.num_image_tokens(*image.shape[1:]) for image in self.images]
 
     @property

@@ -34,7 +34,7 @@ def budget_pairs(budget: str, arm: Description, control: Description, name: str)
 
 
 def equal_steps(budget: str, arm: Description, control: Description, name: str) -> int:
-    """How many steps of the arm cost what the control's do."""
+    """The number of the arm's steps that cost as much as the control's."""
     key, steps = BUDGETS[budget], int(control["max_steps"])
     if key is None:
         return steps

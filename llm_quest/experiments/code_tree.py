@@ -77,7 +77,7 @@ NAME_READERS = ("locals", "vars", "eval", "exec", "dir")
 
 
 def code_content(code: types.CodeType) -> tuple[Any, ...]:
-    """What compiled code does: all of it but lines and the names of local variables that are no arguments."""
+    """The content of compiled code, without line numbers and the names of local variables that are no arguments."""
     arguments = code.co_argcount + code.co_kwonlyargcount + sum(bool(code.co_flags & flag) for flag in (4, 8))
     names = code.co_varnames if set(NAME_READERS) & set(code.co_names) else code.co_varnames[:arguments]
     constants = [code_content(one) if isinstance(one, types.CodeType) else repr(one) for one in code.co_consts]

@@ -44,10 +44,10 @@ STABILITY_THRESHOLD = 20.0
 
 @dataclass(frozen=True)
 class Claim:
-    """What is fixed before the first pair. metric: the name in a run's metrics. delta: the smallest difference worth
-    having, in the metric's units. cap: the largest number of pairs. normal: whether differences are near enough to
-    normal for the t statistic alone (losses); accuracies and rewards are not. margin: what is claimed against delta;
-    empty: an effect of either sign, or none larger than delta."""
+    """The terms of a comparison, fixed before the first pair. metric: the name in a run's metrics. delta: the smallest
+    difference worth having, in the metric's units. cap: the largest number of pairs. normal: whether differences are
+    near enough to normal for the t statistic alone (losses); accuracies and rewards are not. margin: what is claimed
+    against delta; empty: an effect of either sign, or none larger than delta."""
 
     metric: str
     delta: float
@@ -168,12 +168,12 @@ class Comparison:
         return float(sequential.sign_evidence(arm.differences)) if arm.arm else 1.0
 
     def threshold(self, name: str) -> float:
-        """What E of this arm has to reach now: Holm's, by its place among the arms."""
+        """The threshold of this arm's evidence: Holm's, by its rank among the arms."""
         ordered = sorted(self.arms, key=lambda arm: -self.arms[arm].largest)
         return sequential.evidence_threshold(self.claim.cap, 0.05 / (len(ordered) - ordered.index(name)))
 
     def verdict(self, name: str) -> dict[str, Any]:
-        """Everything that was found about an arm, as JSON can hold it."""
+        """The results of an arm, as JSON values."""
         arm, claim = self.arms[name], self.claim
         d = arm.differences
         low, high = sequential.sequential_interval(d, claim.cap)

@@ -68,7 +68,7 @@ class ExperimentPlan:
     confirms: str = ""
 
     def content(self) -> dict[str, Any]:
-        """What is fixed before the first run, as JSON can hold it."""
+        """The settings that are fixed before the first run, as JSON values."""
         arms = {arm.name: arm_to_json(arm) for arm in (self.control, *self.arms)}
         return {
             "question": self.question, "recipe": self.recipe, "settings": list(self.pairs), "arms": arms,
@@ -86,7 +86,7 @@ class ExperimentPlan:
 
 
 def arm_to_json(arm: Arm) -> dict[str, Any]:
-    """An arm as JSON can hold it."""
+    """An arm as JSON values."""
     return {"settings": list(arm.pairs), "code": arm.code.hash} | ({"metric": arm.metric} if arm.metric else {})
 
 
@@ -115,7 +115,7 @@ class Experiment:
         self.notes: list[str] = []
 
     def run(self) -> dict[str, Any]:
-        """The result: everything that was found, as JSON can hold it."""
+        """Run the plan; the result as JSON values."""
         self.ledger.append("claim", self.plan.experiment, {**self.plan.content(), "command": self.plan.command})
         self.describe()
         self.measurements = Measurements(
@@ -137,7 +137,7 @@ class Experiment:
         self.log(text)
 
     def describe(self) -> None:
-        """What each arm begins with and costs, before anything is trained."""
+        """Describe each arm before anything is trained: its data, first weights and cost."""
         message = {"do": "describe", "recipe": self.plan.recipe, "measure": self.plan.budget == "seconds"}
         seed = self.plan.first_seed
         self.base_runs.train([seed])
@@ -335,7 +335,7 @@ class Experiment:
             yield metric, {"mean": statistics.fmean(d) if d else None, "interval_95": [low, high] if bounded else None}
 
     def summarize_arm(self, name: str) -> dict[str, Any]:
-        """What an arm is, costs and was tuned to."""
+        """The settings, cost, tuned rate and values of an arm."""
         about, search = self.descriptions[name], self.searches.get(name)
         steps = next(int(p.partition("=")[2]) for p in reversed(self.arm_pairs[name]) if p.startswith("max_steps="))
         flops, losses = about.get("flops_per_step"), search.losses if search else {}

@@ -56,7 +56,8 @@ class LadderPlan:
     command: str = ""
 
     def content(self) -> dict[str, Any]:
-        """What is fixed before the first run. `run` is not part of it: the large run may be made later."""
+        """The settings that are fixed before the first run. `run` is not part of it: the large run may be made
+        later."""
         return {
             "question": f"What loss does {self.target.name} reach, by {len(self.rungs)} smaller sizes?",
             "recipe": self.recipe, "settings": list(self.pairs), "code": self.code.hash,
@@ -78,7 +79,7 @@ class LadderPlan:
 
 
 def describe_rung(rung: Rung) -> dict[str, Any]:
-    """A rung as JSON can hold it."""
+    """A rung as JSON values."""
     return {
         "name": rung.name, "parameters": rung.parameters, "multiplying": rung.n, "tokens_per_parameter": rung.ratio,
         "steps": rung.steps, "tokens": rung.tokens, "flops": rung.flops, "settings": list(rung.pairs),
@@ -96,7 +97,7 @@ class Ladder:
         self.notes: list[str] = []
 
     def run(self) -> dict[str, Any]:
-        """The result, as JSON can hold it."""
+        """Run the plan; the result as JSON values."""
         self.ledger.append("claim", self.plan.experiment, {**self.plan.content(), "command": self.plan.command})
         about = self.describe()
         self.vocab_size = about["vocab_size"]
@@ -117,7 +118,7 @@ class Ladder:
         return result
 
     def describe(self) -> dict[str, Any]:
-        """What the smallest rung begins with: the data's hash above all."""
+        """The description of the smallest rung, which has the hash of the data."""
         request = {"do": "describe", "recipe": self.plan.recipe, "pairs": self.settings_of(self.plan.rungs[0])}
         return self.pool.submit(self.plan.code, request).result()
 
@@ -233,7 +234,7 @@ def describe_prediction(result: Mapping[str, Any]) -> str:
 
 
 def describe_outcome(name: str, prediction: Mapping[str, Any], outcome: Mapping[str, Any]) -> str:
-    """How far the prediction was."""
+    """The error of the prediction in a sentence."""
     inside = "inside" if outcome["covered"] else "outside"
     return (
         f"{name}: measured {outcome['mean']:.4f}, predicted {prediction['loss']:.4f}: {outcome['error']:+.4f} "

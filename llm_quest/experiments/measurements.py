@@ -124,7 +124,7 @@ def read_record(folder: Path) -> Record:
 
 
 def describe_request(request: RunRequest, folder: Path) -> dict[str, Any]:
-    """What the ledger says of a run."""
+    """The fields of a run in the ledger."""
     return {
         "run": folder.name, "arm": request.arm, "seed": request.seed, "role": request.role, "code": request.code.hash,
         "revision": request.code.revision, "settings": list(request.pairs),

@@ -100,7 +100,7 @@ def read_losses(file: Path) -> dict[int, float]:
 
 
 def arms_table(result: Mapping[str, Any]) -> Table:
-    """What each arm is and costs."""
+    """The table of the arms: size, cost, rate, mean and settings."""
     head = ("", "parameters", "steps", "FLOPs", "first weights shared", "learning rate", "mean", "settings", "code")
     return [head, *(arm_row(name, arm, result) for name, arm in result["arms_measured"].items())]
 

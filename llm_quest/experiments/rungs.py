@@ -47,7 +47,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class Course:
-    """How every rung is trained. tokens_per_step: of one optimizer step. warmup: its share of the steps."""
+    """The training settings of every rung. tokens_per_step: of one optimizer step. warmup: its share of the steps."""
 
     sequence_length: int
     tokens_per_step: int

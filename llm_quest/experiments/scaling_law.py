@@ -84,7 +84,7 @@ class Prediction:
 
 
 def numbers_of_form(points: Sequence[LadderPoint]) -> int:
-    """How many numbers the form has that these points call for: 3, or 5 with several tokens per parameter."""
+    """The number of coefficients of the form that fits these points: 3, or 5 with several tokens per parameter."""
     ratios = {round(math.log(point.d / point.n), 1) for point in points}
     return 5 if len(ratios) > 2 else 3
 
@@ -161,7 +161,7 @@ def law_columns(sizes: Sequence[Tensor], exponents: Tensor) -> Tensor:
 
 
 def predict_draws(points: Sequence[LadderPoint], drawn: Tensor, n: float, d: float, form: int) -> Tensor:
-    """What the laws through drawn losses (P,S) predict at n and d (S). One grid serves all draws."""
+    """The predictions (S) at n and d of the laws that are fitted to drawn losses (P,S), on one grid of exponents."""
     sizes = relative_sizes(points, form)
     low, high = math.log(SMALLEST_EXPONENT), math.log(LARGEST_EXPONENT)
     exponents = exponent_grid([(low, high)] * len(sizes.values), DRAW_GRID[form])

@@ -42,7 +42,7 @@ def describe_verdict(found: Mapping[str, Any]) -> list[str]:
 
 
 def describe_stability(found: Mapping[str, Any]) -> list[str]:
-    """How many runs diverged."""
+    """Lines about the runs that diverged."""
     if found["diverged"] or found["control_diverged"]:
         return [
             f"diverged: {len(found['diverged'])} runs of the arm, {len(found['control_diverged'])} of the control, of "

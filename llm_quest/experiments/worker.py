@@ -73,7 +73,7 @@ def train_arm(request: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def describe_arm(request: dict[str, Any]) -> dict[str, Any]:
-    """What an arm begins with and what its steps cost, without training it."""
+    """Describe an arm without training it: its data, first weights and the cost of a step."""
     recipe, config, settings = load_recipe(request["recipe"], request["pairs"])
     recipe.check(config, settings)
     quiet: Any = {"log": lambda text: None}

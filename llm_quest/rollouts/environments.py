@@ -159,7 +159,7 @@ class EnvironmentClient:
         return found
 
     def failure_lines(self) -> list[str]:
-        """How often it failed, by kind, in a line; none where it never did."""
+        """A line with the number of failures of each kind; none without failures."""
         counts = self.failures.summary()
         return [f"the environment {self.name} failed, {counts}"] if counts else []
 

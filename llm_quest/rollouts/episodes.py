@@ -93,7 +93,7 @@ class Episode:
         self.ended, self.finish_reason = True, finish_reason
 
     def fail(self) -> None:
-        """What was sampled so far stays, and cannot be scored."""
+        """End the episode without a reward; the tokens that were sampled stay."""
         self.reward = math.nan
         self.end("stop")
 
@@ -203,7 +203,7 @@ class EpisodeSampler:
             episode.end("length")
 
     def room(self, policy: Decoder, episode: Episode) -> int:
-        """How many more tokens the episode may hold."""
+        """The number of tokens that the episode may still add."""
         context = policy.config.max_position_embeddings - len(episode.prompt.prompt_ids)
         most = context if self.max_episode_tokens is None else min(self.max_episode_tokens, context)
         return max(0, most - len(episode.ids))

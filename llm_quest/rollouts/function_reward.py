@@ -30,7 +30,7 @@ class FailureSummary(Protocol):
     """A reward that counts its failures."""
 
     def summary(self) -> str:
-        """How often it failed, by kind; "" where it never did."""
+        """The number of failures of each kind; "" without failures."""
 
 
 class FunctionReward:

@@ -31,7 +31,7 @@ WORD = re.compile(r"\w+")
 
 
 def tool_argument(completion: str, tool: str) -> str | None:
-    """What the last call of this tool asks; None where it is not called, "" where the call cannot be read."""
+    """The argument of the last call of this tool; None without a call, "" for a call that cannot be parsed."""
     if found := re.findall(rf"<{tool}>(.*?)</{tool}>", completion, re.DOTALL):
         return str(found[-1]).strip()
     calls = TOOL_CALL.findall(completion)
@@ -46,7 +46,7 @@ def tool_argument(completion: str, tool: str) -> str | None:
 
 
 def question_with_hint(row: Mapping[str, Any], hint: str, ask_for_tool: bool) -> Messages:
-    """The row's messages, or its prompt as one; with what the tool is for below the last of them."""
+    """The row's messages, or its prompt as one; with ask_for_tool the hint is added to the last one."""
     given = row.get("messages") or [{"role": "user", "content": str(row["prompt"])}]
     messages = [dict(one) for one in given]
     if ask_for_tool:
@@ -221,7 +221,7 @@ class FunctionTools:
         return [one for call in calls for one in tool_result(self.answer(call))], 0.0, False
 
     def answer(self, call: Any) -> str:
-        """What one call gives, as text."""
+        """The result of one call as text, or its error."""
         try:
             function = self.by_name[call["name"]]
         except (LookupError, TypeError):

@@ -58,7 +58,7 @@ class GKDLoader:
 
     @property
     def source(self) -> GKDLoader:
-        """What an epoch is counted in."""
+        """The loader itself: an epoch is counted in its examples."""
         return self
 
     def batches(self, step: int) -> list[TokenBatch]:

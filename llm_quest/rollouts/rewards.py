@@ -108,7 +108,7 @@ def compute_step_rewards(tokenizer: StreamingTokenizer, sample: Sample) -> list[
 
 
 def token_end_offsets(tokenizer: StreamingTokenizer, sample: Sample) -> list[int]:
-    """How many characters of the text are there after each token."""
+    """The length of the text in characters after each token."""
     stream, length, ends = tokenizer.decode_stream(sample.prompt_ids), 0, []
     for token in sample.completion_ids:
         length += len(stream.feed(token))

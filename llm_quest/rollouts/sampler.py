@@ -86,7 +86,7 @@ SampleGroups = list[list[Sample]]
 
 
 class RolloutSampler(Protocol):
-    """What draws groups of samples: `Sampler`, or `EpisodeSampler` for several turns."""
+    """Draws groups of samples: `Sampler`, or `EpisodeSampler` for several turns."""
 
     @property
     def max_new_tokens(self) -> int: ...

@@ -40,7 +40,7 @@ def check_reference(reference: str) -> str:
 
 
 def top_level_names(tree: ast.Module) -> list[str]:
-    """What a module defines, assigns or imports, in its order."""
+    """The names that a module defines, assigns or imports, in its order."""
     found: list[str] = []
     for node in tree.body:
         match node:

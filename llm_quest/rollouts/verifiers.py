@@ -201,7 +201,7 @@ FORMAT_CHECKS: dict[str, Callable[[str], bool]] = {
 
 
 def count_outcomes(scores: Sequence[float]) -> dict[str, int]:
-    """How many were right, wrong, unscorable."""
+    """The numbers of right, wrong and unscorable answers."""
     right = sum(verdict == CORRECT for verdict in scores)
     unscorable = sum(math.isnan(verdict) for verdict in scores)
     return {"right": right, "wrong": len(scores) - right - unscorable, "unscorable": unscorable}

@@ -66,7 +66,7 @@ class FailureCounter:
 
 
 def describe_counts(counts: Mapping[str, int]) -> str:
-    """How often something failed, by kind; "" where it never did."""
+    """`crash: 1, hang: 2`; "" for no counts."""
     return ", ".join(f"{kind}: {number}" for kind, number in sorted(counts.items()))
 
 
