@@ -27,6 +27,7 @@ def words(text: str) -> list[str]:
 
 MAX_PARTICIPLE_SHARE = 0.02
 MAX_SHARED_NAMES = 14
+MAX_NAMES_TWICE = 34  # goal: 0, but for commands of the command line and functions of `api.py`
 MAX_ABSENT_TERMS = 14
 MAX_FILES = 496  # goal of the first design: 260
 MAX_LINES = 78_484  # goal of the first design: 35,000
@@ -187,14 +188,15 @@ def test_what_a_docstring_refers_to_exists():
     assert lost == []
 
 
-def test_few_names_are_defined_in_three_files_or_more():
+def test_few_names_are_defined_in_two_files_and_fewer_in_three():
     files = collections.defaultdict(set)
     for file, tree in trees().items():
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 files[node.name].add(file)
-    shared = {name: len(found) for name, found in files.items() if len(found) >= 3 and name not in CONTRACTS}
-    assert len(shared) <= MAX_SHARED_NAMES, shared
+    shared = {name: len(found) for name, found in files.items() if len(found) >= 2 and name not in CONTRACTS}
+    assert len(shared) <= MAX_NAMES_TWICE, shared
+    assert sum(count >= 3 for count in shared.values()) <= MAX_SHARED_NAMES, shared
 
 
 def test_the_fields_terms_occur_in_names():

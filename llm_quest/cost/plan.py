@@ -190,7 +190,7 @@ def plan(workload: Workload, *, measure: bool = True, log: LogFn = lambda text: 
         unit=workload.unit, units_per_step=workload.units_per_step, step_work=workload.step_work, steps=workload.steps,
         flops=float(flops_per_step * workload.steps + first * counted.forward_flops),
         first_flops=first * counted.forward_flops, first_seconds=first * forward,
-        memory=memory, **checkpoint_sizes(parameters, counted.optimizer, workload.save_total_limit), **machine,
+        memory=memory, **estimate_checkpoint_bytes(parameters, counted.optimizer, workload.save_total_limit), **machine,
         measured=measured, how=how, step_seconds=step,
         world_size=workload.world_size, epochs=workload.epochs, remedies=workload.remedies,
     )  # fmt: skip
@@ -228,7 +228,7 @@ def module_bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def checkpoint_sizes(parameters: int, optimizer: int, save_total_limit: int) -> dict[str, Any]:
+def estimate_checkpoint_bytes(parameters: int, optimizer: int, save_total_limit: int) -> dict[str, Any]:
     """Bytes of a checkpoint, and of those that lie on disk at once while another is written."""
     saved = BYTES_PER_PARAMETER * parameters + optimizer
     return {"checkpoint_bytes": saved, "disk_bytes": saved * (save_total_limit + 1)}

@@ -73,7 +73,7 @@ def count_passes(objective: Any, batch: Any, bf16: bool) -> tuple[int, int, Step
     """FLOPs forward, FLOPs forward and backward, and the memory that both took. Gradients stay."""
     objective.zero_grad()
     with StepTracker() as tracker:
-        with autocast(device_of(objective), bf16):
+        with bf16_autocast(device_of(objective), bf16):
             loss = objective(batch)
         forward, tracker.activations = tracker.flops, tracker.live_bytes
         loss.total.backward()
@@ -162,7 +162,7 @@ def time_step(objective: Any, optimizer: torch.optim.Optimizer, batch: Any, bf16
     freeze_values(optimizer)
 
     def forward() -> Any:
-        with autocast(device, bf16):
+        with bf16_autocast(device, bf16):
             return objective(batch)
 
     def backward() -> None:
@@ -201,7 +201,7 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def autocast(device: torch.device, bf16: bool) -> torch.autocast:
+def bf16_autocast(device: torch.device, bf16: bool) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 

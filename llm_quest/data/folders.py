@@ -31,7 +31,7 @@ def iter_files(folder: Path, drop_report: DropReport, top: Path | None = None) -
         raise DataError(f"{folder} cannot be read: {error.strerror}") from error
     for entry in entries:
         if entry.name.startswith("."):
-            drop_report.drop("hidden", file_size(entry))
+            drop_report.drop("hidden", entry_size(entry))
         elif entry.is_symlink() and (entry.is_dir() or not entry.resolve().is_relative_to(inside)):
             drop_report.drop("link to a folder or out of it", 0)
         elif entry.is_dir():
@@ -42,7 +42,7 @@ def iter_files(folder: Path, drop_report: DropReport, top: Path | None = None) -
             drop_report.drop("not a regular file", 0)
 
 
-def file_size(entry: Path) -> int:
+def entry_size(entry: Path) -> int:
     return entry.stat().st_size if entry.is_file() else 0
 
 
@@ -68,7 +68,7 @@ def select_split(files: Sequence[Path], folder: Path, split: str | None, drop_re
     wanted = {split} if split is not None else {"train", None} if "train" in named else {*named, None}
     for file in files:
         if splits[file] not in wanted:
-            drop_report.drop(f"split {splits[file]}", file_size(file))
+            drop_report.drop(f"split {splits[file]}", entry_size(file))
     if split is None and (others := [name for name in named if name not in wanted]):
         drop_report.note(
             f"{folder}: the split train is read, {' and '.join(others)} is not; to evaluate on it: "

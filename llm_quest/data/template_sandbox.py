@@ -124,15 +124,15 @@ def run_batch(settings: TemplateSettings, jobs: Sequence[RenderJob]) -> list[Ren
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise DataError(
-            f"the chat template did not end within {limit} s{describe_place(jobs, error.stdout)}; {ADVICE}"
+            f"the chat template did not end within {limit} s{describe_conversation(jobs, error.stdout)}; {ADVICE}"
         ) from None
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["it used more than its share of time or memory"])[-1]
-        raise DataError(f"the chat template failed{describe_place(jobs, done.stdout)}: {why[:200]}; {ADVICE}")
+        raise DataError(f"the chat template failed{describe_conversation(jobs, done.stdout)}: {why[:200]}; {ADVICE}")
     return [parse_rendering(line) for line in done.stdout.split("\n")[:-1]]
 
 
-def describe_place(jobs: Sequence[RenderJob], output: str | bytes | None) -> str:
+def describe_conversation(jobs: Sequence[RenderJob], output: str | bytes | None) -> str:
     """The conversation that was being rendered when the process ended."""
     lines = (output or "").count("\n") if isinstance(output, str | None) else output.count(b"\n")
     where = jobs[min(lines, len(jobs) - 1)].where

@@ -65,7 +65,9 @@ def read_tokenizer_files(path: Path) -> tuple[tokenizers.Tokenizer, Settings]:
     file that is missing or broken."""
     folder = path if path.is_dir() else path.parent
     file = path / "tokenizer.json" if path.is_dir() else path
-    settings = read_json_object(folder / "special_tokens_map.json") | read_json_object(folder / "tokenizer_config.json")
+    settings = read_tokenizer_settings(folder / "special_tokens_map.json") | read_tokenizer_settings(
+        folder / "tokenizer_config.json"
+    )
     if file.exists():
         backend = read_tokenizer_json(file)
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
@@ -121,8 +123,8 @@ def add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, settings: Set
     """Add the tokens of added_tokens_decoder and added_tokens.json that the tokenizer lacks. DataError where one would
     get another id."""
     listed = {}
-    for name, number in read_json_object(folder / "added_tokens.json").items():
-        if type(number) is not int or not is_text(name) or not 0 <= number < MAX_TOKEN_ID:
+    for name, number in read_tokenizer_settings(folder / "added_tokens.json").items():
+        if type(number) is not int or not is_encodable_text(name) or not 0 <= number < MAX_TOKEN_ID:
             raise DataError(
                 f"{folder / 'added_tokens.json'}: {name!r:.40} has the id {number!r:.40}, expected a number"
             )
@@ -191,20 +193,22 @@ def read_chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.exists():
         return decode_utf8(read_file_bytes(file), file)
-    template = settings.get("chat_template") or read_json_object(folder / "chat_template.json").get("chat_template")
+    template = settings.get("chat_template") or read_tokenizer_settings(folder / "chat_template.json").get(
+        "chat_template"
+    )
     if isinstance(template, list):  # several templates by name
         return next((one["template"] for one in template if one.get("name") == "default"), None)
     return template
 
 
-def is_text(value: Any) -> bool:
+def is_encodable_text(value: Any) -> bool:
     """Text that has bytes: half of a surrogate pair, as a JSON escape can write it, has none."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def is_token(value: Any) -> bool:
     """A token's name, bare or as an object with `content`."""
-    return is_text(value.get("content") if isinstance(value, dict) else value)
+    return is_encodable_text(value.get("content") if isinstance(value, dict) else value)
 
 
 def are_tokens(value: Any) -> bool:
@@ -221,8 +225,9 @@ def are_numbered_tokens(value: Any) -> bool:
 
 def is_template(value: Any) -> bool:
     """A chat template, or several with their names."""
-    return is_text(value) or (
-        isinstance(value, list) and all(isinstance(one, dict) and is_text(one.get("template")) for one in value)
+    return is_encodable_text(value) or (
+        isinstance(value, list)
+        and all(isinstance(one, dict) and is_encodable_text(one.get("template")) for one in value)
     )
 
 
@@ -231,13 +236,13 @@ SETTING_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), (are_tokens, "a list of tokens")),
     "added_tokens_decoder": (are_numbered_tokens, 'ids with their tokens ({"5": {"content": "<x>"}})'),
     "chat_template": (is_template, "a template, or a list of {name, template}"),
-    "tokenizer_class": (is_text, "the name of a class"),
+    "tokenizer_class": (is_encodable_text, "the name of a class"),
 }
 """Key of tokenizer_config.json and special_tokens_map.json -> whether a value is of its type, and the type in words.
 null is every key's absence."""
 
 
-def read_json_object(file: Path) -> Settings:
+def read_tokenizer_settings(file: Path) -> Settings:
     """The object of a JSON file, empty without the file. DataError names the file and the key that is of another type
     than it is read as."""
     if not file.exists():

@@ -14,7 +14,7 @@ import torch
 from llm_quest.contracts import Technique
 from llm_quest.errors import DataError
 from llm_quest.hub.known_fields import FieldTracker, refuse_unknown_fields
-from llm_quest.hub.safetensors_io import parse_json, refuse_lfs_pointer, regular_file_size
+from llm_quest.hub.safetensors_io import parse_unique_json, refuse_lfs_pointer, regular_file_size
 from llm_quest.models import FAMILIES, PART_FAMILIES, VISION_FAMILIES
 from llm_quest.models.build import DTYPES
 from llm_quest.models.config_fields import MAX_PLAUSIBLE_INT
@@ -35,7 +35,7 @@ def read_json(file: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
         raise DataError(f"{file.name}: {size:,} bytes are too many for such a file (at most {limit:,})")
     refuse_lfs_pointer(file)
     try:
-        return parse_json(file.read_bytes())
+        return parse_unique_json(file.read_bytes())
     except DataError as error:
         raise DataError(f"{file.name}: {error}") from None
 

@@ -95,7 +95,7 @@ def random_ids_with_images(config: Any, images: Tensor, seed: int) -> Tensor:
     return ids
 
 
-def pad_left(model: Any, inputs: Inputs) -> tuple[Inputs, Tensor]:
+def mask_left_padding(model: Any, inputs: Inputs) -> tuple[Inputs, Tensor]:
     """A third of the second row is padding; only real tokens are compared."""
     mask = torch.ones_like(inputs["input_ids"])
     mask[1, : math.ceil(mask.shape[1] / 3)] = 0
@@ -103,7 +103,7 @@ def pad_left(model: Any, inputs: Inputs) -> tuple[Inputs, Tensor]:
     return {**inputs, "attention_mask": mask, "position_ids": positions}, mask.bool()
 
 
-def pad_right(model: Any, inputs: Inputs) -> tuple[Inputs, Tensor]:
+def mask_right_padding(model: Any, inputs: Inputs) -> tuple[Inputs, Tensor]:
     """A third of the second row is padding; both rows' scores are compared."""
     mask = torch.ones_like(inputs["input_ids"])
     mask[1, -math.ceil(mask.shape[1] / 3) :] = 0
@@ -187,8 +187,10 @@ def read_output(name: str) -> Callable[[Any, Inputs], Tensor]:
     return lambda model, inputs: getattr(model(**inputs), name)  # type: ignore[no-any-return]
 
 
-TEXT = Counterpart("AutoModelForCausalLM", random_input_ids, our_logits, their_logits, pad_left)
-SCORES = Counterpart("AutoModelForSequenceClassification", random_scored_ids, our_scores, their_scores, pad_right)
+TEXT = Counterpart("AutoModelForCausalLM", random_input_ids, our_logits, their_logits, mask_left_padding)
+SCORES = Counterpart(
+    "AutoModelForSequenceClassification", random_scored_ids, our_scores, their_scores, mask_right_padding
+)
 TEXT_WITH_IMAGES = {
     family: Counterpart("AutoModelForImageTextToText", inputs, our_image_text_logits, their_logits)
     for family, inputs in {

@@ -196,8 +196,8 @@ def residual_pair(start: Any, pair: LoRAPair, scale: float, weight: Any) -> LoRA
 
 
 def split_pair(pair: LoRAPair, matrices: Mapping[str, PublishedMatrix], rank: int) -> dict[str, LoRAPair]:
-    """Split a published matrix's adapter into those of our parts: the inverse of `save_adapter.join_parts`, or the same
-    A for all parts."""
+    """Split a published matrix's adapter into those of our parts: the inverse of `save_adapter.join_lora_parts`, or the
+    same A for all parts."""
     alike = {address: slice_pair(pair, pair.A, pair.B, place) for address, place in matrices.items()}
     if len(matrices) == 1 or pair.rank == rank or pair.rank % rank:
         return alike

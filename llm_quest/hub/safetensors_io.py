@@ -52,7 +52,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             raise DataError(f"{file.name}: no safetensors file, or cut off: {claim}")
         text = handle.read(length)
     try:
-        header = parse_json(text)
+        header = parse_unique_json(text)
     except DataError as error:
         raise DataError(f"{file.name}: header: {error}") from None
     header.pop("__metadata__", None)
@@ -176,7 +176,7 @@ def refuse_lfs_pointer(file: Path) -> None:
             )
 
 
-def parse_json(text: bytes) -> dict[str, Any]:
+def parse_unique_json(text: bytes) -> dict[str, Any]:
     """Parse a JSON object. DataError for duplicate names, which readers resolve differently."""
     try:
         value = json.loads(text.decode(), object_pairs_hook=reject_duplicate_keys)

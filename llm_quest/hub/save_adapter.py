@@ -108,7 +108,7 @@ def adapter_pairs(model: Any) -> dict[str, LoRAPair]:
         if address not in matrices or (matrices[address].num_experts and isinstance(edit, DoRAUpdate)):
             raise UsageError(f"PEFT has no form for this adapter of {address}: merge, and save the whole model")
         grouped.setdefault(matrices[address].module, []).append((matrices[address], edit, weight))
-    return {module: join_parts(parts) for module, parts in grouped.items()}
+    return {module: join_lora_parts(parts) for module, parts in grouped.items()}
 
 
 def whole_tensors(model: Any) -> dict[str, Tensor]:
@@ -165,7 +165,7 @@ def adapter_edits(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
             yield from ((f"{path}.{part}", edit, as_floats(wrapper.base.down)) for part, edit in wrapper.edits.items())
 
 
-def join_parts(parts: Sequence[tuple[PublishedMatrix, nn.Module, Tensor]]) -> LoRAPair:
+def join_lora_parts(parts: Sequence[tuple[PublishedMatrix, nn.Module, Tensor]]) -> LoRAPair:
     """Join the adapters of the parts of a published matrix, or of a stack."""
     if parts[0][0].is_whole:
         return to_lora_pair(parts[0][1])

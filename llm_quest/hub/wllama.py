@@ -51,7 +51,7 @@ def load_wllama(given: Path | None = None) -> dict[str, bytes]:
 
     Raises DataError where a file is not that of version 3.13.0; MissingError where npm or its registry is not there."""
     if given is not None:
-        return read_folder(given) if given.is_dir() else read_package(given)
+        return read_package_folder(given) if given.is_dir() else read_package(given)
     cache = cache_dir(f"wllama-{VERSION}")
     with contextlib.suppress(OSError, DataError):  # nothing there yet, or damaged: it is fetched again
         return check_files({name: (cache / name).read_bytes() for name in FILES}, cache)
@@ -64,7 +64,7 @@ def load_wllama(given: Path | None = None) -> dict[str, bytes]:
     return files
 
 
-def read_folder(folder: Path) -> dict[str, bytes]:
+def read_package_folder(folder: Path) -> dict[str, bytes]:
     """The files of an unpacked package."""
     root = folder / "package" if (folder / "package").is_dir() else folder
     if missing := [file.path for file in FILES.values() if not (root / file.path).is_file()]:

@@ -104,7 +104,7 @@ class PolicyGradientLoss(nn.Module):
         value_loss: ValueLoss | None = None,
     ):
         super().__init__()
-        check_options(count, horizon, entropy_coef, temperature)
+        check_loss_options(count, horizon, entropy_coef, temperature)
         self.model: Any = model
         self.surrogate, self.count, self.horizon, self.temperature = surrogate, count, horizon, temperature
         self.attention_coef, self.value_loss = attention_coef, value_loss
@@ -244,7 +244,7 @@ def require_reference(reference: Tensor | None) -> Tensor:
     return reference
 
 
-def check_options(count: str, horizon: int | None, entropy: float, temperature: float) -> None:
+def check_loss_options(count: str, horizon: int | None, entropy: float, temperature: float) -> None:
     if count not in TOKEN_WEIGHTS:
         raise UsageError(f"no count is called {count!r}; known: {', '.join(TOKEN_WEIGHTS)}")
     if (horizon is None) == (count == "horizon"):

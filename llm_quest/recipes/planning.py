@@ -15,8 +15,8 @@ from torch import nn
 
 from llm_quest.contracts import LogFn
 from llm_quest.cost.flops import ModelCost
-from llm_quest.cost.plan import Plan, Workload, checkpoint_sizes, count_step, describe_machine, plan
-from llm_quest.cost.profile import autocast, freeze_values, time_call
+from llm_quest.cost.plan import Plan, Workload, count_step, describe_machine, estimate_checkpoint_bytes, plan
+from llm_quest.cost.profile import bf16_autocast, freeze_values, time_call
 from llm_quest.data.batch import TokenBatch
 from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.preference_pairs import PreferenceBatch
@@ -133,7 +133,7 @@ def job_workload(job: Job, context: Context) -> Workload:
     steps."""
     config: Any = job.config
     steps = [job.loader.batches(step) for step in range(min(SAMPLED_STEPS, config.max_steps))]
-    count: Callable[[Any], int] = count_tokens if job.preprocessor is None else count_images
+    count: Callable[[Any], int] = count_batch_tokens if job.preprocessor is None else count_batch_images
     largest: Any = max((batch for step in steps for batch in step), key=lambda batch: batch.num_tokens)
     world = context.parallel.world_size
     units = world * sum(count(batch) for step in steps for batch in step) / len(steps)
@@ -156,11 +156,11 @@ def job_workload(job: Job, context: Context) -> Workload:
     )  # fmt: skip
 
 
-def count_tokens(batch: Any) -> int:
+def count_batch_tokens(batch: Any) -> int:
     return int(batch.num_tokens)
 
 
-def count_images(batch: Any) -> int:
+def count_batch_images(batch: Any) -> int:
     return len(batch.images)
 
 
@@ -223,7 +223,7 @@ def plan_policy(job: Job, context: Context, *, measure: bool) -> Plan:
         model=workload.family, parameters=parameters, trainable=trainable,
         unit="sample", units_per_step=per_step, step_work=workload.step_work, steps=config.max_steps,
         flops=meter.flops / (1 + TIMED_ROLLOUTS) / rollouts.plan.steps_per_rollout * config.max_steps,
-        memory=memory, **checkpoint_sizes(parameters, counted.optimizer, config.save_total_limit),
+        memory=memory, **estimate_checkpoint_bytes(parameters, counted.optimizer, config.save_total_limit),
         **describe_machine(workload.device, workload.bf16),
         measured=True, step_seconds=sum(seconds), remedies=workload.remedies,
         how=f"sampling {sampling:.3g} s, scoring {scoring:.3g} s, training {training:.3g} s, no evaluation",
@@ -286,7 +286,7 @@ def train_step(objective: Any, optimizer: torch.optim.Optimizer, batches: list[A
     """An optimizer step over micro-batches."""
     device = next(objective.parameters()).device
     for batch in batches:
-        with autocast(device, precision == "bf16"):
+        with bf16_autocast(device, precision == "bf16"):
             loss = objective(batch.to(device))
         (loss.total / loss.count).backward()
     torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)

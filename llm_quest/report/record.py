@@ -133,16 +133,16 @@ def read_run(folder: Path) -> RunRecord:
     return RunRecord(
         name=folder.resolve().name,
         config=read_text_file(folder / "config.yaml"),
-        env=redact(read_json_object(folder / "env.json")),
-        model=read_json_object(folder / "model.json"),
+        env=redact(read_optional_json(folder / "env.json")),
+        model=read_optional_json(folder / "model.json"),
         rows=tuple(read_metrics(folder / "metrics.jsonl")),
         events=tuple(read_events(folder / "events.jsonl")),
         samples=tuple(read_samples(folder / "samples")),
-        data=read_json_object(folder / "data.json"),
-        plan=read_json_object(folder / "plan.json"),
-        summary=read_json_object(folder / "summary.json"),
-        evaluation=read_json_object(folder / "evaluation.json"),
-        confusion=read_json_object(folder / "confusion.json"),
+        data=read_optional_json(folder / "data.json"),
+        plan=read_optional_json(folder / "plan.json"),
+        summary=read_optional_json(folder / "summary.json"),
+        evaluation=read_optional_json(folder / "evaluation.json"),
+        confusion=read_optional_json(folder / "confusion.json"),
         checkpoints=checkpoint_sizes(folder / "checkpoints"),
     )
 
@@ -158,7 +158,7 @@ def read_text_file(file: Path) -> str:
     return file.read_text(encoding="utf-8", errors="replace")
 
 
-def read_json_object(file: Path) -> dict[str, Any]:
+def read_optional_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is none."""
     text = read_text_file(file)
     try:
@@ -203,7 +203,7 @@ def read_events(file: Path) -> Iterator[dict[str, Any]]:
 def read_samples(folder: Path) -> Iterator[SampleRow]:
     """By step; within a step in the order they were written."""
     for file in sorted(folder.glob("step-*.json")) if folder.is_dir() else ():
-        held = read_json_object(file)
+        held = read_optional_json(file)
         entries = [entry for entry in held.get("samples", []) if isinstance(entry, dict)]
         for entry in entries:
             prompt, text, wanted = (str(entry.get(key) or "") for key in ("prompt", "text", "wanted"))

@@ -41,7 +41,7 @@ def run_readme(folder: Path, license: str | None = None) -> Readme:
     if not isinstance(config, dict) or "recipe" not in config:
         return folder_readme(home, license)
     base = find_value(config, "model", "load")
-    sources = list(data_sources(config))
+    sources = list(describe_sources(config))
     return Readme(
         title=record.name,
         license=license,
@@ -89,7 +89,7 @@ def is_hub_name(name: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
 
 
-def data_sources(config: Mapping[str, Any]) -> Iterator[str]:
+def describe_sources(config: Mapping[str, Any]) -> Iterator[str]:
     """The sources of a run's rows, without the folders they lie in."""
     source = find_value(config, "data", "source")
     for one in source if isinstance(source, list) else [source]:

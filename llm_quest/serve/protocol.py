@@ -157,7 +157,7 @@ Body = TypeVar("Body", bound=Part)
 
 def parse_body(kind: type[Body], raw: bytes) -> Body:
     """A request's body. ApiError 400 for what is not valid, which names the field."""
-    value = parse_json(raw)
+    value = parse_request_json(raw)
     if not isinstance(value, dict):
         raise ApiError(400, f"the body is a JSON {type(value).__name__}; give an object")
     try:
@@ -180,7 +180,7 @@ def field_path(error: ErrorDetails) -> list[str]:
     return [str(part) for part in error["loc"] if not (part == "str" or str(part).startswith(KINDS))]
 
 
-def parse_json(raw: bytes) -> Any:
+def parse_request_json(raw: bytes) -> Any:
     """The value of a JSON document in UTF-8, without NaN and infinity. ApiError 400 otherwise."""
 
     def refuse(name: str) -> None:

@@ -70,7 +70,7 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
     """Commit a checkpoint and return its folder. ResourceError on a full disk: the staged folder is removed, the
     others are as they were."""
     require_new(root, checkpoint)
-    require_space(root, checkpoint.nbytes)
+    require_checkpoint_space(root, checkpoint.nbytes)
     staged = Path(tempfile.mkdtemp(prefix=f".tmp-{checkpoint.step:08d}-{os.getpid()}-", dir=root))
     try:
         for name, file in TENSOR_FILES.items():
@@ -231,7 +231,7 @@ def remove_partial_checkpoints(root: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def require_space(root: Path, nbytes: int) -> None:
+def require_checkpoint_space(root: Path, nbytes: int) -> None:
     """ResourceError unless `nbytes` and a tenth more are free."""
     free, need = shutil.disk_usage(root).free, int(nbytes * 1.1)
     if free < need:

@@ -44,7 +44,7 @@ EXPLAINED = {
     "report/run_card.py:run_readme": "config.yaml of a run, bounded by read_run, every error of which is caught",
     "report/run_card.py:folder_readme": "the head of a card, every error of which is caught",
     "serve/grammar.py:token_mask": "a bit mask of llguidance, in memory",
-    "serve/protocol.py:parse_json": "the POST targets reach it, in the server's thread",
+    "serve/protocol.py:parse_request_json": "the POST targets reach it, in the server's thread",
     "train/failures.py:first_failure": "what another process of the same run wrote",
     "train/failures.py:report_failure": "what another process of the same run wrote",
 }

@@ -166,7 +166,7 @@ def prefix_match(predicted: bytes, target_tokens: Sequence[bytes]) -> float:
     return float(text.startswith(predicted) and len(predicted) in token_boundaries(target_tokens))
 
 
-def extract_answer(text: str) -> str | None:
+def extract_tagged_answer(text: str) -> str | None:
     """The exact text of the one <answer>; None without a <think> before it, with text around them, or with tags
     inside."""
     found = ANSWER_PATTERN.fullmatch(text)
@@ -191,7 +191,7 @@ class PrefixMatchReward:
 
     def extract_prediction(self, sample: Sample) -> str | None:
         """The prediction of a sample; None if it has none in the right form."""
-        return None if sample.truncated else extract_answer(self.opening + sample.text)
+        return None if sample.truncated else extract_tagged_answer(self.opening + sample.text)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from llm_quest.recipes.rpt.prompts import (
     AnswerFormatReward,
     Continuation,
     PrefixMatchReward,
-    extract_answer,
+    extract_tagged_answer,
     prefix_match,
     token_boundaries,
 )
@@ -83,8 +83,8 @@ def test_only_the_one_answer_counts_and_to_the_letter(text: str, worth: float):
 
 
 def test_tags_inside_are_refused():
-    assert extract_answer("<think>a</think><answer>b</think></answer>") is None
-    assert extract_answer("<think><answer>a</think><answer>b</answer>") is None
+    assert extract_tagged_answer("<think>a</think><answer>b</think></answer>") is None
+    assert extract_tagged_answer("<think><answer>a</think><answer>b</answer>") is None
 
 
 def test_what_the_prompt_has_opened_is_not_asked_for_again():
