@@ -71,6 +71,14 @@ typer.main.get_command = functools.cache(typer.main.get_command)
 """Four fifths of a command's time in this process would go into building the tree of all commands again."""
 
 
+LONG = ("test_experiment.py", "test_compiled.py", "test_option_grid.py", "test_engine_grid.py", "test_one_law.py")
+"""Files whose single tests take tens of seconds: first, so that no worker ends with one while the others have none."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()  # a later collection need not walk through every imported library again
     gc.set_threshold(5_000, 10, 40)  # nor through every model that laws share after each few thousand objects

@@ -8,7 +8,7 @@ import functools
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 
 import pytest
@@ -55,7 +55,6 @@ ONE_WAY = {
 """Imports inside a level, each with its reason; the other way round is refused."""
 TRAIN_MAY_IMPORT = ("contracts", "errors", "files", "atomic_dirs", "progress", "manifest", "tensor_files", "machine")
 FILES = package_files(PACKAGE)
-every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 
 
 def package_of(file: Path) -> str:
@@ -107,9 +106,14 @@ def test_every_package_has_a_level():
     assert packages == set(LEVEL), "add it to LEVELS, or remove it there"
 
 
-@every_file
-def test_imports_go_down_only(file: Path):
-    assert imports_refused(package_of(file), packages_imported(file)) == []
+def files_with(find: Callable[[Path], object]) -> dict[str, object]:
+    """File -> what was found in it, of the files in which something was."""
+    found = {str(file.relative_to(PACKAGE)): find(file) for file in FILES}
+    return {name: what for name, what in found.items() if what}
+
+
+def test_imports_go_down_only():
+    assert files_with(lambda file: imports_refused(package_of(file), packages_imported(file))) == {}
 
 
 @pytest.mark.parametrize(
@@ -181,22 +185,27 @@ def test_the_first_level_needs_torch_shapes_processes_and_hashes_only():
             assert {name.split(".")[0] for name in imports(file)} <= allowed, file
 
 
-@every_file
-def test_other_peoples_implementations_are_not_imported(file: Path):
-    """They are oracles of the tests. One stated exception: `quest verify` imports transformers inside a function."""
-    foreign = {"transformers", "trl", "peft", "litgpt", "torchtune", "x_transformers", "tests", "benchmarks"}
-    found = {name.split(".")[0] for name in imports(file)} & foreign
+FOREIGN = {"transformers", "trl", "peft", "litgpt", "torchtune", "x_transformers", "tests", "benchmarks"}
+
+
+def foreign_imports(file: Path) -> set[str]:
+    """Other people's implementations that a file imports; `quest verify` may import transformers inside a function."""
+    found = {name.split(".")[0] for name in imports(file)} & FOREIGN
     if file == PACKAGE / "hub" / "verify.py":
         at_the_top = {name.split(".")[0] for node in parse_file(file).body for name in names_of_import(node)}
-        found = found - {"transformers"} | at_the_top & foreign
-    assert not found
+        found = found - {"transformers"} | at_the_top & FOREIGN
+    return found
 
 
-def calls_in(file: Path) -> Iterator[tuple[str, ast.Call]]:
+def test_other_peoples_implementations_are_not_imported():
+    """They are oracles of the tests."""
+    assert files_with(foreign_imports) == {}
+
+
+@functools.cache
+def calls_in(file: Path) -> tuple[tuple[str, ast.Call], ...]:
     """The dotted name of everything called in this file, and the call."""
-    for node in nodes_of(file):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), node
+    return tuple((ast.unparse(node.func), node) for node in nodes_of(file) if isinstance(node, ast.Call))
 
 
 def test_pickles_are_opened_in_one_place_and_for_weights_only():
@@ -216,25 +225,31 @@ def test_pickles_are_opened_in_one_place_and_for_weights_only():
     )
 
 
-@every_file
-def test_nothing_is_evaluated_executed_or_asked_whether_it_has_an_attribute(file: Path):
-    forbidden = {"eval", "exec", "hasattr", "os.system", "os.popen"}
-    assert not [f"line {call.lineno}: {name}" for name, call in calls_in(file) if name in forbidden]
+FORBIDDEN = {"eval", "exec", "hasattr", "os.system", "os.popen"}
 
 
-@every_file
-def test_no_process_is_started_through_a_shell(file: Path):
-    for name, call in calls_in(file):
-        words = {word.arg: ast.unparse(word.value) for word in call.keywords}
-        assert words.get("shell") != "True", f"line {call.lineno}: {name}"
+def test_nothing_is_evaluated_executed_or_asked_whether_it_has_an_attribute():
+    def find(file: Path) -> list[str]:
+        return [f"line {call.lineno}: {name}" for name, call in calls_in(file) if name in FORBIDDEN]
+
+    assert files_with(find) == {}
 
 
-@every_file
-def test_library_files_have_no_main_block(file: Path):
-    if file.name == "__main__.py" or "flat" in file.parts:
-        return
-    compared = [ast.unparse(node.left) for node in nodes_of(file) if isinstance(node, ast.Compare)]
-    assert "__name__" not in compared
+def test_no_process_is_started_through_a_shell():
+    def find(file: Path) -> list[str]:
+        words = [(call.lineno, word) for _, call in calls_in(file) for word in call.keywords if word.arg == "shell"]
+        return [f"line {line}" for line, word in words if ast.unparse(word.value) == "True"]
+
+    assert files_with(find) == {}
+
+
+def test_library_files_have_no_main_block():
+    def find(file: Path) -> list[str]:
+        compared = [node for node in nodes_of(file) if isinstance(node, ast.Compare)]
+        lines = [f"line {node.lineno}" for node in compared if ast.unparse(node.left) == "__name__"]
+        return [] if file.name == "__main__.py" or "flat" in file.parts else lines
+
+    assert files_with(find) == {}
 
 
 def docstrings(module: ast.Module) -> set[int]:
