@@ -17,8 +17,8 @@ from llm_quest.hub.gguf import GGUFFile, read_gguf
 from llm_quest.hub.gguf_layouts import SAMPLING, size_of
 from llm_quest.hub.model_card import Readme, join_parts
 from llm_quest.hub.wllama import FILES, load_wllama
+from llm_quest.report import render_template
 from llm_quest.report.run_card import run_readme
-from llm_quest.report.templates import render_template
 
 PAGE = Path(__file__).parents[1] / "report" / "web_page"
 PAGE_FILES = {"index.html": ".html", "page.js": ".js", "style.css": ".css"}

@@ -19,7 +19,7 @@ import inspect
 import platform
 import sysconfig
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_quest.data.document import Document, DropReport
-from llm_quest.data.documents import TEXT_SUFFIXES, read_documents, row_documents
+from llm_quest.data.documents import read_documents, row_documents
 from llm_quest.data.records import map_columns
 from llm_quest.data.sources import HUB_PREFIX, DataSource, check_parts, is_saved_dataset, iter_source, split_function
 from llm_quest.errors import DataError, MissingError, UsageError
@@ -71,7 +71,6 @@ def load_corpus(
     *,
     columns: Mapping[str, str] | None = None,
     separator: str | None = None,
-    suffixes: Collection[str] = TEXT_SUFFIXES,
     strict: bool = False,
 ) -> Corpus:
     """The documents of `builtin`, `builtin:PART[,PART]`, a text file, a folder or rows (`data/sources.py`), or of
@@ -81,9 +80,7 @@ def load_corpus(
     drop_report = DropReport()
     sources = [DataSource(str(source))] if isinstance(source, str | Path) else source
     name = ", ".join(one.path for one in sources)
-    found = chain.from_iterable(
-        _read_source_documents(one, drop_report, columns or {}, separator, suffixes) for one in sources
-    )
+    found = chain.from_iterable(_read_source_documents(one, drop_report, columns or {}, separator) for one in sources)
     documents = _deduplicate(found, drop_report)
     drop_report.require_rows(len(documents), name, strict=strict)
     if not documents:
@@ -101,7 +98,6 @@ def _read_source_documents(
     drop_report: DropReport,
     columns: Mapping[str, str],
     separator: str | None,
-    suffixes: Collection[str],
 ) -> Iterator[Document]:
     check_parts(source)
     if is_builtin(source.path):
@@ -109,9 +105,7 @@ def _read_source_documents(
     elif source.path.startswith(HUB_PREFIX) or split_function(source.path) is not None or is_saved_dataset(source.path):
         found = row_documents(map_columns(iter_source(source, drop_report), columns, drop_report), drop_report)
     else:
-        found = read_documents(
-            source.path, drop_report, columns=columns, separator=separator, suffixes=suffixes, split=source.split
-        )
+        found = read_documents(source.path, drop_report, columns=columns, separator=separator, split=source.split)
     return (replace(document, weight=source.weight) for document in found)
 
 

@@ -157,15 +157,15 @@ def read_file_bytes(file: Path) -> bytes:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
 
 
-def decode_utf8(content: bytes, file: Path, first_line: int = 1) -> str:
-    """Decode UTF-8 with or without a byte-order mark. first_line: the number of the first line, for the message."""
+def decode_utf8(content: bytes, file: Path) -> str:
+    """Decode UTF-8 with or without a byte-order mark."""
     if b"\0" in content:
-        line = first_line + content.count(b"\n", 0, content.index(b"\0"))
+        line = 1 + content.count(b"\n", 0, content.index(b"\0"))
         raise DataError(f"{file}:{line} holds a zero byte: this is a binary file (or UTF-16), expected UTF-8 text")
     try:
         return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        line = first_line + content.count(b"\n", 0, error.start)
+        line = 1 + content.count(b"\n", 0, error.start)
         raise DataError(
             f"{file}:{line} is not UTF-8 (byte 0x{content[error.start]:02x} at offset {error.start}); "
             "convert it, for instance with `iconv -f LATIN1 -t UTF-8`"
@@ -183,14 +183,14 @@ def text_column(row: Mapping[str, Any], column: str, where: str) -> str:
     return text
 
 
-def read_prompts(file: str | Path, column: str = "prompt") -> list[Document]:
-    """The prompts in the file's order. Of a file of rows: the column, which may be empty (a text from its very
+def read_prompts(file: str | Path) -> list[Document]:
+    """The prompts in the file's order. Of a file of rows: the column `prompt`, which may be empty (a text from its very
     beginning). Of any other file: its lines, without blank ones."""
     file = Path(file)
     if row_suffix(file) in READERS:
         rows = read_records(file)
-        return [Document(text_column(one.row, column, one.where), one.where) for one in rows]
+        return [Document(text_column(one.row, "prompt", one.where), one.where) for one in rows]
     found = list(read_text(file, DropReport(), separator="\n"))
     if not found:
-        raise DataError(f"{file} holds no prompts: write one a line, or rows with {column!r} in a .jsonl file")
+        raise DataError(f"{file} holds no prompts: write one a line, or rows with 'prompt' in a .jsonl file")
     return [Document(one.text, f"{one.source}:{one.line}", one.line) for one in found]

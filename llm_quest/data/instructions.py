@@ -27,14 +27,12 @@ from llm_quest.data.packing import pack_best_fit
 from llm_quest.errors import DataError
 
 
-def drop_too_long(
-    examples: Sequence[ChatExample], max_length: int, drop_report: DropReport, what: str = ""
-) -> list[ChatExample]:
+def drop_too_long(examples: Sequence[ChatExample], max_length: int, drop_report: DropReport) -> list[ChatExample]:
     """The conversations that fit into a row; the report counts the others. DataError if none does."""
     kept = [one for one in examples if one.last_answer_span[1] - 1 <= max_length]
     for one in examples:
         if one.last_answer_span[1] - 1 > max_length:
-            drop_report.drop(f"longer than a row of {max_length} tokens{what}", 0)
+            drop_report.drop(f"longer than a row of {max_length} tokens", 0)
     if examples and not kept:
         shortest = min(one.last_answer_span[1] - 1 for one in examples)
         raise DataError(

@@ -184,9 +184,9 @@ def parse_transcript(text: str, where: str) -> list[Message]:
     ]
 
 
-def text_field(row: Mapping[str, Any], key: str, where: str, default: str = "") -> str:
-    """A value that has to be text."""
-    value = row.get(key, default)
+def text_field(row: Mapping[str, Any], key: str, where: str) -> str:
+    """A value that has to be text; empty where the row has none."""
+    value = row.get(key, "")
     if not isinstance(value, str):
         raise RowError(where, f"{key} that is no text", f"{key!r} is a {type(value).__name__}, expected text")
     return value

@@ -13,8 +13,8 @@ from typing import Any
 from llm_quest.experiments.arms import CONTROL
 from llm_quest.experiments.verdict_lines import describe_verdict
 from llm_quest.files import atomic_write_text, damaged_file_errors, iter_lines
+from llm_quest.report import render_template
 from llm_quest.report.plots import Curve, plot_curves
-from llm_quest.report.templates import render_template
 
 TEMPLATE = Path(__file__).with_name("page.html")
 Table = list[tuple[str, ...]]

@@ -30,10 +30,10 @@ def usable_cores(root: Path = Path("/")) -> int:
     return max(1, int(min([float(affinity()), *cpu_quotas(root)])))
 
 
-def describe_threads(threads: int, root: Path = Path("/"), *, option: str = "threads=") -> str:
+def describe_threads(threads: int, *, option: str = "threads=") -> str:
     """A number of threads and the cores that they run on, with what to change where the two do not fit. option: what
     the number is given with."""
-    cores, quota = usable_cores(root), min(cpu_quotas(root), default=float("inf"))
+    cores, quota = usable_cores(), min(cpu_quotas(Path("/")), default=float("inf"))
     limit = f" (a CPU quota of {quota:.3g} of {affinity()} cores)" if quota < affinity() else ""
     count = f"{threads} thread{'s' if threads > 1 else ''} on {cores} usable core{'s' if cores > 1 else ''}{limit}"
     if threads > cores:

@@ -109,17 +109,16 @@ def decoder_of_blocks(
     embedding: Callable[[int, int], nn.Module],
     norm: Callable[[int, float], nn.Module],
     mtp_modules: Sequence[nn.Module] = (),
-    eps: float | None = None,
 ) -> Decoder:
     """embedding(vocab_size, hidden_size), then block(config, layer_idx) for every layer, norm(hidden_size, eps) and a
-    head, which is the embedding where `tie_word_embeddings` says so. eps: None for the config's rms_norm_eps."""
+    head, which is the embedding where `tie_word_embeddings` says so."""
     embed = embedding(config.vocab_size, config.hidden_size)
     tied: Any = embed.token if config.tie_word_embeddings else None
     return Decoder(
         ModelSpec(family, config),
         embed=embed,
         blocks=[block(config, layer) for layer in range(config.num_hidden_layers)],
-        norm=norm(config.hidden_size, config.rms_norm_eps if eps is None else eps),
+        norm=norm(config.hidden_size, config.rms_norm_eps),
         head=LMHead(config.hidden_size, config.vocab_size, tied_embedding=tied),
         mtp_modules=mtp_modules,
     )

@@ -142,8 +142,9 @@ def expert_names(
     }
 
 
-def alternating_expert_names(ours: str = f"{OURS}feed_forward.layer.", theirs: str = f"{THEIRS}mlp.") -> Names:
+def alternating_expert_names() -> Names:
     """A router and its experts, both with biases, as gpt-oss publishes them: in one tensor a layer."""
+    ours, theirs = f"{OURS}feed_forward.layer.", f"{THEIRS}mlp."
     stacks = f"{theirs}experts."
     return {
         **{f"{ours}router.{kind}": f"{theirs}router.{kind}" for kind in ("weight", "bias")},

@@ -149,10 +149,10 @@ def find_idle_threads(most: int) -> Resolved[int]:
     return choices.choose_threads(most, affinity(), count_busy_cores())
 
 
-def resolve_precision(name: str, device: torch.device, log: LogFn = lambda text: None) -> Resolved[str]:
+def resolve_precision(name: str, device: torch.device) -> Resolved[str]:
     """Resolve a precision: fp32 or bf16 (autocast; the weights stay float32). auto: bf16 where training in it is
     measured to be faster."""
-    return decide_precision(Resolved(name, "asked for"), Machine(device, None, log))
+    return decide_precision(Resolved(name, "asked for"), Machine(device, None, lambda text: None))
 
 
 def decide_precision(given: Resolved[str], machine: Machine, config: RunConfig | None = None) -> Resolved[str]:

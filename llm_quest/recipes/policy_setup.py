@@ -83,12 +83,10 @@ def build_policy_setup(
     *,
     normalize_rewards_separately: bool = False,
     steps: StepRewards | None = None,
-    read_all: bool = False,
     wrap_sampler: Callable[[Sampler], RolloutSampler] = lambda sampler: sampler,
 ) -> PolicySetup:
     """Build rollouts and objective for a model on its device. rewards, normalize_rewards_separately, steps: see
-    `RewardPipeline`. read_all: see `RolloutLoader`; an entropy bonus sets it. wrap_sampler: makes a sampler of episodes
-    from the one of answers."""
+    `RewardPipeline`. wrap_sampler: makes a sampler of episodes from the one of answers."""
     if normalize_rewards_separately and config.has_value_head:
         raise UsageError(
             "normalize_rewards_separately compares samples within a group, which gae does not: leave one out"
@@ -127,7 +125,7 @@ def build_policy_setup(
     }
     loader = RolloutLoader(
         model, log_long_prompts(make_question, model.config.max_position_embeddings - config.max_new_tokens, log),
-        writer, scoring, plan, scorers=scorers, processes=parallel, read_all=read_all or config.entropy_coef > 0,
+        writer, scoring, plan, scorers=scorers, processes=parallel, read_all=config.entropy_coef > 0,
         routing_scorer=routing_scorer(model) if config.router_replay else None, whole_policy=whole_policy,
         value_baseline=ValueBaseline(value_scorer(model), config.build_gae()) if config.has_value_head else None,
     )  # fmt: skip

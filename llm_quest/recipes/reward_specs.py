@@ -16,23 +16,25 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import torch
 from pydantic import Field, field_validator, model_validator
+from torch import Tensor
 
 from llm_quest.contracts import LogFn, Reward
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.hub.load_save import load
 from llm_quest.hub.load_tokenizer import load_tokenizer
-from llm_quest.objectives.readouts import READOUTS, ROW_READOUTS, find_readout
+from llm_quest.objectives.readouts import READOUTS, ROW_READOUTS, find_readout, step_ends, token_scores
 from llm_quest.objectives.reward_model import score_rows
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, PositiveInt
 from llm_quest.recipes.schema import Choice, LocalPath, StrictModel
-from llm_quest.recipes.step_rewards import ModelStepRewards, ReadoutReward
 from llm_quest.rollouts.advantages import StepRewards, WeightedReward
 from llm_quest.rollouts.function_reward import FailureSummary, FunctionReward
 from llm_quest.rollouts.judge_reward import JudgeReward, read_judge_prompt
 from llm_quest.rollouts.model_reward import ModelReward
 from llm_quest.rollouts.rewards import CorrectnessReward, EnvironmentReward, FormatReward, RandomReward
+from llm_quest.rollouts.sampler import Sample
 from llm_quest.rollouts.user_code import check_reference, hash_user_code, split_reference
 from llm_quest.rollouts.verifier_process import MathVerifyReward
 from llm_quest.techniques.score_head import find_score_head
@@ -259,3 +261,39 @@ def reward_failures(rewards: Sequence[WeightedReward]) -> list[str]:
     """A line for each reward that failed on some samples."""
     counted = [(one.name, one.reward_fn.summary()) for one in rewards if isinstance(one.reward_fn, FailureSummary)]
     return [f"the reward {name} failed, {summary}" for name, summary in counted if summary]
+
+
+@dataclass(frozen=True)
+class ReadoutReward:
+    """Scores completions with any read-out of a reward model's or a process reward model's scores."""
+
+    model: Any
+    readout: str
+
+    def __call__(self, group: Sequence[Sample]) -> list[float]:
+        found = zip(group, completion_scores(self.model, group), strict=True)
+        return [float(READOUTS[self.readout](scores, completion_step_ends(self.model, s))) for s, scores in found]
+
+
+@dataclass(frozen=True)
+class ModelStepRewards:
+    """Rewards of steps by a process reward model: for each step of a sample (index of its last token, sigma(score))."""
+
+    model: Any
+
+    def __call__(self, sample: Sample) -> list[tuple[int, float]]:
+        (scores,) = completion_scores(self.model, [sample])
+        return [(end, float(torch.sigmoid(scores[end]))) for end in completion_step_ends(self.model, sample)]
+
+
+@torch.no_grad()
+def completion_scores(model: Any, samples: Sequence[Sample]) -> list[Tensor]:
+    """The scores of every token of each completion, read behind its prompt."""
+    found = token_scores(model, [sample.prompt_ids + sample.completion_ids for sample in samples])
+    return [scores[len(sample.prompt_ids) :].cpu() for sample, scores in zip(samples, found, strict=True)]
+
+
+def completion_step_ends(model: Any, sample: Sample) -> list[int]:
+    """The index of each step's last token in the completion."""
+    head = find_score_head(model)
+    return step_ends(sample.completion_ids, 0, head.step_token_ids if head is not None else ())

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from llm_quest.errors import UsageError
 from llm_quest.files import atomic_write_text
+from llm_quest.report import render_template
 from llm_quest.report.metric_families import Family, families_of, is_plotted, loss_unit, main_loss_metric, reward_family
 from llm_quest.report.plots import PERCENT, Curve, plot_bars, plot_curves
 from llm_quest.report.record import RunRecord, TableRow, read_run
 from llm_quest.report.run_summary import final_bits_per_byte, key_figures, recorded_baselines, run_status, summarize_run
-from llm_quest.report.templates import render_template
 
 TEMPLATE = Path(__file__).parent / "report.html"
 

@@ -20,8 +20,7 @@ from llm_quest.train.checkpoint import (
     load_checkpoint,
 )
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.run_dir import RunDir
-from llm_quest.train.run_log import RunLog
+from llm_quest.train.run_dir import RunDir, RunLog
 from llm_quest.train.state import TrainState
 
 

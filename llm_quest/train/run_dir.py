@@ -1,4 +1,5 @@
-"""RunDir: the folder of a run, locked by the one process that writes it.
+"""RunDir: the folder of a run, locked by the one process that writes it; RunLog: events and rows of metrics, to the
+display, to the trackers and to that folder.
 
           config.yaml  env.json  metrics.jsonl  events.jsonl  samples/  checkpoints/step-00001000/  LATEST  run.lock
 
@@ -33,7 +34,7 @@ from llm_quest.files import (
     remove_partial_line,
 )
 from llm_quest.manifest import describe_changes, find_fault, read_manifest
-from llm_quest.progress import utc_now
+from llm_quest.progress import Logger, utc_now
 from llm_quest.train import checkpoint as files
 from llm_quest.train.checkpoint import Checkpoint
 from llm_quest.train.parallel import DistributedContext
@@ -287,3 +288,32 @@ def _row_step(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, LookupError, TypeError, RecursionError):
         return math.inf
+
+
+class RunLog:
+    """Logs events and metrics from the main process; the other processes log nothing."""
+
+    def __init__(self, run_dir: RunDir | None, logger: Logger, is_main_process: bool):
+        self.run_dir, self.logger, self.is_main_process = run_dir, logger, is_main_process
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Log an event: a saved checkpoint, a skipped step, advice."""
+        if self.is_main_process:
+            self.logger.log_event(
+                f"{name}: " + "  ".join(str(v) if k == "message" else f"{k} {v}" for k, v in fields.items())
+            )
+            if self.run_dir is not None:
+                self.run_dir.log_event(name, **fields)
+
+    def metrics(self, row: Mapping[str, Any]) -> None:
+        """Log a row of metrics."""
+        if self.is_main_process:
+            self.logger.log_metrics(row)
+            if self.run_dir is not None:
+                self.run_dir.log_metrics(row)
+
+    def write_crash_report(self, report: Mapping[str, Any]) -> str:
+        """Log that a guard stopped the run, and write crash.json. Returns " (its path)", empty without a folder."""
+        where = f" ({self.run_dir.write_crash_report(report)})" if self.run_dir is not None else ""
+        self.event("stopped_by_guard", **report)
+        return where

@@ -31,8 +31,7 @@ from llm_quest.train.health import HealthMonitor
 from llm_quest.train.optimizers import LRSchedule
 from llm_quest.train.parallel import DistributedContext, parameters_in_place, put_parameters_back
 from llm_quest.train.rng_state import GeneratorStates, RNGState, capture_generators, evaluation_mode
-from llm_quest.train.run_dir import RunDir, json_safe
-from llm_quest.train.run_log import RunLog
+from llm_quest.train.run_dir import RunDir, RunLog, json_safe
 from llm_quest.train.signals import STOP_SIGNALS, SignalHandler, StepInterrupted
 from llm_quest.train.state import Progress, TrainState
 

@@ -18,7 +18,7 @@ from llm_quest.hub.locate import resolve_checkpoint
 from llm_quest.models.build import build, preset
 from llm_quest.scope import Scope
 from llm_quest.train.divergence import FIRST_GROWTH_STEP, STREAK, DivergenceMonitor
-from llm_quest.train.expert_load import INTERVAL, ExpertLoadMonitor
+from llm_quest.train.health import INTERVAL, ExpertLoadMonitor
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.state import TrainState
@@ -181,7 +181,7 @@ class Routed(torch.nn.Module):
 
 
 def test_a_run_tells_of_dead_experts_with_the_remedy(tmp_path: Path, mixture: torch.nn.Module, monkeypatch):
-    monkeypatch.setattr("llm_quest.train.expert_load.LEAST_TOKENS", 20)
+    monkeypatch.setattr("llm_quest.train.health.LEAST_TOKENS", 20)
     name, router = next(iter(ExpertLoadMonitor(mixture, DistributedContext()).routers.items()))
     show = Losses()
     router.bias = torch.nn.Parameter(torch.zeros(router.weight.shape[0]).index_fill(0, torch.tensor([1]), -1e4))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from llm_quest.data.document import DropReport
@@ -20,20 +19,15 @@ GSM8K_ANSWER_MARK = "####"
 CALCULATOR_ANNOTATION = re.compile(r"<<[^<>]*>>")
 
 
-def read_gsm8k(file: str | Path, drop_report: DropReport | None = None) -> list[Problem]:
-    """Every problem of a file. DataError with file and line where a row is none; with a report, such rows are counted
-    and left out, and only a file without any problem is an error."""
+def read_gsm8k(file: str | Path) -> list[Problem]:
+    """Every problem of a file. DataError with file and line where a row is none."""
     if not Path(file).exists():
         raise DataError(f"there is no file {file}; give GSM8K's JSON lines (question, answer)")
-    report = DropReport() if drop_report is None else drop_report
-    return parse_gsm8k(iter_records(file, report), str(file), report, strict=drop_report is None)
-
-
-def parse_gsm8k(records: Iterable[Record], name: str, drop_report: DropReport, *, strict: bool) -> list[Problem]:
-    problems = parse_rows(records, parse_gsm8k_row, drop_report)
-    drop_report.require_rows(len(problems), name, strict=strict, remedy=REPAIR)
+    report = DropReport()
+    problems = parse_rows(iter_records(file, report), parse_gsm8k_row, report)
+    report.require_rows(len(problems), str(file), strict=True, remedy=REPAIR)
     if not problems:
-        raise DataError(f"{name} holds no problems")
+        raise DataError(f"{file} holds no problems")
     return problems
 
 
