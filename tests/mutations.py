@@ -560,6 +560,7 @@ MUTATIONS = (
     # Generation and drafts
     Mutation("native: a build that failed is tried again at every call", "layers/native.py", "Library.loaded, Library.reason = False, describe_failure(error)", "Library.reason = describe_failure(error)", QUANT + "plain_form"),
     Mutation("native: what a slow compiler printed is the reason", "layers/native.py", "if isinstance(error, subprocess.TimeoutExpired):", "if False:", QUANT + "too_long"),
+    Mutation("compiled: guards are skipped whatever the cache holds", "generation/decoding.py", " and not keeps_history(self.cache):", ":", "tests/generation/test_compiled.py -k one_graph"),
     Mutation("compiled: capacities are rounded down", "generation/compiled.py", "return -(-capacity // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE", "return max(capacity // CAPACITY_MULTIPLE, 1) * CAPACITY_MULTIPLE", "tests/generation/test_compiled.py -k capacities"),
     Mutation("compiled: any pass takes the widest graph", "generation/compiled.py", "for width in widths if width >= columns", "for width in widths[::-1] if width >= columns", "tests/generation/test_compiled_speculation.py -k narrowest"),
     Mutation("stop strings: the first of the list cuts, not the earliest", "generation/detokenizer.py", "min(found) if found", "found[0] if found", STREAM),

@@ -12,6 +12,7 @@ import weakref
 import torch
 from torch._dynamo.utils import counters
 
+from llm_quest.generation import decoding
 from llm_quest.generation.generate import generate
 from llm_quest.models.build import build
 from llm_quest.models.decoder import Decoder
@@ -60,16 +61,47 @@ def report(name: str) -> dict[str, object]:
     return {"same": same, "graphs": first, "beams": beams, "graphs_of_beams": graphs() - before - first}
 
 
+def count_checked_steps(name: str) -> dict[str, int]:
+    """How many of the steps of a text are checked by dynamo's guards: with keys and values, and with a cache that is
+    taken for a recurrent one."""
+    calls, keeps = [], decoding.keeps_history
+    compile_step = decoding.compile_for_model
+
+    def count_steps(function, model):
+        compiled = compile_step(function, model)
+        return lambda *arguments: (calls.append(1), compiled(*arguments))[1]
+
+    found = {}
+    decoding.compile_for_model = count_steps
+    for kind, answer in (("slots", keeps), ("recurrent", lambda cache: True)):
+        decoding.keeps_history, before = answer, len(calls)
+        generate(MODELS[name], RAGGED, max_new_tokens=9, temperature=0.0, eos_token_id=(), compile=True)
+        found[kind] = len(calls) - before
+    decoding.compile_for_model, decoding.keeps_history = compile_step, keeps
+    return found
+
+
+def follows_the_model(name: str) -> bool:
+    """Whether a text is that of the model as it is now, and not as it was compiled."""
+    model, choice = MODELS[name], {"max_new_tokens": 20, "temperature": 0.0}
+    before = [row.logprobs for row in generate(model, RAGGED, **choice)]
+    for block in model.blocks:
+        block.mixer.layer.attend.scale *= 3
+    return same_texts(name, RAGGED, **choice) and before != [row.logprobs for row in generate(model, RAGGED, **choice)]
+
+
 def main(backend: str, *names: str) -> None:
     if backend != "inductor":
         torch.compile = functools.partial(torch.compile, backend=backend)
     MODELS.update({name: keep_block_kinds_(build(name, seed=1)) for name in names})
     reports = {name: report(name) for name in MODELS}
+    checked, follows = count_checked_steps(names[0]), follows_the_model(names[0])
     gone = [weakref.ref(model) for model in MODELS.values()]
     MODELS.clear()
     gc.collect()
     leaked = sum(model() is not None for model in gone)
-    print(json.dumps({"reports": reports, "breaks": len(counters["graph_break"]), "leaked": leaked}))
+    found = {"reports": reports, "breaks": len(counters["graph_break"]), "leaked": leaked}
+    print(json.dumps(found | {"checked": checked, "follows": follows}))
 
 
 if __name__ == "__main__":

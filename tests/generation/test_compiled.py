@@ -29,6 +29,8 @@ def test_many_calls_of_one_shape_are_one_graph_without_a_break_and_no_model_is_k
         assert report["graphs_of_beams"] == 1, "prompts that are done leave the batch as large as it was"
     assert found["breaks"] == 0
     assert found["leaked"] == 0
+    assert found["checked"] == {"slots": 1, "recurrent": 8}, "the guards of a text's first step stand for all"
+    assert found["follows"], "a text begins with all guards"
 
 
 def test_capacities_share_steps():
