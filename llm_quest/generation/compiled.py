@@ -48,7 +48,18 @@ def compile_options() -> dict[str, Any]:
     wanted = {"isolate_recompiles": True, "recompile_limit": MAX_SHAPES_PER_MODEL}
     known = inspect.signature(torch.compile).parameters
     checks = dict.fromkeys(("size_asserts", "alignment_asserts", "scalar_asserts"), False)
-    return {"options": checks} | {name: value for name, value in wanted.items() if name in known}
+    return {"options": checks | vector_options()} | {name: value for name, value in wanted.items() if name in known}
+
+
+def vector_options() -> dict[str, Any]:
+    """Inductor's option for the width of this processor's vectors in bits, as part of the name under which generated
+    code is kept. Without it inductor (torch 2.13) takes code for vectors of 8 numbers from a cache that another
+    processor filled (a shared home, ATEN_CPU_CAPABILITY), compiles it for vectors of 16, and writes beyond its
+    buffers."""
+    from torch._inductor import config
+
+    width = {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())
+    return {"cpp.simdlen": width} if width and config.cpp.simdlen is None else {}
 
 
 def without_guards(function: F, *arguments: Any) -> F | None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
-from llm_quest.generation.compiled import round_up_capacity
+import pytest
+import torch
+
+from llm_quest.generation.compiled import compile_options, round_up_capacity, vector_options
 from llm_quest.models import FAMILIES
 from tests.forked import run_forked
 from tests.generation.compiled_steps import main
@@ -35,3 +38,22 @@ def test_many_calls_of_one_shape_are_one_graph_without_a_break_and_no_model_is_k
 
 def test_capacities_share_steps():
     assert [round_up_capacity(n) for n in (1, 64, 65, 190)] == [64, 64, 128, 192]
+
+
+def test_code_generated_for_other_vectors_is_not_taken_from_the_cache(monkeypatch: pytest.MonkeyPatch):
+    """Compiled for wider vectors than it was generated for, it writes beyond its buffers."""
+    from torch._inductor import config
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    keys = set()
+    for capability, width in (("AVX2", 256), ("AVX512", 512)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert vector_options() == {"cpp.simdlen": width}
+        with config.patch(compile_options()["options"]):
+            keys.add(str(config.save_config_portable(ignore_private_configs=False)))  # what the cache's names contain
+            assert pick_vec_isa().bit_width() in (0, width), "0: this processor has no such vectors"
+    assert len(keys) == 2
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert vector_options() == {}
+    with config.patch({"cpp.simdlen": 256}):
+        assert vector_options() == {}, "what the user has set stays"

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from llm_quest.generation.compiled import vector_options
 from llm_quest.layers.delta_net import GatedDeltaNet
 from llm_quest.layers.kv_cache import Cache
 from llm_quest.models.decoder import Decoder
@@ -83,10 +85,16 @@ def scope_readers(model: Decoder) -> set[str]:
     return {str([(name, *describe(part)) for name, part in reader.named_modules()]) for reader in readers}
 
 
+def compile_whole(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """One graph of fixed shapes; generated code is kept apart by the processor's vectors."""
+    options = vector_options() if backend == "inductor" else None
+    return torch.compile(function, fullgraph=True, backend=backend, dynamic=False, options=options)
+
+
 def whole_rows(model: Decoder, backend: str) -> None:
     """One graph, and the eager logits."""
     tokens = random_tokens(model, 2, 17)
-    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=False)
+    compiled = compile_whole(model, backend)
     torch.testing.assert_close(compiled(tokens), model(tokens), atol=ATOL, rtol=0)
 
 
@@ -103,7 +111,7 @@ def check_padded_and_packed_rows(model: Decoder, backend: str, *, apart: bool) -
     packed, segments = torch.tensor([[*range(9), *range(8)]] * 2), torch.tensor([[0] * 9 + [1] * 8] * 2)
     both_segments = torch.tensor([[5, 5, *[0] * 9, *[1] * 6], [*[0] * 9, 7, 7, *[1] * 6]])
     cases = [(both, both_segments), *([(padded, None), (packed, segments)] if apart else [])]
-    compiled = torch.compile(logits, fullgraph=True, backend=backend, dynamic=False)
+    compiled = compile_whole(logits, backend)
     for positions, documents in cases:
         expected = logits(tokens, positions, documents)[positions >= 0]
         torch.testing.assert_close(compiled(tokens, positions, documents)[positions >= 0], expected, atol=ATOL, rtol=0)
@@ -118,7 +126,7 @@ def decode(model: Decoder, backend: str, atol: float) -> None:
     def step(tokens: torch.Tensor, positions: torch.Tensor, cache: Cache) -> torch.Tensor:
         return model(tokens, Scope(positions, cache=cache))
 
-    compiled = torch.compile(step, fullgraph=True, backend=backend, dynamic=False)
+    compiled = compile_whole(step, backend)
     torch._dynamo.utils.counters.clear()
     for i in range(64):
         offset = i % (room - 9)

@@ -23,6 +23,7 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
 from llm_quest.techniques.lora import LoRA
 from llm_quest.techniques.quantize import Quantize
+from tests.laws.compiled import compile_whole
 from tests.laws.subjects import TINY, keep_block_kinds_, own, random_tokens
 from tests.laws.test_decoder import limit
 from tests.laws.test_techniques import EXAMPLES, REFUSED
@@ -141,7 +142,7 @@ def judge(cell: Cell, device: str = "cpu", backend: str = "eager") -> None:
         return
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = decode(model, tokens, torch.compile(decode_step, fullgraph=True, dynamic=False, backend=backend))
+    compiled = decode(model, tokens, compile_whole(decode_step, backend))
     error = typical_error(compiled, eager)
     assert error < limit(model, DTYPES[cell.dtype]), f"compiled is off by {error:.2g} from eager"
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]

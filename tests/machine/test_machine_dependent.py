@@ -33,6 +33,7 @@ LISTED = {
     "layers/test_quantized.py": {
         "test_the_kernel_is_the_definition_for_every_width_and_number_of_rows": f"{COMPILER}; {INSTRUCTIONS}",
         "test_a_row_has_the_same_bits_whatever_rows_come_with_it": f"{COMPILER}; {INSTRUCTIONS}",
+        "test_numbers_of_x_keep_23_bits_of_their_group_s_largest": f"{COMPILER}; {INSTRUCTIONS}",
         "test_what_is_not_finite_stays_so_and_no_rows_are_no_result": COMPILER,
     },
     "machine/test_compiler.py": {

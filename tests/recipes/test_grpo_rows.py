@@ -77,7 +77,7 @@ def test_several_rewards_have_a_curve_each(warm: Path, tmp_path: Path):  # noqa:
 
 def test_a_reward_that_applies_to_no_row_teaches_nothing(warm: Path, tmp_path: Path):  # noqa: F811
     folder = write_rows(tmp_path, level="none")
-    with pytest.raises(GuardStop, match="not one sample could be scored"):
+    with pytest.raises(GuardStop, match="no sample could be scored"):
         run_grpo(
             tmp_path / "run", *row_settings(warm, folder, "max_steps=120", "diagnostics_patience=2", reward="short")
         )

@@ -185,13 +185,13 @@ FULL_DISK = """
 import resource, sys, signal
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-from tests.train.test_checkpoint import made
+from tests.train.test_checkpoint import make_checkpoint
 from llm_quest.train import checkpoint as files
 from llm_quest.errors import ResourceError
 root = Path(sys.argv[1])
-files.save_checkpoint(root, made(1))
+files.save_checkpoint(root, make_checkpoint(1))
 try:
-    files.save_checkpoint(root, made(2, 10**6))
+    files.save_checkpoint(root, make_checkpoint(2, 10**6))
 except ResourceError as error:
     print(error)
     sys.exit(error.exit_code)
