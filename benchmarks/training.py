@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import llm_quest as quest
 from benchmarks.pairs import race
 from llm_quest.data.batch import TokenBatch
+from llm_quest.generation.compiled import vector_options
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models.llama import FAMILY, Config
 from llm_quest.objectives.next_token import NextTokenLoss
@@ -104,7 +105,7 @@ class Runner:
         torch.manual_seed(0)
         model, loss = make()
         self.model, self.bf16 = model, bf16
-        self.loss = torch.compile(loss) if compiled else loss
+        self.loss = torch.compile(loss, options=vector_options()) if compiled else loss
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         self.feed = batches()
         self.losses: list[float] = []

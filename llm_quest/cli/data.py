@@ -84,7 +84,7 @@ class RowSummary:
         return [
             f"{self.source}, as quest train {self.recipe} reads it",
             *counted,
-            *dropped_lines(self.drop_report),
+            *self.drop_report.summary_lines(),
         ]
 
 
@@ -106,13 +106,7 @@ class ImageSummary:
         for part, labels in self.labels.items():
             result += [f"{self.images[part]:>9,} images: {part}"]
             result += [f"{count:>13,} {label}" for label, count in labels.items()]
-        return [*result, *dropped_lines(self.drop_report)]
-
-
-def dropped_lines(report: DropReport) -> list[str]:
-    """Lines of a report: the number of dropped items by reason, and its remarks."""
-    dropped = [f"left out: {count:,} {reason}" for reason, (count, _) in sorted(report.dropped.items())]
-    return [*dropped, *report.remarks()]
+        return [*result, *self.drop_report.summary_lines()]
 
 
 def summarize_images(source: str, columns: Mapping[str, str] | None = None) -> ImageSummary:

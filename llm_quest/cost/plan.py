@@ -237,11 +237,11 @@ def estimate_checkpoint_bytes(parameters: int, optimizer: int, save_total_limit:
 def describe_machine(device: torch.device, bf16: bool) -> dict[str, Any]:
     """Memory that is free now, and the rate of matrix products."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    peak = measured_peak(torch.bfloat16 if bf16 else torch.float32, device, torch.get_num_threads())
+    peak = peak_gflops(torch.bfloat16 if bf16 else torch.float32, device, torch.get_num_threads())
     return {"memory_available": free, "precision": "bf16" if bf16 else "fp32", "peak_gflops": peak}
 
 
 @functools.cache
-def measured_peak(dtype: torch.dtype, device: torch.device, threads: int) -> float:
+def peak_gflops(dtype: torch.dtype, device: torch.device, threads: int) -> float:
     """GFLOP/s of 2048 x 2048 products, measured once in a process (half a second to a second)."""
     return matmul_peak(2048, dtype, device)

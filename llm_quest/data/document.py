@@ -131,6 +131,10 @@ class DropReport:
             told.append(f"keys that nothing reads, and in how many rows: {keys}")
         return told + self.notes
 
+    def summary_lines(self) -> list[str]:
+        """The number of dropped items by reason, and the remarks."""
+        return [f"left out: {n:,} {reason}" for reason, (n, _) in sorted(self.dropped.items())] + self.remarks()
+
     def row_facts(self) -> dict[str, Any]:
         """What a run's data.json keeps about its rows."""
         return {

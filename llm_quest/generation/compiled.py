@@ -62,10 +62,15 @@ def vector_options() -> dict[str, Any]:
     return {"cpp.simdlen": width} if width and config.cpp.simdlen is None else {}
 
 
+def decode_step(model: Decoder, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    """Logits (R,V) of the token after `tokens` (R,1) at `positions` (R,1); -1: the row has ended."""
+    return model(tokens, Scope(positions, cache=cache))[:, -1]
+
+
 def without_guards(function: F, *arguments: Any) -> F | None:
     """What torch.compile made of `function` for such arguments, as a function that checks no guards, which are a
-    quarter of a small model's step. For the steps of one text after the first, since a text is of one model. None where
-    it cannot be found (a torch without this interface), or no guards hold for these arguments."""
+    quarter of a small model's step. None where it cannot be found (a torch without this interface), or no guards hold
+    for these arguments."""
     try:
         from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
     except ImportError:
@@ -78,9 +83,24 @@ def without_guards(function: F, *arguments: Any) -> F | None:
     return None
 
 
-def decode_step(model: Decoder, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-    """Logits (R,V) of the token after `tokens` (R,1) at `positions` (R,1); -1: the row has ended."""
-    return model(tokens, Scope(positions, cache=cache))[:, -1]
+class CompiledDecodeStep:
+    """`decode_step`, compiled for one model. The first step of a text checks all guards; the others of that text check
+    none, since model, shapes and cache are the same, except where the cache keeps a history, which may grow."""
+
+    def __init__(self, model: Decoder):
+        self.checked: Callable[..., Tensor] = compile_for_model(decode_step, model)
+        self.restart()
+
+    def restart(self) -> None:
+        """Check the guards in the next step: another text, or another cache."""
+        self.steps, self.step = 0, self.checked
+
+    def __call__(self, model: Decoder, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        arguments = (model, tokens, positions, cache)
+        if self.steps == 1 and not keeps_history(cache):
+            self.step = without_guards(decode_step, *arguments) or self.checked
+        self.steps += 1
+        return self.step(*arguments)
 
 
 def verify_step(model: Decoder, tokens: Tensor, positions: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:

@@ -10,19 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from functools import wraps
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_quest.generation.compiled import (
-    compile_for_model,
-    decode_step,
-    keeps_history,
-    round_up_capacity,
-    without_guards,
-)
+from llm_quest.generation.compiled import CompiledDecodeStep, round_up_capacity
 from llm_quest.generation.logits_processor import LogitsProcessor
 from llm_quest.generation.sampling import SamplingParams, token_presence_mask
 from llm_quest.generation.stopping import GeneratedSequence
@@ -78,8 +72,7 @@ class BatchDecoder:
         self.model = model
         self.sampling_params, self.logits_processor = sampling_params, logits_processor
         self.uniforms = uniforms
-        self.compiled_step = compile_for_model(decode_step, model) if compile else None
-        self.unguarded_step, self.has_checked_step = cast("Callable[..., Tensor] | None", None), False
+        self.compiled_step = CompiledDecodeStep(model) if compile else None
         self.row_numbers = list(range(uniforms.shape[0]))
 
     @inference_only
@@ -88,7 +81,8 @@ class BatchDecoder:
         ones share one."""
         n = len(self.row_numbers) // len(windows)
         self.num_active = len(self.row_numbers)
-        self.unguarded_step, self.has_checked_step = None, False
+        if self.compiled_step is not None:
+            self.compiled_step.restart()
         self.lengths = [len(window) for window in windows for _ in range(n)]
         capacity = round_up_capacity(capacity) if self.compiled_step else capacity
         self.cache, self.logits = prefill(self.model, windows, capacity, self.uniforms.device)
@@ -131,11 +125,7 @@ class BatchDecoder:
         """Feed every row the token it sampled last."""
         if self.compiled_step is not None:
             self.positions = torch.where(self.positions < 0, -1, self.positions + 1)
-            arguments = (self.model, self.tokens[:, None], self.positions, self.cache)
-            if self.has_checked_step and self.unguarded_step is None and not keeps_history(self.cache):
-                self.unguarded_step = without_guards(decode_step, *arguments)
-            self.logits = (self.unguarded_step or self.compiled_step)(*arguments)
-            self.has_checked_step = True
+            self.logits = self.compiled_step(self.model, self.tokens[:, None], self.positions, self.cache)
         else:
             self.positions = self.positions + 1
             self.lengths = [length + 1 for length in self.lengths]
@@ -147,10 +137,12 @@ class BatchDecoder:
     def continue_places(self, places: Sequence[int], tokens: Sequence[int], most_places: int) -> None:
         """Continue with these places of the batch, each perhaps several times, and feed each its next token. Compiled,
         the batch has most_places places; those that are left read padding."""
-        padding = [0] * (most_places - len(places)) if self.compiled_step is not None else []
+        padding: list[int] = []
+        if self.compiled_step is not None:
+            padding = [0] * (most_places - len(places))
+            self.compiled_step.restart()
         index = torch.tensor([*places, *padding], device=self.positions.device)
         self.cache.batch_select_indices(index)
-        self.unguarded_step, self.has_checked_step = None, False
         self.lengths, self.positions = [self.lengths[place] for place in places], self.positions[index]
         self.positions[len(places) :] = -1
         self.tokens = torch.tensor([*tokens, *padding], device=self.positions.device)

@@ -1,4 +1,4 @@
-"""Folders of labeled images: which files count, and what is told of the others and of the two sides."""
+"""Folders of labeled images: which files count, and the report on the others and on classes of one part alone."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import weakref
 import torch
 from torch._dynamo.utils import counters
 
-from llm_quest.generation import decoding
+from llm_quest.generation import compiled as compilation
 from llm_quest.generation.generate import generate
 from llm_quest.models.build import build
 from llm_quest.models.decoder import Decoder
@@ -64,20 +64,20 @@ def report(name: str) -> dict[str, object]:
 def count_checked_steps(name: str) -> dict[str, int]:
     """How many of the steps of a text are checked by dynamo's guards: with keys and values, and with a cache that is
     taken for a recurrent one."""
-    calls, keeps = [], decoding.keeps_history
-    compile_step = decoding.compile_for_model
+    calls, keeps = [], compilation.keeps_history
+    compile_step = compilation.compile_for_model
 
     def count_steps(function, model):
         compiled = compile_step(function, model)
         return lambda *arguments: (calls.append(1), compiled(*arguments))[1]
 
     found = {}
-    decoding.compile_for_model = count_steps
+    compilation.compile_for_model = count_steps
     for kind, answer in (("slots", keeps), ("recurrent", lambda cache: True)):
-        decoding.keeps_history, before = answer, len(calls)
+        compilation.keeps_history, before = answer, len(calls)
         generate(MODELS[name], RAGGED, max_new_tokens=9, temperature=0.0, eos_token_id=(), compile=True)
         found[kind] = len(calls) - before
-    decoding.compile_for_model, decoding.keeps_history = compile_step, keeps
+    compilation.compile_for_model, compilation.keeps_history = compile_step, keeps
     return found
 
 
