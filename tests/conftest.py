@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -21,11 +21,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
-import torch
-import typer.main
-from hypothesis import HealthCheck, settings
+from _pytest.runner import runtestprotocol
 
-from tests.shapes import check_imports
+if TYPE_CHECKING:
+    import torch
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell ignores it for what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,20 +32,51 @@ if getattr(signal, "SIGHUP", None) and signal.getsignal(signal.SIGHUP) is signal
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.fsync = lambda descriptor: None  # of thousands of checkpoints: no test takes the power away
 sys.dont_write_bytecode = False  # or this process, and every one that a test starts, compiles all files anew
-gc.disable()  # until the tests are collected: what they import stays
-
 CHECKED = ("layers", "models", "generation", "objectives", "techniques", "hub")
-check_imports([f"llm_quest.{package}" for package in CHECKED])
+FEW_ROWS: dict[Any, Any] = {}
+"""The package's own choice of the form of products."""
 
-from llm_quest.data import template_sandbox  # noqa: E402
-from llm_quest.layers import linear  # noqa: E402
-from tests.machine import use_kept_profile  # noqa: E402
 
-torch.set_num_threads(1)
-FEW_ROWS = dict(linear.FEW_ROWS)
-use_kept_profile()
-settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("tests")
+def pytest_configure(config: pytest.Config) -> None:
+    """A process that only starts workers and counts what they tell needs no torch, whose import takes seconds."""
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        prepare_process()
+
+
+def prepare_process() -> None:
+    """Everything that holds for all tests of a process, before the first of them is imported."""
+    from tests.machine import use_kept_profile
+    from tests.shapes import check_imports
+
+    gc.disable()  # until the tests are collected: what they import stays
+    check_imports([f"llm_quest.{package}" for package in CHECKED])
+    import torch
+    import typer.main
+    from hypothesis import HealthCheck, settings
+
+    from llm_quest.layers import linear
+
+    torch.set_num_threads(1)
+    FEW_ROWS.update(linear.FEW_ROWS)
+    use_kept_profile()
+    settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("tests")
+    render_once()
+    # Four fifths of a command's time in this process would go into building the tree of all commands again.
+    typer.main.get_command = functools.cache(typer.main.get_command)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """A worker tells each test by one message; of six, four say that it began, was set up, was torn down and ended."""
+    option = item.config.option
+    if not hasattr(item.config, "workerinput") or option.xmlpath or option.durations is not None:
+        return None
+    for report in runtestprotocol(item, log=False, nextitem=nextitem):
+        if report.when == "call" or not report.passed:
+            item.ihook.pytest_runtest_logreport(report=report)
+    return True
+
 
 RENDERED: dict[str, Any] = {}
 """What templates made of conversations in this process."""
@@ -55,6 +85,8 @@ RENDERED: dict[str, Any] = {}
 def render_once() -> None:
     """A chat template is rendered in a process of its own, a fifth of a second each time: here the same conversations
     are rendered once by the same template under the same limits. (An error is never kept.)"""
+    from llm_quest.data import template_sandbox
+
     render = template_sandbox.run_batch
 
     def run_once(settings: Any, jobs: Any) -> Any:
@@ -64,11 +96,6 @@ def render_once() -> None:
         return RENDERED[key]
 
     template_sandbox.run_batch = run_once
-
-
-render_once()
-typer.main.get_command = functools.cache(typer.main.get_command)
-"""Four fifths of a command's time in this process would go into building the tree of all commands again."""
 
 
 LONG = ("test_experiment.py", "test_compiled.py", "test_option_grid.py", "test_engine_grid.py", "test_one_law.py")
@@ -89,6 +116,8 @@ def pytest_collection_finish() -> None:
 def few_row_products() -> None:
     """The form of products with few rows is set for the whole process; every test begins with the package's own. (A
     fixture of a whole module that trains sets it before the test begins.)"""
+    from llm_quest.layers import linear
+
     linear.KERNEL_ROWS.clear()
     linear.FEW_ROWS.clear()
     linear.FEW_ROWS.update(FEW_ROWS)
@@ -115,4 +144,6 @@ def caplog() -> Iterator[LogCapture]:
 @pytest.fixture
 def generator() -> torch.Generator:
     """The randomness of a test, the same every time."""
+    import torch
+
     return torch.Generator().manual_seed(0)

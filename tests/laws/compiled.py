@@ -29,6 +29,7 @@ In float32 no number says whether it is right. A head of the DeltaNet whose quer
 1, what comes in 9e-7 off goes out 5.6e-5 off, and eager logits end 1.2e-4 from the exact ones, compiled ones 0.7e-4."""
 LENGTHS = (9, 6)
 SCOPE_READ_ALIKE = (
+    *("llama3.2-tiny", "mistral-tiny", "olmo2-tiny", "deepseek-v2-tiny"),
     *("helium-tiny", "phi3-tiny", "stablelm-tiny", "granite-tiny", "glm4-tiny", "seed-oss-tiny", "gemma1-tiny"),
     *("mixtral-tiny", "qwen2-moe-tiny", "qwen3-moe-tiny", "latent experts", "windows 5, all, 3, 5", "window 4"),
     *("llama, untied, biases, YaRN", "llama, one key/value head, 4 x 24 != 48, NTK"),

@@ -39,6 +39,7 @@ from llm_quest.rollouts.verifier_process import verify_with_math_verify
 from llm_quest.train.signals import available_signals
 from llm_quest.train.trackers import TRACKERS
 from tests.data.test_template_sandbox import CHATML, DOUBLING, HELLO
+from tests.sources import package_files, parse_file
 
 PACKAGE = Path(__file__).parents[2] / "llm_quest"
 MODULES = {"fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "readline", "msvcrt", "winreg", "_winapi"}
@@ -102,8 +103,7 @@ NAMED_SYSTEMS = {
 
 @functools.cache
 def sources() -> list[tuple[str, ast.Module]]:
-    paths = sorted(PACKAGE.rglob("*.py"))
-    return [(str(path.relative_to(PACKAGE)), ast.parse(path.read_text(encoding="utf-8"))) for path in paths]
+    return [(str(path.relative_to(PACKAGE)), parse_file(path)) for path in package_files(PACKAGE)]
 
 
 def guards(node: ast.AST, wanted: str) -> bool:
@@ -222,10 +222,10 @@ def test_a_template_is_rendered_and_an_endless_one_ends_where_there_are_no_limit
     assert render_prompt(CHATML, HELLO).startswith("<|im_start|>user\nhello")
     with pytest.raises(DataError, match="MemoryError: more than its share of memory"):
         render_prompt(DOUBLING, HELLO)
-    monkeypatch.setattr(template_sandbox, "CPU_SECONDS", 1)
-    monkeypatch.setattr(template_sandbox, "WAIT_SECONDS", 5)
+    monkeypatch.setattr(template_sandbox, "CPU_SECONDS", 0)
+    monkeypatch.setattr(template_sandbox, "WAIT_SECONDS", 1)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(DataError, match="did not end within 5 s"):
+    with pytest.raises(DataError, match="did not end within 1 s"):
         render_prompt(endless, HELLO)
 
 

@@ -21,6 +21,7 @@ from llm_quest.machine.hardware import (
     set_environment,
     usable_cores,
 )
+from tests.forked import run_forked
 
 
 def write_files(root: Path, files: dict[str, str]) -> Path:
@@ -155,17 +156,24 @@ def test_what_a_process_spends_is_the_systems_and_only_its_own_is_this_processs(
     assert now.own - seen.own > spent.user + 0.05, "and of its children, once they have ended"
 
 
-@pytest.mark.parametrize("taken", [{"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
-                                   {"ONEDNN_MAX_CPU_ISA": "AVX2"}, {"ATEN_CPU_CAPABILITY": "avx2"}])  # fmt: skip
-def test_muon_iterates_in_float32_where_bfloat16_has_no_instructions(taken):
-    code = (
-        "import torch\n"
-        "from llm_quest.train.newton_schulz import default_form, newton_schulz, orthogonalize\n"
-        "print(default_form(torch.device('cpu')))\n"
-        "g = torch.randn(6, 8)\n"
-        "print(torch.equal(orthogonalize(g), newton_schulz(g, 5) * (0.2 * 8**0.5)))\n"
-    )
-    assert run_python(code, **taken) == ["float32", "True"]
+MUON = (
+    "import torch\n"
+    "from llm_quest.train.newton_schulz import default_form, newton_schulz, orthogonalize\n"
+    "print(default_form(torch.device('cpu')))\n"
+    "g = torch.randn(6, 8)\n"
+    "print(torch.equal(orthogonalize(g), newton_schulz(g, 5) * (0.2 * 8**0.5)))\n"
+)
+
+
+def test_muon_iterates_in_float32_where_bfloat16_has_no_instructions():
+    """By either variable (both: see below). oneDNN reads its own when it is used, ATen reads its own at the import."""
+    forked = " ".join(run_forked(run_with_variables, MUON, {"ONEDNN_MAX_CPU_ISA": "AVX2"})).split()
+    assert forked == run_python(MUON, ATEN_CPU_CAPABILITY="avx2") == ["float32", "True"]
+
+
+def run_with_variables(code: str, variables: dict[str, str]) -> None:
+    os.environ.update(variables)
+    exec(code, {})
 
 
 def test_without_bfloat16_instructions_the_measured_choices_are_float32(tmp_path):
@@ -177,8 +185,8 @@ def test_without_bfloat16_instructions_the_measured_choices_are_float32(tmp_path
         "print(choose_precision(profile).value, choose_muon_form(profile).value != 'bfloat16')\n"
     )
     taken = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-    found = run_python(code, LLM_QUEST_MACHINE_PROFILE="", LLM_QUEST_CACHE=str(tmp_path), **taken)
-    assert found == ["fp32", "True"]
+    found = run_python(code + MUON, LLM_QUEST_MACHINE_PROFILE="", LLM_QUEST_CACHE=str(tmp_path), **taken)
+    assert found == ["fp32", "True", "float32", "True"]
 
 
 def run_python(code: str, **variables: str) -> list[str]:
