@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+os.environ["OMP_NUM_THREADS"] = "1"  # two workers with two threads each on two cores wait for each other
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -113,11 +114,15 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def few_row_products() -> None:
-    """The form of products with few rows is set for the whole process; every test begins with the package's own. (A
-    fixture of a whole module that trains sets it before the test begins.)"""
+def process_settings() -> None:
+    """The form of products with few rows and the number of threads are set for the whole process; every test begins
+    with the package's own form and with one thread. (A fixture of a whole module that trains sets them before the test
+    begins.)"""
+    import torch
+
     from llm_quest.layers import linear
 
+    torch.set_num_threads(1)
     linear.KERNEL_ROWS.clear()
     linear.FEW_ROWS.clear()
     linear.FEW_ROWS.update(FEW_ROWS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,3 +28,9 @@ def test_the_generation_race_has_equal_weights_and_equal_texts(name: str):
     texts = [run() for run in forms.values()]
     assert texts[0] == texts[1]
     assert [len(row) for row in texts[0]] == [4, 4]
+
+
+def test_a_test_begins_with_one_thread():
+    """Importing the benchmarks sets the threads to all cores, while tests are collected."""
+    assert torch.get_num_threads() == 1
+    assert os.environ["OMP_NUM_THREADS"] == "1", "for the processes that tests start"
