@@ -6,6 +6,7 @@ import torch
 
 from llm_quest.models.build import build
 from tests.forked import run_forked
+from tests.laws.subjects import keep_block_kinds_
 
 NAMES = ("vit-tiny", "llava-tiny", "gemma3-vision-tiny")
 
@@ -14,6 +15,9 @@ def judge(*names: str) -> None:
     for name in names:
         torch.compiler.reset()
         model = build(name).double()
+        for part in model.modules():
+            if hasattr(part, "blocks"):
+                keep_block_kinds_(part)
         inputs: tuple[torch.Tensor, ...] = (torch.randn(2, 3, 16, 16, dtype=torch.float64),)
         logits_of_images = model
         if name in ("llava-tiny", "gemma3-vision-tiny"):

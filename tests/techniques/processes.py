@@ -23,7 +23,7 @@ from llm_quest.techniques.hyper_connections import HyperConnections
 from llm_quest.techniques.multi_token_prediction import MultiTokenPrediction
 from llm_quest.techniques.qk_clip import QKClip
 from llm_quest.techniques.softcap import SoftCap
-from tests.laws.subjects import own, random_tokens
+from tests.laws.subjects import keep_block_kinds_, own, random_tokens
 
 COMPILED: dict[str, tuple[Any, ...]] = {
     "QK-Clip, DyT, lookahead, hyper-connections": (
@@ -41,9 +41,9 @@ def compiled() -> None:
     warnings.simplefilter("ignore")
     values = torch.full((97,), float("nan"))
     values[3:13] = torch.arange(10.0)
-    teacher = build("gpt2-tiny", seed=1).eval()
+    teacher = keep_block_kinds_(build("gpt2-tiny", seed=1)).eval()
     for name, techniques in COMPILED.items():
-        model: Any = build("llama3.2-tiny").train()
+        model: Any = keep_block_kinds_(build("llama3.2-tiny")).train()
         for technique in techniques:
             model = technique(model)
         objective = NextTokenLoss(
