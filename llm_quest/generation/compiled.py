@@ -12,12 +12,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from llm_quest.generation.sampling import most_probable
+from llm_quest.layers import native
 from llm_quest.layers.kv_cache import Cache
 from llm_quest.layers.recurrent_cache import RecurrentStateCache
 from llm_quest.models.decoder import Decoder
@@ -35,6 +37,8 @@ COMPILED_WIDTHS = (1, 3, 5, 9, 17)
 def compile_for_model(function: F, model: Decoder) -> F:
     """Compile `function` for this model. It takes the model as its first argument, so that the table of compiled
     functions keeps no model alive."""
+    if next(model.parameters()).device.type == "cpu":
+        native.is_loaded()  # compiled code has the operators in C++ where they were built before
     functions = COMPILED_FUNCTIONS.setdefault(model, {})
     if function not in functions:
         functions[function] = torch.compile(function, fullgraph=True, dynamic=False, **compile_options())  # type: ignore[call-overload]
@@ -67,6 +71,25 @@ def decode_step(model: Decoder, tokens: Tensor, positions: Tensor, cache: Cache)
     return model(tokens, Scope(positions, cache=cache))[:, -1]
 
 
+class DecodedTokens(NamedTuple):
+    """A compiled step's logits (R,V), the positions (R,1) it read at, and the most probable tokens (R,) with their
+    log-probabilities, also together (2,R), as the host reads them (token ids below 2^24 are exact in float32)."""
+
+    logits: Tensor
+    positions: Tensor
+    tokens: Tensor
+    host: Tensor
+
+
+def next_decode_step(model: Decoder, tokens: Tensor, positions: Tensor, cache: Cache) -> DecodedTokens:
+    """`decode_step` of `tokens` (R,) behind `positions` (R,1), with the greedy choice after it: as operators of their
+    own, choice and positions take a tenth of a small model's step."""
+    positions = torch.where(positions < 0, -1, positions + 1)
+    logits = decode_step(model, tokens[:, None], positions, cache)
+    chosen, logprobs = most_probable(logits.float())
+    return DecodedTokens(logits, positions, chosen, torch.stack((chosen.float(), logprobs)))
+
+
 def without_guards(function: F, *arguments: Any) -> F | None:
     """What torch.compile made of `function` for such arguments, as a function that checks no guards, which are a
     quarter of a small model's step. None where it cannot be found (a torch without this interface), or no guards hold
@@ -84,21 +107,21 @@ def without_guards(function: F, *arguments: Any) -> F | None:
 
 
 class CompiledDecodeStep:
-    """`decode_step`, compiled for one model. The first step of a text checks all guards; the others of that text check
-    none, since model, shapes and cache are the same, except where the cache keeps a history, which may grow."""
+    """`next_decode_step`, compiled for one model. The first step of a text checks all guards; the others of that text
+    check none, since model, shapes and cache are the same, except where the cache keeps a history, which may grow."""
 
     def __init__(self, model: Decoder):
-        self.checked: Callable[..., Tensor] = compile_for_model(decode_step, model)
+        self.checked: Callable[..., DecodedTokens] = compile_for_model(next_decode_step, model)
         self.restart()
 
     def restart(self) -> None:
         """Check the guards in the next step: another text, or another cache."""
         self.steps, self.step = 0, self.checked
 
-    def __call__(self, model: Decoder, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    def __call__(self, model: Decoder, tokens: Tensor, positions: Tensor, cache: Cache) -> DecodedTokens:
         arguments = (model, tokens, positions, cache)
         if self.steps == 1 and not keeps_history(cache):
-            self.step = without_guards(decode_step, *arguments) or self.checked
+            self.step = without_guards(next_decode_step, *arguments) or self.checked
         self.steps += 1
         return self.step(*arguments)
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_quest.generation.compiled import CompiledDecodeStep, round_up_capacity
+from llm_quest.generation.compiled import CompiledDecodeStep, DecodedTokens, round_up_capacity
 from llm_quest.generation.logits_processor import LogitsProcessor
 from llm_quest.generation.sampling import SamplingParams, token_presence_mask
 from llm_quest.generation.stopping import GeneratedSequence
@@ -85,6 +85,7 @@ class BatchDecoder:
             self.compiled_step.restart()
         self.lengths = [len(window) for window in windows for _ in range(n)]
         capacity = round_up_capacity(capacity) if self.compiled_step else capacity
+        self.decoded: DecodedTokens | None = None
         self.cache, self.logits = prefill(self.model, windows, capacity, self.uniforms.device)
         if n > 1:
             self.cache.batch_repeat_interleave(n)
@@ -103,29 +104,35 @@ class BatchDecoder:
     @inference_only
     def sample_tokens(self, step: int) -> list[SampledToken]:
         """Sample token number `step` of every place, on the host."""
-        logits, offsets = (
-            self.logits_processor.add_bias(self.logits),
-            self.logits_processor.history_offsets(self.sequences),
-        )
-        self.tokens, logprobs = self.sampling_params.sample(
-            logits, self.uniforms[:, step], self.seen_tokens_mask, offsets
-        )
-        if self.seen_tokens_mask is not None:
-            self.seen_tokens_mask.scatter_(1, self.tokens[:, None], True)
-        host = torch.stack((self.tokens.float(), logprobs)).tolist()  # one read; token ids below 2^24 are exact
+        if self.decoded and self.sampling_params.is_greedy and not self.logits_processor.changes_logits:
+            self.tokens, host = self.decoded.tokens, self.decoded.host
+        else:
+            self.tokens, host = self.sample_from_logits(step)
         sampled = [
-            SampledToken(row, int(token), logprob) for row, token, logprob in zip(self.row_numbers, *host, strict=True)
+            SampledToken(row, int(token), logprob)
+            for row, token, logprob in zip(self.row_numbers, *host.tolist(), strict=True)
         ]
         if any(math.isnan(each.logprob) for each in sampled):
             raise ValueError("the model's logits are not finite, so no token can be drawn: look for NaN in its weights")
         return sampled
 
+    def sample_from_logits(self, step: int) -> tuple[Int[Tensor, " R"], Float[Tensor, "2 R"]]:
+        """The tokens, and for one read of the host tokens and log-probabilities (token ids below 2^24 are exact)."""
+        logits, offsets = (
+            self.logits_processor.add_bias(self.logits),
+            self.logits_processor.history_offsets(self.sequences),
+        )
+        tokens, logprobs = self.sampling_params.sample(logits, self.uniforms[:, step], self.seen_tokens_mask, offsets)
+        if self.seen_tokens_mask is not None:
+            self.seen_tokens_mask.scatter_(1, tokens[:, None], True)
+        return tokens, torch.stack((tokens.float(), logprobs))
+
     @inference_only
     def decode_one_token(self) -> None:
         """Feed every row the token it sampled last."""
         if self.compiled_step is not None:
-            self.positions = torch.where(self.positions < 0, -1, self.positions + 1)
-            self.logits = self.compiled_step(self.model, self.tokens[:, None], self.positions, self.cache)
+            self.decoded = self.compiled_step(self.model, self.tokens, self.positions, self.cache)
+            self.logits, self.positions = self.decoded.logits, self.decoded.positions
         else:
             self.positions = self.positions + 1
             self.lengths = [length + 1 for length in self.lengths]

@@ -54,6 +54,11 @@ class LogitsProcessor:
             or self.stopping_criteria.min_new_tokens
         )
 
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything comes between the model's logits and the temperature."""
+        return self.bias is not None or self.reads_history or self.sampling_params.repetition_penalty != 1
+
     def add_bias(self, logits: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch V"]:
         return logits if self.bias is None else logits + self.bias
 

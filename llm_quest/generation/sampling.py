@@ -115,8 +115,7 @@ class SamplingParams:
         token."""
         logits = self.apply_penalties(logits.float(), seen, offsets)
         if self.is_greedy:
-            top, tokens = logits.max(dim=-1)
-            return tokens, top - logits.logsumexp(dim=-1)
+            return most_probable(logits)
         kept, names = self.process_logits(logits)
         weights = kept.exp()
         choice = inverse_cdf(weights, uniforms)
@@ -150,6 +149,12 @@ class SamplingParams:
         if self.top_p is not None and self.top_p < 1:
             return logits.sort(dim=-1, descending=True, stable=True)
         return logits, None
+
+
+def most_probable(logits: Float[Tensor, "B V"]) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+    """The most probable token of each row and its log-probability."""
+    top, tokens = logits.max(dim=-1)
+    return tokens, top - logits.logsumexp(dim=-1)
 
 
 def inverse_cdf(weights: Float[Tensor, "B K"], uniforms: Float[Tensor, " B"]) -> Int[Tensor, "B 1"]:

@@ -1,5 +1,5 @@
-"""The package's operators in C++ (quantized_rows.cpp, muon_step.cpp): compiled once per source, torch version and
-compiler, on first use, and kept in the cache folder.
+"""The package's operators in C++ (quantized_rows.cpp, query_attention.cpp, muon_step.cpp): compiled once per source,
+torch version and compiler, on first use, and kept in the cache folder.
 
 Without a working compiler, on another operating system than Linux and macOS, or with LLM_QUEST_NATIVE=0 everything is
 computed by the plain forms; a warning has the reason. Nothing is compiled at import. The instruction set is
@@ -19,6 +19,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +27,9 @@ from torch import Tensor
 from llm_quest.cache_dirs import write_to_cache
 from llm_quest.errors import QuestWarning
 
-CPP_FILES = ("quantized_rows.cpp", "muon_step.cpp")
-SOURCES = [Path(__file__).with_name(name) for name in (*CPP_FILES, "quantized_tiles.h", "muon_tiles.h", "isa.h")]
+CPP_FILES = ("quantized_rows.cpp", "query_attention.cpp", "muon_step.cpp")
+HEADERS = ("quantized_tiles.h", "query_tiles.h", "muon_tiles.h", "vectors.h", "isa.h")
+SOURCES = [Path(__file__).with_name(name) for name in (*CPP_FILES, *HEADERS)]
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-Wall", "-ffp-contract=off")
 ISA = {"best": 0, "plain": 1, "avx2": 2, "avx512": 3, "vnni": 4}
 """What the operator's last argument means."""
@@ -126,5 +128,9 @@ def register_shapes() -> None:
     @torch.library.register_fake("llm_quest::float_rows")
     def _(x: Tensor, weight: Tensor, isa: int) -> Tensor:
         return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+    @torch.library.register_fake("llm_quest::query_attention")
+    def _(q: Tensor, k: Tensor, v: Tensor, mask: Any, sink: Any, scale: float, softcap: float, isa: int) -> Tensor:
+        return q.new_empty(*q.shape[:3], v.shape[3])
 
     torch.library.register_fake("llm_quest::muon_step", lambda *arguments: None)

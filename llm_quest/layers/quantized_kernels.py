@@ -4,8 +4,9 @@
 - The operator `llm_quest::quantized_linear` computes it on any device, has a shape rule (meta device, compiling,
   exporting) and a backward pass: dx = dy W. W has no gradient, and no float copy of it is kept for the backward pass.
 - The operator `llm_quest::quantized_rows` (quantized_rows.cpp; AVX2, AVX512 or plain C++) reads the codes once and
-  widens them in registers, for few rows on a CPU. It multiplies and adds in float32 (int4: in integers, with x rounded
-  to 2^-23 of the largest of its 32 numbers), and every row of x is summed in the same order whatever rows come with it.
+  widens them in registers, for few rows on a CPU. It multiplies and adds in float32 (int4, and int8 where the
+  processor multiplies bytes: in integers, with x rounded to 2^-23 of the largest of its 32 numbers), and every row of x
+  is summed in the same order whatever rows come with it.
 
 torch's own kernels are not used: `aten._weight_int8pack_mm` rounds x and y to bfloat16, reads beyond rows whose width
 is no multiple of 16, and inductor cannot compile it for a computed input (docs/LOG.md).

@@ -6,8 +6,9 @@
 // four runs in distant pages twice as fast as one (25.8 against 11.2 GB/s from pages of 4 KB), and four neighboring rows
 // half as fast. For four rows of x it has one row of W, and W is read in order.
 //
-// int4 is multiplied as integers, since widening its codes would be most of the work: 32 numbers of x, a group, are three
-// digits of 8 bits each, which hold 2^-23 of the group's largest number, as float32 does of its own.
+// int4 is multiplied as integers, and so is int8 where the processor multiplies bytes (VNNI), since widening codes would be
+// most of the work: 32 numbers of x, a group, are three digits of 8 bits each, which hold 2^-23 of the group's largest
+// number, as float32 does of its own.
 //
 // The sum of one (x row, W row) pair has the same order in every tile, so a row's result has the same bits whatever rows
 // come with it.
@@ -23,6 +24,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "vectors.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -36,17 +38,6 @@ constexpr int64_t PREFETCH = 1024;  // bytes ahead: 1.5 times as fast with AVX51
 constexpr int64_t MIN_WORK = 1 << 17;  // products that repay a thread
 
 enum Format : int64_t { INT8 = 0, INT4 = 1, NF4 = 2, FLOAT32 = 3, BFLOAT16 = 4 };
-
-using BFloat16 = uint16_t;  // the upper half of a float's bits
-
-inline float widen_one(float number) { return number; }
-inline float widen_one(int8_t code) { return code; }
-inline float widen_one(BFloat16 stored) {
-  const uint32_t bits = uint32_t(stored) << 16;
-  float number;
-  std::memcpy(&number, &bits, sizeof number);
-  return number;
-}
 
 inline void prefetch_ahead(const void* read, int64_t bytes) {
   for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(read) + PREFETCH + line);
@@ -70,79 +61,6 @@ inline const Scale* scales_of(const Product& p) {
 }
 
 namespace plain {
-constexpr int64_t LANES = 8;
-struct Floats { float lane[8]; };
-struct Codes { int32_t lane[8]; };
-
-inline Floats load(const float* x) {
-  Floats v;
-  std::memcpy(v.lane, x, sizeof v.lane);
-  return v;
-}
-inline Floats broadcast(float value) {
-  Floats v;
-  for (float& lane : v.lane) lane = value;
-  return v;
-}
-inline Floats widen(const int8_t* q) {
-  Floats v;
-  for (int i = 0; i < 8; i++) v.lane[i] = q[i];
-  return v;
-}
-inline Floats widen(const float* w) { return load(w); }
-inline Floats widen(const BFloat16* w) {
-  Floats v;
-  for (int i = 0; i < 8; i++) v.lane[i] = widen_one(w[i]);
-  return v;
-}
-inline void unpack(const uint8_t* pairs, Codes& low, Codes& high) {
-  for (int i = 0; i < 8; i++) low.lane[i] = pairs[i] & 15, high.lane[i] = pairs[i] >> 4;
-}
-inline Floats to_floats(const Codes& codes) {
-  Floats v;
-  for (int i = 0; i < 8; i++) v.lane[i] = float(codes.lane[i]);
-  return v;
-}
-inline Floats look_up(const Codes& codes, const float* levels) {
-  Floats v;
-  for (int i = 0; i < 8; i++) v.lane[i] = levels[codes.lane[i]];
-  return v;
-}
-inline void split(const uint8_t* pairs, Codes& low, Codes& high) {
-  std::memcpy(low.lane, pairs, sizeof low.lane);
-  for (int i = 0; i < 8; i++) high.lane[i] = (low.lane[i] >> 4) & 0x0f0f0f0f, low.lane[i] &= 0x0f0f0f0f;
-}
-inline Codes zero_codes() { return {}; }
-inline Codes next_digit(Codes sum) {
-  for (int32_t& lane : sum.lane) lane *= 256;
-  return sum;
-}
-inline Codes dot_pairs(const Codes& low, const Codes& high, const int8_t* x, const int8_t* y, Codes sum) {
-  for (int i = 0; i < 32; i++)
-    sum.lane[i / 4] += (low.lane[i / 4] >> i % 4 * 8 & 15) * x[i] + (high.lane[i / 4] >> i % 4 * 8 & 15) * y[i];
-  return sum;
-}
-template <class Scale>
-inline Floats spread(const Scale* scales) {
-  Floats v;
-  for (int i = 0; i < 8; i++) v.lane[i] = widen_one(scales[i / 4]);
-  return v;
-}
-inline Floats times(Floats a, const Floats& b) {
-  for (int i = 0; i < 8; i++) a.lane[i] *= b.lane[i];
-  return a;
-}
-inline Floats multiply_add(const Floats& a, const Floats& b, Floats c) {
-  for (int i = 0; i < 8; i++) c.lane[i] += a.lane[i] * b.lane[i];
-  return c;
-}
-inline Floats add(Floats a, const Floats& b) {
-  for (int i = 0; i < 8; i++) a.lane[i] += b.lane[i];
-  return a;
-}
-inline float sum_lanes(const Floats& v) {
-  return ((v.lane[0] + v.lane[4]) + (v.lane[2] + v.lane[6])) + ((v.lane[1] + v.lane[5]) + (v.lane[3] + v.lane[7]));
-}
 #include "quantized_tiles.h"
 }  // namespace plain
 
@@ -150,57 +68,6 @@ inline float sum_lanes(const Floats& v) {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
-constexpr int64_t LANES = 8;
-using Floats = __m256;
-using Codes = __m256i;
-
-inline Codes load_bytes(const void* bytes) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(bytes))); }
-inline Floats load(const float* x) { return _mm256_loadu_ps(x); }
-inline Floats broadcast(float value) { return _mm256_set1_ps(value); }
-inline Floats widen(const int8_t* q) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q))));
-}
-inline Floats widen(const float* w) { return load(w); }
-inline Floats widen(const BFloat16* w) {
-  const Codes low = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(low, 16));
-}
-inline void unpack(const uint8_t* pairs, Codes& low, Codes& high) {
-  const Codes both = load_bytes(pairs);
-  low = _mm256_and_si256(both, _mm256_set1_epi32(15));
-  high = _mm256_srli_epi32(both, 4);
-}
-inline Floats to_floats(Codes codes) { return _mm256_cvtepi32_ps(codes); }
-// 16 levels are two registers, both indexed by the low 3 bits of a code; its 4th bit chooses.
-inline Floats look_up(Codes codes, const float* levels) {
-  const Floats low = _mm256_permutevar8x32_ps(load(levels), codes);
-  const Floats high = _mm256_permutevar8x32_ps(load(levels + 8), codes);
-  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
-}
-inline void split(const uint8_t* pairs, Codes& low, Codes& high) {
-  const Codes both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs)), mask = _mm256_set1_epi8(15);
-  low = _mm256_and_si256(both, mask);
-  high = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
-}
-inline Codes zero_codes() { return _mm256_setzero_si256(); }
-inline Codes next_digit(Codes sum) { return _mm256_slli_epi32(sum, 8); }
-inline Codes dot_pairs(Codes low, Codes high, const int8_t* x, const int8_t* y, Codes sum) {  // at most 4 x 15 x 128 in 16 bits
-  const Codes of_low = _mm256_maddubs_epi16(low, _mm256_load_si256(reinterpret_cast<const __m256i*>(x)));
-  const Codes of_high = _mm256_maddubs_epi16(high, _mm256_load_si256(reinterpret_cast<const __m256i*>(y)));
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_add_epi16(of_low, of_high), _mm256_set1_epi16(1)));
-}
-template <class Scale>
-inline Floats spread(const Scale* scales) {
-  return _mm256_insertf128_ps(_mm256_set1_ps(widen_one(scales[0])), _mm_set1_ps(widen_one(scales[1])), 1);
-}
-inline Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
-inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
-inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
-inline float sum_lanes(Floats v) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
 #include "quantized_tiles.h"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -208,66 +75,16 @@ inline float sum_lanes(Floats v) {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl")
 namespace avx512 {
-constexpr int64_t LANES = 16;
-using Floats = __m512;
-using Codes = __m512i;
-
-inline Floats load(const float* x) { return _mm512_loadu_ps(x); }
-inline Floats broadcast(float value) { return _mm512_set1_ps(value); }
-inline Floats widen(const int8_t* q) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q))));
-}
-inline Floats widen(const float* w) { return load(w); }
-inline Floats widen(const BFloat16* w) {
-  const Codes low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(low, 16));
-}
-inline void unpack(const uint8_t* pairs, Codes& low, Codes& high) {
-  const Codes both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(pairs)));
-  low = _mm512_and_si512(both, _mm512_set1_epi32(15));
-  high = _mm512_srli_epi32(both, 4);
-}
-inline Floats to_floats(Codes codes) { return _mm512_cvtepi32_ps(codes); }
-inline Floats look_up(Codes codes, const float* levels) { return _mm512_permutexvar_ps(codes, load(levels)); }
-inline void split(const uint8_t* pairs, Codes& low, Codes& high) {
-  const Codes both = _mm512_loadu_si512(pairs), mask = _mm512_set1_epi8(15);
-  low = _mm512_and_si512(both, mask);
-  high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
-}
-inline Codes zero_codes() { return _mm512_setzero_si512(); }
-inline Codes next_digit(Codes sum) { return _mm512_slli_epi32(sum, 8); }
-inline Codes dot_pairs(Codes low, Codes high, const int8_t* x, const int8_t* y, Codes sum) {
-  const Codes of_low = _mm512_maddubs_epi16(low, _mm512_load_si512(x)), of_high = _mm512_maddubs_epi16(high, _mm512_load_si512(y));
-  return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_add_epi16(of_low, of_high), _mm512_set1_epi16(1)));
-}
-inline Floats spread(__m128 scales) {
-  const Codes lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-  return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(scales));
-}
-inline Floats spread(const float* scales) { return spread(_mm_loadu_ps(scales)); }
-inline Floats spread(const BFloat16* scales) {
-  const __m128i low = _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales)));
-  return spread(_mm_castsi128_ps(_mm_slli_epi32(low, 16)));
-}
-inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
-inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
-inline float sum_lanes(Floats v) { return _mm512_reduce_add_ps(v); }
 #include "quantized_tiles.h"
 }  // namespace avx512
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni")
-namespace vnni {  // as avx512, with an instruction for products of bytes
-using avx512::LANES, avx512::Floats, avx512::Codes, avx512::load, avx512::broadcast, avx512::widen, avx512::unpack;
-using avx512::to_floats, avx512::look_up, avx512::split, avx512::zero_codes, avx512::next_digit, avx512::spread;
-using avx512::times, avx512::multiply_add, avx512::add, avx512::sum_lanes;
-
-inline Codes dot_pairs(Codes low, Codes high, const int8_t* x, const int8_t* y, Codes sum) {
-  return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, low, _mm512_load_si512(x)), high, _mm512_load_si512(y));
-}
+namespace vnni {
+#define BYTE_PRODUCTS
 #include "quantized_tiles.h"
+#undef BYTE_PRODUCTS
 }  // namespace vnni
 #pragma GCC pop_options
 #endif
@@ -300,6 +117,9 @@ void multiply_digits(Product p, const std::vector<Digits>& digits, int64_t isa, 
 void multiply_all(const Product& p, int64_t isa, bool narrow_scales) {
   static const int64_t best = best_byte_isa();
   const int64_t chosen = isa == BEST ? best : std::min(isa, best);
+#ifdef VECTORS
+  if (chosen == VNNI && p.format == INT8) return multiply_digits(p, vnni::to_bytes(p), chosen, narrow_scales);
+#endif
   if (p.format != INT4) return multiply_rows(p, chosen, narrow_scales);
 #ifdef VECTORS
   if (chosen == VNNI) return multiply_digits(p, vnni::to_digits(p), chosen, narrow_scales);

@@ -1,48 +1,38 @@
-// The tiles of quantized_rows.cpp. This text is included once for each instruction set, in a namespace that defines
-//
-//   LANES, Floats                             8 or 16 float32
-//   load(const float*), broadcast(float)
-//   widen(const int8_t*), widen(const BFloat16*)     LANES codes of 8 bits, LANES stored numbers
-//   unpack(const uint8_t*, Codes& low, Codes& high)    LANES pairs of 4-bit codes, a code a lane
-//   split(const uint8_t*, Codes& low, Codes& high)     4 LANES pairs of 4-bit codes, a code a byte
-//   dot_pairs(Codes low, Codes high, const int8_t* x, const int8_t* y, Codes sum)    sum + low x + high y, 8 products a lane
-//   to_floats(Codes), look_up(Codes, const float* levels), zero_codes(), next_digit(Codes)    256 times as much
-//   spread(const Scale*)                      LANES / 4 scales, each in four lanes
-//   multiply_add(Floats a, Floats b, Floats c)         a * b + c
-//   times, add, sum_lanes
+// The tiles of quantized_rows.cpp, from the vectors of the namespace that includes them (vectors.h). BYTE_PRODUCTS is
+// defined where the instruction set multiplies bytes.
 
 constexpr int64_t SPAN = LANES / 4;  // groups of 4-bit codes that are read at once
 
 // Numbers of x, SPAN groups, the first and the second half of each: unit * (digit 0 + 256 digit 1 + 65536 digit 2), with the
-// unit of a group in four lanes, and in four lanes parts of its sum.
+// unit of a group in four lanes, and its sum in the first of them.
 struct alignas(64) Digits {
   int8_t low[3][4 * LANES], high[3][4 * LANES];
   float unit[LANES], sum[LANES];
 };
 
-// The digits of one group. One that is not finite has the unit NaN.
-inline void write_digits(const float* x, Digits& to, int64_t group) {
-  float largest = 0, sum[4] = {};
-  bool finite = true;
-  for (int i = 0; i < GROUP; i++) {
-    largest = std::max(largest, std::fabs(x[i]));
-    finite &= std::fabs(x[i]) <= std::numeric_limits<float>::max();
+// Write the digits of one group of x, each half of it three times, `apart` bytes from one digit to the next. Returns the
+// group's unit, NaN where a number is not finite.
+inline float write_digits(const float* x, int8_t* first_half, int8_t* second_half, int64_t apart) {
+  Floats largest = broadcast(0), nothing = broadcast(0);
+  for (int64_t i = 0; i < GROUP; i += LANES) {
+    largest = larger(absolute(load(x + i)), largest);
+    nothing = multiply_add(load(x + i), broadcast(0), nothing);
   }
-  for (int i = 0; i < GROUP; i++) sum[i % 4] += x[i];
-  const float per_unit = finite && largest > SMALLEST ? MOST_UNITS / largest : 0.0f;
-  for (int i = 0; i < GROUP; i++) {
-    const int32_t units = finite ? int32_t(std::nearbyintf(x[i] * per_unit)) : 0;
-    int8_t(*digits)[4 * LANES] = i < GROUP / 2 ? to.low : to.high;
-    const int64_t place = group * (GROUP / 2) + i % (GROUP / 2);
-    const int32_t first = int8_t(units), second = int8_t((units - first) >> 8);
-    digits[0][place] = int8_t(first);
-    digits[1][place] = int8_t(second);
-    digits[2][place] = int8_t((units - first - 256 * second) >> 16);
+  const float most = largest_lane(largest);
+  if (sum_lanes(nothing) != 0) return std::numeric_limits<float>::quiet_NaN();
+  const Floats per_unit = broadcast(most > SMALLEST ? MOST_UNITS / most : 0);
+  for (int64_t i = 0; i < GROUP; i += LANES) {
+    int8_t* digit = (i < GROUP / 2 ? first_half : second_half) + i % (GROUP / 2);
+    Codes units = to_codes(times(load(x + i), per_unit));
+    for (int d = 0; d < 3; d++, digit += apart) units = store_digit(units, digit);
   }
-  for (int i = 0; i < 4; i++) {
-    to.unit[group * 4 + i] = finite ? largest / MOST_UNITS : std::numeric_limits<float>::quiet_NaN();
-    to.sum[group * 4 + i] = sum[i];
-  }
+  return most / MOST_UNITS;
+}
+
+inline float sum_group(const float* x) {
+  Floats sum = load(x);
+  for (int64_t i = LANES; i < GROUP; i += LANES) sum = add(sum, load(x + i));
+  return sum_lanes(sum);
 }
 
 // Sums of R rows of W, `apart` numbers from each to the next, with M rows of x. Plain numbers, or codes of 8 bits.
@@ -71,6 +61,45 @@ inline void sum_rows(const Code* w, int64_t apart, const float* x, int64_t K, fl
   }
 }
 
+#ifdef BYTE_PRODUCTS
+// Codes of 8 bits, one scale for each row, as integers: w + 128, which has no sign, times x's digits, less 128 times them.
+constexpr int64_t BYTES = 4 * LANES;
+
+// BYTES numbers of x as digits, with the unit of each four, and `less`: -128 times the sum of each four.
+struct alignas(64) ByteDigits {
+  int8_t digit[3][BYTES];
+  int32_t less[3][LANES];
+  float unit[LANES];
+};
+
+inline Floats dot_digits(Codes w, const ByteDigits& x, Floats total) {
+  Codes high = dot_bytes(w, x.digit[2], load_codes(x.less[2]));
+  high = dot_bytes(w, x.digit[1], add_codes(next_digit(high), load_codes(x.less[1])));
+  const Codes low = dot_bytes(w, x.digit[0], load_codes(x.less[0]));
+  return multiply_add(multiply_add(to_floats(high), broadcast(256), to_floats(low)), load(x.unit), total);
+}
+
+template <int R, int M, class Scale>
+inline void int8_tile(const Product& p, int64_t n, int64_t o, int64_t step) {
+  const int64_t K = p.width, apart = (K + BYTES - 1) / BYTES;
+  const int8_t* w = reinterpret_cast<const int8_t*>(p.q) + o * K;
+  const ByteDigits* x = static_cast<const ByteDigits*>(p.digits) + n * apart;
+  Floats total[R][M];
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) total[r][m] = broadcast(0);
+  for (int64_t k = 0; k < K; k += BYTES, x++) {
+    for (int r = 0; r < R; r++) {
+      if (R == 1) prefetch_ahead(w + k, BYTES);
+      const Codes codes = load_unsigned(w + r * step * K + k, K - k);
+      for (int m = 0; m < M; m++) total[r][m] = dot_digits(codes, x[m * apart], total[r][m]);
+    }
+  }
+  for (int r = 0; r < R; r++) {
+    const float scale = widen_one(scales_of<Scale>(p)[o + r * step]);
+    for (int m = 0; m < M; m++) p.y[(n + m) * p.out + o + r * step] = sum_lanes(total[r][m]) * scale;
+  }
+}
+#else
 // Codes of 8 bits, one scale for each row.
 template <int R, int M, class Scale>
 inline void int8_tile(const Product& p, int64_t n, int64_t o, int64_t step) {
@@ -81,6 +110,7 @@ inline void int8_tile(const Product& p, int64_t n, int64_t o, int64_t step) {
     for (int m = 0; m < M; m++) p.y[(n + m) * p.out + o + r * step] = sums[r][m] * scale;
   }
 }
+#endif
 
 // Plain numbers.
 template <int R, int M, class Number>
@@ -171,11 +201,39 @@ inline void int4_tile(const Product& p, int64_t n, int64_t o, int64_t step) {
 inline std::vector<Digits> to_digits(const Product& p) {
   const int64_t groups = p.width / GROUP, apart = (groups + SPAN - 1) / SPAN;
   std::vector<Digits> made(p.rows * apart);  // zeros
-  for (int64_t n = 0; n < p.rows; n++)
-    for (int64_t g = 0; g < groups; g++)
-      write_digits(p.x + n * p.width + g * GROUP, made[n * apart + g / SPAN], g % SPAN);
+  for (int64_t n = 0; n < p.rows; n++) {
+    for (int64_t g = 0; g < groups; g++) {
+      Digits& to = made[n * apart + g / SPAN];
+      const int64_t place = g % SPAN * (GROUP / 2), lane = g % SPAN * 4;
+      const float* group = p.x + n * p.width + g * GROUP;
+      std::fill_n(to.unit + lane, 4, write_digits(group, to.low[0] + place, to.high[0] + place, 4 * LANES));
+      to.sum[lane] = sum_group(group);
+    }
+  }
   return made;
 }
+
+#ifdef BYTE_PRODUCTS
+// The same for codes of 8 bits.
+inline std::vector<ByteDigits> to_bytes(const Product& p) {
+  const int64_t apart = (p.width + BYTES - 1) / BYTES;
+  std::vector<ByteDigits> made(p.rows * apart);  // zeros
+  for (int64_t n = 0; n < p.rows; n++) {
+    for (int64_t k = 0; k < p.width; k += GROUP) {
+      ByteDigits& to = made[n * apart + k / BYTES];
+      float rest[GROUP] = {};
+      const float* group = p.x + n * p.width + k;
+      if (p.width - k < GROUP) group = static_cast<float*>(std::memcpy(rest, group, (p.width - k) * sizeof(float)));
+      int8_t* digit = to.digit[0] + k % BYTES;
+      std::fill_n(to.unit + k % BYTES / 4, GROUP / 4, write_digits(group, digit, digit + GROUP / 2, BYTES));
+    }
+  }
+  for (ByteDigits& one : made)
+    for (int d = 0; d < 3; d++)
+      store_codes(one.less[d], subtract_codes(zero_codes(), dot_bytes(load_unsigned(nullptr, 0), one.digit[d], zero_codes())));
+  return made;
+}
+#endif
 
 // R rows of W, `step` rows from each to the next, with M rows of x.
 template <int R, int M, class Scale>

@@ -1,8 +1,9 @@
 """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, eq. 1): softmax(q k^T * scale) v.
 
-`explicit_attention` is the definition; `fused_attention` computes the same through PyTorch's kernel; a law holds them
-equal. `ScaledDotProduct` is the module that mixers call. Its scale, dropout, soft cap and sinks are its attributes, and
-forward hooks on it see the queries and keys of every pass (QK-Clip, attention taps).
+`explicit_attention` is the definition; `fused_attention` computes the same through PyTorch's kernel, and one query a
+row in compiled code on the host through our operator (`query_attention`); laws hold them equal. `ScaledDotProduct` is
+the module that mixers call. Its scale, dropout, soft cap and sinks are its attributes, and forward hooks on it see the
+queries and keys of every pass (QK-Clip, attention taps).
 
 Commonly got wrong: the cap comes after the scale and before the mask; a window counts the token itself; a sink's logit
 is not scaled like a score, and its column is dropped after the softmax, so the weights sum to less than one.
@@ -17,9 +18,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llm_quest.layers import native
 from llm_quest.scope import BlockDiagonalMask, CausalMask, MaskSpec, Scope, SlidingWindow
 
 AttentionMask = Bool[Tensor, "B T S"] | CausalMask | SlidingWindow | BlockDiagonalMask
+OPERATOR_DTYPES = (torch.float32, torch.bfloat16)
+"""What the operator in C++ reads."""
 
 
 class AttentionFunction(Protocol):
@@ -118,6 +122,8 @@ def fused_attention(
     if isinstance(attention_mask, BlockDiagonalMask):
         options = {"scale": scale, "dropout": dropout, "sink": sink, "softcap": softcap}
         return block_diagonal_attention(q, k, v, attention_mask, **options)  # type: ignore[arg-type]
+    if not dropout and takes_query_operator(q, k, v, attention_mask, sink):
+        return query_attention(q, k, v, attention_mask, scale=scale, sink=sink, softcap=softcap)
     if softcap is not None:
         return explicit_attention(q, k, v, attention_mask, scale=scale, dropout=dropout, sink=sink, softcap=softcap)
     if isinstance(attention_mask, SlidingWindow):
@@ -147,6 +153,44 @@ def fused_attention(
     return out.transpose(1, 2)
 
 
+def takes_query_operator(
+    q: Float[Tensor, "B T H d"], k: Tensor, v: Tensor, attention_mask: AttentionMask, sink: Tensor | None
+) -> bool:
+    """Whether the operator in C++ computes this: one query a row, in compiled code on the host, without gradients.
+    (Eager code leaves attention to torch, so that its last bits do not depend on what was built before.)"""
+    return (
+        q.shape[1] == 1
+        and q.device.type == "cpu"
+        and torch.compiler.is_dynamo_compiling()
+        and not torch.compiler.is_exporting()
+        and (attention_mask is CausalMask.FULL or isinstance(attention_mask, Tensor))
+        and q.dtype == k.dtype == v.dtype
+        and q.dtype in OPERATOR_DTYPES
+        and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, sink)))
+        and native.is_loaded()
+    )
+
+
+def query_attention(
+    q: Float[Tensor, "B 1 H d"],
+    k: Float[Tensor, "B S G d"],
+    v: Float[Tensor, "B S G dv"],
+    attention_mask: MaskSpec,
+    *,
+    scale: float,
+    sink: Float[Tensor, " H"] | None = None,
+    softcap: float | None = None,
+    isa: str = "best",
+) -> Float[Tensor, "B 1 H dv"]:
+    """Attention of one query a row by the operator in C++ (query_attention.cpp), which reads visible keys alone and
+    keeps nothing for a backward pass. attention_mask: (B or 1, 1, S), or FULL. isa: of `native.ISA`."""
+    mask = attention_mask[:, 0] if isinstance(attention_mask, Tensor) else None
+    q, k, v = (part if part.stride(-1) == 1 else part.contiguous() for part in (q, k, v))
+    sink = None if sink is None else sink.to(torch.float32).contiguous()
+    operator = torch.ops.llm_quest.query_attention
+    return operator(q, k, v, mask, sink, scale, softcap or 0.0, native.ISA[isa])  # type: ignore[no-any-return]
+
+
 def single_query_attention(
     q: Float[Tensor, "B 1 H d"],
     k: Float[Tensor, "B S G d"],
@@ -155,9 +199,9 @@ def single_query_attention(
     *,
     scale: float,
 ) -> Float[Tensor, "B 1 H dv"]:
-    """Attention of one query a row as sums that torch.compile fuses into loops, for the host: for a decoded token the
-    fused kernel takes 1.5 times as long in float32 and five times in bfloat16, since it calls a matrix product for each
-    head. The division by the sum of the weights comes last."""
+    """Attention of one query a row as sums that torch.compile fuses into loops, for a host without our operator: for a
+    decoded token the fused kernel takes 1.5 times as long in float32 and five times in bfloat16, since it calls a
+    matrix product for each head. The division by the sum of the weights comes last."""
     groups, wide = k.shape[2], torch.promote_types(q.dtype, torch.float32)
     q_BGr1d = (q.to(wide) * scale).reshape(q.shape[0], groups, -1, 1, q.shape[3])
     k_BG1Sd, v_BG1Sd = (part.transpose(1, 2)[:, :, None] for part in (k, v))

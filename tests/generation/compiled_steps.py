@@ -50,6 +50,12 @@ def report(name: str) -> dict[str, object]:
         same_texts(name, [[1, 2], [3, 4], [5, 6]], max_new_tokens=40, eos_token_id=list(range(0, 97, 7)), seed=2),
         same_texts(name, [[1, 2]], n=3, max_new_tokens=40, repetition_penalty=1.2, seed=3),
     ]
+    for choice in (
+        {"repetition_penalty": 1.5},
+        {"presence_penalty": 2.0},
+        {"logit_bias": dict.fromkeys(range(0, 97, 9), 9.0)},
+    ):
+        same.append(same_texts(name, [[1, 2]], n=3, max_new_tokens=8, temperature=0.0, **choice))
     if name == "gpt2-tiny":
         same.append(
             same_texts(name, RAGGED, max_new_tokens=150, temperature=0.0, on_full_context="slide", eos_token_id=(3, 4))

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from llm_quest.generation.compiled import vector_options
+from llm_quest.layers import native
 from llm_quest.layers.delta_net import GatedDeltaNet
 from llm_quest.layers.kv_cache import Cache
 from llm_quest.models.decoder import Decoder
@@ -41,6 +42,7 @@ only the decode step is traced, because masks of whole rows are read by those la
 def main(backend: str, *names: str) -> None:
     """One broken model does not hide the others: each is judged, then all complaints are raised together."""
     torch.set_num_threads(1)
+    native.is_loaded()  # compiled code takes the operators in C++ of a library that was built before
     complaints = []
     for name in names:
         try:

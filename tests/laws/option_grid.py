@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llm_quest.generation.compiled import decode_step
+from llm_quest.layers import native
 from llm_quest.layers.kv_cache import Cache
 from llm_quest.layers.weight_formats import FORMATS
 from llm_quest.models.decoder import Decoder
@@ -165,6 +166,7 @@ def verdict(cell: Cell, device: str = "cpu", backend: str = "eager") -> str:
 
 def main(*arguments: str) -> int:
     torch.set_num_threads(1)
+    native.is_loaded()  # compiled code takes the operators in C++ of a library that was built before
     if arguments[0] == "--all":
         return print_table(arguments[1:] or TINY)
     part, parts = map(int, arguments)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm_quest.layers import native
 from llm_quest.layers.attention import GroupedQueryAttention, PositionQueryScale, SigmoidOutputGate
 from llm_quest.layers.kv_cache import Cache
 from llm_quest.layers.linear import PackedLinear
@@ -15,10 +16,12 @@ from llm_quest.layers.scaled_dot_product import (
     ScaledDotProduct,
     explicit_attention,
     fused_attention,
+    query_attention,
     single_query_attention,
 )
 from llm_quest.scope import CausalMask, Scope, SlidingWindow
 
+needs_compiler = pytest.mark.skipif(not native.is_loaded(), reason=f"no C++ operator: {native.Library.reason}")
 both = pytest.mark.parametrize("attend", [explicit_attention, fused_attention], ids=["explicit", "fused"])
 
 
@@ -74,6 +77,116 @@ def test_a_single_query_by_sums_equals_the_sum_written_out(heads: int, groups: i
     half = [part.bfloat16() for part in (q, k, v)]
     exact = single_query_attention(*(part.double() for part in half), visible[:, None], scale=0.4)
     assert torch.equal(single_query_attention(*half, visible[:, None], scale=0.4), exact.bfloat16())
+
+
+def draw_query(
+    heads: int, groups: int, width: int, value_width: int, keys: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v of three rows and their mask; keys and values lie head by head, as in a cache."""
+    q = torch.randn(3, 1, heads, width, generator=generator)
+    k, v = (torch.randn(3, groups, keys, of, generator=generator).transpose(1, 2) for of in (width, value_width))
+    visible = torch.rand(3, 1, keys, generator=generator) < 0.6
+    visible[:, :, keys // 2] = True
+    return q, k, v, visible
+
+
+@needs_compiler
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operator_for_one_query_is_the_definition(isa: str, dtype: torch.dtype, generator: torch.Generator):
+    """On every instruction set, for widths that fill no vector, with every option of a family."""
+    for heads, groups, width, value_width, keys in ((4, 4, 6, 5, 5), (6, 2, 64, 64, 300), (4, 1, 33, 131, 17)):
+        q, k, v, visible = draw_query(heads, groups, width, value_width, keys, generator)
+        q, k, v = (part.to(dtype) for part in (3 * q, k, v))
+        sink = torch.randn(heads, generator=generator)
+        for mask in (visible, visible[:1], CausalMask.FULL):
+            for choice in ({}, {"sink": sink}, {"softcap": 2.0}, {"sink": sink.to(dtype), "softcap": 0.5}):
+                exact = explicit_attention(
+                    *(part.double() for part in (q, k, v)),
+                    mask.expand(3, 1, keys) if isinstance(mask, Tensor) else mask,
+                    scale=0.4,
+                    **choice,
+                )
+                made = query_attention(q, k, v, mask, scale=0.4, isa=isa, **choice)
+                assert made.dtype == dtype
+                rounding = 2**-8 if dtype == torch.bfloat16 else 2**-20
+                torch.testing.assert_close(made.double(), exact, rtol=rounding, atol=2e-6 * v.abs().max().item())
+
+
+@needs_compiler
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+def test_a_query_s_result_has_the_same_bits_whatever_rows_and_hidden_keys_come_with_it(
+    isa: str, generator: torch.Generator
+):
+    """What a mask hides is not read: it may be NaN. What a query sees and is not finite stays so in its row."""
+    q, k, v, visible = draw_query(6, 2, 40, 24, 50, generator)
+    together = query_attention(q, k, v, visible, scale=0.4, isa=isa)
+    hidden = (~visible[:, 0])[:, :, None, None]
+    nan_k, nan_v = (part.masked_fill(hidden, float("nan")) for part in (k, v))
+    assert torch.equal(query_attention(q, nan_k, nan_v, visible, scale=0.4, isa=isa), together)
+    for row in range(3):
+        of_row = (part[row : row + 1] for part in (q, k, v, visible))
+        assert torch.equal(query_attention(*of_row, scale=0.4, isa=isa), together[row : row + 1])
+    longer = [torch.cat((part, part), dim=1) for part in (k, v)]
+    mask = torch.cat((visible, torch.zeros_like(visible)), dim=2)
+    assert torch.equal(query_attention(q, *longer, mask, scale=0.4, isa=isa), together)
+    q[1, 0, 3, 2] = float("nan")
+    made = query_attention(q, k, v, visible, scale=0.4, isa=isa)
+    assert made[1, 0, 3].isnan().all()
+    made[1, 0, 3] = together[1, 0, 3]
+    assert torch.equal(made, together)
+
+
+def attend_to_cache(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    return fused_attention(q, k, v, visible, scale=0.4)
+
+
+@needs_compiler
+def test_the_operator_for_one_query_is_in_compiled_code_and_not_in_an_exported_program(generator: torch.Generator):
+    arguments = draw_query(4, 2, 6, 5, 7, generator)
+    compiled = torch.compile(attend_to_cache, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(*arguments), query_attention(*arguments, scale=0.4))
+        torch.testing.assert_close(compiled(*arguments), attend_to_cache(*arguments))
+
+        class Attend(torch.nn.Module):
+            def forward(self, *parts: Tensor) -> Tensor:
+                return attend_to_cache(*parts)
+
+        exported = torch.export.export(Attend(), arguments).module()
+        torch.testing.assert_close(exported(*arguments), attend_to_cache(*arguments))
+    assert "query_attention" not in str(exported.graph)
+    torch.library.opcheck(
+        torch.ops.llm_quest.query_attention,
+        (*arguments[:3], arguments[3][:, 0], torch.zeros(4), 0.4, 0.0, 0),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    two = torch.cat((arguments[0],) * 2, dim=1)
+    with pytest.raises(RuntimeError, match="one query a row"):
+        torch.ops.llm_quest.query_attention(two, *arguments[1:3], None, None, 0.4, 0.0, 0)
+
+
+@needs_compiler
+def test_the_operator_for_one_query_leaves_the_rest_to_the_plain_forms(monkeypatch, generator: torch.Generator):
+    """Eager code, gradients, dropout, several queries, and dtypes that it cannot read."""
+    place, asked = "llm_quest.layers.scaled_dot_product", []
+    monkeypatch.setattr(
+        f"{place}.query_attention", lambda q, *rest, **how: asked.append(1) or query_attention(q, *rest, **how)
+    )
+    q, k, v, visible = draw_query(4, 2, 6, 5, 7, generator)
+    attend_to_cache(q, k, v, visible)
+    monkeypatch.setattr("torch.compiler.is_dynamo_compiling", lambda: True)
+    needs_gradient = k.clone().requires_grad_()
+    attend_to_cache(q, needs_gradient, v, visible)
+    fused_attention(q, k, v, visible, scale=0.4, dropout=0.5)
+    attend_to_cache(torch.cat((q, q), dim=1), k, v, torch.cat((visible, visible), dim=1))
+    attend_to_cache(*(part.double() for part in (q, k, v)), visible)
+    attend_to_cache(*(part.half() for part in (q, k, v)), visible)
+    assert not asked
+    with torch.no_grad():
+        attend_to_cache(q, needs_gradient, v, visible)
+    fused_attention(q, k, v, visible, scale=0.4, softcap=2.0, sink=torch.zeros(4))
+    assert len(asked) == 2
 
 
 def test_compiled_code_on_the_host_sums_for_a_single_query_alone(monkeypatch, generator: torch.Generator):
