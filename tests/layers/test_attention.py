@@ -115,9 +115,7 @@ def test_the_operator_for_one_query_is_the_definition(isa: str, dtype: torch.dty
 
 @needs_compiler
 @pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
-def test_a_query_s_result_has_the_same_bits_whatever_rows_and_hidden_keys_come_with_it(
-    isa: str, generator: torch.Generator
-):
+def test_a_query_s_bits_do_not_depend_on_other_rows_nor_on_hidden_keys(isa: str, generator: torch.Generator):
     """What a mask hides is not read: it may be NaN. What a query sees and is not finite stays so in its row."""
     q, k, v, visible = draw_query(6, 2, 40, 24, 50, generator)
     together = query_attention(q, k, v, visible, scale=0.4, isa=isa)

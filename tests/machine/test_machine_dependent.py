@@ -13,6 +13,7 @@ TESTS = Path(__file__).parents[1]
 READS = {
     "is_loaded", "find_cpp_compiler", "bf16_support", "get_cpu_capability", "get_capabilities", "cpu_count", "affinity",
     "sched_getaffinity", "measure_rates", "read_cpu_seconds", "native_rows", "float_rows", "device_count",
+    "query_attention",
     "_is_mkldnn_bf16_supported", "identify_machine", "usable_cores", "bf16_instructions", "is_available",
     "processor_name", "missing_kernel", "orthogonalize_by_kernel", "update_matrices",
 }  # fmt: skip
@@ -24,6 +25,12 @@ LISTED = {
         "test_all_cores_are_counted_where_the_system_names_none": "as many cores as the system counts",
         "test_every_file_that_makes_such_a_call_is_known": "through the table of such calls; nothing is compared",
         "test_a_feature_goes_on_where_its_call_is_missing_or_refused": "as many cores as the system counts",
+    },
+    "layers/test_attention.py": {
+        "test_the_operator_for_one_query_is_the_definition": f"{COMPILER}; {INSTRUCTIONS}",
+        "test_a_query_s_bits_do_not_depend_on_other_rows_nor_on_hidden_keys": f"{COMPILER}; {INSTRUCTIONS}",
+        "test_the_operator_for_one_query_is_in_compiled_code_and_not_in_an_exported_program": COMPILER,
+        "test_the_operator_for_one_query_leaves_the_rest_to_the_plain_forms": COMPILER,
     },
     "layers/test_linear.py": {
         "test_the_loop_in_cpp_is_the_product_and_a_row_does_not_depend_on_the_others": f"{COMPILER}; {INSTRUCTIONS}",
