@@ -169,8 +169,10 @@ def evaluate(
         options = ProblemEvalOptions(
             task, num_problems=num_problems, num_samples=num_samples, vote=vote, max_new_tokens=max_tokens or 64
         )
-        asked = ChatOptions(chat, template_kwargs=chat_template_kwargs or {})
-        done = evaluate_problem_task(name, options, chat=asked, refine=refine, device=device, dtype="auto", log=say)
+        chat_options = ChatOptions(chat, template_kwargs=chat_template_kwargs or {})
+        done = evaluate_problem_task(
+            name, options, chat=chat_options, refine=refine, device=device, dtype="auto", log=say
+        )
         return done.as_json()
     if num_samples or vote or refine or chat is not None or chat_template_kwargs:
         raise UsageError("num_samples, vote, refine, chat and chat_template_kwargs are about a task: give task too")
@@ -247,8 +249,8 @@ def with_advice(model: Decoder, options: GenerateOptions, defaults: Mapping[str,
         return {"temperature": 0.0, **options}
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     given: dict[str, Any] = {name: options.get(name) for name in names}
-    asked = GenerationOptions(tokens=128, **given, stop=(), slide=False, seed=0)
-    decided = asked.with_advice(model.generation_config, defaults, lambda text: None)
+    generation_options = GenerationOptions(tokens=128, **given, stop=(), slide=False, seed=0)
+    decided = generation_options.with_advice(model.generation_config, defaults, lambda text: None)
     return {**options, **{name: getattr(decided, name) for name in names}}
 
 
@@ -271,8 +273,8 @@ def chat(
         raise UsageError(
             "a conversation needs the model's tokenizer: give tokenizer=, or the folder instead of the model"
         )
-    said = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     template = ChatTemplate(tokenizer)
     chosen = {"max_new_tokens": 256, **with_advice(model, options, CHAT_DEFAULTS)}
-    done = decoding.generate(model, [template.encode_prompt(said)], tokenizer=tokenizer, **chosen)  # type: ignore[arg-type]
-    return template.message_of_reply(said, done[0].text or "")
+    done = decoding.generate(model, [template.encode_prompt(conversation)], tokenizer=tokenizer, **chosen)  # type: ignore[arg-type]
+    return template.message_of_reply(conversation, done[0].text or "")

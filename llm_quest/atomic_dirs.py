@@ -48,13 +48,13 @@ def check_target(target: Path, overwrite: bool, replaceable: Callable[[str], boo
         raise UsageError(f"{target} is a link; give the folder itself")
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target} exists and is no folder")
-    held = sorted(p.name for p in target.iterdir()) if target.exists() else []
-    if held and not overwrite:
+    entries = sorted(p.name for p in target.iterdir()) if target.exists() else []
+    if entries and not overwrite:
         raise UsageError(
             f"{target} is not empty; choose another folder, or replace the model in it (--overwrite, overwrite=True)"
         )
-    regular_files = {name for name in held if (target / name).is_file() and not (target / name).is_symlink()}
-    if foreign_files := [name for name in held if not replaceable(name) or name not in regular_files]:
+    regular_files = {name for name in entries if (target / name).is_file() and not (target / name).is_symlink()}
+    if foreign_files := [name for name in entries if not replaceable(name) or name not in regular_files]:
         raise UsageError(
             f"{target} holds more than a saved model ({', '.join(foreign_files[:5])}); it will not be replaced"
         )

@@ -172,8 +172,8 @@ def import_extra(module: str, remedy: str) -> Any:
     except Exception as error:
         is_missing = isinstance(error, ModuleNotFoundError) and error.name == package
         reason = shorten_line(" ".join(f"{type(error).__name__}: {error}".split()), 200)
-        said = "is not installed" if is_missing else f"is installed and cannot be imported ({reason})"
-        raise MissingError(f"{package} {said}: {remedy}") from None
+        state = "is not installed" if is_missing else f"is installed and cannot be imported ({reason})"
+        raise MissingError(f"{package} {state}: {remedy}") from None
 
 
 def install_command(name: str) -> str:

@@ -148,10 +148,10 @@ def load_json(file: Path, kind: type = dict, *, limit: int = MAX_JSON_BYTES, rem
 
 def refuse_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For json.loads: ValueError for an object with a key twice, of which readers take different ones."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         raise ValueError("an object has a key twice")
-    return found
+    return mapping
 
 
 @contextlib.contextmanager

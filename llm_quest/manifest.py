@@ -106,10 +106,10 @@ def _hash_at(name: str, file: Path, size: int, mtime_ns: int, inode: int) -> str
 def _parse_settings(text: str) -> dict[str, Any] | None:
     """The object of an identity's value; None where it is none."""
     try:
-        found = json.loads(text)
+        settings = json.loads(text)
     except (ValueError, TypeError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return settings if isinstance(settings, dict) else None
 
 
 def describe_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:

@@ -182,8 +182,8 @@ def format_metrics(row: Mapping[str, Any], unit: str = "tokens") -> list[str]:
 
 def format_scores(row: Mapping[str, Any]) -> list[str]:
     """What was measured on held-out data, where a row has any of it."""
-    found = {name[5:]: value for name, value in row.items() if name.startswith("eval/") and isinstance(value, float)}
-    return [f"{name} {value:.4f}" for name, value in found.items()]
+    scores = {name[5:]: value for name, value in row.items() if name.startswith("eval/") and isinstance(value, float)}
+    return [f"{name} {value:.4f}" for name, value in scores.items()]
 
 
 def utc_now() -> str:

@@ -66,9 +66,9 @@ class AblationReport:
 
     def lines(self) -> list[str]:
         """The verdicts, what they cost, and what would repeat them."""
-        found = [line for verdict in self.result["verdicts"] for line in describe_verdict(verdict)]
-        found += [f"note: {text}" for text in self.result["notes"]]
-        return [*found, f"page: {self.folder / 'report.html'}", f"ledger: {self.ledger} ({self.result['experiment']})"]
+        lines = [line for verdict in self.result["verdicts"] for line in describe_verdict(verdict)]
+        lines += [f"note: {text}" for text in self.result["notes"]]
+        return [*lines, f"page: {self.folder / 'report.html'}", f"ledger: {self.ledger} ({self.result['experiment']})"]
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,15 @@ def make_plan(recipe: str, pairs: Sequence[str], options: AblateOptions, out: Pa
     base = [*default_pairs(recipe, pairs), *pairs]
     if not any(pair.startswith("data.eval_part=") for pair in pairs) and has_halves(recipe, base):
         base.append(DEV)
-    found, config, _ = load_recipe(recipe, base)
-    if config.device not in ("auto", "cpu") or found.run is not None:
-        what = f"device={config.device}" if found.run is None else f"{found.name} (a recipe of several runs)"
+    recipe_spec, config, _ = load_recipe(recipe, base)
+    if config.device not in ("auto", "cpu") or recipe_spec.run is not None:
+        what = (
+            f"device={config.device}" if recipe_spec.run is None else f"{recipe_spec.name} (a recipe of several runs)"
+        )
         raise UsageError(f"quest ablate runs single jobs on the CPU; {what} is not one: compare its runs by hand")
-    claim = make_claim(found.name, options)
+    claim = make_claim(recipe_spec.name, options)
     arms = resolve_arms(recipe, base, parse_arms(options.vary, options.arms, options.code, out / "code"), log)
-    budget = options.budget or ("steps" if found.name in POLICIES else "flops")
+    budget = options.budget or ("steps" if recipe_spec.name in POLICIES else "flops")
     return ExperimentPlan(
         recipe, tuple(base), tuple(arms), Arm(CONTROL, (), own_code()), claim, budget,
         options.rates, options.tuning_seeds, options.aa_pairs, options.first_seed,

@@ -75,13 +75,13 @@ class PromptSet:
     def make_row(self, number: int, done: Completion) -> dict[str, Any]:
         """A row that can be trained on: `text`, or with --chat `messages`."""
         prompt, completion = self.prompts[number].text, done.text or ""
-        told = {"prompt": prompt, "completion": completion, "finished": done.finish_reason}
+        row = {"prompt": prompt, "completion": completion, "finished": done.finish_reason}
         if not self.options.chat:
-            return {"row": number, "text": prompt + completion} | told
+            return {"row": number, "text": prompt + completion} | row
         system = self.options.system
         messages = [] if system is None else [{"role": "system", "content": system}]
         messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion.strip()}]
-        return {"row": number, "messages": messages} | told
+        return {"row": number, "messages": messages} | row
 
 
 def check_prompt_options(
@@ -177,13 +177,13 @@ def output_settings(
     for one in prompt_texts:
         digest.update(one.text.encode() + b"\0")
     kind = str(next(model.parameters()).dtype).removeprefix("torch.")
-    held = {
+    settings_kept = {
         "model": name_or_path,
         "weights": weights_hash(model),
         "tokenizer": tokenizer.hash,
         "prompts": digest.hexdigest(),
     }
-    return held | {"dtype": kind, "eos": stopping_criteria.eos_token_ids} | options.as_settings()
+    return settings_kept | {"dtype": kind, "eos": stopping_criteria.eos_token_ids} | options.as_settings()
 
 
 def generate_missing(

@@ -164,10 +164,10 @@ def stream_text(
     model: Decoder, tokens: list[int], options: GenerationOptions, stopping_criteria: StoppingCriteria
 ) -> Iterator[str]:
     """Yield the text in pieces, each as soon as its bytes are complete."""
-    for made in stream_tokens(
+    for token in stream_tokens(
         model, [tokens], options.sampling, stopping_criteria, seed=options.seed, compile=options.compile
     ):
-        yield made.text
+        yield token.text
 
 
 def print_text(text: str) -> None:

@@ -121,9 +121,11 @@ def summarize_images(source: str, columns: Mapping[str, str] | None = None) -> I
         encode_labels(parts["held out"], known, is_multi_label=True)  # a label that is not known is an error
     for one in track([image for part in parts.values() for image in part], "opening images"):
         load_image(one.file)
-    counts = {part: Counter(label for one in found for label in one.labels) for part, found in parts.items()}
+    counts = {
+        part: Counter(label for one in images_of_part for label in one.labels) for part, images_of_part in parts.items()
+    }
     labels = {part: {name: count[name] for name in known} for part, count in counts.items()}
-    return ImageSummary(source, labels, {part: len(found) for part, found in parts.items()}, report)
+    return ImageSummary(source, labels, {part: len(images_of_part) for part, images_of_part in parts.items()}, report)
 
 
 def parse_columns(text: str | None) -> dict[str, str]:

@@ -168,8 +168,10 @@ def describe_layer(layer: nn.Module) -> str:
     own = (
         layer.named_children() if any(isinstance(table, nn.Embedding) for table in layer.children()) else [("", layer)]
     )
-    held = [(name, describe_shape(inner)) for name, inner in own if not isinstance(inner, nn.Identity | nn.Dropout)]
-    return f"{kind} {' and '.join(f'{name} {shape}'.strip() for name, shape in held)}".strip()
+    submodules = [
+        (name, describe_shape(inner)) for name, inner in own if not isinstance(inner, nn.Identity | nn.Dropout)
+    ]
+    return f"{kind} {' and '.join(f'{name} {shape}'.strip() for name, shape in submodules)}".strip()
 
 
 def describe_shape(layer: nn.Module) -> str:
@@ -190,8 +192,8 @@ def describe_projections(layer: nn.Module) -> list[str]:
         elif isinstance(inner, nn.Linear):
             lines.append(f"{inner.in_features:,} → {name} {inner.out_features:,}{', with bias' if own else ''}")
         else:
-            held = [(key, weight) for key, weight in inner.named_parameters(recurse=False) if weight.ndim > 1]
-            lines += [f"{name} {key} {' × '.join(f'{n:,}' for n in weight.shape)}".lstrip() for key, weight in held]
+            matrices = [(key, weight) for key, weight in inner.named_parameters(recurse=False) if weight.ndim > 1]
+            lines += [f"{name} {key} {' × '.join(f'{n:,}' for n in weight.shape)}".lstrip() for key, weight in matrices]
     if isinstance(layer, GroupedQueryAttention):
         rotary = (
             "without rotary positions"

@@ -200,12 +200,12 @@ def family_layers(family: Family) -> dict[str, str]:
 
 def layer_imports(module: ModuleType) -> dict[str, Any]:
     """Name -> object of the imports from layers/ in a family's file."""
-    found: dict[str, Any] = {}
+    imports: dict[str, Any] = {}
     for node in ast.parse(inspect.getsource(module)).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llm_quest.layers."):
             home = importlib.import_module(str(node.module))
-            found |= {name.name: vars(home)[name.name] for name in node.names}
-    return found
+            imports |= {name.name: vars(home)[name.name] for name in node.names}
+    return imports
 
 
 def parent_families(module: ModuleType) -> list[str]:

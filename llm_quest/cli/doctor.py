@@ -122,7 +122,7 @@ def inspect_machine(folder: str | Path = ".") -> MachineReport:
     """Inspect this machine, and the disk that holds `folder`."""
     memory = psutil.virtual_memory()
     fast, why = bf16_support(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    found = MachineReport(
+    report = MachineReport(
         quest=__version__,
         python=platform.python_version(),
         platform=platform.platform(),
@@ -150,7 +150,7 @@ def inspect_machine(folder: str | Path = ".") -> MachineReport:
         git=git_state(),
         warnings=(),
     )
-    return replace(found, warnings=tuple(machine_warnings(found)))
+    return replace(report, warnings=tuple(machine_warnings(report)))
 
 
 def diagnose_machine(*, renew: bool = False, log: LogFn = lambda text: None) -> MachineReport:
@@ -158,13 +158,13 @@ def diagnose_machine(*, renew: bool = False, log: LogFn = lambda text: None) -> 
     if renew:
         measure_profile(log)
     profile, compiler = load_kernel_rates(log), load_compiler(log)
-    found = replace(
+    report = replace(
         inspect_machine(),
         profile=replace(profile, compiler=compiler),
         compiler=compiler.path if compiler.works else None,
         compiler_problem=compiler.problem,
     )
-    return replace(found, warnings=tuple(machine_warnings(found)))
+    return replace(report, warnings=tuple(machine_warnings(report)))
 
 
 def profile_facts(profile: MachineProfile) -> list[tuple[str, str]]:
@@ -224,23 +224,23 @@ def machine_warnings(machine: MachineReport) -> Iterator[tuple[str, str]]:
 
 def simd_features() -> tuple[str, ...]:
     """The vector instruction sets of the processor that torch reports."""
-    found = torch.cpu.get_capabilities()
-    return tuple(name for name, there in sorted(found.items()) if there is True and name != "architecture")
+    capabilities = torch.cpu.get_capabilities()
+    return tuple(name for name, there in sorted(capabilities.items()) if there is True and name != "architecture")
 
 
 def list_devices() -> dict[str, str]:
     """The devices that torch can use here."""
-    found = {"cpu": torch.backends.cpu.get_cpu_capability()}
+    devices = {"cpu": torch.backends.cpu.get_cpu_capability()}
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         one = torch.cuda.get_device_properties(index)
-        found[f"cuda:{index}"] = (
+        devices[f"cuda:{index}"] = (
             f"{one.name}, {one.total_memory / 1e9:.0f} GB, compute capability {one.major}.{one.minor}"
         )
     if torch.backends.mps.is_available():
-        found["mps"] = "Apple GPU"
+        devices["mps"] = "Apple GPU"
     for index in range(torch.xpu.device_count() if torch.xpu.is_available() else 0):
-        found[f"xpu:{index}"] = torch.xpu.get_device_name(index)
-    return found
+        devices[f"xpu:{index}"] = torch.xpu.get_device_name(index)
+    return devices
 
 
 def package_version(package: str) -> str | None:

@@ -114,8 +114,8 @@ def evaluate_problem_task(
         None if reward_model is None else load_matching_reward(reward_model, tokenizer, next(model.parameters()).device)
     )
     samples = max(options.num_samples, options.vote, options.best_of)
-    told = f"greedy{f' and {samples} samples' if samples else ''}{', through the chat template' if encode.chat else ''}"
-    log(f"{options.task}: {len(problems):,} problems, {told}")
+    how = f"greedy{f' and {samples} samples' if samples else ''}{', through the chat template' if encode.chat else ''}"
+    log(f"{options.task}: {len(problems):,} problems, {how}")
     encode.encode_problems(problems)  # all in one call of the template
     return evaluate_task(
         model, tokenizer, problems, options, encode_prompt=encode, reward=reward, refinement=refinement

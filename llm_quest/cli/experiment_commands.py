@@ -70,8 +70,8 @@ def ablate(
             vary or (), arm or (), code or (), metric or (), delta, cap, budget, rates, tuning_seeds, aa_pairs,
             first_seed, question, jobs or usable_cores(), confirm,
         )  # fmt: skip
-        found = commands.run_ablation(recipe, pairs or [], options, out=out, log=status_printer(quiet))
-    print_result(found, json)
+        result = commands.run_ablation(recipe, pairs or [], options, out=out, log=status_printer(quiet))
+    print_result(result, json)
 
 
 def ladder(
@@ -115,8 +115,8 @@ def ladder(
             commands.parse_ratios(tokens_per_parameter), seeds, rates, tuned_rungs, parametrization, scale,
             run, jobs or usable_cores(),
         )  # fmt: skip
-        found = commands.run_ladder(recipe, pairs or [], options, out=out, log=status_printer(quiet))
-    print_result(found, json)
+        result = commands.run_ladder(recipe, pairs or [], options, out=out, log=status_printer(quiet))
+    print_result(result, json)
 
 
 def race(
@@ -136,10 +136,10 @@ def race(
         from llm_quest.cli import race as commands
         from llm_quest.machine.hardware import usable_cores
 
-        found = commands.enter_race(
+        result = commands.enter_race(
             recipe, pairs or [], seeds, jobs or usable_cores(), out=out, log=status_printer(quiet)
         )
-    print_result(found, json)
+    print_result(result, json)
 
 
 def list_ledger(file: LedgerOption = LEDGER, json: JsonOption = False) -> None:

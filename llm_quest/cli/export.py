@@ -70,10 +70,10 @@ def consolidate_run(folder: Path) -> ConsolidateReport:
     from llm_quest.train.checkpoint import list_checkpoints
     from llm_quest.train.sharded_checkpoint import consolidate_checkpoint
 
-    found = [folder] if is_checkpoint(folder) and folder.is_dir() else list_checkpoints(folder / "checkpoints")
-    if not found:
+    checkpoints = [folder] if is_checkpoint(folder) and folder.is_dir() else list_checkpoints(folder / "checkpoints")
+    if not checkpoints:
         raise DataError(f"{folder} has no checkpoint; give a run folder, or one of its checkpoints")
-    return ConsolidateReport([str(checkpoint) for checkpoint in found if consolidate_checkpoint(checkpoint)])
+    return ConsolidateReport([str(checkpoint) for checkpoint in checkpoints if consolidate_checkpoint(checkpoint)])
 
 
 def export_run(

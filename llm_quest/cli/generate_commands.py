@@ -249,5 +249,5 @@ def evaluate(
         from llm_quest.cli.evaluate import EvalContext, evaluate_measure
 
         context = EvalContext(device, dtype, status_printer(quiet), seed, threads)
-        found = evaluate_measure(model, measures, given, context)
-    print_result(found, json)
+        result = evaluate_measure(model, measures, given, context)
+    print_result(result, json)

@@ -143,13 +143,13 @@ def read_advice(advice: GenerationConfig | None) -> dict[str, Any]:
     """The sampling that generation_config.json advises; empty where it has none. do_sample false is temperature 0."""
     if advice is None:
         return {}
-    said = {key: value for key in ADVISED if (value := getattr(advice, key)) is not None}
+    advised = {key: value for key in ADVISED if (value := getattr(advice, key)) is not None}
     if advice.do_sample is False:
-        return {key: value for key, value in said.items() if key == "repetition_penalty"} | {"temperature": 0.0}
-    if not said and advice.do_sample is None:
+        return {key: value for key, value in advised.items() if key == "repetition_penalty"} | {"temperature": 0.0}
+    if not advised and advice.do_sample is None:
         return {}
-    said = {key: value for key, value in said.items() if not (key == "top_k" and value == 0)}  # 0: no limit
-    return {"temperature": 1.0} | said
+    advised = {key: value for key, value in advised.items() if not (key == "top_k" and value == 0)}  # 0: no limit
+    return {"temperature": 1.0} | advised
 
 
 def parse_template_kwargs(text: str | None) -> dict[str, Any]:
@@ -172,11 +172,11 @@ def parse_template_kwargs(text: str | None) -> dict[str, Any]:
 
 def parse_logit_bias(given: Sequence[str]) -> tuple[tuple[int, float], ...]:
     """ID=BIAS each. UsageError for another form."""
-    found = []
+    biases = []
     for one in given:
         token, _, value = one.partition("=")
         try:
-            found.append((int(token), float(value)))
+            biases.append((int(token), float(value)))
         except ValueError:
             raise UsageError(f"--logit-bias {one!r}: give a token id and a number, such as 151645=-100") from None
-    return tuple(found)
+    return tuple(biases)

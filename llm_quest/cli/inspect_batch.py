@@ -60,8 +60,8 @@ class BatchView:
                 "kind": self.kinds[piece.row],
                 "document": piece.document,
                 "tokens": [
-                    {"id": i, "text": self.decode(piece.ids[:at], [i]), "position": p, self.verb: mine}
-                    for at, (i, p, mine) in enumerate(zip(piece.ids, piece.positions, piece.learned, strict=True))
+                    {"id": i, "text": self.decode(piece.ids[:at], [i]), "position": p, self.verb: is_learned}
+                    for at, (i, p, is_learned) in enumerate(zip(piece.ids, piece.positions, piece.learned, strict=True))
                 ],
             }
             for piece in self.pieces
@@ -92,10 +92,10 @@ class BatchView:
         """The text of a piece with learned tokens marked and line ends as a sign."""
         before, after = (GREEN, RESET) if color else ("[[", "]]")
         highlighted, at = "", 0
-        for mine, run in groupby(piece.learned):
+        for is_learned, run in groupby(piece.learned):
             end = at + len(list(run))
             text = clean_text(self.decode(piece.ids[:at], piece.ids[at:end])).replace("\n", "\u21b5")
-            highlighted, at = highlighted + (f"{before}{text}{after}" if mine else text), end
+            highlighted, at = highlighted + (f"{before}{text}{after}" if is_learned else text), end
         return highlighted
 
     def decode(self, before: Sequence[int], ids: Sequence[int]) -> str:
@@ -104,8 +104,8 @@ class BatchView:
 
 def load_batch_view(recipe: str, overrides: Sequence[str], *, step: int, rows: int, log: LogFn) -> BatchView:
     """The first rows of a step's batch, as the recipe would train on it."""
-    found, config, settings = load_recipe(recipe, overrides)
-    with tempfile.TemporaryDirectory() as scratch, open_job(found, config, settings, log, Path(scratch)) as job:
+    loaded_recipe, config, settings = load_recipe(recipe, overrides)
+    with tempfile.TemporaryDirectory() as scratch, open_job(loaded_recipe, config, settings, log, Path(scratch)) as job:
         batch: Any = job.loader.batches(step)[0]
         if job.tokenizer is None and isinstance(batch, SHOWABLE):
             raise UsageError(f"{config.recipe} has no tokenizer to show its tokens with; give its Job one")
@@ -136,15 +136,15 @@ def make_batch_view(batch: TokenBatch, tokenizer: Tokenizer, step: int, kinds: S
     tokens = batch.input_ids
     positions = torch.arange(tokens.shape[1]).expand_as(tokens) if batch.position_ids is None else batch.position_ids
     segments = torch.zeros_like(tokens) if batch.segment_ids is None else batch.segment_ids
-    found = tuple(
+    rows = tuple(
         piece
         for row in range(len(tokens))
         for piece in split_row_documents(row, tokens[row], batch.targets[row], positions[row], segments[row])
     )
     if verb == "read":
-        found = tuple(replace(p, learned=tuple(at == p.positions[-1] for at in p.positions)) for p in found)
+        rows = tuple(replace(p, learned=tuple(at == p.positions[-1] for at in p.positions)) for p in rows)
     padding = int((positions < 0).sum())
-    return BatchView(step, tokens.shape[1], len(tokens), padding, found, tokenizer, tuple(kinds), verb)
+    return BatchView(step, tokens.shape[1], len(tokens), padding, rows, tokenizer, tuple(kinds), verb)
 
 
 def split_row_documents(

@@ -60,15 +60,15 @@ class JsonlOutput:
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             os.truncate(self.file, len(whole))
-        found: dict[int, OutputRow] = {}
+        rows: dict[int, OutputRow] = {}
         for number, line in iter_lines(io.BytesIO(whole)):
             row = parse_json_object(line, f"{self.file}:{number}")
-            if type(row.get("row")) is not int or row["row"] in found:
+            if type(row.get("row")) is not int or row["row"] in rows:
                 raise DataError(
                     f"{self.file}:{number} is not a row of this command, or repeats one; choose another --out"
                 )
-            found[row["row"]] = row
-        return found
+            rows[row["row"]] = row
+        return rows
 
     def append(self, rows: Sequence[OutputRow]) -> None:
         """Append rows in one write, so that none is lost if this process is killed."""

@@ -64,25 +64,25 @@ def list_rows(rows: Sequence[Row]) -> LedgerView:
     shown: list[tuple[str, str]] = []
     for name, own in experiments(rows).items():
         claim = first_of(own, "claim")
-        asked = claim.get("question") or " ".join(arm for arm in claim.get("arms", {}) if arm != "control")
-        shown.append((name, f"{claim.get('time', '')[:10]}  {asked}"))
+        question = claim.get("question") or " ".join(arm for arm in claim.get("arms", {}) if arm != "control")
+        shown.append((name, f"{claim.get('time', '')[:10]}  {question}"))
         verdicts = latest_verdicts(own)
         shown += [("", describe_verdict(verdict)[0]) for verdict in verdicts]
-        told = [("", row["sentence"]) for row in own if row["kind"] in SENTENCE_KINDS]
-        shown += told or ([] if verdicts else [("", "not decided: the same command goes on")])
+        sentences = [("", row["sentence"]) for row in own if row["kind"] in SENTENCE_KINDS]
+        shown += sentences or ([] if verdicts else [("", "not decided: the same command goes on")])
     kept = [row for row in rows if row["kind"] in ("claim", "verdict", *SENTENCE_KINDS)]
     return LedgerView(tuple(kept), tuple(align_columns(shown)))
 
 
 def show_experiment(file: Path, name: str, log: LogFn) -> LedgerView:
     """The claim, verdicts and runs of an experiment. name: or the beginning of one."""
-    found = experiments(open_ledger(file, log))
-    matching = [one for one in found if one == name] or [one for one in found if one.startswith(name)]
+    by_experiment = experiments(open_ledger(file, log))
+    matching = [one for one in by_experiment if one == name] or [one for one in by_experiment if one.startswith(name)]
     if len(matching) != 1:
-        known = ", ".join(list(found)[-8:])
+        known = ", ".join(list(by_experiment)[-8:])
         raise UsageError(f"{len(matching)} experiments of {file} are called {name}; the newest are: {known}")
     with damaged_file_errors(file, EDITED):
-        return show_rows(matching[0], found[matching[0]])
+        return show_rows(matching[0], by_experiment[matching[0]])
 
 
 def show_rows(name: str, own: Sequence[Row]) -> LedgerView:
@@ -149,14 +149,14 @@ def export_ledger_rows(file: Path, format: str, out: Path | None, log: LogFn) ->
 
 
 def export_table(rows: Sequence[Row], target: Path) -> LedgerChange:
-    found = [row for row in rows if row["kind"] == "verdict"]
+    verdicts = [row for row in rows if row["kind"] == "verdict"]
     claims = {row["experiment"]: row for row in rows if row["kind"] == "claim"}
     text = io.StringIO()
     table = csv.DictWriter(text, VERDICT_COLUMNS, extrasaction="ignore", lineterminator="\n")
     table.writeheader()
-    table.writerows({**claims.get(row["experiment"], {}), **row} for row in found)
+    table.writerows({**claims.get(row["experiment"], {}), **row} for row in verdicts)
     atomic_write_text(target, text.getvalue())
-    return LedgerChange(f"{len(found)} verdicts in {target}", {"file": str(target), "verdicts": len(found)})
+    return LedgerChange(f"{len(verdicts)} verdicts in {target}", {"file": str(target), "verdicts": len(verdicts)})
 
 
 def export_runs(rows: Sequence[Row], format: str, out: Path | None) -> LedgerChange:

@@ -56,8 +56,8 @@ def list_presets(words: Sequence[str] = (), max_parameters: str | None = None) -
     UsageError where none is left, with the names that are near."""
     most = math.inf if max_parameters is None else parse_quantity(max_parameters, "--max-parameters")
     rows = [preset_row(family, one) for family in ALL_FAMILIES for one in family.presets]
-    found = [row for row in rows if row["parameters"] <= most and holds_words(row, words)]
-    if not found:
+    matching = [row for row in rows if row["parameters"] <= most and holds_words(row, words)]
+    if not matching:
         names = [row["name"] for row in rows]
         near = get_close_matches(words[0], [*names, *{row["family"] for row in rows}], cutoff=0.5) if words else []
         raise UsageError(
@@ -65,7 +65,7 @@ def list_presets(words: Sequence[str] = (), max_parameters: str | None = None) -
             + (f" and at most {max_parameters} parameters" if max_parameters else "")
             + (f"; near: {', '.join(near)}" if near else "; quest models lists all")
         )
-    return PresetList(tuple(found))
+    return PresetList(tuple(matching))
 
 
 def holds_words(row: Mapping[str, Any], words: Sequence[str]) -> bool:
@@ -130,7 +130,9 @@ class ModelCard:
         parts.append(("  total", f"{self.parameters:,}", ""))
         facts = self.image_cost_rows() if self.image_tokens else []
         facts += self.token_cost_rows() if self.cache_per_token else []
-        facts += [("weights", ", ".join(f"{format_bytes(held)} in {dtype}" for dtype, held in self.load.items()))]
+        facts += [
+            ("weights", ", ".join(f"{format_bytes(num_bytes)} in {dtype}" for dtype, num_bytes in self.load.items()))
+        ]
         header = [f"{self.name}: {self.headline}", "", *self.picture, ""]
         return [*header, "parameters", *align_columns(parts, right=(1, 2)), "", *align_columns(facts)]
 
@@ -150,9 +152,9 @@ class ModelCard:
     def image_cost_rows(self) -> list[tuple[str, str]]:
         """The tokens and FLOPs of one image."""
         once, kept = self.flops_image / 1e9, self.image_tokens * self.cache_per_token
-        held = f"and {format_bytes(kept)} of the cache" if kept else "each attends to all, nothing is cached"
+        cache_note = f"and {format_bytes(kept)} of the cache" if kept else "each attends to all, nothing is cached"
         return [
-            ("an image", f"{self.image_tokens:,} tokens, {held}"),
+            ("an image", f"{self.image_tokens:,} tokens, {cache_note}"),
             ("forward, an image", f"{once:,.4g} GFLOPs" + (" before the decoder reads its tokens" if kept else "")),
             ("training, an image", f"{3 * once:,.4g} GFLOPs"),
         ]
@@ -188,9 +190,9 @@ def cost_fields(title: str, model: Any, context: int | None) -> dict[str, int]:
     if isinstance(model, ImageEncoder | TextEncoder):
         reads_images, tokens = isinstance(model, ImageEncoder), config.max_position_embeddings
         weights, pairs = image_flops(config) if reads_images else text_flops(config)
-        held = dict.fromkeys(("cache_per_token", "cache_fixed", "cache_total"), 0)
+        cache_bytes = dict.fromkeys(("cache_per_token", "cache_fixed", "cache_total"), 0)
         each = {"context": tokens, "flops_linear": weights // tokens, "flops_scores": pairs // tokens}
-        return held | each | (image_cost_fields(tokens, weights + pairs) if reads_images else {})
+        return cache_bytes | each | (image_cost_fields(tokens, weights + pairs) if reads_images else {})
     image: dict[str, int] = {}
     if isinstance(model, VisionLanguageModel):
         image, config = image_cost_fields(nominal_image_tokens(config), sum(image_flops(config))), config.text_config
@@ -201,8 +203,8 @@ def cost_fields(title: str, model: Any, context: int | None) -> dict[str, int]:
     except ValueError as error:
         raise UsageError(f"{title} cannot be shown at {context:,} tokens: {error}") from None
     growing, fixed, total = cost.cache_bytes(context)
-    held = {"cache_per_token": growing, "cache_fixed": fixed, "cache_total": total}
-    return {"context": context, **held, "flops_linear": linear, "flops_scores": scores, **image}
+    cache_bytes = {"cache_per_token": growing, "cache_fixed": fixed, "cache_total": total}
+    return {"context": context, **cache_bytes, "flops_linear": linear, "flops_scores": scores, **image}
 
 
 def image_cost_fields(tokens: int, flops: int) -> dict[str, int]:

@@ -79,10 +79,10 @@ def reproduce_paper(
     paper, folder = load_paper(name), out or cards_dir()
     measured, root = {}, require_results_dir("papers") / "experiments"
     for size in sizes or paper.all_sizes[:1]:
-        found = measure_paper(paper, size, root, jobs=jobs, minutes=minutes, first_seed=first_seed, log=log)
-        if found is not None:
-            log(f"page: {found.pop('page')}")
-            measured[size] = found
+        result = measure_paper(paper, size, root, jobs=jobs, minutes=minutes, first_seed=first_seed, log=log)
+        if result is not None:
+            log(f"page: {result.pop('page')}")
+            measured[size] = result
     if not measured:
         raise UsageError(f"{name} is not decided: --minutes {minutes:g} are too few; give more, and it goes on")
     card = write_card(paper, measured, folder)

@@ -77,9 +77,9 @@ class QuickstartContext:
     def train(self, recipe: str, *pairs: str) -> Path:
         """Train a recipe in its sub-folder and write its report; returns the folder. StoppedBySignal if it was
         stopped."""
-        found, config, settings = load_recipe(recipe, self.overrides(recipe, pairs))
+        loaded_recipe, config, settings = load_recipe(recipe, self.overrides(recipe, pairs))
         folder = self.root / recipe
-        require_finished(run_recipe(found, config, settings, folder, env=self.env, log=self.log), self.log)
+        require_finished(run_recipe(loaded_recipe, config, settings, folder, env=self.env, log=self.log), self.log)
         write_plan_and_report(folder, None, self.log)
         return folder
 
@@ -119,10 +119,10 @@ def run_dpo_stage(context: QuickstartContext, start: Path) -> StageResult:
     began = time.monotonic()
     folder = context.train("dpo", model_override(start))
     config = context.config("dpo", model_override(start))
-    held = prepare_preferences(config.data, load_tokenizer(start), config.sequence_length, config.seed).held_out
-    evaluator = PairsEvaluator(held, 0, sequence_log_probs)
+    held_out = prepare_preferences(config.data, load_tokenizer(start), config.sequence_length, config.seed).held_out
+    evaluator = PairsEvaluator(held_out, 0, sequence_log_probs)
     shares = (evaluator.evaluate(context.model(one), 0)["accuracy"] for one in (start, folder))
-    before, after = (wilson_confidence_interval(round(share * len(held)), len(held)) for share in shares)
+    before, after = (wilson_confidence_interval(round(share * len(held_out)), len(held_out)) for share in shares)
     return make_stage_result(folder, "held-out pairs whose chosen answer is more probable", before, after, began)
 
 

@@ -70,9 +70,9 @@ def score_conversations(
         if len(row) > context:
             raise DataError(f"{one.where}: {len(row):,} tokens, the model reads {context:,}; shorten the conversation")
     scores = score_rows(model, rows).tolist()
-    found = zip(scores, conversations, strict=True)
-    told = tuple(ConversationScore(score, one.answer, one.where) for score, one in found)
-    return ScoreReport(name_or_path, told, ranking_accuracy(scores, groups))
+    scored = zip(scores, conversations, strict=True)
+    results = tuple(ConversationScore(score, one.answer, one.where) for score, one in scored)
+    return ScoreReport(name_or_path, results, ranking_accuracy(scores, groups))
 
 
 def load_reward_model(name_or_path: str, device: torch.device) -> Decoder:

@@ -69,15 +69,15 @@ def serve_models(
 
 def parse_adapters(given: Sequence[str]) -> dict[str, str]:
     """NAME=PATH each. UsageError for another form, or a name that is given twice."""
-    found: dict[str, str] = {}
+    adapters: dict[str, str] = {}
     for one in given:
         name, _, folder = one.partition("=")
         if not name or not folder:
             raise UsageError(f"--adapter {one!r}: give a name and a folder, such as french=runs/french-lora")
-        if name in found:
+        if name in adapters:
             raise UsageError(f"--adapter {name} is given twice")
-        found[name] = folder
-    return found
+        adapters[name] = folder
+    return adapters
 
 
 def load_model(name_or_path: str, device: str, dtype: str, log: LogFn) -> LoadedModel:

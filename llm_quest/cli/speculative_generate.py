@@ -83,11 +83,11 @@ def generate_speculative(
     if not options.chat:
         print_text(prompt)
     written = 0
-    for made in stream_tokens(
+    for token in stream_tokens(
         model, [tokens], sampling, until, seed=options.seed, compile=options.compile, draft=draft, stats=stats
     ):
         written += 1
-        print_text(made.text)
+        print_text(token.text)
     print_text("\n")
     log(make_speculation_report(stats, written, time.perf_counter() - started, plain).line())
 

@@ -71,11 +71,11 @@ def list_techniques(words: Sequence[str] = ()) -> TechniqueList:
         for table, in_training in ((TECHNIQUES, False), (TRAINING_TECHNIQUES, True))
         for name, technique in table.items()
     ]
-    found = [one for one in entries if all(word.lower() in f"{one.name} {one.summary}".lower() for word in words)]
-    if not found:
+    matching = [one for one in entries if all(word.lower() in f"{one.name} {one.summary}".lower() for word in words)]
+    if not matching:
         near = did_you_mean(words[0], [*TECHNIQUES, *TRAINING_TECHNIQUES])
         raise UsageError(f"no technique has {' and '.join(map(repr, words))}{near}")
-    return TechniqueList(tuple(found))
+    return TechniqueList(tuple(matching))
 
 
 def describe_technique(name: str, technique: type, in_training: bool) -> TechniqueEntry:

@@ -25,11 +25,11 @@ class AddedTokens:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        found = [f"  {number:>9,}  {token}" for token, number in self.ids.items()]
+        lines = [f"  {number:>9,}  {token}" for token, number in self.ids.items()]
         return [
             f"{self.folder}: {len(self.ids)} new tokens; the embedding has {self.rows:,} rows (before: "
             f"{self.rows_before:,}), new ones the mean of the others",
-            *found,
+            *lines,
             f"train them: quest train sft model.load={self.folder}",
         ]
 

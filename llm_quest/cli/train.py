@@ -50,18 +50,20 @@ def start_training(
     log: LogFn,
 ) -> RunOutcome | DryRunResult:
     """Train with a recipe: start a new run, or resume the one in the folder."""
-    found, config, settings = load_recipe(recipe, overrides)
+    loaded_recipe, config, settings = load_recipe(recipe, overrides)
     if dry_run:
-        config = found.check(config, settings)
+        config = loaded_recipe.check(config, settings)
         check_techniques(config, settings)
         return DryRunResult(config)
     folder, resume = choose_run_dir(recipe, config, out, resume)
     env = inspect_machine(folder).as_json()
-    outcome = run_recipe(found, config, settings, folder, resume=resume, accept=accept, env=env, quiet=quiet, log=log)
+    outcome = run_recipe(
+        loaded_recipe, config, settings, folder, resume=resume, accept=accept, env=env, quiet=quiet, log=log
+    )
     if outcome.exit_code:  # a stopped command ends at once
         log(f"a run that was stopped gets no report; quest report {folder} writes it")
     elif os.environ.get("RANK", "0") == "0":
-        write_plan_and_report(folder, predict_cost(found, config, settings, folder), log)
+        write_plan_and_report(folder, predict_cost(loaded_recipe, config, settings, folder), log)
     return outcome
 
 
@@ -122,12 +124,12 @@ def estimate_cost(
     """Estimate the cost of a recipe on this machine, with the loss that a ladder predicts. Nothing is left on disk."""
     from llm_quest.recipes.planning import plan_recipe
 
-    found, config, settings = load_recipe(recipe, overrides)
+    loaded_recipe, config, settings = load_recipe(recipe, overrides)
     with tempfile.TemporaryDirectory() as folder:
         if ladder is None:
-            return plan_recipe(found, config, settings, Path(folder), measure=measure, log=log)
+            return plan_recipe(loaded_recipe, config, settings, Path(folder), measure=measure, log=log)
         from llm_quest.experiments.ladder_forecast import forecast_loss
 
         loss = forecast_loss(ladder, recipe, overrides)
-        cost = plan_recipe(found, config, settings, Path(folder), measure=measure, log=log)
+        cost = plan_recipe(loaded_recipe, config, settings, Path(folder), measure=measure, log=log)
         return replace(cost, details={**cost.details, "predicted_loss": loss})

@@ -120,8 +120,8 @@ def plan(
     with show_progress(quiet):
         from llm_quest.cli.train import estimate_cost
 
-        found = estimate_cost(recipe, pairs or [], measure=measure, log=status_printer(quiet), ladder=ladder)
-    print_result(found, json)
+        cost = estimate_cost(recipe, pairs or [], measure=measure, log=status_printer(quiet), ladder=ladder)
+    print_result(cost, json)
 
 
 def settings(

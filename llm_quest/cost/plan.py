@@ -151,7 +151,7 @@ class Plan:
             ("work", f"{self.steps:,} steps of {self.step_work} = {format_quantity(total)} {units}, {seen}"),
             ("FLOPs", f"{each}, {self.flops_per_step / 1e9:,.4g} G a step, {self.flops:.3g} in all"),
             *([("before: the reference", first)] if self.first_flops else []),
-            *((f"memory: {kind}", format_bytes(held)) for kind, held in self.memory.items()),
+            *((f"memory: {kind}", format_bytes(num_bytes)) for kind, num_bytes in self.memory.items()),
             ("memory: together", available),
             ("a checkpoint", f"{format_bytes(self.checkpoint_bytes)}; {format_bytes(self.disk_bytes)} on disk at most"),
             ("matrix products", f"{self.peak_gflops:,.0f} GFLOP/s in {self.precision}, measured on 2048 x 2048"),

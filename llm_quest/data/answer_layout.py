@@ -122,8 +122,8 @@ class AnswerLayout:
         context, message = self.render(job, place, add_generation_prompt=True), job.messages[place]
         begin = len(context) if after.startswith(context) else self.begin_without_prompt(job, place, context, after)
         if self.reads_reasoning and not is_reasoning_written(message, after[begin:]):
-            said = rejoin_reasoning(message, after[begin:], in_prompt=context.rstrip().endswith(THINK))
-            return context + said, (len(context), len(context) + len(said))
+            answer_text = rejoin_reasoning(message, after[begin:], in_prompt=context.rstrip().endswith(THINK))
+            return context + answer_text, (len(context), len(context) + len(answer_text))
         return after, (begin, len(after))
 
     def begin_without_prompt(self, job: RenderJob, place: int, context: str, after: str) -> int:
@@ -249,10 +249,10 @@ def require_written(message: Mapping[str, Any], written: str) -> None:
 
 def roles_left_out(messages: Sequence[Mapping[str, Any]], text: str) -> list[str]:
     """The roles of messages that stand nowhere in the text, neither as they are nor as JSON."""
-    said = [(message["role"], str(message["content"] or "").strip()) for message in messages]
+    contents = [(message["role"], str(message["content"] or "").strip()) for message in messages]
     return [
         role
-        for role, content in said
+        for role, content in contents
         if role != "assistant" and content not in text and json.dumps(content, ensure_ascii=False) not in text
     ]
 

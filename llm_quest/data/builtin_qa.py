@@ -33,14 +33,14 @@ def stdlib_functions() -> Iterator[tuple[str, list[tuple[str, str]]]]:
         for file, name in stdlib_modules():
             if "_" not in name and name.count(".") < 2:
                 pieces = (piece.partition("\n\n") for piece in iter_docstrings(ast.parse(file.read_bytes()), name))
-                said = [
+                documented = [
                     (head, extract_first_sentence(text)) for head, _, text in pieces if "(" in head and "._" not in head
                 ]
                 yield (
                     name,
                     [
                         (head, text)
-                        for head, text in said
+                        for head, text in documented
                         if MIN_ANSWER_CHARACTERS <= len(text) <= MAX_ANSWER_CHARACTERS
                     ],
                 )
@@ -48,22 +48,23 @@ def stdlib_functions() -> Iterator[tuple[str, list[tuple[str, str]]]]:
 
 def extract_first_sentence(text: str) -> str:
     """The first sentence, on one line; empty if it does not end."""
-    found = re.match(r"(.+?[.!?])(\s|$)", re.sub(r"\s+", " ", text.partition("\n\n")[0]).strip())
-    return found.group(1) if found else ""
+    match = re.match(r"(.+?[.!?])(\s|$)", re.sub(r"\s+", " ", text.partition("\n\n")[0]).strip())
+    return match.group(1) if match else ""
 
 
 def builtin_instructions() -> Iterator[Record]:
     """Questions with their answers."""
-    for module, said in stdlib_functions():
+    for module, functions in stdlib_functions():
         yield from (
-            Record({"prompt": format_question(head), "completion": text}, f"builtin:{module}") for head, text in said
+            Record({"prompt": format_question(head), "completion": text}, f"builtin:{module}")
+            for head, text in functions
         )
 
 
 def builtin_preferences() -> Iterator[Record]:
     """Questions with an answer of one whole sentence, and one that is less or more than that."""
-    for module, said in stdlib_functions():
-        for (head, text), (_, other) in itertools.pairwise([*said, *said[:1]]):
+    for module, functions in stdlib_functions():
+        for (head, text), (_, other) in itertools.pairwise([*functions, *functions[:1]]):
             if len(text.split()) >= MIN_ANSWER_WORDS:
                 row = {"prompt": format_question(head), "chosen": text, "rejected": corrupt_answer(head, text, other)}
                 yield Record(row, f"builtin:{module}")

@@ -162,9 +162,9 @@ class ChatTemplate:
         """The content of the message whose rendering, after these messages, is the reply as it was written: perhaps
         without the spaces around it, where the template writes its own (`' ' + content`)."""
         contents = list(dict.fromkeys((reply, reply.lstrip(), reply.strip())))
-        said = [[*messages, {"role": "assistant", "content": content}] for content in contents]
-        asked = RenderJob(self.writer.write(messages), add_generation_prompt=True)
-        jobs = [asked, *(RenderJob(self.writer.write(one), add_generation_prompt=False) for one in said)]
+        conversations = [[*messages, {"role": "assistant", "content": content}] for content in contents]
+        prompt_job = RenderJob(self.writer.write(messages), add_generation_prompt=True)
+        jobs = [prompt_job, *(RenderJob(self.writer.write(one), add_generation_prompt=False) for one in conversations)]
         prompt, *rendered = render_batch(self.settings, jobs)
         written = prompt.text + self.control_encoder.escape(reply)
         texts = zip(contents, rendered, strict=True)
@@ -183,20 +183,20 @@ class ChatTemplate:
 
         drop_report: counts what the template refuses, and is told what else was changed; DataError where there is none,
         and where nothing is left."""
-        found, refused, notes = list[ChatExample](), list[str](), Counter[str]()
+        examples, refused, notes = list[ChatExample](), list[str](), Counter[str]()
         for one, encoded in zip(conversations, self.examples_of(conversations, places_to_learn), strict=True):
-            found += encoded.examples
+            examples += encoded.examples
             notes += self.count_losses(one, encoded)
             if encoded.error:
                 refused.append(f"{one.where}: {encoded.error}")
                 if drop_report is not None:
                     drop_report.drop(f"refused by the chat template: {encoded.error}", 0)
-        if refused and (drop_report is None or not found):
+        if refused and (drop_report is None or not examples):
             raise DataError(refused[0])
         for sentence, count in notes.items():
             if drop_report is not None:
                 drop_report.note(f"{count:,} {sentence}")
-        return found
+        return examples
 
     def count_losses(self, one: Conversation, encoded: EncodedConversation) -> Counter[str]:
         """What of a conversation is not learned as it was given."""

@@ -47,11 +47,11 @@ class ControlTokenEncoder:
         """`encode` of each text, on all cores."""
         plain = [text for text in texts if ESCAPE_MARK not in text]
         ids = self.tokenizer.encode_batch(plain, allow_special_tokens=True, add_special_tokens=False)
-        found = dict(zip(plain, ids, strict=True))
+        ids_of = dict(zip(plain, ids, strict=True))
         if len(plain) < len(texts):
             escaped = [text for text in texts if ESCAPE_MARK in text]
-            found |= dict(zip(escaped, self.encode_escaped(escaped), strict=True))
-        return [found[text] for text in texts]
+            ids_of |= dict(zip(escaped, self.encode_escaped(escaped), strict=True))
+        return [ids_of[text] for text in texts]
 
     def encode_escaped(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of texts in which words that spell control tokens are escaped."""
@@ -70,10 +70,10 @@ class ControlTokenEncoder:
         token to the next."""
         numbers, segments = self.split(pieces)
         parts = [ids for segment in segments for ids in encode_segment(segment, self.encode, self.decode)]
-        found: list[list[int]] = [[] for _ in pieces]
+        encoded: list[list[int]] = [[] for _ in pieces]
         for number, ids in zip(numbers, parts, strict=True):
-            found[number] += ids
-        return found
+            encoded[number] += ids
+        return encoded
 
     def encode_texts_in_pieces(self, texts: Sequence[Sequence[str]]) -> Iterator[list[np.ndarray]]:
         """`encode_pieces` of each of these texts, as int32. What they share, as the rows of a conversation do that its

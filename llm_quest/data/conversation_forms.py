@@ -64,29 +64,31 @@ def instruction_text(row: Row, where: str) -> str:
 
 def question_turns(row: Row, where: str, key: str) -> list[Message]:
     """What is asked under a key, with what stands before it."""
-    asked = (
+    question = (
         [Message("user", instruction_text(row, where))]
         if key == "instruction"
         else text_or_messages(row, key, "user", where)
     )
-    return join_turns(begin_turns(row, where), asked, where)
+    return join_turns(begin_turns(row, where), question, where)
 
 
 def parse_chat(row: Row, where: str, key: str) -> list[Message]:
     return join_turns(begin_turns(row, where), parse_messages(row, key, where), where)
 
 
-def parse_pair(row: Row, where: str, asked: str, answered: str) -> list[Message]:
-    return [*question_turns(row, where, asked), *text_or_messages(row, answered, "assistant", where)]
+def parse_pair(row: Row, where: str, question_key: str, answer_key: str) -> list[Message]:
+    return [*question_turns(row, where, question_key), *text_or_messages(row, answer_key, "assistant", where)]
 
 
 def chat_form(key: str, name: str, turns: Sequence[Mapping[str, str]]) -> RowForm:
     return RowForm(name, (key,), partial(parse_chat, key=key), {key: turns}, COMMON_KEYS)
 
 
-def pair_form(asked: str, answered: str, name: str, *optional: str) -> RowForm:
-    parse = partial(parse_pair, asked=asked, answered=answered)
-    return RowForm(name, (asked, answered), parse, {asked: "2+2?", answered: "4"}, (*optional, *COMMON_KEYS))
+def pair_form(question_key: str, answer_key: str, name: str, *optional: str) -> RowForm:
+    parse = partial(parse_pair, question_key=question_key, answer_key=answer_key)
+    return RowForm(
+        name, (question_key, answer_key), parse, {question_key: "2+2?", answer_key: "4"}, (*optional, *COMMON_KEYS)
+    )
 
 
 OPENAI_TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]

@@ -60,15 +60,15 @@ class Conversation:
 def read_conversations(records: Iterable[Record], drop_report: DropReport) -> list[Conversation]:
     """The conversations that can be learned from; the report counts what was dropped."""
     kept = []
-    for found in parse_rows(records, parse_conversation, drop_report):
-        size = sum(len(one.content.encode()) for one in found.messages)
-        if not found.answer.strip() and "tool_calls" not in found.messages[-1].extra:
+    for conversation in parse_rows(records, parse_conversation, drop_report):
+        size = sum(len(one.content.encode()) for one in conversation.messages)
+        if not conversation.answer.strip() and "tool_calls" not in conversation.messages[-1].extra:
             drop_report.drop("empty answer", size)
-        elif not any(one.is_learned for one in found.messages):
+        elif not any(one.is_learned for one in conversation.messages):
             drop_report.drop("no message is to be learned", size)
         else:
             drop_report.keep(size)
-            kept.append(found)
+            kept.append(conversation)
     return kept
 
 
@@ -138,6 +138,6 @@ def split_by_prompt(items: Sequence[Item], fraction: float) -> tuple[list[Item],
 def first_question_hash(prompt: Messages) -> str:
     """sha256 of a prompt's first message by the user (of all of them, where there is none), whatever its spaces and
     capitals."""
-    asked = [message for message in prompt if message["role"] == "user"][:1] or prompt
-    text = "\n".join(re.sub(r"\s+", " ", message["content"]).strip().lower() for message in asked)
+    question = [message for message in prompt if message["role"] == "user"][:1] or prompt
+    text = "\n".join(re.sub(r"\s+", " ", message["content"]).strip().lower() for message in question)
     return hashlib.sha256(text.encode()).hexdigest()

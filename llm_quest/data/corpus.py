@@ -80,8 +80,10 @@ def load_corpus(
     drop_report = DropReport()
     sources = [DataSource(str(source))] if isinstance(source, str | Path) else source
     name = ", ".join(one.path for one in sources)
-    found = chain.from_iterable(_read_source_documents(one, drop_report, columns or {}, separator) for one in sources)
-    documents = _deduplicate(found, drop_report)
+    source_documents = chain.from_iterable(
+        _read_source_documents(one, drop_report, columns or {}, separator) for one in sources
+    )
+    documents = _deduplicate(source_documents, drop_report)
     drop_report.require_rows(len(documents), name, strict=strict)
     if not documents:
         raise DataError(f"{name} holds no text: " + ("; ".join(drop_report.lines()[1:]) or "it is empty"))
@@ -101,12 +103,12 @@ def _read_source_documents(
 ) -> Iterator[Document]:
     check_parts(source)
     if is_builtin(source.path):
-        found = _read_builtin(source.path, drop_report)
+        documents = _read_builtin(source.path, drop_report)
     elif source.path.startswith(HUB_PREFIX) or split_function(source.path) is not None or is_saved_dataset(source.path):
-        found = row_documents(map_columns(iter_source(source, drop_report), columns, drop_report), drop_report)
+        documents = row_documents(map_columns(iter_source(source, drop_report), columns, drop_report), drop_report)
     else:
-        found = read_documents(source.path, drop_report, columns=columns, separator=separator, split=source.split)
-    return (replace(document, weight=source.weight) for document in found)
+        documents = read_documents(source.path, drop_report, columns=columns, separator=separator, split=source.split)
+    return (replace(document, weight=source.weight) for document in documents)
 
 
 def pydoc_topics() -> Iterator[Document]:
@@ -153,15 +155,15 @@ def builtin_parts(name: str) -> list[str]:
     """The parts that `builtin` or `builtin:topics,source` names. UsageError for a part that does not exist."""
     if name == "builtin":
         return ["topics", "docstrings"]
-    asked = [part.strip() for part in name.removeprefix("builtin:").split(",")]
-    for part in asked:
+    names = [part.strip() for part in name.removeprefix("builtin:").split(",")]
+    for part in names:
         if part not in BUILTIN_CORPORA:
             near = get_close_matches(part, BUILTIN_CORPORA, n=1)
             meant = f"; did you mean builtin:{near[0]}?" if near else ""
             raise UsageError(
                 f"{name}: the built-in corpus has no part {part!r}; it has {', '.join(BUILTIN_CORPORA)}{meant}"
             )
-    return list(dict.fromkeys(asked))
+    return list(dict.fromkeys(names))
 
 
 def _read_builtin(name: str, drop_report: DropReport) -> Iterator[Document]:

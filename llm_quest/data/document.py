@@ -67,8 +67,8 @@ class DropReport:
     def note_separator(self, separator: str, *, in_text: bool) -> None:
         """Count the files that hold the separator. A separator that is in no file makes one document of each, which a
         note says (a shell passes \\n as two characters)."""
-        found, read = self.files_with_separator
-        self.files_with_separator = [found + in_text, read + 1]
+        num_found, read = self.files_with_separator
+        self.files_with_separator = [num_found + in_text, read + 1]
         silent = f"the separator {separator!r} is in none of the files: each is one document"
         if silent in self.notes:
             self.notes.remove(silent)
@@ -119,17 +119,17 @@ class DropReport:
 
     def remarks(self) -> list[str]:
         """What a run says once about its rows: rows that were skipped, keys that nothing read, and the notes."""
-        told = []
+        notes = []
         if self.skipped:
-            told.append(f"skipped: {self.describe_skipped()}, first: {self.skipped_rows[0]}")
+            notes.append(f"skipped: {self.describe_skipped()}, first: {self.skipped_rows[0]}")
         if self.unused_keys:
             shown = (
                 (key if key.strip() and key.isprintable() else repr(key), self.unused_keys[key])
                 for key in self.unused_keys
             )
             keys = ", ".join(f"{key} ({count:,})" for key, count in sorted(shown))
-            told.append(f"keys that nothing reads, and in how many rows: {keys}")
-        return told + self.notes
+            notes.append(f"keys that nothing reads, and in how many rows: {keys}")
+        return notes + self.notes
 
     def summary_lines(self) -> list[str]:
         """The number of dropped items by reason, and the remarks."""

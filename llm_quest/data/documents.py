@@ -190,7 +190,7 @@ def read_prompts(file: str | Path) -> list[Document]:
     if row_suffix(file) in READERS:
         rows = read_records(file)
         return [Document(text_column(one.row, "prompt", one.where), one.where) for one in rows]
-    found = list(read_text(file, DropReport(), separator="\n"))
-    if not found:
+    documents = list(read_text(file, DropReport(), separator="\n"))
+    if not documents:
         raise DataError(f"{file} holds no prompts: write one a line, or rows with 'prompt' in a .jsonl file")
-    return [Document(one.text, f"{one.source}:{one.line}", one.line) for one in found]
+    return [Document(one.text, f"{one.source}:{one.line}", one.line) for one in documents]

@@ -51,26 +51,26 @@ def encode_pieces(
 
 def split_segments(pieces: Iterable[str], restart: Callable[[str], str]) -> Iterator[Segment]:
     """The pieces in segments: a segment ends with a piece at whose end the text ends with a control token."""
-    control, text, held = "", "", list[str]()
+    control, text, pieces_of_text = "", "", list[str]()
     for piece in pieces:
-        held.append(piece)
+        pieces_of_text.append(piece)
         text += piece
         if end := restart(text):
-            yield Segment(control, tuple(held))
-            control, text, held = end, end, []
-    if held:
-        yield Segment(control, tuple(held))
+            yield Segment(control, tuple(pieces_of_text))
+            control, text, pieces_of_text = end, end, []
+    if pieces_of_text:
+        yield Segment(control, tuple(pieces_of_text))
 
 
 def encode_segment(segment: Segment, encode: Encode, decode: Decode) -> list[list[int]]:
     """The ids of each piece of a segment."""
-    found: list[list[int]] = []
+    encoded: list[list[int]] = []
     prefix, prefix_ids = segment.control, encode(segment.control) if segment.control else []
     for piece in segment.pieces:
         ids = encode_behind(prefix, prefix_ids, piece, encode, decode)
-        found.append(ids)
+        encoded.append(ids)
         prefix, prefix_ids = prefix + piece, prefix_ids + ids
-    return found
+    return encoded
 
 
 def encode_behind(prefix: str, prefix_ids: Sequence[int], piece: str, encode: Encode, decode: Decode) -> list[int]:

@@ -94,9 +94,9 @@ def split_images(images: ImageDataset, held_out: float, *, stratify: bool = True
 def load_sklearn_digits() -> ImageDataset:
     """The 1,797 digits of scikit-learn (Alpaydin & Kaynak 1998, UCI): 8 x 8, one channel."""
     remedy = f"the digits come with scikit-learn: {install_command('vision')}"
-    found = import_extra("sklearn.datasets", remedy).load_digits()
-    pixels = np.rint(found.images * (255 / 16)).astype(np.uint8)[:, None]
-    return ImageDataset(pixels, found.target.astype(np.int64), tuple(str(digit) for digit in range(10)))
+    digits = import_extra("sklearn.datasets", remedy).load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
+    return ImageDataset(pixels, digits.target.astype(np.int64), tuple(str(digit) for digit in range(10)))
 
 
 def load_cifar10(path: str | Path) -> ImageSplits:

@@ -139,15 +139,15 @@ def list_class_images(path: Path, drop_report: DropReport, known: Sequence[str] 
 
 def find_class_images(path: Path, drop_report: DropReport) -> dict[str, list[Path]]:
     """Class -> its images, of every visible sub-folder that has any."""
-    found: dict[str, list[Path]] = {}
+    files_of_class: dict[str, list[Path]] = {}
     for entry in sorted(path.iterdir()):
         if entry.is_dir() and not entry.name.startswith("."):
-            found[entry.name] = list(find_images(entry, drop_report))
+            files_of_class[entry.name] = list(find_images(entry, drop_report))
         else:
             inside = [Path(root) / name for root, _, names in os.walk(entry) for name in names]
             for file in inside if entry.is_dir() else [entry]:
                 drop_report.drop(HIDDEN if entry.name.startswith(".") else OUTSIDE, file_size(file))
-    return {name: files for name, files in found.items() if files}
+    return {name: files for name, files in files_of_class.items() if files}
 
 
 def find_images(folder: Path, drop_report: DropReport) -> Iterator[Path]:

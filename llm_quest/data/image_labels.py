@@ -59,16 +59,16 @@ def read_label_table(file: Path, options: LabelOptions, drop_report: DropReport)
     """The images that the table names. DataError where none of its rows can be used."""
     records = map_columns(iter_records(file, drop_report), options.columns, drop_report)
     parse = partial(parse_labeled_image, folder=file.parent, label_separator=options.label_separator)
-    found = parse_rows(records, parse, drop_report)
-    drop_report.require_rows(len(found), str(file))
-    if not found:
+    entries = parse_rows(records, parse, drop_report)
+    drop_report.require_rows(len(entries), str(file))
+    if not entries:
         raise DataError(f"{file} holds no rows")
     labels_of: dict[Path, set[tuple[str, ...]]] = defaultdict(set)
-    for one in found:
+    for one in entries:
         labels_of[one.file].add(one.labels)
     if twice := [image for image, labels in labels_of.items() if len(labels) > 1]:
         drop_report.note(f"{len(twice)} images have rows of different labels in {file.name}, such as {min(twice).name}")
-    return found
+    return entries
 
 
 def parse_labeled_image(record: Record, *, folder: Path, label_separator: str | None) -> LabeledImage:

@@ -179,15 +179,15 @@ def read_caption_rows(records: Iterable[Record], drop_report: DropReport) -> lis
 def parse_caption_row(record: Record) -> CaptionRow:
     """Parse one row: a path, relative to the file of rows, with a caption, a question or a conversation."""
     row, where = TrackedRow.wrap(record.row), record.where
-    found = select_form(IMAGE_TEXT_FORMS, row, where).parse(row, where)
+    parsed = select_form(IMAGE_TEXT_FORMS, row, where).parse(row, where)
     image = text_field(row, "image", where)
-    if not image or not all(text for turn in found for text in turn if text is not None):
+    if not image or not all(text for turn in parsed for text in turn if text is not None):
         raise RowError(where, "an empty text", "'image', a caption, a question or an answer is empty")
     turns = tuple(
         QuestionAnswer("caption", CAPTION_PROMPT, answer)
         if question is None
         else QuestionAnswer("question", question, answer)
-        for question, answer in found
+        for question, answer in parsed
     )
     file = Path(where.rpartition(":")[0]).parent / image
     if not is_file(file):

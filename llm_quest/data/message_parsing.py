@@ -179,8 +179,8 @@ def parse_transcript(text: str, where: str) -> list[Message]:
     if before.strip() or not turns:
         raise RowError(where, "no transcript", f"the text begins with {text[:40]!r}; expected 'Human: ...'")
     return [
-        Message("user" if name == "Human" else "assistant", said.strip())
-        for name, said in zip(turns[::2], turns[1::2], strict=True)
+        Message("user" if name == "Human" else "assistant", content.strip())
+        for name, content in zip(turns[::2], turns[1::2], strict=True)
     ]
 
 

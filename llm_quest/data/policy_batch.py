@@ -139,13 +139,13 @@ def collate_policy_rows(
 ) -> PolicyBatch:
     """Rows as a batch, on the host; share_prompts: equal prompts are read once."""
     assert not share_prompts or all(row.attention_maps is None for row in rows), "attention maps cover whole rows"
-    made = pad_with_shared_prefix([(row.prompt_ids, row.completion_ids[:-1]) for row in rows], shared=share_prompts)
-    targets = np.full(made.tokens.shape, IGNORE_INDEX)
+    padded = pad_with_shared_prefix([(row.prompt_ids, row.completion_ids[:-1]) for row in rows], shared=share_prompts)
+    targets = np.full(padded.tokens.shape, IGNORE_INDEX)
     more = [name for name in OPTIONAL_ARRAYS if getattr(rows[0], name) is not None]
     values: dict[str, Any] = {
         name: np.zeros(targets.shape, np.float32) for name in ("advantages", "sampler_log_probs", *more)
     }
-    for number, (row, first) in enumerate(zip(rows, made.first_target_columns, strict=True)):
+    for number, (row, first) in enumerate(zip(rows, padded.first_target_columns, strict=True)):
         place = slice(first, first + len(row.completion_ids))
         targets[number, place] = row.completion_ids
         if row.is_policy_token is not None:
@@ -153,15 +153,15 @@ def collate_policy_rows(
         for name, value in values.items():
             value[number, place] = getattr(row, name)
     if rows[0].attention_maps is not None:
-        values["attention_maps"] = pad_attention_maps(rows, made.first_target_columns, made.tokens.shape[1])
+        values["attention_maps"] = pad_attention_maps(rows, padded.first_target_columns, padded.tokens.shape[1])
     if rows[0].routing is not None:
-        values["routing"] = pad_routing(rows, made.tokens.shape[1])
+        values["routing"] = pad_routing(rows, padded.tokens.shape[1])
     tensors: dict[str, Any] = {name: torch.from_numpy(value) for name, value in values.items()}
     return PolicyBatch(
-        torch.from_numpy(made.tokens),
+        torch.from_numpy(padded.tokens),
         torch.from_numpy(targets),
-        position_ids=None if made.prefix is None else torch.from_numpy(made.positions),
-        prefix=made.prefix,
+        position_ids=None if padded.prefix is None else torch.from_numpy(padded.positions),
+        prefix=padded.prefix,
         num_tokens=sum(row.length for row in rows),
         metric_sums=dict(metric_sums or {}),
         **tensors,
@@ -239,10 +239,10 @@ def micro_batches(
     for those without a group. The metrics and the count of the `zero` rows, which are not read, are in the first
     batch of the first process; the metrics of the others have the same names and no weight."""
     groups, shared = plan_micro_batches(rows, max_tokens, share_prompts=share_prompts)
-    mine = groups[shard.rank :: shard.world_size]
+    own_groups = groups[shard.rank :: shard.world_size]
     turns = max(1, -(-len(groups) // shard.world_size))
-    batches = [collate_policy_rows(some, share_prompts=shared) for some in mine]
-    batches += [collate_policy_rows([filler or empty_row()])] * (turns - len(mine))
+    batches = [collate_policy_rows(some, share_prompts=shared) for some in own_groups]
+    batches += [collate_policy_rows([filler or empty_row()])] * (turns - len(own_groups))
     first_sums = dict(metric_sums or {}) if shard.rank == 0 else dict.fromkeys(metric_sums or {}, (0.0, 0.0))
     counted = zero if shard.rank == 0 else ()
     first = replace(

@@ -34,10 +34,10 @@ class PreferenceParts(NamedTuple):
     answers: tuple[str, ...]
 
 
-def parse_choice(row: Row, where: str, asked: str) -> PreferenceParts:
+def parse_choice(row: Row, where: str, question_key: str) -> PreferenceParts:
     """A question with a chosen and a rejected answer."""
-    chat = asked in CHAT_KEYS
-    question = parse_chat(row, where, asked) if chat else question_turns(row, where, asked)
+    chat = question_key in CHAT_KEYS
+    question = parse_chat(row, where, question_key) if chat else question_turns(row, where, question_key)
     whole = [text_or_messages(row, key, "assistant", where, extra=False) for key in ("chosen", "rejected")]
     return PreferenceParts(question, tuple(answer_text(one, question, where) for one in whole))
 
@@ -61,14 +61,14 @@ def parse_whole_conversation(row: Row, key: str, where: str) -> list[Message]:
     return parse_messages(row, key, where, value=value, extra=False)
 
 
-def parse_ranking(row: Row, where: str, asked: str, key: str) -> PreferenceParts:
+def parse_ranking(row: Row, where: str, question_key: str, key: str) -> PreferenceParts:
     """A question with two answers or more, the best first."""
-    question, found = question_turns(row, where, asked), read_cell(row, key, where)
-    if not isinstance(found, list) or len(found) < 2:
+    question, cell = question_turns(row, where, question_key), read_cell(row, key, where)
+    if not isinstance(cell, list) or len(cell) < 2:
         raise RowError(where, f"{key} of another form", f"{key!r} is no list of two answers or more")
-    if all(isinstance(one, str) for one in found):
-        return PreferenceParts(question, tuple(found))
-    whole = [parse_messages(row, key, where, value=one, extra=False) for one in found]
+    if all(isinstance(one, str) for one in cell):
+        return PreferenceParts(question, tuple(cell))
+    whole = [parse_messages(row, key, where, value=one, extra=False) for one in cell]
     return PreferenceParts(question, tuple(answer_text(one, question, where) for one in whole))
 
 
@@ -79,21 +79,30 @@ def answer_text(one: list[Message], question: list[Message], where: str) -> str:
         reason = f"an answer is one message of the assistant; got {len(one)}, the last by {last!r}"
         raise RowError(where, "no answer", reason)
     spoken = [message for message in one[:-1] if message.role != "system"]
-    asked = [message for message in question if message.role != "system"]
-    if spoken and [(m.role, m.content) for m in spoken] != [(m.role, m.content) for m in asked]:
+    turns = [message for message in question if message.role != "system"]
+    if spoken and [(m.role, m.content) for m in spoken] != [(m.role, m.content) for m in turns]:
         raise RowError(where, "answers to another question", "chosen or rejected answers another question than prompt")
     return one[-1].content
 
 
-def choice_form(asked: str, name: str, *optional: str) -> RowForm:
-    example = {asked: SHAREGPT_TURNS[:1] if asked in CHAT_KEYS else "2+2?", "chosen": "4", "rejected": "5"}
-    keys = (asked, "chosen", "rejected")
-    return RowForm(name, keys, partial(parse_choice, asked=asked), example, (*optional, "margin", *COMMON_KEYS))
+def choice_form(question_key: str, name: str, *optional: str) -> RowForm:
+    example = {
+        question_key: SHAREGPT_TURNS[:1] if question_key in CHAT_KEYS else "2+2?",
+        "chosen": "4",
+        "rejected": "5",
+    }
+    keys = (question_key, "chosen", "rejected")
+    return RowForm(
+        name, keys, partial(parse_choice, question_key=question_key), example, (*optional, "margin", *COMMON_KEYS)
+    )
 
 
-def ranking_form(asked: str, key: str, name: str, *optional: str) -> RowForm:
-    parse, example = partial(parse_ranking, asked=asked, key=key), {asked: "2+2?", key: ["4", "5", "6"]}
-    return RowForm(name, (asked, key), parse, example, (*optional, "margin", *COMMON_KEYS))
+def ranking_form(question_key: str, key: str, name: str, *optional: str) -> RowForm:
+    parse, example = (
+        partial(parse_ranking, question_key=question_key, key=key),
+        {question_key: "2+2?", key: ["4", "5", "6"]},
+    )
+    return RowForm(name, (question_key, key), parse, example, (*optional, "margin", *COMMON_KEYS))
 
 
 PREFERENCE_FORMS = (

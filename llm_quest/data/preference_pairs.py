@@ -72,9 +72,9 @@ class PreferenceBatch:
 
     def to(self, device: torch.device | str) -> PreferenceBatch:
         """The same batch on another device."""
-        held = {one.name: getattr(self, one.name) for one in fields(self)}
+        tensors = {one.name: getattr(self, one.name) for one in fields(self)}
         moved: dict[str, Any] = {
-            name: x.to(device, non_blocking=True) for name, x in held.items() if isinstance(x, Tensor)
+            name: x.to(device, non_blocking=True) for name, x in tensors.items() if isinstance(x, Tensor)
         }
         moved["prefix"] = None if self.prefix is None else self.prefix.to(device)
         return replace(self, **moved, token_count=self.num_tokens)

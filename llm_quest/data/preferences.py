@@ -75,15 +75,15 @@ class TokenizedPreference:
 def read_preferences(records: Iterable[Record], drop_report: DropReport) -> list[Preference]:
     """The preferences that can be learned from; the report counts what was dropped."""
     kept = []
-    for found in parse_rows(records, parse_preference, drop_report):
-        size = sum(len(one.content.encode()) for one in found.question) + sum(map(len, found.answers))
-        if not all(answer.strip() for answer in found.answers):
+    for preference in parse_rows(records, parse_preference, drop_report):
+        size = sum(len(one.content.encode()) for one in preference.question) + sum(map(len, preference.answers))
+        if not all(answer.strip() for answer in preference.answers):
             drop_report.drop("empty answer", size)
-        elif any(better.strip() == worse.strip() for better, worse in pairwise(found.answers)):
+        elif any(better.strip() == worse.strip() for better, worse in pairwise(preference.answers)):
             drop_report.drop("chosen and rejected are the same", size)
         else:
             drop_report.keep(size)
-            kept.append(found)
+            kept.append(preference)
     return kept
 
 

@@ -119,13 +119,13 @@ def parse_preprocessor_config(published: Mapping[str, Any], model_type: str | No
 
 def replace_nulls(settings: Mapping[str, Any]) -> dict[str, Any]:
     """null is false for a step, and for the numbers of a step that is off their default."""
-    found = {key: False if value is None and key.startswith("do_") else value for key, value in settings.items()}
+    replaced = {key: False if value is None and key.startswith("do_") else value for key, value in settings.items()}
     unused = {"image_mean": "do_normalize", "image_std": "do_normalize", "size": "do_resize", "resample": "do_resize"}
     for key, step in unused.items():
-        if found[key] is None and not found[step]:
-            found[key] = COMMON_DEFAULTS[key]
-    found["default_to_square"] = bool(found["default_to_square"])
-    return found
+        if replaced[key] is None and not replaced[step]:
+            replaced[key] = COMMON_DEFAULTS[key]
+    replaced["default_to_square"] = bool(replaced["default_to_square"])
+    return replaced
 
 
 def processor_class(published: Mapping[str, Any], model_type: str | None) -> str:

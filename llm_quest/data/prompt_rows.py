@@ -75,9 +75,9 @@ def parse_prompt_row(record: Record) -> PromptRow:
     """Parse one row, by the first of the forms whose key it has. RowError where it has none."""
     row, where = TrackedRow.wrap(record.row), record.where
     form = select_form(PROMPT_FORMS, row, where)
-    if found := [name for name in RESERVED_COLUMNS if name in row]:
-        reason = f"a column cannot be called {found[0]!r}, which rewards are given; rename it"
-        raise RowError(where, f"a column {found[0]!r}", reason)
+    if reserved := [name for name in RESERVED_COLUMNS if name in row]:
+        reason = f"a column cannot be called {reserved[0]!r}, which rewards are given; rename it"
+        raise RowError(where, f"a column {reserved[0]!r}", reason)
     messages = [one.as_dict() for one in form.parse(row, where)]
     if messages and messages[-1]["role"] not in ("user", "tool"):
         reason = f"the prompt's last message is by {messages[-1]['role']!r}; expected the user's, or a tool's"

@@ -109,11 +109,11 @@ def parse_rows(records: Iterable[Record], parse: Callable[[Record], T], drop_rep
 def read_records(file: str | Path) -> list[Record]:
     """All rows of a file or folder. DataError with file and line where a row cannot be used, or where there is none."""
     drop_report = DropReport()
-    found = list(iter_records(file, drop_report))
-    drop_report.require_rows(len(found), str(file), strict=True, remedy=REPAIR)
-    if not found:
+    records = list(iter_records(file, drop_report))
+    drop_report.require_rows(len(records), str(file), strict=True, remedy=REPAIR)
+    if not records:
         raise DataError(f"{file} holds no rows")
-    return found
+    return records
 
 
 def iter_records(path: str | Path, drop_report: DropReport, split: str | None = None) -> Iterator[Record]:
@@ -124,12 +124,12 @@ def iter_records(path: str | Path, drop_report: DropReport, split: str | None = 
         return
     with open_binary(path) as file:
         try:
-            for found in find_reader(path)(file, path):
-                error = found if isinstance(found, RowError) else find_text_error(*found)
+            for record in find_reader(path)(file, path):
+                error = record if isinstance(record, RowError) else find_text_error(*record)
                 if error is not None:
                     drop_report.skip(error)
-                elif not isinstance(found, RowError):
-                    yield Record(*found)
+                elif not isinstance(record, RowError):
+                    yield Record(*record)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"{path} is not a whole gzip file ({error}): it was cut off; fetch it again") from None
         except OSError as error:

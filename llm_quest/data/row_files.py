@@ -119,12 +119,12 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
         raise RowError("", "a key twice", f"has the key {twice!r} twice in one object; keep one")
-    return found
+    return mapping
 
 
 def iter_json(file: IO[bytes], name: Path) -> Iterator[FoundRow]:
@@ -138,8 +138,8 @@ def iter_json(file: IO[bytes], name: Path) -> Iterator[FoundRow]:
     while text[at : at + 1] != ("]" if is_list else ""):
         line, counted = line + text.count("\n", counted, at), at
         where = f"{name}:{line}"
-        found, end = decode_object(text, at, where)
-        yield found
+        value, end = decode_object(text, at, where)
+        yield value
         at = skip_separator(text, end, where) if is_list else skip_whitespace(text, end)
 
 

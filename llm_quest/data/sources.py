@@ -97,13 +97,13 @@ def load_rows(
     """What `read` makes of the rows of all sources. columns: see `map_columns`. strict: DataError with all rows that
     cannot be used, in place of leaving them out. limit: of rows. DataError where none is left, with the reasons."""
     records = iter_sources(sources, drop_report, builtin=builtin, columns=columns)
-    found = read(islice(records, limit), drop_report)
+    rows = read(islice(records, limit), drop_report)
     name = ", ".join(one.path for one in sources)
-    drop_report.require_rows(len(found), name, strict=strict)
-    if not found:
+    drop_report.require_rows(len(rows), name, strict=strict)
+    if not rows:
         reasons = "; ".join(f"{count:,} x {reason}" for reason, (count, _) in drop_report.dropped.items())
         raise DataError(f"{name}: no row is left to learn from ({reasons or 'it holds no rows'})")
-    return found
+    return rows
 
 
 def checked(rows: Iterable[tuple[Any, str]], drop_report: DropReport) -> Iterator[Record]:
@@ -188,11 +188,11 @@ def load_function(file: Path, name: str) -> Callable[[], Iterable[Any]]:
     assert spec.loader is not None, "a file that ends in .py has a loader"
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found = vars(module).get(name)
-    if not callable(found):
+    function = vars(module).get(name)
+    if not callable(function):
         own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UsageError(f"{file} has no function {name!r}; it has {', '.join(own) or 'none'}")
-    return found  # type: ignore[no-any-return]
+    return function  # type: ignore[no-any-return]
 
 
 def absolute_source(path: str) -> str:

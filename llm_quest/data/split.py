@@ -132,8 +132,8 @@ def shingle_overlap(train: Sequence[Document], val: Sequence[Document]) -> float
     can be known by memory."""
     every = 1 + sum(document.nbytes for document in train) // MAX_FULL_COMPARISON_BYTES
     known = _unique_hashes([shingle_hashes(document.text, every) for document in train])
-    asked = np.concatenate([shingle_hashes(document.text, every) for document in val])
-    return float(_is_in(asked, known).mean()) if len(asked) else 0.0
+    hashes = np.concatenate([shingle_hashes(document.text, every) for document in val])
+    return float(_is_in(hashes, known).mean()) if len(hashes) else 0.0
 
 
 def shingle_hashes(text: str, every: int = 1) -> np.ndarray:
@@ -251,7 +251,7 @@ def _place_of_cut(text: str, part: float) -> int:
     length = min(round(part * len(text)), len(text) // 2)
     place = len(text) - length
     for mark in ("\n", " "):
-        found = text.find(mark, place, place + max(length // 2, 1))
-        if found >= 0:
-            return found + 1
+        cut = text.find(mark, place, place + max(length // 2, 1))
+        if cut >= 0:
+            return cut + 1
     return place

@@ -83,11 +83,11 @@ class StepBatch:
 def read_labeled_steps(records: Iterable[Record], drop_report: DropReport) -> list[LabeledSteps]:
     """The rows that can be learned from; the report counts what was dropped."""
     kept = []
-    for found in parse_rows(records, parse_labeled_steps, drop_report):
-        size = sum(len(step.encode()) for step in found.steps)
-        if found.steps:
+    for labeled in parse_rows(records, parse_labeled_steps, drop_report):
+        size = sum(len(step.encode()) for step in labeled.steps)
+        if labeled.steps:
             drop_report.keep(size)
-            kept.append(found)
+            kept.append(labeled)
         else:
             drop_report.drop("no steps", size)
     return kept

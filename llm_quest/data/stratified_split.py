@@ -46,8 +46,8 @@ def count_labels(labels: Sequence[Sequence[str]], numbers: Sequence[int]) -> Cou
 def choose_groups(counts: dict[str, Counter[str]], held_out: float) -> set[str]:
     """The keys to hold out. counts: of each key, how many of its items have each label; in the order of the keys."""
     holders: dict[str, list[str]] = defaultdict(list)
-    for key, found in counts.items():
-        for label in found:
+    for key, label_counts in counts.items():
+        for label in label_counts:
             holders[label].append(key)
     quotas = divide_quotas({label: sum(counts[k][label] for k in keys) for label, keys in holders.items()
                             if len(keys) > 1}, held_out)  # fmt: skip
@@ -62,7 +62,7 @@ def choose_groups(counts: dict[str, Counter[str]], held_out: float) -> set[str]:
             undecided.discard(key)
             for label in counts[key]:
                 remaining[label] -= 1
-    whole = [key for key, found in counts.items() if quotas.keys() & found]
+    whole = [key for key, label_counts in counts.items() if quotas.keys() & label_counts]
     return chosen or set(sorted(whole, key=lambda key: counts[key].total())[:1])
 
 

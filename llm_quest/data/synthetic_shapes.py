@@ -99,15 +99,15 @@ class Scene:
         """The caption and every question that has one answer. The color is asked by the shape alone, so only where
         the shapes differ."""
         groups = (self.first, self.second)
-        asked = [QuestionAnswer("caption", "describe:", self.caption)]
-        asked += [
+        pairs = [QuestionAnswer("caption", "describe:", self.caption)]
+        pairs += [
             QuestionAnswer("count", f"how many {self.name_of(group)}?", COUNT_WORDS[group.count - 1])
             for group in groups
         ]
         if self.first.shape != self.second.shape:
-            asked += [QuestionAnswer("color", f"what colour are the {group.plural}?", group.color) for group in groups]
+            pairs += [QuestionAnswer("color", f"what colour are the {group.plural}?", group.color) for group in groups]
         sides = zip(groups, RELATIONS[self.relation], strict=True)
-        return asked + [
+        return pairs + [
             QuestionAnswer("relation", f"where are the {self.name_of(group)}?", side) for group, side in sides
         ]
 
@@ -158,14 +158,14 @@ def sample_shape_positions(random: np.random.Generator, number: int, half: int, 
     """(across, down, radius) as fractions of the picture: distinct cells of 2 x 4 in the group's half, each
     jittered."""
     cells = random.choice(8, size=number, replace=False)
-    found = []
+    positions = []
     for cell in cells:
         along, beside = (cell % 4 + 0.5) / 4, half / 2 + (cell // 4 + 0.5) / 4
         shake = random.uniform(-0.012, 0.012, 2)
         radius = random.uniform(0.09, 0.11)
         x, y = (beside, along) if relation == "left of" else (along, beside)
-        found.append((x + shake[0], y + shake[1], radius))
-    return found
+        positions.append((x + shake[0], y + shake[1], radius))
+    return positions
 
 
 def draw_shape(brush: ImageDraw.ImageDraw, group: ShapeGroup, x: float, y: float, r: float) -> None:

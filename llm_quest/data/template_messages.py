@@ -80,10 +80,10 @@ def with_arguments(call: Mapping[str, Any], change: Callable[[Any], Any]) -> dic
 def parse_arguments(arguments: Any) -> Any:
     """Arguments that are JSON text as an object; others as they are."""
     try:
-        found = json.loads(arguments) if isinstance(arguments, str) else arguments
+        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):
         return arguments
-    return found if isinstance(found, dict) else arguments
+    return parsed if isinstance(parsed, dict) else arguments
 
 
 def dump_arguments(arguments: Any) -> Any:

@@ -127,12 +127,12 @@ class TextClassificationDataset:
         labels = self.label_tensor([self.label_ids[number] for number in indices])
         return TextClassificationBatch(torch.from_numpy(tokens), torch.from_numpy(positions), labels)
 
-    def label_tensor(self, found: Sequence[tuple[int, ...]]) -> Tensor:
+    def label_tensor(self, label_sets: Sequence[tuple[int, ...]]) -> Tensor:
         """(R,) class numbers; multi-label: (R,C), 1 where a text has the label."""
         if not self.is_multi_label:
-            return torch.tensor([label for (label,) in found])
-        targets = torch.zeros(len(found), len(self.label_names))
-        for row, labels in zip(targets, found, strict=True):
+            return torch.tensor([label for (label,) in label_sets])
+        targets = torch.zeros(len(label_sets), len(self.label_names))
+        for row, labels in zip(targets, label_sets, strict=True):
             row[list(labels)] = 1
         return targets
 
@@ -143,11 +143,11 @@ def read_labeled_texts(
     """Rows with text and label; empty texts are dropped and counted. label_separator: splits a label of text into
     several."""
     kept = []
-    for found in parse_rows(records, partial(parse_labeled_text, label_separator=label_separator), drop_report):
-        size = len(found.text.encode())
-        if found.text.strip():
+    for labeled in parse_rows(records, partial(parse_labeled_text, label_separator=label_separator), drop_report):
+        size = len(labeled.text.encode())
+        if labeled.text.strip():
             drop_report.keep(size)
-            kept.append(found)
+            kept.append(labeled)
         else:
             drop_report.drop("empty text", size)
     return kept
@@ -208,9 +208,11 @@ def collect_label_names(texts: Sequence[Labeled]) -> tuple[str, ...]:
     fewer than two.
 
     Commonly got wrong: numbers sorted as text, where "10" comes before "2"."""
-    found = {label for one in texts for label in one.labels}
+    labels_found = {label for one in texts for label in one.labels}
     names = (
-        sorted(found, key=lambda name: (int(name), name)) if all(map(WHOLE_NUMBER.fullmatch, found)) else sorted(found)
+        sorted(labels_found, key=lambda name: (int(name), name))
+        if all(map(WHOLE_NUMBER.fullmatch, labels_found))
+        else sorted(labels_found)
     )
     if len(names) < 2:
         raise DataError(f"all {len(texts)} rows have the label {names}; a classifier needs two labels or more")

@@ -138,12 +138,12 @@ class Tokenizer:
 
     def token_to_id(self, token: str) -> int:
         """The id of a token by its name (`<|im_end|>`)."""
-        found = self.backend_tokenizer.token_to_id(token)
-        if found is None:
+        token_id = self.backend_tokenizer.token_to_id(token)
+        if token_id is None:
             raise UsageError(
                 f"this tokenizer has no token {token!r}; its special tokens: {', '.join(self.special_tokens)}"
             )
-        return found
+        return token_id
 
     @cached_property
     def vocab_size(self) -> int:
@@ -192,8 +192,8 @@ class Tokenizer:
         """The ids that stand for single bytes (`<0xE2>`) and are decoded by runs; none without byte fallback."""
         if '"ByteFallback"' not in json.dumps(json.loads(self.backend_tokenizer.to_str())["decoder"]):
             return frozenset()
-        found = (self.backend_tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
-        return frozenset(number for number in found if number is not None)
+        ids = (self.backend_tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(number for number in ids if number is not None)
 
     @property
     def special_tokens(self) -> list[str]:

@@ -136,10 +136,10 @@ def add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, settings: Set
         if token.content in present:
             continue
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-        if (found := backend.token_to_id(token.content)) != number:
+        if (token_id := backend.token_to_id(token.content)) != number:
             raise DataError(
-                f"{folder}: the added token {token.content!r} has id {number} in its files and would get {found}: its "
-                "vocabulary is not complete"
+                f"{folder}: the added token {token.content!r} has id {number} in its files and would get {token_id}: "
+                "its vocabulary is not complete"
             )
 
 

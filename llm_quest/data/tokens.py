@@ -252,13 +252,13 @@ def _write_array(file: Path, array: np.ndarray) -> None:
 def _group_documents(documents: Sequence[Document], size: int = 4 << 20) -> Iterator[list[Document]]:
     """Runs of documents of about `size` bytes."""
     batch: list[Document] = []
-    held = 0
+    group_size = 0
     for document in documents:
         batch.append(document)
-        held += document.nbytes
-        if held >= size:
+        group_size += document.nbytes
+        if group_size >= size:
             yield batch
-            batch, held = [], 0
+            batch, group_size = [], 0
     if batch:
         yield batch
 

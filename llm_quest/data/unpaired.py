@@ -62,11 +62,11 @@ class UnpairedBatch:
 def read_unpaired(records: Iterable[Record], drop_report: DropReport) -> list[Preference]:
     """The labeled answers that can be learned from; the report counts what was dropped."""
     kept = []
-    for found in chain.from_iterable(parse_rows(records, parse_unpaired, drop_report)):
-        size = sum(len(one) for one in found.answers)
-        if found.answers[0].strip():
+    for answer in chain.from_iterable(parse_rows(records, parse_unpaired, drop_report)):
+        size = sum(len(one) for one in answer.answers)
+        if answer.answers[0].strip():
             drop_report.keep(size)
-            kept.append(found)
+            kept.append(answer)
         else:
             drop_report.drop("empty answer", size)
     return kept
@@ -95,19 +95,19 @@ def add_mismatched_answers(
     is fixed, so that the reference reads it once. more: rows to take answers from where all of these have one question
     (a small held-out part); DataError where there are none."""
     order = shuffle_indices(len(rows), seed).tolist()
-    found: list[TokenizedPreference] = list(rows)
+    tokenized: list[TokenizedPreference] = list(rows)
     for place, number in enumerate(order):
-        mine = rows[number]
+        row = rows[number]
         others = chain((rows[order[place - back]] for back in range(1, len(rows))), more)
-        other = next((one for one in others if not np.array_equal(one.prompt, mine.prompt)), None)
+        other = next((one for one in others if not np.array_equal(one.prompt, row.prompt)), None)
         if other is None:
             raise DataError(
                 "all rows have the same question, and KTO's reference point needs answers to other questions: take "
                 "loss_type=apo_zero_unpaired, or give more rows"
             )
-        answers = (mine.answers[0], other.answers[0])
-        found[number] = replace(mine, prompt=mine.prompt[-(max_length - max(map(len, answers))) :], answers=answers)
-    return found
+        answers = (row.answers[0], other.answers[0])
+        tokenized[number] = replace(row, prompt=row.prompt[-(max_length - max(map(len, answers))) :], answers=answers)
+    return tokenized
 
 
 def repeat_answers(rows: Sequence[TokenizedPreference]) -> list[TokenizedPreference]:

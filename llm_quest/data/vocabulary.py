@@ -100,17 +100,17 @@ def token_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bytes]:
             "(GPT-2, Llama 3, Qwen) or of whole characters"
         )
     letters = unicode_to_bytes()
-    found: list[bytes] = []
+    pieces: list[bytes] = []
     for number in map(int, ids):
         name = engine.id_to_token(number)
         if name is None:
             raise UsageError(f"{number} is no id of this tokenizer, which has {tokenizer.vocab_size}")
         if name in controls:
-            found.append(b"")
+            pieces.append(b"")
         else:
             plain = kind == "Fuse" or number in added
-            found.append(name.encode() if plain else bytes(letters[letter] for letter in name))
-    return found
+            pieces.append(name.encode() if plain else bytes(letters[letter] for letter in name))
+    return pieces
 
 
 def unicode_to_bytes() -> dict[str, int]:

@@ -75,15 +75,15 @@ class KneserNey:
         symbols, predicted = _concatenate(sequences, vocab_size, order)
         keys, numbers = [], [np.zeros(len(symbols), dtype=np.int64)]  # numbers[n][t]: the n-gram that ends at t
         for _ in range(order):
-            found, number = np.unique(_shift_right(numbers[-1]) * (vocab_size + 1) + symbols, return_inverse=True)
-            keys.append(found)
+            ngrams, number = np.unique(_shift_right(numbers[-1]) * (vocab_size + 1) + symbols, return_inverse=True)
+            keys.append(ngrams)
             numbers.append(number)
         counts = [np.bincount(numbers[order][predicted], minlength=len(keys[-1]))]
         for n in range(order - 1, 0, -1):  # one place of each seen (n+1)-gram: the different symbols before an n-gram
             place = np.full(len(keys[n]), -1)
             place[numbers[n + 1][predicted]] = predicted
             counts.insert(0, np.bincount(numbers[n][place[place >= 0]], minlength=len(keys[n - 1])))
-        sizes = [1, *(len(found) for found in keys[:-1])]
+        sizes = [1, *(len(ngrams) for ngrams in keys[:-1])]
         return cls(
             [_make_level(k, c, size, vocab_size) for k, c, size in zip(keys, counts, sizes, strict=True)], vocab_size
         )

@@ -64,11 +64,11 @@ class ClassifierEvaluator:
 
     @torch.no_grad()
     def evaluate(self, model: Any, step: int) -> Mapping[str, float]:
-        found, wanted = [], []
+        predicted, wanted = [], []
         for logits, labels in self.outputs(model):
-            found.append(logits.cpu().double())
+            predicted.append(logits.cpu().double())
             wanted.append(labels.cpu().numpy())
-        logits, truth = torch.cat(found), np.concatenate(wanted)
+        logits, truth = torch.cat(predicted), np.concatenate(wanted)
         is_multi_label = truth.ndim == 2
         probabilities = (logits.sigmoid() if is_multi_label else logits.softmax(dim=1)).numpy()
         if self.samples_dir is not None:
@@ -103,12 +103,14 @@ def label_confusions(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def classification_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """From probabilities (N, classes) and class numbers (N,): loss, accuracy, macro F1, calibration error; and what
     always saying the commonest class would reach."""
-    said, classes = probabilities.argmax(axis=1), probabilities.shape[1]
-    right = said == labels
+    predicted, classes = probabilities.argmax(axis=1), probabilities.shape[1]
+    right = predicted == labels
     return {
         "loss": float(-np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-300)).mean()),
         "accuracy": float(right.mean()),
-        "macro_f1": float(np.mean([f1_score(said == c, labels == c) for c in range(classes) if (labels == c).any()])),
+        "macro_f1": float(
+            np.mean([f1_score(predicted == c, labels == c) for c in range(classes) if (labels == c).any()])
+        ),
         "calibration_error": expected_calibration_error(probabilities.max(axis=1), right),
         "commonest": float(np.bincount(labels).max() / len(labels)),
     }
@@ -118,15 +120,15 @@ def multi_label_metrics(probabilities: np.ndarray, targets: np.ndarray) -> dict[
     """From probabilities (N, C) and targets (N, C) of 0 and 1; a label is said above 0.5. loss: binary cross-entropy,
     the mean over items and labels. accuracy: all labels of an item are right. micro_f1: over all decisions together;
     macro_f1: the mean over the labels that occur."""
-    said, wanted = probabilities > 0.5, targets > 0.5
-    chosen = np.where(wanted, probabilities, 1 - probabilities)
-    each = [f1_score(said[:, c], wanted[:, c]) for c in range(wanted.shape[1]) if wanted[:, c].any()]
+    predicted, expected = probabilities > 0.5, targets > 0.5
+    chosen = np.where(expected, probabilities, 1 - probabilities)
+    each = [f1_score(predicted[:, c], expected[:, c]) for c in range(expected.shape[1]) if expected[:, c].any()]
     return {
         "loss": float(-np.log(np.maximum(chosen, 1e-300)).mean()),
-        "accuracy": float((said == wanted).all(axis=1).mean()),
-        "micro_f1": f1_score(said.ravel(), wanted.ravel()),
+        "accuracy": float((predicted == expected).all(axis=1).mean()),
+        "micro_f1": f1_score(predicted.ravel(), expected.ravel()),
         "macro_f1": float(np.mean(each)) if each else 0.0,
-        "calibration_error": expected_calibration_error(probabilities.ravel(), wanted.ravel()),
+        "calibration_error": expected_calibration_error(probabilities.ravel(), expected.ravel()),
     }
 
 

@@ -138,16 +138,16 @@ def preference_metrics(scored: np.ndarray) -> dict[str, float]:
     """From rows (reward of the better, of the worse, length of the better, of the worse)."""
     better, worse, long, short = scored.T
     alike = np.abs(long - short) <= SIMILAR_LENGTH_TOLERANCE * np.maximum(long, short)
-    found = {"loss": float(np.logaddexp(0, worse - better).mean()), "accuracy": float((better > worse).mean())}
-    found["margin"] = float((better - worse).mean())
+    metrics = {"loss": float(np.logaddexp(0, worse - better).mean()), "accuracy": float((better > worse).mean())}
+    metrics["margin"] = float((better - worse).mean())
     if alike.any():
-        found["accuracy_same_length"] = float((better > worse)[alike].mean())
+        metrics["accuracy_same_length"] = float((better > worse)[alike].mean())
     lengths, rewards = np.concatenate([long, short]), np.concatenate([better, worse])
     if lengths.std() > 0 and rewards.std() > 0:
-        found["reward_length_correlation"] = float(np.corrcoef(lengths, rewards)[0, 1])
+        metrics["reward_length_correlation"] = float(np.corrcoef(lengths, rewards)[0, 1])
     around = wilson_confidence_interval(int((better > worse).sum()), len(scored))
-    found["interval"] = (around.high - around.low) / 2
-    return found
+    metrics["interval"] = (around.high - around.low) / 2
+    return metrics
 
 
 @dataclass

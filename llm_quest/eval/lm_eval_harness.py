@@ -54,8 +54,8 @@ def parse_gen_kwargs(given: Mapping[str, Any]) -> GenKwargs:
             f"{', '.join(known)}"
         )
     temperature = given.get("temperature")
-    asked = given.get("do_sample")
-    sampled = bool(temperature) if asked is None else asked
+    do_sample = given.get("do_sample")
+    sampled = bool(temperature) if do_sample is None else do_sample
     values = {key: given[key] for key in SAMPLING_KEYS if given.get(key) is not None}
     if not sampled:
         values = {key: value for key, value in values.items() if key not in ("top_k", "top_p", "min_p")}
@@ -100,24 +100,24 @@ class LmEvalModel(LM):
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """log p of whole texts. Each token is predicted once, with as much context as fits."""
-        found = []
+        totals = []
         for request in requests:
             ids = self.tokenizer.encode(request.args[0], add_special_tokens=False)
-            found.append(sum(total for total, _ in self.score_continuations(self.rolling_windows(ids))))
-        return found
+            totals.append(sum(total for total, _ in self.score_continuations(self.rolling_windows(ids))))
+        return totals
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Continuations up to a stop string, which is not part of the text. Requests that are asked several times
         (lm-eval's repeats) are so many samples."""
         texts: dict[int, str] = {}
         self.render_contexts([request_args(request)[0] for request in requests])
-        asked = [
+        requests_left = [
             (self.encode_context(context), parse_gen_kwargs(kwargs)) for context, kwargs in map(request_args, requests)
         ]
-        for options in dict.fromkeys(options for _, options in asked):
-            rows = [number for number, (_, own) in enumerate(asked) if own == options]
+        for options in dict.fromkeys(options for _, options in requests_left):
+            rows = [number for number, (_, own) in enumerate(requests_left) if own == options]
             room = self.context - options.max_new_tokens
-            prompts = [asked[number][0][-max(1, room) :] for number in rows]
+            prompts = [requests_left[number][0][-max(1, room) :] for number in rows]
             texts |= dict(zip(rows, self.complete(prompts, options), strict=True))
         return [texts[number] for number in range(len(requests))]
 
@@ -157,9 +157,9 @@ class LmEvalModel(LM):
         new = [one for one in dict.fromkeys(contexts) if one.startswith(CHAT_MARK) and one not in self.rendered]
         if not new or self.chat is None:
             return
-        asked = [json.loads(one.removeprefix(CHAT_MARK)) for one in new]
-        begun = ["" if is_whole else messages.pop()["content"] for messages, is_whole in asked]
-        texts = self.chat.render_prompts([messages for messages, _ in asked])
+        conversations = [json.loads(one.removeprefix(CHAT_MARK)) for one in new]
+        begun = ["" if is_whole else messages.pop()["content"] for messages, is_whole in conversations]
+        texts = self.chat.render_prompts([messages for messages, _ in conversations])
         for context, text, beginning in zip(new, texts, begun, strict=True):
             self.rendered[context] = text + self.chat.control_encoder.escape(beginning)
 
@@ -197,11 +197,11 @@ class LmEvalModel(LM):
         """(log p, whether greedy) of the last `new` tokens of each (row, new), given the tokens before them."""
         cut = [(ids[-(self.context + 1) :], min(new, self.context)) for ids, new in rows]
         order = sorted(range(len(cut)), key=lambda number: len(cut[number][0]))
-        found: dict[int, tuple[float, bool]] = {}
+        scores: dict[int, tuple[float, bool]] = {}
         for at in range(0, len(order), self.batch_size):
             some = order[at : at + self.batch_size]
-            found |= dict(zip(some, self.score_batch([cut[number] for number in some]), strict=True))
-        return [found[number] for number in range(len(rows))]
+            scores |= dict(zip(some, self.score_batch([cut[number] for number in some]), strict=True))
+        return [scores[number] for number in range(len(rows))]
 
     def score_batch(self, rows: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
         device = next(self.model.parameters()).device
@@ -249,7 +249,7 @@ def run_lm_eval(
     """Run tasks of the harness. Their data come from the hub or its cache. chat_template: what questions are asked
     through, None: as plain text. system_instruction: before every question. num_fewshot: examples before each; None: as
     the task has it. fewshot_as_multiturn: with a chat template, examples are turns of the conversation."""
-    found = lm_eval.simple_evaluate(
+    results = lm_eval.simple_evaluate(
         model=LmEvalModel(model, tokenizer, seed=seed, chat=chat_template),
         tasks=list(tasks),
         limit=limit,
@@ -259,5 +259,5 @@ def run_lm_eval(
         apply_chat_template=chat_template is not None,
         fewshot_as_multiturn=fewshot_as_multiturn and chat_template is not None,
     )
-    assert found is not None, "this process is the only one"
-    return HarnessResults({name: dict(metrics) for name, metrics in found["results"].items()})
+    assert results is not None, "this process is the only one"
+    return HarnessResults({name: dict(metrics) for name, metrics in results["results"].items()})

@@ -100,9 +100,9 @@ def evaluate_documents(
     held_out = make_eval_batches(model, tokenize_documents(tokenizer, documents), length=length, limit=max_tokens)
     evaluated = [documents[number] for number in held_out.documents]
     log(f"{len(evaluated):,} documents, {held_out.num_bytes:,} bytes")
-    found = evaluate_perplexity(model, held_out, source=source)
+    result = evaluate_perplexity(model, held_out, source=source)
     log("fitting n-gram and compressor baselines to the same text")
-    return dataclasses.replace(found, baselines=evaluate_baselines(train, evaluated, tokenizer))
+    return dataclasses.replace(result, baselines=evaluate_baselines(train, evaluated, tokenizer))
 
 
 def evaluate_perplexity(
@@ -127,8 +127,8 @@ def evaluate_perplexity(
     finally:
         model.train(training)
     seconds = time.perf_counter() - began
-    mine = nats[torch.from_numpy(held_out.documents)].numpy()
-    loss = float(mine.sum()) / held_out.num_targets
+    document_nats = nats[torch.from_numpy(held_out.documents)].numpy()
+    loss = float(document_nats.sum()) / held_out.num_targets
     return PerplexityReport(
         source=source,
         documents=len(held_out.documents),
@@ -137,8 +137,8 @@ def evaluate_perplexity(
         length=held_out.sequence_length,
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
-        bits_per_byte=held_out.bits_per_byte(float(mine.sum())),
-        interval=ratio_interval(mine / math.log(2), held_out.tokens.nbytes[held_out.documents]),
+        bits_per_byte=held_out.bits_per_byte(float(document_nats.sum())),
+        interval=ratio_interval(document_nats / math.log(2), held_out.tokens.nbytes[held_out.documents]),
         tokens_per_second=held_out.num_targets / seconds,
         seconds=seconds,
         baselines=dict(baselines or {}),

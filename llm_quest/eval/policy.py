@@ -60,17 +60,17 @@ class PolicyScores:
         return f"{share}reward {self.total:.3f} ± {self.interval:.3f}{several}{refined}"
 
     def metrics(self) -> dict[str, float]:
-        found = {"reward": self.total, "length": self.mean_tokens, "clipped_ratio": self.truncated}
+        metrics = {"reward": self.total, "length": self.mean_tokens, "clipped_ratio": self.truncated}
         if len(self.rewards) > 1:
-            found |= {f"rewards/{name}": mean for name, mean in self.rewards.items()}
+            metrics |= {f"rewards/{name}": mean for name, mean in self.rewards.items()}
         if self.accuracy is not None:
             n, passes = self.accuracy.num_samples, self.accuracy.pass_at_k.items()
-            found |= {"accuracy": self.accuracy.greedy_accuracy.share} | {f"pass@{k}": share for k, share in passes}
-            found |= {f"mean@{n}": self.accuracy.mean_at_k} if n else {}
-            found |= {f"maj@{k}": share for k, share in self.accuracy.majority_at_k.items() if k == n}
-            found |= {} if self.best_rewarded is None else {f"best@{n}": self.best_rewarded}
-        found |= {f"refine@{number}": one.accuracy.share for number, one in enumerate(self.refined, start=1)}
-        return found
+            metrics |= {"accuracy": self.accuracy.greedy_accuracy.share} | {f"pass@{k}": share for k, share in passes}
+            metrics |= {f"mean@{n}": self.accuracy.mean_at_k} if n else {}
+            metrics |= {f"maj@{k}": share for k, share in self.accuracy.majority_at_k.items() if k == n}
+            metrics |= {} if self.best_rewarded is None else {f"best@{n}": self.best_rewarded}
+        metrics |= {f"refine@{number}": one.accuracy.share for number, one in enumerate(self.refined, start=1)}
+        return metrics
 
 
 @dataclass(frozen=True)
@@ -109,19 +109,19 @@ class PolicyEvaluator:
         if self.first is not None:
             self.save_answers(self.first, 0)
             self.first = None
-        self.newest = found = self.scores(model)
-        self.save_answers(found, step)
-        return found.metrics()
+        self.newest = scores = self.scores(model)
+        self.save_answers(scores, step)
+        return scores.metrics()
 
     def evaluate_first(self, model: Decoder) -> PolicyScores:
         """The scores before the first step, when there is no run folder yet: the answers are kept with the next."""
         self.first = self.scores(model)
         return self.first
 
-    def save_answers(self, found: PolicyScores, step: int) -> None:
+    def save_answers(self, scores: PolicyScores, step: int) -> None:
         """Keep the first answers, each with what it earned, for the report."""
         if self.samples_dir is not None:
-            earned = zip(found.answers, found.totals, strict=True)
+            earned = zip(scores.answers, scores.totals, strict=True)
             rows = [answer_record(one, reward) for one, reward in earned]
             save_samples(self.samples_dir, step, rows[:MAX_SAVED_ANSWERS])
 
@@ -172,8 +172,8 @@ class PolicyEvaluator:
             for place, group in enumerate(drawn)
         ]
         known = [[pair for pair in pairs if not any(map(math.isnan, pair))] for pairs in groups]
-        found = [best_of_at_k(len(pairs), pairs) for pairs in known if pairs]
-        return sum(found) / len(found) if found else math.nan
+        estimates = [best_of_at_k(len(pairs), pairs) for pairs in known if pairs]
+        return sum(estimates) / len(estimates) if estimates else math.nan
 
     def draw_samples(self, model: Decoder, checked: Sequence[int]) -> SampleGroups:
         if not self.num_samples or not checked:

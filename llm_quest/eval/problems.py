@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,10 +25,9 @@ from llm_quest.generation.stopping import StoppingCriteria, end_token_ids
 from llm_quest.hub.gsm8k import is_gsm8k, load_gsm8k
 from llm_quest.models.decoder import Decoder
 from llm_quest.progress import track
-from llm_quest.rollouts.answers import answer_value
 from llm_quest.rollouts.rewards import score_correctness
 from llm_quest.rollouts.sampler import PolicyPrompt, Sample, completion_to_sample
-from llm_quest.rollouts.verifiers import count_outcomes
+from llm_quest.rollouts.verifiers import canonical_answer, count_outcomes
 
 EncodePrompt = Callable[[Problem], list[int]]
 PROBLEM_EVAL_BATCH_SIZE = 256
@@ -86,6 +85,12 @@ class ProblemAccuracy:
         ]
 
 
+def sample_answer(sample: Sample) -> Hashable | None:
+    """The answer of a sample, for which it votes; None for a sample that was cut off by the length, or in another
+    form."""
+    return None if sample.truncated else canonical_answer(sample.problem, sample.text)
+
+
 @dataclass(frozen=True)
 class Selection:
     """How one of several samples is chosen. vote, best_of: among up to how many, 0: not at all. reward: what best-of
@@ -98,7 +103,7 @@ class Selection:
     def majorities(self, drawn: Sequence[Sequence[Sample]], scores: Sequence[Sequence[float]]) -> dict[int, float]:
         """k -> accuracy of the majority's answer among k samples."""
         votes = [
-            [(answer_value(sample), score) for sample, score in zip(*group, strict=True) if not math.isnan(score)]
+            [(sample_answer(sample), score) for sample, score in zip(*group, strict=True) if not math.isnan(score)]
             for group in zip(drawn, scores, strict=True)
         ]
         return {k: mean_over_problems(majority_at_k, k, votes) for k in selection_sizes(self.vote)}
@@ -255,8 +260,8 @@ def measure_accuracy(
 
 def mean_over_problems(estimate: Callable[[int, Any], float], k: int, groups: Sequence[Sequence[Any]]) -> float:
     """The mean of an estimate over the problems that have k samples."""
-    found = [estimate(k, group) for group in groups if len(group) >= k]
-    return sum(found) / len(found) if found else math.nan
+    estimates = [estimate(k, group) for group in groups if len(group) >= k]
+    return sum(estimates) / len(estimates) if estimates else math.nan
 
 
 def sample_answers(

@@ -91,32 +91,32 @@ class SelfRefinement:
     def refine(self, drafts: Sequence[Sample], complete: Complete) -> list[RefineRound]:
         """Refine one answer of each problem."""
         answers = list(drafts)
-        said = {n: [*self.messages(one.problem), assistant(one.text)] for n, one in enumerate(answers)}
-        stopped, cramped, found = set[int](), set[int](), list[RefineRound]()
+        conversations = {n: [*self.messages(one.problem), assistant(one.text)] for n, one in enumerate(answers)}
+        stopped, cramped, rounds = set[int](), set[int](), list[RefineRound]()
         for _ in track(range(self.rounds), "refining answers, round"):
-            feedback = self.ask(said, self.prompts.feedback, answers, complete)
+            feedback = self.ask(conversations, self.prompts.feedback, answers, complete)
             stopped |= {n for n, one in feedback.items() if self.prompts.stops(one.text)}
-            cramped |= said.keys() - feedback.keys()
-            said = {n: said[n] for n in feedback.keys() - stopped}
-            again = self.ask(said, self.prompts.refine, answers, complete)
-            cramped |= said.keys() - again.keys()
-            said = {n: said[n] for n in again}
+            cramped |= conversations.keys() - feedback.keys()
+            conversations = {n: conversations[n] for n in feedback.keys() - stopped}
+            again = self.ask(conversations, self.prompts.refine, answers, complete)
+            cramped |= conversations.keys() - again.keys()
+            conversations = {n: conversations[n] for n in again}
             before, answers = answers, [again.get(n, one) for n, one in enumerate(answers)]
-            found.append(compare_answers(before, answers, len(stopped), len(cramped)))
-        return found
+            rounds.append(compare_answers(before, answers, len(stopped), len(cramped)))
+        return rounds
 
     def ask(
-        self, said: dict[int, Messages], prompt: str, answers: Sequence[Sample], complete: Complete
+        self, conversations: dict[int, Messages], prompt: str, answers: Sequence[Sample], complete: Complete
     ) -> dict[int, Sample]:
         """The replies to another message of the user, which the conversations then hold. Conversations that are too
         long for the context are left out."""
-        numbers = sorted(said)
-        asked = {n: [*said[n], {"role": "user", "content": prompt}] for n in numbers}
-        prompts = dict(zip(numbers, self.encode(list(asked.values())), strict=True)) if numbers else {}
+        numbers = sorted(conversations)
+        extended = {n: [*conversations[n], {"role": "user", "content": prompt}] for n in numbers}
+        prompts = dict(zip(numbers, self.encode(list(extended.values())), strict=True)) if numbers else {}
         fitting = [n for n in numbers if len(prompts[n]) < self.context]
         replies = complete([answers[n].problem for n in fitting], [prompts[n] for n in fitting]) if fitting else []
         for n, reply in zip(fitting, replies, strict=True):
-            said[n] = [*asked[n], assistant(reply.text)]
+            conversations[n] = [*extended[n], assistant(reply.text)]
         return dict(zip(fitting, replies, strict=True))
 
 

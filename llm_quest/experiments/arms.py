@@ -98,17 +98,17 @@ def parse_arms(vary: Sequence[str], arms: Sequence[str], code: Sequence[str], co
     sets itself."""
     own = own_code()
     named = [one for given in vary for one in parse_vary(given)] + [parse_arm(given) for given in arms]
-    found = [Arm(name, pairs, own) for name, pairs in named]
-    found += [Arm(Path(given).name, (), open_edit(given, copies)) for given in code]
-    names = [CONTROL, *(arm.name for arm in found)]
+    parsed = [Arm(name, pairs, own) for name, pairs in named]
+    parsed += [Arm(Path(given).name, (), open_edit(given, copies)) for given in code]
+    names = [CONTROL, *(arm.name for arm in parsed)]
     if len(names) == 1:
         raise UsageError("nothing varies: give --vary key=a,b, --arm name='key=value', or --code PATCH|WORKTREE")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"two arms are called {twice[0]}; arms need names of their own (the control's is {CONTROL})")
-    refuse_own_keys([pair for arm in found for pair in arm.pairs])
-    for arm in found:
+    refuse_own_keys([pair for arm in parsed for pair in arm.pairs])
+    for arm in parsed:
         refuse_own_evaluation(arm, own)
-    return found
+    return parsed
 
 
 def refuse_own_evaluation(arm: Arm, own: CodeTree) -> None:

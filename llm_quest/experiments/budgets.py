@@ -47,13 +47,13 @@ def equal_steps(budget: str, arm: Description, control: Description, name: str) 
         require_equal_parameters(arm, control, name)
         return steps
     wanted = steps * control[key] / arm[key]
-    found = max(1, round(wanted))
-    if abs(found / wanted - 1) > TOLERANCE:
+    num_steps = max(1, round(wanted))
+    if abs(num_steps / wanted - 1) > TOLERANCE:
         raise UsageError(
             f"--budget {budget} can't be equal: {name} would need {wanted:.2f} steps for the control's {steps}\nmake "
             f"max_steps larger (at least {minimum_steps(wanted / steps)}), or use --budget steps"
         )
-    return found
+    return num_steps
 
 
 def minimum_steps(ratio: float) -> int:
@@ -72,5 +72,5 @@ def require_equal_parameters(arm: Description, control: Description, name: str) 
 
 def shared_weights(arm: Description, control: Description) -> float:
     """The share of the arm's parameters whose first values are the control's."""
-    same = [name for name, found in arm["weights"].items() if control["weights"].get(name) == found]
+    same = [name for name, digest in arm["weights"].items() if control["weights"].get(name) == digest]
     return sum(arm["sizes"][name] for name in same) / max(1, sum(arm["sizes"].values()))

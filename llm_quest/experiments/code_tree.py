@@ -36,8 +36,8 @@ class CodeTree:
 
 def source_files(package: Path) -> dict[str, Path]:
     """The files that decide what a run computes, by their path in the package."""
-    found = {str(file.relative_to(package)): file for file in package.rglob("*") if file.suffix in (".py", ".yaml")}
-    return {name: found[name] for name in sorted(found) if not set(Path(name).parts) & set(EXCLUDED_PARTS)}
+    files = {str(file.relative_to(package)): file for file in package.rglob("*") if file.suffix in (".py", ".yaml")}
+    return {name: files[name] for name in sorted(files) if not set(Path(name).parts) & set(EXCLUDED_PARTS)}
 
 
 def load_code_tree(root: Path, revision: str = "") -> CodeTree:

@@ -111,10 +111,10 @@ class Comparison:
         self.pairs += 1
         for name in self.open_arms:
             self.arms[name].add(seed, values[name], control)
-        found = sequential.holm_rejections({name: arm.largest for name, arm in self.arms.items()}, self.claim.cap)
+        rejected = sequential.holm_rejections({name: arm.largest for name, arm in self.arms.items()}, self.claim.cap)
         for name in self.open_arms:
             arm = self.arms[name]
-            arm.outcome, arm.reason = self.look(arm, name in found)
+            arm.outcome, arm.reason = self.look(arm, name in rejected)
 
     def look(self, arm: ArmProgress, reached: bool) -> tuple[Outcome, str]:
         """The outcome after the newest pair. reached: the evidence is enough, among all arms."""

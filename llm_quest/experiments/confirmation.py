@@ -51,13 +51,13 @@ def plan_confirmation(ledger: Ledger, name: str, code: Sequence[str], copies: Pa
             "experiment again"
         ) from None
     opened = [row for row in rows if row["kind"] == "confirmation"]
-    mine = next((row for row in opened if row["experiment"] == name), None)
-    if mine is None and len(opened) >= MAX_CONFIRMATIONS:
+    own_row = next((row for row in opened if row["experiment"] == name), None)
+    if own_row is None and len(opened) >= MAX_CONFIRMATIONS:
         raise UsageError(
             f"the test half of {ledger.file} was opened {len(opened)} times, and what is chosen by it is no longer "
             "tested by it: hold out other documents (data.held_out, data.validation), with another ledger (--out)"
         )
-    first = mine["first_seed"] if mine else fresh_seed(rows, plan.claim.cap)
+    first = own_row["first_seed"] if own_row else fresh_seed(rows, plan.claim.cap)
     plan = ExperimentPlan(**{**vars(plan), "first_seed": first})
     where = "the test half" if TEST in plan.pairs else "fresh seeds"
     sentence = f"asked once more on {where}, seeds from {first}: {plan.experiment}"
@@ -73,8 +73,8 @@ def find_better_verdicts(rows: Sequence[Row], name: str) -> dict[str, Row]:
     verdicts = {row["arm"]: row for row in rows if row["experiment"] == name and row["kind"] == "verdict"}
     kept = {arm: row for arm, row in verdicts.items() if row["outcome"] == "better"}
     if not kept:
-        found = ", ".join(f"{arm}: {row['outcome']}" for arm, row in verdicts.items()) or "it has no verdict yet"
-        raise UsageError(f"--confirm {name}: no arm of it is better than its control ({found})")
+        outcomes = ", ".join(f"{arm}: {row['outcome']}" for arm, row in verdicts.items()) or "it has no verdict yet"
+        raise UsageError(f"--confirm {name}: no arm of it is better than its control ({outcomes})")
     return kept
 
 

@@ -179,15 +179,15 @@ class Experiment:
 
     def equal_budgets(self) -> dict[str, tuple[str, ...]]:
         """The settings of each arm with the number of steps that its budget gives."""
-        found, control = {}, self.descriptions[CONTROL]
+        arm_pairs, control = {}, self.descriptions[CONTROL]
         for name, arm in self.arms.items():
             own = budget_pairs(self.plan.budget, self.descriptions[name], control, name)
-            found[name] = (*self.plan.pairs, *arm.pairs, *own)
+            arm_pairs[name] = (*self.plan.pairs, *arm.pairs, *own)
             flops = self.descriptions[name].get("flops_per_step")
             steps = int(own[0].partition("=")[2])
             counted = f", {flops * steps:.3g} FLOPs" if flops else ""
             self.log(f"{name}: {self.descriptions[name]['parameters']:,} parameters, {steps} steps{counted}")
-        return found
+        return arm_pairs
 
     def request(self, name: str, seed: int, role: str, extra: Sequence[str] = (), repeat: int = 0) -> RunRequest:
         pairs = self.base_runs.fill_in((*self.arm_pairs[name], *extra), seed)

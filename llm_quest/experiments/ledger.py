@@ -93,11 +93,11 @@ class Ledger:
         written again."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.file}.lock"):
-            mine = self.of(experiment)
-            same = [row for row in mine if row["kind"] == kind and all(row.get(k) == v for k, v in content.items())]
+            own_rows = self.of(experiment)
+            same = [row for row in own_rows if row["kind"] == kind and all(row.get(k) == v for k, v in content.items())]
             if same:
                 return same[0]
-            parent = mine[-1]["id"] if mine else ""
+            parent = own_rows[-1]["id"] if own_rows else ""
             row = {"kind": kind, "experiment": experiment, "parent": parent, "time": utc_now(), **content}
             row["id"] = row_id(row)
             append_lines(self.file, [json.dumps(row, ensure_ascii=False, allow_nan=False)])
@@ -122,21 +122,21 @@ def merge_ledgers(files: Sequence[Path], into: Path, log: LogFn) -> int:
 
 def in_chain_order(rows: Iterable[Row]) -> list[Row]:
     """The rows with every parent before its child, otherwise in their order."""
-    waiting, found, there = list(rows), list[Row](), set[str]()
+    waiting, ordered, there = list(rows), list[Row](), set[str]()
     known = {row["id"] for row in waiting}
     while waiting:
         ready = [row for row in waiting if row.get("parent", "") in there or row.get("parent", "") not in known]
         if not ready:  # parents in a circle, which only an editor makes
-            return found + waiting
-        found += ready
+            return ordered + waiting
+        ordered += ready
         there |= {row["id"] for row in ready}
         waiting = [row for row in waiting if row["id"] not in there]
-    return found
+    return ordered
 
 
 def experiments(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The rows of each experiment, the newest experiment last."""
-    found: dict[str, list[Row]] = {}
+    by_experiment: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row["experiment"], []).append(row)
-    return found
+        by_experiment.setdefault(row["experiment"], []).append(row)
+    return by_experiment

@@ -75,11 +75,11 @@ def pair_numbers(verdict: Mapping[str, Any]) -> list[float]:
 
 def runs_by_arm(result: Mapping[str, Any]) -> dict[str, list[str]]:
     """Arm -> its runs, the control first."""
-    found: dict[str, list[str]] = {CONTROL: []}
+    by_arm: dict[str, list[str]] = {CONTROL: []}
     for verdict in result["verdicts"]:
         for name, runs in verdict["runs"].items():
-            found[name] = runs
-    return found
+            by_arm[name] = runs
+    return by_arm
 
 
 def mean_curve(name: str, runs: Sequence[str], color: int, root: Path) -> Curve:
@@ -119,10 +119,10 @@ def arm_row(name: str, arm: Mapping[str, Any], result: Mapping[str, Any]) -> tup
 def rates_table(result: Mapping[str, Any]) -> Table:
     """The metric at each learning rate that was tried."""
     searched = {name: arm["rates"] for name, arm in result["arms_measured"].items() if arm["rates"]}
-    rates = sorted({rate for found in searched.values() for rate in found}, key=float)
+    rates = sorted({rate for losses in searched.values() for rate in losses}, key=float)
     shown = {
-        name: [f"{found[rate]:.4f}" if isinstance(found.get(rate), float) else found.get(rate, "") for rate in rates]
-        for name, found in searched.items()
+        name: [f"{losses[rate]:.4f}" if isinstance(losses.get(rate), float) else losses.get(rate, "") for rate in rates]
+        for name, losses in searched.items()
     }
     return [("", *rates), *((name, *cells) for name, cells in shown.items())]
 

@@ -53,13 +53,13 @@ def prepare_entry(recipe: str, pairs: Sequence[str], rules: RaceRules, log: LogF
         if key.partition(".")[0] == "data" or key in ("seed", "model.load", "tokenizer.load", "teacher.load"):
             raise UsageError(f"{pair}: the race decides data and seeds, and an entry learns everything from its text")
     whole = (*default_pairs(recipe, pairs), *pairs, *rules.pairs)
-    found, config, settings = load_recipe(recipe, whole)
-    if found.name != "pretrain" or config.model.load or config.tokenizer.load or config.teacher:
+    loaded_recipe, config, settings = load_recipe(recipe, whole)
+    if loaded_recipe.name != "pretrain" or config.model.load or config.tokenizer.load or config.teacher:
         raise UsageError("quest race takes a recipe of pretrain that begins with random weights and has no teacher")
     if config.num_train_epochs is not None:
         raise UsageError("quest race counts steps beforehand: give max_steps in place of num_train_epochs")
     with tempfile.TemporaryDirectory() as folder:
-        cost = plan_recipe(found, config, settings, Path(folder), measure=False, log=log)
+        cost = plan_recipe(loaded_recipe, config, settings, Path(folder), measure=False, log=log)
     if cost.flops > rules.flops:
         most = int(rules.flops / cost.flops_per_step)
         remedy = f"set max_steps={most}" if most else "take a smaller model"
@@ -88,9 +88,9 @@ def run_race(
     scores = [read_metric(record, SCORE, "entry") for record in measurements.measure(requests, "the race's seeds")]
     if None in scores:
         raise GuardStop(f"seed {scores.index(None) + 1} of the entry diverged: an entry counts with all of its seeds")
-    found = score_entry([score for score in scores if score is not None], flops, rules)
-    ledger.append("outcome", experiment, {"sentence": describe_entry(found), **found, "command": command})
-    return {**claim, **found, "experiment": experiment, "data": about["identity"], "command": command}
+    result = score_entry([score for score in scores if score is not None], flops, rules)
+    ledger.append("outcome", experiment, {"sentence": describe_entry(result), **result, "command": command})
+    return {**claim, **result, "experiment": experiment, "data": about["identity"], "command": command}
 
 
 def score_entry(scores: Sequence[float], flops: float, rules: RaceRules) -> dict[str, Any]:
@@ -102,9 +102,9 @@ def score_entry(scores: Sequence[float], flops: float, rules: RaceRules) -> dict
     return {"scores": list(scores), "mean": mean, "half_width": half, "flops": flops, "is_record": record}
 
 
-def describe_entry(found: Mapping[str, Any]) -> str:
+def describe_entry(entry: Mapping[str, Any]) -> str:
     """The score in a sentence."""
-    plus = "" if found["half_width"] is None else f" ± {found['half_width']:.4f}"
-    count = len(found["scores"])
-    word = "a record" if found["is_record"] else "no record"
-    return f"{found['mean']:.4f}{plus} bits per byte, seeds: {count}, {found['flops']:.3g} FLOPs each: {word}"
+    plus = "" if entry["half_width"] is None else f" ± {entry['half_width']:.4f}"
+    count = len(entry["scores"])
+    word = "a record" if entry["is_record"] else "no record"
+    return f"{entry['mean']:.4f}{plus} bits per byte, seeds: {count}, {entry['flops']:.3g} FLOPs each: {word}"

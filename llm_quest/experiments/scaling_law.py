@@ -61,8 +61,8 @@ class ScalingLaw:
 
     def predict(self, n: float, d: float) -> float:
         """The loss of a model of n parameters after d tokens."""
-        found = self.floor + self.n_factor * (n / self.n0) ** -self.n_exponent
-        return found + (self.d_factor * (d / self.d0) ** -self.d_exponent if self.d_factor else 0.0)
+        loss = self.floor + self.n_factor * (n / self.n0) ** -self.n_exponent
+        return loss + (self.d_factor * (d / self.d0) ** -self.d_exponent if self.d_factor else 0.0)
 
     @property
     def formula(self) -> str:
@@ -180,12 +180,12 @@ def nonnegative_least_squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         for chosen in itertools.combinations(range(x.shape[-1]), size):
             part = x[..., list(chosen)]
             gram = part.mT @ part + 1e-12 * torch.eye(size, dtype=x.dtype)
-            found = torch.linalg.solve(gram, part.mT @ y)
-            error = (part @ found - y).square().sum(1)
-            better = (found >= 0).all(1) & (error < best)
+            solution = torch.linalg.solve(gram, part.mT @ y)
+            error = (part @ solution - y).square().sum(1)
+            better = (solution >= 0).all(1) & (error < best)
             best = torch.where(better, error, best)
             full = torch.zeros_like(numbers)
-            full[:, list(chosen)] = found
+            full[:, list(chosen)] = solution
             numbers = torch.where(better[:, None], full, numbers)
     return best, numbers
 
@@ -213,10 +213,10 @@ def predict_loss(
     roots = torch.tensor([math.sqrt(len(point.losses)) for point in points], dtype=torch.float64)
     noise = torch.randn(len(points) + 1, DRAWS, generator=generator, dtype=torch.float64)
     drawn = fitted[:, None] + sd * noise[:-1] / roots[:, None]
-    found = (predict_draws(points, drawn, n, d, form) + sd * noise[-1] / math.sqrt(runs)).sort().values
+    draws = (predict_draws(points, drawn, n, d, form) + sd * noise[-1] / math.sqrt(runs)).sort().values
     loss = law.predict(n, d)
     wider = student_quantile(freedom) / 1.96
-    low, high = (float(found[round(share * (DRAWS - 1))]) for share in (0.025, 0.975))
+    low, high = (float(draws[round(share * (DRAWS - 1))]) for share in (0.025, 0.975))
     return Prediction(loss, loss - wider * max(0.0, loss - low), loss + wider * max(0.0, high - loss), runs)
 
 

@@ -123,12 +123,12 @@ def divergence_bound(started: int, alpha: float = 0.05) -> float:
 def holm_rejections(largest: Mapping[str, float], cap: int, alpha: float = 0.05) -> set[str]:
     """Arms with an effect, by the running maximum of their evidence, such that any false one among them occurs with
     probability alpha at most (Holm 1979): the largest needs K(alpha / k), the next K(alpha / (k - 1)), and so on."""
-    found: set[str] = set()
+    rejected: set[str] = set()
     for place, name in enumerate(sorted(largest, key=lambda arm: -largest[arm])):
         if largest[name] < evidence_threshold(cap, alpha / (len(largest) - place)):
             break
-        found.add(name)
-    return found
+        rejected.add(name)
+    return rejected
 
 
 def pairing_gain(arm: Sequence[float], control: Sequence[float]) -> float:

@@ -13,43 +13,43 @@ PAIRING_HELPS = 1.3
 """A smaller pairing gain is reported."""
 
 
-def describe_verdict(found: Mapping[str, Any]) -> list[str]:
+def describe_verdict(verdict: Mapping[str, Any]) -> list[str]:
     """A verdict in words: the sentence, the interval, how many pairs, and what would change it."""
-    outcome = found["outcome"]
-    words = outcome.replace("delta", f"{found['delta']:g}")
-    if found["size"]:
-        words += f", {found['size'].replace('delta', format(found['delta'], 'g'))}"
-    lines = [f"{found['arm']}: {words}" + (f" ({found['reason']})" if found["reason"] else "")]
-    interval = found["interval_95"]
-    if found["mean"] is not None:
+    outcome = verdict["outcome"]
+    words = outcome.replace("delta", f"{verdict['delta']:g}")
+    if verdict["size"]:
+        words += f", {verdict['size'].replace('delta', format(verdict['delta'], 'g'))}"
+    lines = [f"{verdict['arm']}: {words}" + (f" ({verdict['reason']})" if verdict["reason"] else "")]
+    interval = verdict["interval_95"]
+    if verdict["mean"] is not None:
         between = f"between {interval[0]:+.4g} and {interval[1]:+.4g} (95 %)" if interval else "not bounded yet"
         lines.append(
-            f"  {found['metric']}, arm - control: {between}; mean {found['mean']:+.4g}, median "
-            f"{found['median']:+.4g}; {len(found['differences'])} pairs, E = {found['evidence'][-1]:.3g} of "
-            f"{found['threshold']:.3g}"
+            f"  {verdict['metric']}, arm - control: {between}; mean {verdict['mean']:+.4g}, median "
+            f"{verdict['median']:+.4g}; {len(verdict['differences'])} pairs, E = {verdict['evidence'][-1]:.3g} of "
+            f"{verdict['threshold']:.3g}"
         )
     if outcome == "undecided (time)":
         lines.append("  time ran out; the same command goes on")
     if outcome == "undecided (cap)" and interval:
         lines.append(f"  at most {max(map(abs, interval)):.3g} in either direction; more pairs need a new --first-seed")
-    if (gain := found["pairing_gain"]) is not None and gain < PAIRING_HELPS:
+    if (gain := verdict["pairing_gain"]) is not None and gain < PAIRING_HELPS:
         lines.append(
             f"  pairing did not help (gain {gain:.2g}): the runs of a pair vary like runs of different seeds; evaluate "
             "on more tokens, or let the learning rate fall further"
         )
-    lines += [f"  {line}" for line in describe_stability(found)]
+    lines += [f"  {line}" for line in describe_stability(verdict)]
     return lines
 
 
-def describe_stability(found: Mapping[str, Any]) -> list[str]:
+def describe_stability(verdict: Mapping[str, Any]) -> list[str]:
     """Lines about the runs that diverged."""
-    if found["diverged"] or found["control_diverged"]:
+    if verdict["diverged"] or verdict["control_diverged"]:
         return [
-            f"diverged: {len(found['diverged'])} runs of the arm, {len(found['control_diverged'])} of the control, of "
-            f"{found['pairs']}; the difference is of the pairs that finished"
+            f"diverged: {len(verdict['diverged'])} runs of the arm, {len(verdict['control_diverged'])} of the control, "
+            f"of {verdict['pairs']}; the difference is of the pairs that finished"
         ]
-    bound = found["divergence_bound"]
-    return [] if bound is None else [f"no run of {found['pairs']} diverged (probability below {bound:.0%})"]
+    bound = verdict["divergence_bound"]
+    return [] if bound is None else [f"no run of {verdict['pairs']} diverged (probability below {bound:.0%})"]
 
 
 def pair_line(comparison: Comparison, name: str, seed: int) -> str:

@@ -81,18 +81,18 @@ def describe_arm(request: dict[str, Any]) -> dict[str, Any]:
         tempfile.TemporaryDirectory() as folder,
         open_job(recipe, config, settings, folder=Path(folder), **quiet) as job,
     ):
-        found = describe_job(job)
+        description = describe_job(job)
     with tempfile.TemporaryDirectory() as folder:
         try:
             cost = plan_recipe(recipe, config, settings, Path(folder), measure=request.get("measure", False), **quiet)
-            found |= {
+            description |= {
                 "flops_per_step": cost.flops_per_step,
                 "units_per_step": cost.units_per_step,
                 "step_seconds": cost.step_seconds,
             }
         except UsageError:  # a policy's samples cannot be counted beforehand
             pass
-    return found
+    return description
 
 
 def describe_job(job: Job) -> dict[str, Any]:
@@ -143,8 +143,8 @@ def unigram_loss(job: Job) -> float | None:
 
 def target_tokens(batch: Any) -> list[int]:
     """The tokens that a batch predicts."""
-    found: list[int] = batch.targets[batch.targets >= 0].tolist()
-    return found
+    tokens: list[int] = batch.targets[batch.targets >= 0].tolist()
+    return tokens
 
 
 ACTIONS = {"run": run_arm, "describe": describe_arm}
@@ -177,6 +177,6 @@ def main() -> None:
         threading.Thread(target=read_requests, args=(requests,), daemon=True).start()
         print(json.dumps({"package": str(Path(llm_quest.__file__).parent)}), file=answers, flush=True)
         while True:
-            found = handle_request(requests.get())
+            answer = handle_request(requests.get())
             with contextlib.suppress(BrokenPipeError):
-                print(json.dumps(found), file=answers, flush=True)
+                print(json.dumps(answer), file=answers, flush=True)

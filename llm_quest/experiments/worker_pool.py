@@ -51,10 +51,10 @@ class Worker:
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # the answer says why
-        found = self.read_answer()
-        if "error" in found:
-            raise ERRORS.get(found["kind"], QuestError)(found["error"])
-        return found
+        answer = self.read_answer()
+        if "error" in answer:
+            raise ERRORS.get(answer["kind"], QuestError)(answer["error"])
+        return answer
 
     def read_answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None, "it is a pipe"
@@ -67,8 +67,8 @@ class Worker:
                 f"a process that runs {self.tree.root} ended (exit code {code}): {tail or 'no message'}\n"
                 "finished runs are kept: the same command goes on"
             )
-        found: dict[str, Any] = json.loads(line)
-        return found
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
     def close(self) -> None:
         """End the process, also in the middle of a run."""
@@ -107,10 +107,10 @@ class WorkerPool:
 
     def ask(self, tree: CodeTree, request: dict[str, Any]) -> dict[str, Any]:
         worker = self.take_worker(tree)
-        found = worker.ask(request)
+        answer = worker.ask(request)
         with self.lock:
             self.idle.append(worker)
-        return found
+        return answer
 
     def take_worker(self, tree: CodeTree) -> Worker:
         """An idle process of this code, or a new one, for which an idle one of other code makes room."""

@@ -197,7 +197,7 @@ def rank_extensions(
 ) -> list[list[Extension]]:
     """The best extensions of each prompt's beams. The processors act on log-probabilities, as in transformers."""
     log_probs = next_log_probs(decoder.logits, states, processor)
-    first, found = 0, []
+    first, ranked = 0, []
     for state in states:
         size = len(state.beams)
         scores = torch.tensor([beam.score for beam in state.beams], device=log_probs.device)
@@ -206,9 +206,9 @@ def rank_extensions(
         best, places = summed.topk(min(most, len(summed)))
         beams, tokens = places // log_probs.shape[-1], places % log_probs.shape[-1]
         rows = zip(best.tolist(), beams.tolist(), tokens.tolist(), strict=True)
-        found.append([Extension(*row) for row in rows if row[0] > -math.inf])
+        ranked.append([Extension(*row) for row in rows if row[0] > -math.inf])
         first += size
-    return found
+    return ranked
 
 
 def next_log_probs(logits: Tensor, states: Sequence[BeamState], processor: LogitsProcessor) -> Tensor:
@@ -234,8 +234,8 @@ def build_hypothesis(
 ) -> Completion:
     """A finished hypothesis as a completion, with its text."""
     row = GeneratedSequence(0, state.prompt, stopping_criteria, context)
-    made = [row.append_token(token, logprob) for token, logprob in zip(one.tokens, one.logprobs, strict=True)]
-    text = "".join(each.text for each in made) if stopping_criteria.tokenizer is not None else None
-    ended = made[-1].finish_reason
+    generated = [row.append_token(token, logprob) for token, logprob in zip(one.tokens, one.logprobs, strict=True)]
+    text = "".join(each.text for each in generated) if stopping_criteria.tokenizer is not None else None
+    ended = generated[-1].finish_reason
     assert ended is not None, "a hypothesis is finished at its last token"
     return Completion(list(one.tokens), list(one.logprobs), ended, text)

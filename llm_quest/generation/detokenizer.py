@@ -43,10 +43,11 @@ class IncrementalDetokenizer:
         if not self.stop_strings:
             return self.decoder.feed(token)
         self.pending_text += self.decoder.feed(token)
-        found = [at for at in (self.pending_text.find(stop) for stop in self.stop_strings) if at >= 0]
-        self.stopped = bool(found)
+        stop_places = [at for at in (self.pending_text.find(stop) for stop in self.stop_strings) if at >= 0]
+        self.stopped = bool(stop_places)
         return self.release(
-            min(found) if found else len(self.pending_text) - self.possible_stop_length(), forget=self.stopped
+            min(stop_places) if stop_places else len(self.pending_text) - self.possible_stop_length(),
+            forget=self.stopped,
         )
 
     def flush(self) -> str:

@@ -106,10 +106,10 @@ def generate_completions(
     are part of a longer list, how many equal ones came before each there; the text is then the one it has there."""
     rows: dict[int, list[GeneratedToken]] = {}
     choices = (model, prompts, sampling_params, stopping_criteria)
-    for made in stream_tokens(
+    for generated in stream_tokens(
         *choices, n=n, seed=seed, compile=compile, draft=draft, stats=stats, copy_offsets=copy_offsets
     ):
-        rows.setdefault(made.row, []).append(made)
+        rows.setdefault(generated.row, []).append(generated)
     return [
         build_completion(rows[number], with_text=stopping_criteria.tokenizer is not None) for number in sorted(rows)
     ]
@@ -119,8 +119,8 @@ def build_completion(row: Sequence[GeneratedToken], *, with_text: bool) -> Compl
     """The completion of a row from its tokens."""
     finished = row[-1].finish_reason
     assert finished is not None, "a row is complete when its last token says why it ended"
-    text = "".join(made.text for made in row) if with_text else None
-    return Completion([made.token for made in row], [made.logprob for made in row], finished, text)
+    text = "".join(generated.text for generated in row) if with_text else None
+    return Completion([generated.token for generated in row], [generated.logprob for generated in row], finished, text)
 
 
 def stream_tokens(
@@ -180,10 +180,10 @@ def decode_rows(decoding: BatchDecoder, rows: Sequence[GeneratedSequence], n: in
     for at in itertools.count():
         for number, token, logprob in decoding.sample_tokens(at):
             if number in active_rows:
-                made = active_rows[number].append_token(token, logprob)
-                if made.finish_reason:
+                generated = active_rows[number].append_token(token, logprob)
+                if generated.finish_reason:
                     del active_rows[number]
-                yield made
+                yield generated
         if not active_rows:
             return
         decoding.keep_rows(active_rows)

@@ -100,11 +100,11 @@ class LogitsProcessor:
         return offsets
 
     def to_tensor(self, rows: Sequence[LogitOffsets]) -> Float[Tensor, "B V"]:
-        made = torch.zeros(len(rows), self.vocab_size)
-        for row, offsets in zip(made, rows, strict=True):
+        offsets_tensor = torch.zeros(len(rows), self.vocab_size)
+        for row, offsets in zip(offsets_tensor, rows, strict=True):
             known = {token: value for token, value in offsets.items() if token < self.vocab_size}
             row[list(known)] = torch.tensor(list(known.values()))
-        return made.to(self.device)
+        return offsets_tensor.to(self.device)
 
 
 def find_ngram_ends(token_ids: Sequence[int], n: int) -> Iterable[int]:

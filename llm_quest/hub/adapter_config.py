@@ -55,9 +55,11 @@ def read_adapter_config(file: Path) -> dict[str, Any]:
     if type(config.get("r")) is not int or config["r"] < 1:
         raise DataError(f"{file}: r is {config.get('r')!r}; a positive whole number was expected")
     check_numbers(file, config)
-    asked = {name: value for name, value in config.items() if name not in COMPUTED | HARMLESS and value not in OFF}
-    if asked:
-        listed = ", ".join(f"{name} ({str(value)[:40]})" for name, value in asked.items())
+    unsupported = {
+        name: value for name, value in config.items() if name not in COMPUTED | HARMLESS and value not in OFF
+    }
+    if unsupported:
+        listed = ", ".join(f"{name} ({str(value)[:40]})" for name, value in unsupported.items())
         raise DataError(f"{file}: {listed} is not computed here: merge the adapter in PEFT and load the result")
     check_start(file, config.get("init_lora_weights", True))
     return config
@@ -116,8 +118,8 @@ def module_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that the end of the module's name matches, as in PEFT."""
-    found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
-    return next(found, default)
+    matches = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+    return next(matches, default)
 
 
 def adapter_base(name_or_path: str | Path) -> str | None:

@@ -54,8 +54,8 @@ def family_for(hf_config: Mapping[str, Any]) -> Family:
             "that part as a model of its own with transformers"
         )
     hint = nearest_family_hint(hf_config) or f"known: {', '.join(known)}"
-    said = "config.json has no 'model_type'" if kind is None else f"config.json: model_type {kind!r} is unknown here"
-    raise DataError(f"{said}; {hint}")
+    problem = "config.json has no 'model_type'" if kind is None else f"config.json: model_type {kind!r} is unknown here"
+    raise DataError(f"{problem}; {hint}")
 
 
 ANY_MODELS_FIELDS = re.compile(
@@ -86,11 +86,11 @@ def sub_configs(hf_config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def list_unknown_fields(family: Family, hf_config: Mapping[str, Any], config: Any) -> list[str]:
     """Problems for unknown fields, of the model and of its parts."""
-    found = refuse_unknown_fields(family, hf_config, config)
+    unknown = refuse_unknown_fields(family, hf_config, config)
     for part in sub_configs(hf_config) if family in VISION_FAMILIES else []:
         inner = next((one for one in PART_FAMILIES if one.matches(part)), None)
-        found += refuse_unknown_fields(inner, part) if inner is not None else []
-    return found
+        unknown += refuse_unknown_fields(inner, part) if inner is not None else []
+    return unknown
 
 
 def parse_hf_config(family: Family, hf_config: Mapping[str, Any]) -> tuple[Any | None, list[str]]:
@@ -137,18 +137,18 @@ MAY_BE_ZERO = (
 
 def implausible_fields(config: Any) -> list[str]:
     """Problems for sizes that are no positive whole numbers (some may be 0), and numbers that are not finite."""
-    found = []
+    implausible = []
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), field.type
         kind = kind.removesuffix(" | None") if isinstance(kind, str) and value is not None else kind
         least = 0 if field.name in MAY_BE_ZERO else 1
         if kind in ("int", int) and (type(value) is not int or not least <= value <= MAX_PLAUSIBLE_INT):
-            found.append(f"config.json: {field.name} is {value!r}; a positive whole number was expected")
+            implausible.append(f"config.json: {field.name} is {value!r}; a positive whole number was expected")
         elif kind in ("float", float) and (type(value) not in (int, float) or not math.isfinite(value) or value < 0):
-            found.append(f"config.json: {field.name} is {value!r}; a finite number was expected")
+            implausible.append(f"config.json: {field.name} is {value!r}; a finite number was expected")
         elif kind in ("bool", bool) and type(value) is not bool:
-            found.append(f"config.json: {field.name} is {value!r}; true or false was expected")
-    return found
+            implausible.append(f"config.json: {field.name} is {value!r}; true or false was expected")
+    return implausible
 
 
 def config_dtype(hf_config: Mapping[str, Any]) -> torch.dtype | None:

@@ -185,9 +185,9 @@ def complete_part(url: str, part: Path, size: int, shown: str) -> None:
         while have != size:
             try:
                 append_rest(url, part, have, size, bar)
-                if (found := part_size(part)) != size:
+                if (actual_size := part_size(part)) != size:
                     os.truncate(part, have)
-                    raise OtherFileError(f"{shown} came with {found:,} bytes, not {size:,}")
+                    raise OtherFileError(f"{shown} came with {actual_size:,} bytes, not {size:,}")
             except http.TransportError:
                 tries = TRIES if part_size(part) - have >= constants.DOWNLOAD_CHUNK_SIZE else tries - 1
                 if not tries:
@@ -203,9 +203,9 @@ def append_rest(url: str, part: Path, have: int, size: int, bar: Any) -> None:
 
     headers = utils.build_hf_headers() | {"Accept-Encoding": "identity"}
     headers |= {"Range": f"bytes={have}-"} if have else {}
-    asked: dict[str, Any] = {"headers": headers, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
+    request: dict[str, Any] = {"headers": headers, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
     retries: dict[str, Any] = {"retry_on_exceptions": (), "retry_on_status_codes": (408, 429)}
-    with utils.http_stream_backoff("GET", url, **asked, **retries) as answer:
+    with utils.http_stream_backoff("GET", url, **request, **retries) as answer:
         utils.hf_raise_for_status(answer)
         place = answer.headers.get("Content-Range", "")
         if have and not (answer.status_code == 206 and re.fullmatch(rf"bytes {have}-\d+/({size}|\*)", place)):

@@ -20,8 +20,8 @@ class Float64(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        wide = torch.Tensor.double if func is torch.Tensor.float else func
-        return wide(*map(widen, args), **{name: widen(value) for name, value in (kwargs or {}).items()})
+        double_func = torch.Tensor.double if func is torch.Tensor.float else func
+        return double_func(*map(widen, args), **{name: widen(value) for name, value in (kwargs or {}).items()})
 
 
 def widen(value: Any) -> Any:

@@ -64,12 +64,12 @@ def fp8_block(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
 def join_fp8(sources: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors with each fp8 matrix joined to its scales; scales of activations are left out."""
     block = fp8_block(quantization)
-    found = {name: source for name, source in sources.items() if not name.endswith(ACTIVATION_SCALES)}
+    stored = {name: source for name, source in sources.items() if not name.endswith(ACTIVATION_SCALES)}
     for name in sources:
         weight = name.removesuffix(SCALE_SUFFIX)
         if weight != name and getattr(sources.get(weight), "dtype", None) in FP8_DTYPES:
-            found[weight] = ScaledTensor(sources[weight], found.pop(name), block)
-    return found
+            stored[weight] = ScaledTensor(sources[weight], stored.pop(name), block)
+    return stored
 
 
 def read_scaled_into(source: ScaledTensor, out: Tensor) -> int:

@@ -322,11 +322,11 @@ def place_tensors(
 ) -> dict[str, StoredTensor]:
     """The place of each tensor. DataError unless each follows the one before it, within the file."""
     data = align_up(cursor.at, alignment)
-    found: dict[str, StoredTensor] = {}
+    stored: dict[str, StoredTensor] = {}
     expected = 0
     for name, dtype, shape, offset in infos:
         nbytes = tensor_nbytes(dtype, shape)
-        if name in found:
+        if name in stored:
             raise cursor.fail(f"the tensor {name!r:.80} appears twice")
         if offset != expected:
             raise cursor.fail(f"{name:.80} has the offset {offset:,}; the tensors before it end at {expected:,}")
@@ -335,6 +335,6 @@ def place_tensors(
                 f"{cursor.file.name}: cut off: {name:.80} ends at byte {data + offset + nbytes:,}, the file has "
                 f"{len(cursor.memory):,}; copy or download it again"
             )
-        found[name] = StoredTensor(cursor.file, dtype, shape, data + offset, nbytes)
+        stored[name] = StoredTensor(cursor.file, dtype, shape, data + offset, nbytes)
         expected += align_up(nbytes, alignment)
-    return found
+    return stored

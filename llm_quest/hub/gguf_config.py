@@ -45,9 +45,9 @@ def refuse_inexpressible(model: Any, layout: Layout) -> None:
     """Raise UsageError that names everything that llama.cpp would compute differently."""
     config, techniques = model.config, model.spec.techniques
     if techniques and not all_exportable(techniques):
-        made = ", ".join(type(technique).__name__ for technique in techniques)
+        names = ", ".join(type(technique).__name__ for technique in techniques)
         raise UsageError(
-            f"the model was made with {made}, which no GGUF file expresses: merge adapters first (--merge)"
+            f"the model was made with {names}, which no GGUF file expresses: merge adapters first (--merge)"
         )
     problems = [
         f"{name} is {value_at(config, name)!r}, llama.cpp computes {allowed!r} alone; "
@@ -114,47 +114,49 @@ def export_keys(model: Any, layout: Layout) -> tuple[dict[str, Value], list[str]
 
 def read_layout(file: GGUFFile) -> Layout:
     """The layout of a file. DataError if no family of ours computes it."""
-    found = [one for one in LAYOUTS if one.architecture == file.architecture and one.reads]
-    if not found:
+    layouts = [one for one in LAYOUTS if one.architecture == file.architecture and one.reads]
+    if not layouts:
         known = ", ".join(sorted({one.architecture for one in LAYOUTS}))
         raise DataError(
             f"{file.file.name}: general.architecture is {file.architecture[:40]!r}, which is not computed here; known: "
             f"{known}"
         )
-    return next((one for one in found if one.matches(file)), found[0])
+    return next((one for one in layouts if one.matches(file)), layouts[0])
 
 
 def read_hf_config(file: GGUFFile) -> dict[str, Any]:
     """The config.json of a file's model. DataError for a key that is missing, of another type, or unknown."""
     layout = read_layout(file)
-    found: dict[str, Any] = {"model_type": layout.model_type}
+    hf_config: dict[str, Any] = {"model_type": layout.model_type}
     for name, key in layout.keys.items():
         value = read_key(file, name, key)
         field = key.field.rpartition(".")[2]
-        if value is not None and found.get(field, value) != value:
-            raise DataError(f"{file.file.name}: {name} is {value}, and another key says {found[field]} of {field}")
+        if value is not None and hf_config.get(field, value) != value:
+            raise DataError(f"{file.file.name}: {name} is {value}, and another key says {hf_config[field]} of {field}")
         if value is not None or name == WINDOW:
-            found[field] = value
-    check_sizes(file, found)
-    fill_defaults(file, layout, found)
-    found |= {name.rpartition(".")[2]: list(v) if isinstance(v, tuple) else v for name, v in layout.fixed.items()}
-    found |= {name: tensor in file.tensors for name, tensor in layout.flags.items()}
-    found |= {"tie_word_embeddings": "output.weight" not in file.tensors}
-    found |= {**layout.back(file), **read_windows(file, layout, found)}
-    found |= read_rope(
-        file, layout, None if "attention.kv_lora_rank" in layout.keys else found.get("head_dim") or equal_parts(found)
+            hf_config[field] = value
+    check_sizes(file, hf_config)
+    fill_defaults(file, layout, hf_config)
+    hf_config |= {name.rpartition(".")[2]: list(v) if isinstance(v, tuple) else v for name, v in layout.fixed.items()}
+    hf_config |= {name: tensor in file.tensors for name, tensor in layout.flags.items()}
+    hf_config |= {"tie_word_embeddings": "output.weight" not in file.tensors}
+    hf_config |= {**layout.back(file), **read_windows(file, layout, hf_config)}
+    hf_config |= read_rope(
+        file,
+        layout,
+        None if "attention.kv_lora_rank" in layout.keys else hf_config.get("head_dim") or equal_parts(hf_config),
     )
     refuse_unknown_keys(file, layout)
-    return found
+    return hf_config
 
 
-def check_sizes(file: GGUFFile, found: dict[str, Any]) -> None:
+def check_sizes(file: GGUFFile, hf_config: dict[str, Any]) -> None:
     """Raise DataError for sizes that would cost memory or time before other checks find them."""
-    if found["num_hidden_layers"] > len(file.tensors):
-        layers = f"{found['num_hidden_layers']:,} layers are announced"
+    if hf_config["num_hidden_layers"] > len(file.tensors):
+        layers = f"{hf_config['num_hidden_layers']:,} layers are announced"
         raise DataError(f"{file.file.name}: {layers}, and it has only {len(file.tensors)} tensors")
     width = size_of(file, "rope.dimension_count") or 0
-    if max(width, found.get("head_dim") or 0, equal_parts(found) or 0) > MAX_HEAD:
+    if max(width, hf_config.get("head_dim") or 0, equal_parts(hf_config) or 0) > MAX_HEAD:
         raise DataError(f"{file.file.name}: heads wider than {MAX_HEAD:,} numbers are announced")
 
 
@@ -178,25 +180,25 @@ def read_key(file: GGUFFile, name: str, key: Key) -> Any:
     return value
 
 
-def equal_parts(found: dict[str, Any]) -> Any:
-    size, heads = found.get("hidden_size"), found.get("num_attention_heads")
+def equal_parts(hf_config: dict[str, Any]) -> Any:
+    size, heads = hf_config.get("hidden_size"), hf_config.get("num_attention_heads")
     return size // heads if type(size) is int and type(heads) is int and heads > 0 else None
 
 
-def fill_defaults(file: GGUFFile, layout: Layout, found: dict[str, Any]) -> None:
+def fill_defaults(file: GGUFFile, layout: Layout, hf_config: dict[str, Any]) -> None:
     """Fill in llama.cpp's defaults for missing keys, and the vocabulary's size, which is that of the embedding."""
     if "attention.head_count_kv" in layout.keys:
-        found.setdefault("num_key_value_heads", found["num_attention_heads"])
+        hf_config.setdefault("num_key_value_heads", hf_config["num_attention_heads"])
     if "attention.key_length" in layout.keys:
-        found.setdefault("head_dim", equal_parts(found))
+        hf_config.setdefault("head_dim", equal_parts(hf_config))
     embedding = file.tensors.get("token_embd.weight")
     if embedding is not None and len(embedding.shape) == 2:
-        found["vocab_size"] = embedding.shape[0]
+        hf_config["vocab_size"] = embedding.shape[0]
 
 
-def read_windows(file: GGUFFile, layout: Layout, found: dict[str, Any]) -> dict[str, Any]:
+def read_windows(file: GGUFFile, layout: Layout, hf_config: dict[str, Any]) -> dict[str, Any]:
     """sliding_window and layer_types, of the architectures that have windows."""
-    layers, window = found["num_hidden_layers"], file.get(f"{file.architecture}.{WINDOW}")
+    layers, window = hf_config["num_hidden_layers"], file.get(f"{file.architecture}.{WINDOW}")
     if not layout.window_period:
         if window:
             raise DataError(

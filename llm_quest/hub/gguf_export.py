@@ -110,31 +110,31 @@ def safe_name(name: str) -> str:
 
 
 def general_keys(model: Decoder, architecture: str, main: str, name: str) -> dict[str, Value]:
-    found = {
+    keys = {
         "general.architecture": string(architecture),
         "general.type": string("model"),
         "general.file_type": uint32(FILE_TYPES[main]),
     }
-    found |= {"general.name": string(name)} if name else {}
-    found |= {"general.quantization_version": uint32(2)} if main in QUANTIZE else {}
+    keys |= {"general.name": string(name)} if name else {}
+    keys |= {"general.quantization_version": uint32(2)} if main in QUANTIZE else {}
     generation = model.generation_config
     for ours, theirs in SAMPLING.items():
         value = getattr(generation, ours, None)
         if value is not None:
-            found[f"general.sampling.{theirs}"] = Value(5, int(value)) if ours == "top_k" else float32(value)
-    return found
+            keys[f"general.sampling.{theirs}"] = Value(5, int(value)) if ours == "top_k" else float32(value)
+    return keys
 
 
 def model_tensors(model: Decoder, places: dict[str, list[Place]], main: str) -> dict[str, TensorData]:
     """All tensors, in the model's order."""
     parameters: dict[str, Tensor] = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    found = {}
+    tensors = {}
     for name, parts in places.items():
         shape = file_shape(parts, parameters)
         dtype = tensor_type(name, shape, main)
         chunks = functools.partial(part_chunks, parts, parameters, dtype)
-        found[name] = TensorData(dtype, shape, chunks)
-    return found
+        tensors[name] = TensorData(dtype, shape, chunks)
+    return tensors
 
 
 def part_chunks(parts: Sequence[Place], parameters: dict[str, Tensor], dtype: str) -> Iterator[Any]:

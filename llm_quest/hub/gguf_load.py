@@ -28,13 +28,13 @@ Matched = tuple[dict[str, Source], dict[str, WeightView]]
 
 def open_model_file(file: Path) -> GGUFFile:
     """Read the header of a model's file. DataError for an adapter or another kind of file."""
-    found = read_gguf(file)
-    kind = found.get("general.type", "model")
+    gguf_file = read_gguf(file)
+    kind = gguf_file.get("general.type", "model")
     if kind != "model":
         raise DataError(
             f"{file.name} is no model: general.type is {str(kind)[:40]!r}; name the model that belongs to it"
         )
-    return found
+    return gguf_file
 
 
 def file_config(file: GGUFFile) -> tuple[dict[str, Any], GenerationConfig]:

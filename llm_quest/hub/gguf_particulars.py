@@ -97,14 +97,14 @@ SOFTMAX, SIGMOID = 1, 2
 
 def latent_more(config: Any) -> Mapping[str, Value]:
     width, rope = config.kv_lora_rank, config.qk_rope_head_dim
-    found = {
+    keys = {
         "attention.head_count_kv": uint32(1),
         "attention.key_length": uint32(width + rope),
         "attention.value_length": uint32(width),
         "attention.key_length_mla": uint32(config.qk_nope_head_dim + rope),
         "expert_gating_func": uint32(SOFTMAX if config.scoring_func == "softmax" else SIGMOID),
     }
-    return found | ({} if config.q_lora_rank is None else {"attention.q_lora_rank": uint32(config.q_lora_rank)})
+    return keys | ({} if config.q_lora_rank is None else {"attention.q_lora_rank": uint32(config.q_lora_rank)})
 
 
 def latent_back(file: GGUFFile) -> Mapping[str, Any]:

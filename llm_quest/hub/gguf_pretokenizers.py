@@ -82,9 +82,9 @@ def list_patterns(pre_tokenizer: Any) -> list[str] | None:
     steps = list(flatten(pre_tokenizer or {}))
     if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
         return None
-    found = [step_pattern(step) for step in steps[:-1]]
-    found += [GPT2_PATTERN] if steps[-1].get("use_regex", True) else []
-    return None if None in found else [pattern for pattern in found if pattern is not None]
+    patterns = [step_pattern(step) for step in steps[:-1]]
+    patterns += [GPT2_PATTERN] if steps[-1].get("use_regex", True) else []
+    return None if None in patterns else [pattern for pattern in patterns if pattern is not None]
 
 
 def flatten(step: Any) -> Iterator[Any]:

@@ -48,27 +48,27 @@ def rope_keys(config: Any, layout: Layout) -> dict[str, Value]:
     if not layout.rope:
         return {}
     rotary = config.rotary
-    found = {
+    keys = {
         "rope.dimension_count": uint32(rotary.dim),
         "rope.freq_base": float32(publish_rotary(rotary)["rope_theta"]),
     }
     local = getattr(config, "swa_rotary", None)
     if local is not None and layout.window_period:
-        found["rope.freq_base_swa"] = float32(publish_rotary(local)["rope_theta"])
+        keys["rope.freq_base_swa"] = float32(publish_rotary(local)["rope_theta"])
     match rotary.scaling:
         case LinearScaling(factor=factor):
-            found |= {"rope.scaling.type": string("linear"), "rope.scaling.factor": float32(factor)}
+            keys |= {"rope.scaling.type": string("linear"), "rope.scaling.factor": float32(factor)}
         case YaRNScaling() as yarn:
-            found |= yarn_keys(yarn, layout)
+            keys |= yarn_keys(yarn, layout)
         case LongRoPEScaling() as long:
-            found["rope.scaling.type"] = string("longrope")
-            found["rope.scaling.original_context_length"] = uint32(long.original_max_position_embeddings)
-            found["rope.scaling.attn_factor"] = float32(long.attention_factor)
-    return found
+            keys["rope.scaling.type"] = string("longrope")
+            keys["rope.scaling.original_context_length"] = uint32(long.original_max_position_embeddings)
+            keys["rope.scaling.attn_factor"] = float32(long.attention_factor)
+    return keys
 
 
 def yarn_keys(yarn: YaRNScaling, layout: Layout) -> dict[str, Value]:
-    found = {
+    keys = {
         "rope.scaling.type": string("yarn"),
         "rope.scaling.factor": float32(yarn.factor),
         "rope.scaling.original_context_length": uint32(yarn.original_max_position_embeddings),
@@ -76,11 +76,11 @@ def yarn_keys(yarn: YaRNScaling, layout: Layout) -> dict[str, Value]:
         "rope.scaling.yarn_beta_slow": float32(yarn.beta_slow),
     }
     if layout.architecture == "deepseek2":
-        return found | {"rope.scaling.yarn_log_multiplier": float32(LATENT_LOG * (yarn.mscale_all_dim or 0.0))}
+        return keys | {"rope.scaling.yarn_log_multiplier": float32(LATENT_LOG * (yarn.mscale_all_dim or 0.0))}
     if layout.architecture == "mistral3" and yarn.mscale == 1.0 and yarn.mscale_all_dim:
-        return found | {"rope.scaling.yarn_log_multiplier": float32(yarn.mscale_all_dim)}
+        return keys | {"rope.scaling.yarn_log_multiplier": float32(yarn.mscale_all_dim)}
     beyond = yarn.attention_factor / yarn_mscale(yarn.factor, 1.0)
-    return found if math.isclose(beyond, 1.0) else found | {"rope.scaling.attn_factor": float32(beyond)}
+    return keys if math.isclose(beyond, 1.0) else keys | {"rope.scaling.attn_factor": float32(beyond)}
 
 
 def rope_problem(config: Any, layout: Layout) -> str:
@@ -202,10 +202,10 @@ def read_own_scaling(file: GGUFFile, divisors: list[float]) -> dict[str, Any]:
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         stretch = Llama3Scaling(*(published[name] for name in names))
         theta = float_of(file, file.get(f"{file.architecture}.rope.freq_base", 10_000.0))
-        made = frequency_divisors(RotaryEmbedding(2 * len(divisors), theta, stretch))
+        computed = frequency_divisors(RotaryEmbedding(2 * len(divisors), theta, stretch))
     except (DataError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError):
         return {}
-    return dict(published) if torch.allclose(made, torch.tensor(divisors)) else {}
+    return dict(published) if torch.allclose(computed, torch.tensor(divisors)) else {}
 
 
 def read_vector(stored: StoredTensor) -> list[float]:

@@ -93,12 +93,12 @@ ALWAYS_FLOAT32 = re.compile(r"(.*norm|.*\.(ffn_gate_inp|ffn_gate_inp_shexp|ssm_c
 def gguf_places(model: Any, layout: Layout) -> Places:
     """Name in the file -> its places in this model, in the model's order."""
     sizes = packed_row_sizes(model)
-    found: Places = {}
+    places: Places = {}
     for path, parameter in model.named_parameters():
         if not path.startswith("mtp_modules."):
             for name, place in parameter_places(model, layout, path, parameter, sizes.get(path, ())):
-                found.setdefault(name, []).append(place)
-    return found
+                places.setdefault(name, []).append(place)
+    return places
 
 
 def parameter_places(

@@ -62,11 +62,11 @@ def tokenizer_keys(
     keys["tokens"] = array(STRING, vocabulary.tokens)
     keys["token_type"] = array(INT32, vocabulary.types)
     keys |= special_keys(tokenizer, rows, generation) | around_keys(tokenizer)
-    found = {TOKENIZER + name: value for name, value in keys.items()}
+    prefixed = {TOKENIZER + name: value for name, value in keys.items()}
     if (template := file_template(tokenizer)) is not None:
-        found["tokenizer.chat_template"] = string(template)
-    found[NORMALIZER_KEY] = string("NFC" if normalizes_nfc(content) else "none")
-    return found, [*notes, *vocabulary_notes(content, vocabulary.beyond)]
+        prefixed["tokenizer.chat_template"] = string(template)
+    prefixed[NORMALIZER_KEY] = string("NFC" if normalizes_nfc(content) else "none")
+    return prefixed, [*notes, *vocabulary_notes(content, vocabulary.beyond)]
 
 
 def file_template(tokenizer: Tokenizer) -> str | None:

@@ -26,8 +26,8 @@ def load_gsm8k(task: str, part: str) -> list[Problem]:
     """Load the problems of GSM8K. part: train, validation or test. The test part of a file is all of it."""
     if part == "test":
         return gsm8k_from_hub(part) if task == "gsm8k" else read_gsm8k(task)
-    learned, held = train_validation_split(task)
-    return learned if part == "train" else held
+    train, held_out = train_validation_split(task)
+    return train if part == "train" else held_out
 
 
 def train_validation_split(task: str) -> tuple[list[Problem], list[Problem]]:

@@ -156,13 +156,13 @@ def find_chat_template(report: FolderReport) -> str | None:
     if alone.is_file():
         return alone.read_text(encoding="utf-8", errors="replace")
     try:
-        found = read_json(settings).get("chat_template") if settings.exists() else None
+        template = read_json(settings).get("chat_template") if settings.exists() else None
     except DataError as error:
         report.notes.append(str(error))
         return None
-    if isinstance(found, list):
-        found = "\n".join(str(one.get("template")) for one in found if isinstance(one, dict))
-    return found if isinstance(found, str) else None
+    if isinstance(template, list):
+        template = "\n".join(str(one.get("template")) for one in template if isinstance(one, dict))
+    return template if isinstance(template, str) else None
 
 
 def content_conditions(template: str) -> tuple[str, ...]:

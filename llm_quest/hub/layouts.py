@@ -96,9 +96,11 @@ def make_renamer(family: Family, known: Collection[str], stored: Iterable[str]) 
     def rename(name: str) -> str:
         if name in known:
             return name
-        found = next((one for one in candidate_names(name, family, root) if one in known), None)
+        known_name = next((one for one in candidate_names(name, family, root) if one in known), None)
         is_head = name.startswith(HEADS) or family.ignores(name)
-        return found or (root + name if is_bare and not is_head and not belongs_to_other_part(name, family) else name)
+        return known_name or (
+            root + name if is_bare and not is_head and not belongs_to_other_part(name, family) else name
+        )
 
     return rename
 

@@ -76,24 +76,24 @@ def load_adapter(model: Any, folder: str | Path, *, adapter_name: str | None = N
     config = read_adapter_config(folder / CONFIG)
     if config["peft_type"] == TINY_LORA_TYPE:
         return load_tiny_lora(model, folder, config)
-    held = read_tensors(folder, config, family_of(model.config), model.config)
-    tie = bool(config.get("ensure_weight_tying")) and f"{LM_HEAD}.weight" in held.whole
+    tensors = read_tensors(folder, config, family_of(model.config), model.config)
+    tie = bool(config.get("ensure_weight_tying")) and f"{LM_HEAD}.weight" in tensors.whole
     whole = WholeParameters(model, folder, tie=tie)
-    whole.replace(held.whole)
-    whole.replace_rows(held.rows, config.get("trainable_token_indices"))
+    whole.replace(tensors.whole)
+    whole.replace_rows(tensors.rows, config.get("trainable_token_indices"))
     by_module: dict[str, dict[str, PublishedMatrix]] = {}
     for address, place in base_matrices(model.config).items():
         by_module.setdefault(place.module, {})[address] = place
     singles = expert_places(model.config)
-    stacks = stack_experts(folder, config, held.pairs, singles)
+    stacks = stack_experts(folder, config, tensors.pairs, singles)
     by_module |= {address: {address: matrix} for address, _, matrix in singles.values()}
-    held.pairs = {module: pair for module, pair in held.pairs.items() if module not in singles} | stacks
-    merged = {module: pair for module, pair in held.pairs.items() if whole.is_embedding_or_head(module)}
+    tensors.pairs = {module: pair for module, pair in tensors.pairs.items() if module not in singles} | stacks
+    merged = {module: pair for module, pair in tensors.pairs.items() if whole.is_embedding_or_head(module)}
     for module, pair in merged.items():
         if tie and module == LM_HEAD and whole.embedding in merged:
             continue  # the embedding's again
         whole.add(module, pair, module_scale(config, module, pair.rank), is_dora=bool(config.get("use_dora")))
-    pairs = {module: pair for module, pair in held.pairs.items() if module not in merged}
+    pairs = {module: pair for module, pair in tensors.pairs.items() if module not in merged}
     if unmatched := [module for module in pairs if module not in by_module]:
         raise DataError(
             f"{folder} is an adapter of another base: this model has no {compact_names(unmatched)} to adapt"
@@ -139,28 +139,28 @@ def read_tensors(folder: Path, config: Mapping[str, Any], family: Any, model_con
     )
     stacks = experts_parameters([split_tensor_name(name)[0] for name in bare.values()], config)
     low_rank: dict[str, dict[str, Tensor]] = {}
-    held = AdapterTensors()
+    tensors = AdapterTensors()
     for name, tensor in stored.items():
         module, ending = split_tensor_name(bare[name])
         if ending in TENSOR_SUFFIXES:
             low_rank.setdefault(rename(stacks.get(module, module)), {})[TENSOR_SUFFIXES[ending]] = tensor
         elif bare[name].endswith(TOKEN_ROWS):
-            held.rows[rename(bare[name].removesuffix(TOKEN_ROWS))] = tensor
+            tensors.rows[rename(bare[name].removesuffix(TOKEN_ROWS))] = tensor
         elif ".lora_" in bare[name] or not bare[name].endswith((".weight", ".bias")):
             raise DataError(f"{folder / WEIGHTS}: not read here: {name}; merge the adapter in PEFT and load the result")
         else:
             module, _, kind = bare[name].replace(".base_layer.", ".").rpartition(".")
-            held.whole[f"{rename(module)}.{kind}"] = tensor
+            tensors.whole[f"{rename(module)}.{kind}"] = tensor
     incomplete = [module for module, pair in low_rank.items() if not {"A", "B"} <= set(pair)]
     if incomplete:
         raise DataError(f"{folder / WEIGHTS}: lora_A or lora_B is missing of {compact_names(incomplete)}")
     if odd := [module for module, pair in low_rank.items() if pair["A"].dim() != 2 or pair["B"].dim() != 2]:
         raise DataError(f"{folder / WEIGHTS}: lora_A or lora_B is no matrix of {compact_names(odd)}")
-    held.pairs = {module: LoRAPair(pair["A"], pair["B"], pair.get("magnitude")) for module, pair in low_rank.items()}
-    for module, pair in held.pairs.items():
+    tensors.pairs = {module: LoRAPair(pair["A"], pair["B"], pair.get("magnitude")) for module, pair in low_rank.items()}
+    for module, pair in tensors.pairs.items():
         if module in places and places[module].num_experts:
-            held.pairs[module] = stack_experts_pair(pair, places[module].num_experts)
-    return held
+            tensors.pairs[module] = stack_experts_pair(pair, places[module].num_experts)
+    return tensors
 
 
 def split_tensor_name(name: str) -> tuple[str, str]:
@@ -201,14 +201,14 @@ def split_pair(pair: LoRAPair, matrices: Mapping[str, PublishedMatrix], rank: in
     alike = {address: slice_pair(pair, pair.A, pair.B, place) for address, place in matrices.items()}
     if len(matrices) == 1 or pair.rank == rank or pair.rank % rank:
         return alike
-    found: dict[str, LoRAPair] = {}
+    pairs: dict[str, LoRAPair] = {}
     for A, B in zip(pair.A.split(rank, dim=-2), pair.B.split(rank, dim=-1), strict=True):
-        free = [address for address in matrices if address not in found]
+        free = [address for address in matrices if address not in pairs]
         touched = [address for address in matrices if B[..., matrices[address].rows, :].any()] or free[:1]
         if len(touched) != 1 or touched[0] not in free:
             return alike
-        found[touched[0]] = slice_pair(pair, A, B, matrices[touched[0]])
-    return found
+        pairs[touched[0]] = slice_pair(pair, A, B, matrices[touched[0]])
+    return pairs
 
 
 def slice_pair(pair: LoRAPair, A: Tensor, B: Tensor, matrix: PublishedMatrix) -> LoRAPair:

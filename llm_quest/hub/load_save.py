@@ -97,8 +97,8 @@ def load(
         logger.warning("note: %s: %s", location.name, note)
     dtype = requested_dtype or config_dtype(report.hf_config) or main_dtype(report.sources)
     parameters = dict(report.model.named_parameters())
-    on_host, wide = device.type == "cpu", float32_parameters(report.model)
-    dtypes = {name: parameter_dtype(parameter, dtype, wide) for name, parameter in parameters.items()}
+    on_host, float32_names = device.type == "cpu", float32_parameters(report.model)
+    dtypes = {name: parameter_dtype(parameter, dtype, float32_names) for name, parameter in parameters.items()}
     mapped = (
         memory_map_parameters(parameters, report.weight_views, report.sources, dtypes, aligned=aligned)
         if on_host

@@ -51,29 +51,29 @@ def load_tiny_lora(model: Any, folder: Path, config: Mapping[str, Any]) -> Any:
     for (address, edit, _), number in zip(adapter_edits(model), vector_indices, strict=True):
         low: Any = edit
         theirs = parts[address] | {"v": vectors[str(number)]}
-        for mine, name in ((low.A, "A"), (low.B, "B"), (low.core.P, "P"), (low.core.v, "v")):
-            mine.copy_(theirs[name])
+        for parameter, name in ((low.A, "A"), (low.B, "B"), (low.core.P, "P"), (low.core.v, "v")):
+            parameter.copy_(theirs[name])
     return model
 
 
 def tensors_by_address(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Group the tensors: our address -> A, B and P."""
     addresses = {place.module: address for address, place in base_matrices(model.config).items() if place.is_whole}
-    found: dict[str, dict[str, Tensor]] = {}
+    by_address: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if (part := PART.fullmatch(name)) is not None:
-            found.setdefault(part[1], {})[part[2]] = tensor
-    if unmatched := [module for module in found if module not in addresses]:
+            by_address.setdefault(part[1], {})[part[2]] = tensor
+    if unmatched := [module for module in by_address if module not in addresses]:
         raise DataError(
             f"{folder}: {compact_names(unmatched)} is no matrix of this model, or one that is edited here in parts, "
             "for which one vector has no place: load it on its own base, or merge it in PEFT"
         )
-    if incomplete := [module for module, one in found.items() if set(one) != set("ABP")]:
+    if incomplete := [module for module, one in by_address.items() if set(one) != set("ABP")]:
         raise DataError(
             f"{folder}: tinylora_A, _B or _P is missing of {compact_names(incomplete)}; save the adapter with "
             "save_projection=True, for P tells which vector a matrix reads"
         )
-    return {addresses[module]: one for module, one in found.items()}
+    return {addresses[module]: one for module, one in by_address.items()}
 
 
 def tiny_lora_from_peft(folder: Path, config: Mapping[str, Any], targets: Sequence[str]) -> TinyLoRA:

@@ -130,8 +130,8 @@ def read_step(checkpoint: Path | None, which: str) -> int | None:
     file = checkpoint / "state.json"
     try:
         progress = load_json(file)["progress"]
-        found = progress["best_step"] if which == "best" else progress.get("good_step")  # older runs have none
-        return None if found is None else int(found)
+        step = progress["best_step"] if which == "best" else progress.get("good_step")  # older runs have none
+        return None if step is None else int(step)
     except (ValueError, LookupError, TypeError, OverflowError, AttributeError) as error:
         raise DataError(f"{file} does not say which checkpoint is the {which} one ({error}); name a step") from None
 
@@ -202,8 +202,8 @@ def checkpoints_newest_first(run: Path) -> list[Path]:
     latest = checkpoints / named.removeprefix("checkpoints/")
     numbers = {p: parse_digits(p.name[5:]) for p in checkpoints.glob("step-*") if p.is_dir()}
     steps = sorted((step, p) for p, step in numbers.items() if step is not None)
-    found = [folder for _, folder in reversed(steps)]
-    return sorted(found, key=lambda folder: folder != latest)
+    folders = [folder for _, folder in reversed(steps)]
+    return sorted(folders, key=lambda folder: folder != latest)
 
 
 def download_snapshot(name: str, patterns: list[str], revision: str | None) -> Path:

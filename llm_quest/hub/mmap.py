@@ -68,10 +68,15 @@ def memory_map_parameters(
     if not parts or not can_replace_mapped_files():
         return {}
     try:
-        maps = {file: map_file(file) for file in {stored.file for found in parts.values() for stored, _ in found}}
+        maps = {
+            file: map_file(file)
+            for file in {stored.file for part_sources in parts.values() for stored, _ in part_sources}
+        }
     except OSError:  # a file system that maps nothing, or no address space left: everything is read
         return {}
-    mapped = {path: map_parameter(parameters[path], found, maps, aligned) for path, found in parts.items()}
+    mapped = {
+        path: map_parameter(parameters[path], part_sources, maps, aligned) for path, part_sources in parts.items()
+    }
     return {path: tensor for path, tensor in mapped.items() if tensor is not None}
 
 

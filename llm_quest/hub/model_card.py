@@ -72,8 +72,8 @@ class Readme:
     def head(self) -> dict[str, Any]:
         """The fields of the YAML head about the model's origin."""
         known = {"license": self.license, "base_model": self.base_model, "language": self.language}
-        found: dict[str, Any] = {name: value for name, value in known.items() if value}
-        return found | ({"datasets": list(self.datasets)} if self.datasets else {})
+        metadata: dict[str, Any] = {name: value for name, value in known.items() if value}
+        return metadata | ({"datasets": list(self.datasets)} if self.datasets else {})
 
     def tables(self) -> list[str]:
         return [
@@ -137,8 +137,8 @@ def usage(task: str, model: Decoder, tokenizer: Tokenizer | None) -> str:
 
 def quest_usage(model: Decoder) -> str:
     """Code that loads the model in this package, with the reason why others cannot."""
-    made = ", ".join(type(technique).__name__ for technique in model.spec.techniques)
-    why = f"# made with {made}: the published tensors alone are not this model"
+    names = ", ".join(type(technique).__name__ for technique in model.spec.techniques)
+    why = f"# made with {names}: the published tensors alone are not this model"
     return code_block("python", f'import llm_quest as quest\n\nmodel = quest.load("{PLACE}")  {why}')
 
 

@@ -54,18 +54,18 @@ class BlockTensor:
 
 def join_mxfp4(sources: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors with all blocks joined to their scales. DataError where these do not fit."""
-    found = dict(sources)
+    joined = dict(sources)
     for name in [name for name in sources if name.endswith(BLOCKS)]:
         whole = name.removesuffix(BLOCKS)
-        blocks, scales = found[name], found.get(whole + SCALES)
+        blocks, scales = joined[name], joined.get(whole + SCALES)
         if not isinstance(scales, StoredTensor) or not is_blocks(blocks, scales):
             shapes = f"{tuple(blocks.shape)} and {tuple(scales.shape) if scales is not None else 'no scales'}"
             raise DataError(
                 f"{whole}: {shapes} are no MXFP4 blocks (E,out,in/32,16) with scales (E,out,in/32) of bytes"
             )
-        del found[name], found[whole + SCALES]
-        found[whole] = BlockTensor(blocks, scales)
-    return found
+        del joined[name], joined[whole + SCALES]
+        joined[whole] = BlockTensor(blocks, scales)
+    return joined
 
 
 def is_blocks(blocks: StoredTensor, scales: StoredTensor) -> bool:

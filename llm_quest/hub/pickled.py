@@ -76,12 +76,12 @@ def places_in_zip(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Stored
     if {start - begin for start in starts} != entries:
         return dict(tensors)
     names = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
-    found: dict[str, StoredTensor | Tensor] = {}
+    stored: dict[str, StoredTensor | Tensor] = {}
     for name, tensor in tensors.items():
         fits = tensor.numel() and tensor.is_contiguous() and tensor.dtype in names
         place: Any = (file, names.get(tensor.dtype), tuple(tensor.shape), tensor.data_ptr() - begin, tensor.nbytes)
-        found[name] = StoredTensor(*place) if fits else tensor
-    return found
+        stored[name] = StoredTensor(*place) if fits else tensor
+    return stored
 
 
 def entry_starts(file: Path) -> set[int]:

@@ -67,19 +67,19 @@ def base_matrices(config: Any) -> dict[str, PublishedMatrix]:
     family = family_of(config)
     if family not in FAMILIES:
         raise UsageError(f"adapters of {family.name} have no PEFT form here: merge, and save the whole model")
-    meta_model, table, found = build_meta_model(config), family.weight_map(config), {}
+    meta_model, table, matrices = build_meta_model(config), family.weight_map(config), {}
     for site in target_matrices(meta_model):
         match table.get(f"{site.path}.weight"):
             case ConcatRows(names=names):
                 module: Any = meta_model.get_submodule(site.path)
-                found[site.address] = locate_matrix(names[list(module.parts).index(site.part)], site)
+                matrices[site.address] = locate_matrix(names[list(module.parts).index(site.part)], site)
             case RowsByHead(name=name, heads=heads):
-                found[site.address] = locate_rows_by_head(name, site, meta_model.get_submodule(site.path), heads)
+                matrices[site.address] = locate_rows_by_head(name, site, meta_model.get_submodule(site.path), heads)
             case str(name) | Transposed(name=name):
-                found[site.address] = locate_matrix(name, site, meta_model.get_submodule(site.path))
+                matrices[site.address] = locate_matrix(name, site, meta_model.get_submodule(site.path))
             case None if f"{site.path}.down" in table:
-                found[site.address] = locate_experts(site, meta_model.get_submodule(site.path), table)
-    return found
+                matrices[site.address] = locate_experts(site, meta_model.get_submodule(site.path), table)
+    return matrices
 
 
 def locate_matrix(name: str, site: TargetMatrix, packed: nn.Module | None = None) -> PublishedMatrix:
@@ -139,7 +139,7 @@ def experts_module(parameter: str, adapted: Container[str]) -> str:
 def experts_parameters(modules: Sequence[str], config: Mapping[str, Any]) -> dict[str, str]:
     """Module as stored (`mlp.experts.base_layer`) -> parameter, for the experts among these modules, as
     target_parameters names them. DataError where it names others than the file holds."""
-    found: dict[str, str] = {}
+    published: dict[str, str] = {}
     targets = config.get("target_parameters") or ()
     for parent in {bare for name in modules if (bare := name.replace(BASE_LAYER, "")).endswith(".experts")}:
         stored = sorted({name for name in modules if name.replace(BASE_LAYER, "") == parent}, reverse=True)
@@ -150,12 +150,14 @@ def experts_parameters(modules: Sequence[str], config: Mapping[str, Any]) -> dic
                 f"adapter_config.json: target_parameters {list(targets)} names {len(named)} parameters of {parent}, "
                 f"the file adapts {len(stored)}; only {GATE_UP} and {DOWN} are read"
             )
-        found |= dict(zip(stored, named, strict=True))
-    return found
+        published |= dict(zip(stored, named, strict=True))
+    return published
 
 
 def check_rank(folder: Path, config: Mapping[str, Any], module: str, pair: LoRAPair) -> None:
     """Raise DataError if the file's rank is not the config's, from which the scale is computed."""
-    said, found = module_rank(config, module), pair.rank
-    if said != found:
-        raise DataError(f"{folder}: {module} has rank {found}, r and rank_pattern make it {said}: the files do not fit")
+    expected_rank, rank = module_rank(config, module), pair.rank
+    if expected_rank != rank:
+        raise DataError(
+            f"{folder}: {module} has rank {rank}, r and rank_pattern make it {expected_rank}: the files do not fit"
+        )

@@ -38,11 +38,11 @@ class PushReport:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        found = [
+        lines = [
             f"{self.url}: {len(self.files)} files",
             *(f"  {n:>14,} bytes  {name}" for name, n in self.files.items()),
         ]
-        return found + ([f"left out: {', '.join(self.left_out)}"] if self.left_out else [])
+        return lines + ([f"left out: {', '.join(self.left_out)}"] if self.left_out else [])
 
 
 def push_folder(folder: Path, repository: str, *, private: bool = False) -> PushReport:
@@ -85,7 +85,7 @@ def upload_files(files: list[Path], repository: str, *, private: bool) -> str:
     operations = [CommitOperationAdd(file.name, file_content(file, repository)) for file in files]
     hub = huggingface_hub.HfApi()
     try:
-        made = hub.create_repo(repository, private=private, exist_ok=True)
+        repo = hub.create_repo(repository, private=private, exist_ok=True)
         hub.create_commit(repository, operations, commit_message="Upload with quest push")
     except errors.LocalTokenNotFoundError:
         raise MissingError("you are not logged in: run `hf auth login`, or set HF_TOKEN") from None
@@ -99,11 +99,11 @@ def upload_files(files: list[Path], repository: str, *, private: bool) -> str:
         raise MissingError(f"{repository}: the hub answered {status}; nothing is committed, try again") from None
     except Exception as error:  # what the packages below raise: httpx's errors, an answer that is no JSON
         if isinstance(cause := error.__cause__, errors.HfHubHTTPError):  # of a large file, which goes to a storage
-            said = f"the hub's storage answered {cause.response.status_code}"
-            raise MissingError(f"{repository}: {said}; nothing is committed, try again") from None
+            reason = f"the hub's storage answered {cause.response.status_code}"
+            raise MissingError(f"{repository}: {reason}; nothing is committed, try again") from None
         why = unreachable_reason(describe_download_failure(error))
         raise MissingError(f"{repository}: {why}; the same command again sends what is missing") from None
-    return str(made)
+    return str(repo)
 
 
 def file_content(file: Path, repository: str) -> Path | bytes:

@@ -190,12 +190,12 @@ def parse_unique_json(text: bytes) -> dict[str, Any]:
 
 
 def reject_duplicate_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    mapping: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in mapping:
             raise DataError(f"the name {name!r} appears twice")
-        found[name] = value
-    return found
+        mapping[name] = value
+    return mapping
 
 
 def is_size_list(value: Any) -> TypeGuard[list[int]]:

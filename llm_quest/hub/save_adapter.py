@@ -55,18 +55,18 @@ def read_adapter_tensors(file: Path, known: Callable[[str], bool]) -> dict[str, 
         raise DataError(f"{file.parent} has no {file.name}; save the adapter with safe_serialization=True")
     header = read_header(file)
     unknown = [name for name, stored in header.items() if not known(name) or stored.dtype not in FLOAT_DTYPES]
-    found = {
+    tensors = {
         name: torch.empty(stored.shape, dtype=FLOAT_DTYPES[stored.dtype])
         for name, stored in header.items()
         if name not in unknown
     }
-    bad = [name for name, tensor in found.items() if read_into(header[name], tensor)]
-    if unknown or bad or not found:
+    bad = [name for name, tensor in tensors.items() if read_into(header[name], tensor)]
+    if unknown or bad or not tensors:
         what = (
             f"not finite: {compact_names(bad)}" if bad else f"not read here: {compact_names(unknown) or 'it is empty'}"
         )
         raise DataError(f"{file}: {what}; only adapters of linear layers are")
-    return found
+    return tensors
 
 
 def save_adapter(
@@ -120,12 +120,12 @@ def whole_tensors(model: Any) -> dict[str, Tensor]:
     whole = {name for name, _ in whole_parameters(model, modules)}
     adapted = export_weight_map(model, family_of(model.config).weight_map(model.config))
     views = weight_views(model, adapted)
-    found = {
+    tensors = {
         name: place.view(model.get_parameter(place.parameter)).detach()
         for name, place in views.items()
         if place.parameter in whole
     }
-    return found | ({"lm_head.weight": model.head.weight.detach().clone()} if is_tied_whole(model, found) else {})
+    return tensors | ({"lm_head.weight": model.head.weight.detach().clone()} if is_tied_whole(model, tensors) else {})
 
 
 def is_tied_whole(model: Any, whole: Mapping[str, Tensor]) -> bool:

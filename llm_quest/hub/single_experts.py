@@ -23,7 +23,7 @@ Place = tuple[str, int, PublishedMatrix]
 
 def expert_places(config: Any) -> dict[str, Place]:
     """Module of one expert, as published -> its place here. Empty for a model without such modules."""
-    table, found = family_of(config).weight_map(config), {}
+    table, places = family_of(config).weight_map(config), {}
     for site in target_matrices(build_meta_model(config)):
         entry = table.get(f"{site.path}.{'down' if site.part == 'down' else 'gate_up'}")
         if isinstance(entry, StackTensors) and site.weight.dim() == 3:
@@ -31,8 +31,8 @@ def expert_places(config: Any) -> dict[str, Place]:
             matrix = PublishedMatrix(site.address, slice(0, rows), rows, width, num_experts=num_experts)
             for number, names in enumerate(entry.entries):
                 joined = names.names[0 if site.part == "gate" else -1] if isinstance(names, ConcatRows) else names
-                found[joined.removesuffix(".weight")] = (site.address, number, matrix)
-    return found
+                places[joined.removesuffix(".weight")] = (site.address, number, matrix)
+    return places
 
 
 def stack_experts(

@@ -209,11 +209,11 @@ def check_shapes(report: FolderReport) -> None:
     shapes |= {copy: shapes[original] for copy, original in report.duplicates}
     wrong: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
     for name, expected in shapes.items():
-        if (found := tuple(report.sources[name].shape)) != expected:
-            wrong.setdefault((found, expected), []).append(name)
-    for (found, expected), names in wrong.items():
+        if (stored := tuple(report.sources[name].shape)) != expected:
+            wrong.setdefault((stored, expected), []).append(name)
+    for (stored, expected), names in wrong.items():
         verb = "is" if len(names) == 1 else "are"
-        report.problems.append(f"mis-shaped: {compact_names(names)} {verb} {found}, config.json makes it {expected}")
+        report.problems.append(f"mis-shaped: {compact_names(names)} {verb} {stored}, config.json makes it {expected}")
     numbers = {
         name for name, place in report.weight_views.items() if not parameters[place.parameter].is_floating_point()
     }

@@ -129,9 +129,9 @@ def load_in_transformers(auto_class: Any, folder: Path) -> tuple[Any, dict[str, 
 def refuse_unpublished_techniques(model: Any, name: str) -> None:
     """Raise UsageError for a model that transformers does not compute."""
     if not all_exportable(one for one in model.spec.techniques if not isinstance(one, ScoreHead)):
-        made = ", ".join(type(technique).__name__ for technique in model.spec.techniques)
+        names = ", ".join(type(technique).__name__ for technique in model.spec.techniques)
         raise UsageError(
-            f"{name} was made with {made}, which transformers does not compute: there is no one to compare"
+            f"{name} was made with {names}, which transformers does not compute: there is no one to compare"
         )
 
 
@@ -143,7 +143,7 @@ def difference_with_padding(kind: Counterpart, ours: Any, theirs: Any, inputs: I
 
 
 def max_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    return max(float((mine - other).abs().max()) for mine, other in zip(ours, theirs, strict=True))
+    return max(float((ours_one - other).abs().max()) for ours_one, other in zip(ours, theirs, strict=True))
 
 
 def float64_outputs(kind: Counterpart, theirs: Any, several: Sequence[Inputs]) -> list[Tensor]:
@@ -152,9 +152,11 @@ def float64_outputs(kind: Counterpart, theirs: Any, several: Sequence[Inputs]) -
     if choose_experts is not None:
         choose_experts("eager")  # the other forms know no float64
     theirs = theirs.double()
-    wide = [{name: x.double() if x.is_floating_point() else x for name, x in inputs.items()} for inputs in several]
+    double_inputs = [
+        {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()} for inputs in several
+    ]
     with computing_in_float64():  # else norms and softmax would still be computed in float32
-        return [kind.theirs(theirs, inputs).double() for inputs in wide]
+        return [kind.theirs(theirs, inputs).double() for inputs in double_inputs]
 
 
 def unread_keys(keys: Any) -> tuple[str, ...]:

@@ -75,13 +75,13 @@ def weight_views(model: nn.Module, table: WeightMap) -> dict[str, WeightView]:
             "merge or remove what was added by hand; a technique would be in the model's spec"
         )
     row_sizes = packed_row_sizes(model)
-    found = {
+    views = {
         name: WeightView(path, view, MERGED.get(type(table[path])))
         for path in ours
         for name, view in entry_views(table[path], row_sizes.get(path, ()))
     }
-    assert len(found) >= len(ours), "a weight map names one published tensor twice"
-    return found
+    assert len(views) >= len(ours), "a weight map names one published tensor twice"
+    return views
 
 
 def entry_views(published: PublishedWeight, sizes: tuple[int, ...]) -> Iterator[tuple[str, View]]:
@@ -129,13 +129,13 @@ def packed_row_sizes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Parameters that are several projections stacked by rows, with the rows of each."""
     packed = PackedLinear | QuantizedPackedLinear
     modules = ((path, module) for path, module in model.named_modules() if isinstance(module, packed))
-    found = {f"{path}.{kind}": tuple(m.parts.values()) for path, m in modules for kind in ("weight", "bias")}
+    sizes = {f"{path}.{kind}": tuple(m.parts.values()) for path, m in modules for kind in ("weight", "bias")}
     for path, module in model.named_modules():
         if isinstance(module, Experts):
-            found[f"{path}.gate_up"] = (module.down.shape[2],) * 2
+            sizes[f"{path}.gate_up"] = (module.down.shape[2],) * 2
         elif isinstance(module, PerHeadLayerNorm):
-            found[f"{path}.weight"] = (module.head_dim,) * module.num_heads
-    return found
+            sizes[f"{path}.weight"] = (module.head_dim,) * module.num_heads
+    return sizes
 
 
 def export_weight_map(model: nn.Module, table: WeightMap) -> WeightMap:
@@ -143,8 +143,8 @@ def export_weight_map(model: nn.Module, table: WeightMap) -> WeightMap:
     have none and keep ours."""
     if not model.spec.techniques:  # type: ignore[union-attr]
         return table
-    found = {name: table.get(strip_wrapper_names(name), name) for name, _ in model.named_parameters()}
-    return found | ({HEAD: SCORE} if find_score_head(model) is not None else {})
+    entries = {name: table.get(strip_wrapper_names(name), name) for name, _ in model.named_parameters()}
+    return entries | ({HEAD: SCORE} if find_score_head(model) is not None else {})
 
 
 def technique_parameters(model: nn.Module, table: WeightMap) -> set[str]:
@@ -168,9 +168,9 @@ def compact_names(names: Iterable[str]) -> str:
         first = re.search(r"(?<=\.)\d+(?=\.)", name)
         pattern = name if first is None else f"{name[: first.start()]}\0{name[first.end() :]}"
         numbers.setdefault(pattern, set()).update([] if first is None else [int(first.group())])
-    told = [pattern.replace("\0", format_ranges(found)) for pattern, found in sorted(numbers.items())]
-    rest = f" and {len(told) - MOST_NAMES} more kinds" if len(told) > MOST_NAMES else ""
-    return ", ".join(told[:MOST_NAMES]) + rest
+    lines = [pattern.replace("\0", format_ranges(layer_numbers)) for pattern, layer_numbers in sorted(numbers.items())]
+    rest = f" and {len(lines) - MOST_NAMES} more kinds" if len(lines) > MOST_NAMES else ""
+    return ", ".join(lines[:MOST_NAMES]) + rest
 
 
 def format_ranges(numbers: set[int]) -> str:

@@ -112,8 +112,8 @@ class WholeParameters:
         self.untie(module)
         place = self.views[f"{module}.weight"]
         weight = self.model.get_parameter(place.parameter)
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        A, B = pair.A.to(wide), pair.B.to(wide)
+        float_weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        A, B = pair.A.to(float_weight), pair.B.to(float_weight)
         delta = scale * (B @ A if module == LM_HEAD else (B @ A).mT)
         if delta.shape != weight.shape:
             raise DataError(
@@ -121,12 +121,12 @@ class WholeParameters:
             )
         if is_dora:
             dim = 0 if module == LM_HEAD else 1
-            edited = wide + delta
+            edited = float_weight + delta
             norm = row_norms(edited if dim == 0 else edited.mT)
-            gain = pair.magnitude.to(wide).flatten() / norm  # type: ignore[union-attr]
+            gain = pair.magnitude.to(float_weight).flatten() / norm  # type: ignore[union-attr]
             weight.copy_(edited * (gain[:, None] if dim == 0 else gain))
         else:
-            weight.copy_(wide + delta)
+            weight.copy_(float_weight + delta)
         self.touched.add(place.parameter)
 
     def matrix(self, module: str) -> Tensor:
@@ -155,13 +155,13 @@ class WholeParameters:
 
 def read_score_head(file: Path, outputs: int) -> ScoreHead:
     """The head of an adapter's file, with what its scores mean where the header says it (`head_metadata`)."""
-    with safe_open(file, framework="np") as held:
-        said = held.metadata() or {}
+    with safe_open(file, framework="np") as stored:
+        metadata = stored.metadata() or {}
     try:
-        labels = json.loads(said.get("labels", "[]"))
+        labels = json.loads(metadata.get("labels", "[]"))
     except ValueError:
         labels = []
     is_named = isinstance(labels, list) and len(labels) == outputs
-    kind: Any = said.get("problem_type")
+    kind: Any = metadata.get("problem_type")
     kind = kind if kind in PROBLEM_TYPES else SINGLE_LABEL
     return ScoreHead(outputs, tuple(map(str, labels)) if is_named else (), problem_type=kind)

@@ -77,19 +77,19 @@ def read_package(file: Path) -> dict[str, bytes]:
     if not file.is_file():
         raise UsageError(f"--wllama {file}: no such file or folder; {REMEDY}")
     names = {f"package/{one.path}": name for name, one in FILES.items()}
-    found = {}
+    contents = {}
     try:
         with tarfile.open(file, "r:gz") as archive:
             for member in archive:
                 tarfile.data_filter(member, tempfile.gettempdir())
                 if member.name in names and member.isreg() and member.size <= MAX_MEMBER_BYTES:
                     content = archive.extractfile(member)
-                    found[names[member.name]] = content.read() if content else b""
+                    contents[names[member.name]] = content.read() if content else b""
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise DataError(f"{file} is no package of npm: {error}; {REMEDY}") from None
-    if missing := [name for name in FILES if name not in found]:
+    if missing := [name for name in FILES if name not in contents]:
         raise DataError(f"{file} is no package of wllama: {FILES[missing[0]].path} is missing; {REMEDY}")
-    return check_files(found, file)
+    return check_files(contents, file)
 
 
 def check_files(files: dict[str, bytes], source: Path) -> dict[str, bytes]:
@@ -123,6 +123,6 @@ def download_package() -> dict[str, bytes]:
 def find_npm_reason(stderr: str) -> str:
     """The sentence of npm's error, among its codes and its advice; its last line where it is in another form."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["no reason given"]
-    said = [line.removeprefix("npm error ") for line in lines if line.startswith("npm error ")]
-    sentences = [one for one in said if one.split()[0] not in NPM_FIELDS]
-    return (sentences or said or lines[-1:])[0][:200]
+    error_lines = [line.removeprefix("npm error ") for line in lines if line.startswith("npm error ")]
+    sentences = [one for one in error_lines if one.split()[0] not in NPM_FIELDS]
+    return (sentences or error_lines or lines[-1:])[0][:200]

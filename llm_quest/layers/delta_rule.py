@@ -137,10 +137,10 @@ class ChunkBoundaries(NamedTuple):
 
 def chunk_boundaries(segments: Int[Tensor, "N B C"], num_heads: int) -> ChunkBoundaries:
     following = torch.cat((segments[1:, :, 0], segments[-1:, :, -1]))
-    found = ChunkBoundaries(
+    boundaries = ChunkBoundaries(
         segments[..., :, None] == segments[..., None, :], segments == segments[..., :1], segments[..., -1] == following
     )
-    return ChunkBoundaries(*(part.repeat_interleave(num_heads, dim=1) for part in found))
+    return ChunkBoundaries(*(part.repeat_interleave(num_heads, dim=1) for part in boundaries))
 
 
 def chunk_segment_ids(segments: Int[Tensor, "B T"], pad_length: int, chunk_size: int) -> Int[Tensor, "N B C"]:

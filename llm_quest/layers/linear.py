@@ -152,8 +152,8 @@ def find_row_slice(parts: Mapping[str, int], name: str) -> slice:
 
 def row_splits(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Parameters that are several matrices stacked by rows, and how many rows each has (Muon works on each alone)."""
-    found = ((path, module) for path, module in model.named_modules() if isinstance(module, HasPackedRows))
-    return {f"{path}.{name}": rows for path, module in found for name, rows in module.packed_rows().items()}
+    packed_modules = ((path, module) for path, module in model.named_modules() if isinstance(module, HasPackedRows))
+    return {f"{path}.{name}": rows for path, module in packed_modules for name, rows in module.packed_rows().items()}
 
 
 @torch.no_grad()

@@ -132,5 +132,8 @@ def select_rows(candidates: Sequence[Tensor | None], picked: Sequence[int], like
     if len(set(picked)) == 1:
         only = candidates[picked[0]]
         return torch.zeros_like(like) if only is None else only
-    rows = [torch.zeros_like(like[b]) if (found := candidates[at]) is None else found[b] for b, at in enumerate(picked)]
+    rows = [
+        torch.zeros_like(like[b]) if (candidate := candidates[at]) is None else candidate[b]
+        for b, at in enumerate(picked)
+    ]
     return torch.stack(rows)

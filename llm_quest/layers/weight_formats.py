@@ -135,8 +135,8 @@ def fit_minimum(groups: Float[Tensor, "*rows G g"]) -> tuple[Float[Tensor, "*row
             scale, minimum = round_scale(scale), to_bfloat16(minimum)
             codes = ((groups - minimum) / scale).round().clamp(0, 15)
             error = (codes * scale + minimum - groups).square().sum(dim=-1, keepdim=True)
-            found = (error, scale, minimum, codes)
-            best = tuple(torch.where(error < best[0], new, old) for new, old in zip(found, best, strict=True))
+            fit = (error, scale, minimum, codes)
+            best = tuple(torch.where(error < best[0], new, old) for new, old in zip(fit, best, strict=True))
             scale, minimum = fit_line(codes, groups)
     _, scale, minimum, codes = best
     return torch.stack((scale[..., 0], minimum[..., 0]), dim=-2), codes

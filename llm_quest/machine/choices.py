@@ -122,7 +122,7 @@ def choose_few_row_kernel(profile: MachineProfile) -> Resolved[FewRows]:
 
 def _choose_rows(gains: Mapping[str, Mapping[int, float]], nothing: str) -> Resolved[FewRows]:
     """dtype -> rows -> the gain of a form, as the ranges in which it is taken."""
-    ranges = {dtype: found for dtype, of_dtype in gains.items() if (found := _longest_range(of_dtype))}
+    ranges = {dtype: row_range for dtype, of_dtype in gains.items() if (row_range := _longest_range(of_dtype))}
     words = (f"{dtype} {gains[dtype][first]:.1f} times as fast at {first} rows" for dtype, (first, _) in ranges.items())
     return Resolved(ranges, "; ".join(words) or nothing)
 

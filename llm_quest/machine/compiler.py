@@ -84,8 +84,8 @@ def _compile_trial(path: str, folder: Path, timeout: float) -> str:
             return f"{path} did not compile five lines in {timeout:.3g} s"
     if code:
         lines = messages.read_text(encoding="utf-8", errors="replace").splitlines()
-        said = next((line.strip() for line in lines if "error" in line.lower()), "no message")
-        return f"{path} fails on five lines ({said[:200]})"
+        reason = next((line.strip() for line in lines if "error" in line.lower()), "no message")
+        return f"{path} fails on five lines ({reason[:200]})"
     try:
         ctypes.CDLL(str(library))
     except OSError as error:

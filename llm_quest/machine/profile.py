@@ -159,9 +159,9 @@ def load_compiler(log: LogFn = lambda text: None) -> CompilerTrial:
     """The C++ compiler of this machine, tried when it is first needed. What does not work is tried again by the next
     process; a profile that is given by file keeps its own."""
     profile = load_profile(log)
-    found = profile.compiler
-    if found is not None and (profile.given or (found.works and found.path == find_cpp_compiler())):
-        return found
+    measured = profile.compiler
+    if measured is not None and (profile.given or (measured.works and measured.path == find_cpp_compiler())):
+        return measured
     trial = try_cpp_compiler()
     _update_profile(replace(profile, compiler=trial))
     return trial

@@ -73,9 +73,9 @@ def encoder_names(config: Any, root: str, names: Mapping[str, str], norms: Mappi
         "blocks.{i}.feed_forward.layer.up": f"{layer}mlp.fc1",
         "blocks.{i}.feed_forward.layer.down": f"{layer}mlp.fc2",
     }
-    found: Names = {ours: root + theirs for ours, theirs in names.items()}
+    entries: Names = {ours: root + theirs for ours, theirs in names.items()}
     for kind in ("weight", "bias"):
-        found |= {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in parts.items()}
+        entries |= {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in parts.items()}
         qkv = (f"{layer}self_attn.{part}_proj.{kind}" for part in "qkv")
-        found[f"blocks.{{i}}.mixer.layer.qkv.{kind}"] = ConcatRows(*qkv)
-    return found | ({"head.weight": head} if config.projection_dim else {})
+        entries[f"blocks.{{i}}.mixer.layer.qkv.{kind}"] = ConcatRows(*qkv)
+    return entries | ({"head.weight": head} if config.projection_dim else {})

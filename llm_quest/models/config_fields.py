@@ -71,13 +71,13 @@ def default_per_layer(config_class: type, given: Json) -> dict[str, Any]:
     them is read. What follows from a number that is missing too is left out."""
     fields = dataclasses.fields(config_class)
     defaults = {field.name: field.default for field in fields if field.default is not MISSING}
-    values, found = SimpleNamespace(**{**defaults, **given, "json": given}), {}
+    values, per_layer = SimpleNamespace(**{**defaults, **given, "json": given}), {}
     for field in fields:
         if field.metadata.get("per_layer") and field.name not in given:
             with suppress(AttributeError, TypeError):
-                found[field.name] = field.metadata["read"](values, field, None)
-                setattr(values, field.name, found[field.name])
-    return found
+                per_layer[field.name] = field.metadata["read"](values, field, None)
+                setattr(values, field.name, per_layer[field.name])
+    return per_layer
 
 
 def unwritten(value: Any, config: Any) -> dict[str, Any]:

@@ -91,13 +91,13 @@ def read_part(
         raise DataError(
             f"config.json: {field} is {type(part).__name__}; it must be an object with the numbers of that part"
         )
-    said = part.get("model_type", kind)
+    model_type = part.get("model_type", kind)
     for family in families:
-        if said in family.model_types:
-            known = defaults if said == kind else {}
-            return family.read({**known, "model_type": said, **part, **outside})
+        if model_type in family.model_types:
+            known = defaults if model_type == kind else {}
+            return family.read({**known, "model_type": model_type, **part, **outside})
     listed = " or ".join(kind if kind in family.model_types else family.model_type for family in families)
-    raise DataError(f"config.json: {field} has model_type {said!r}; here it may be {listed}")
+    raise DataError(f"config.json: {field} has model_type {model_type!r}; here it may be {listed}")
 
 
 def family_among(families: Sequence[Family], config: Any) -> Family:

@@ -122,7 +122,7 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     normed = tuple(path for path, one in modules.items() if isinstance(one, Sublayer) and has_gain(one.post_norm))
     gates = {id(one.shared_gate) for one in modules.values() if isinstance(one, MixtureOfExperts)}
     routers = {id(one.router) for one in modules.values() if isinstance(one, MixtureOfExperts)}
-    found = {}
+    roles = {}
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
         module = modules[path]
@@ -146,8 +146,8 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
         else:
             assert leaf in ("weight", "gate_up", "down"), f"{name} has no role: what is it?"
             role = "hidden"
-        found[name] = role
-    return found
+        roles[name] = role
+    return roles
 
 
 def reads_raw_stream(model: nn.Module) -> bool:
@@ -182,7 +182,7 @@ def scale_parameters(model: Any, base: Any, kind: str) -> dict[str, ParameterSca
     scale = getattr(model.embed, "scale", 1.0) / getattr(base.embed, "scale", 1.0)
     scale *= INITIAL_STD if reads_raw_stream(model) else 1.0
     tied = model.head.weight is model.embed.token.weight
-    found = {}
+    scaled = {}
     for name, role in parameter_roles(model).items():
         parameter = model.get_parameter(name)
         twin = twins[name]
@@ -192,8 +192,8 @@ def scale_parameters(model: Any, base: Any, kind: str) -> dict[str, ParameterSca
         ratios = SizeRatios(fan_in, width, depth if in_block else 1.0, 1.0 if positions else scale, tied)
         own = matrix_shapes(tuple(parameter.shape), rows.get(name))
         theirs = matrix_shapes(shapes[twin], base_rows.get(twin))
-        found[name] = parameter_scale(role, ratios, writes_depth_scaled(name), depth, own, theirs)
-    return found
+        scaled[name] = parameter_scale(role, ratios, writes_depth_scaled(name), depth, own, theirs)
+    return scaled
 
 
 def parameter_scale(
@@ -231,7 +231,7 @@ def twin_names(model: nn.Module, base: nn.Module) -> dict[str, str]:
     """Each parameter's name -> that of the base's which is this one: of the same block where its parts are the same,
     else of the first block with these parts."""
     mine, theirs = block_parts(model), block_parts(base)
-    found = {}
+    twins = {}
     for (kind, number), parts in mine.items():
         alike = [one for (other, one), named in theirs.items() if other == kind and named == parts]
         if not alike:
@@ -239,18 +239,18 @@ def twin_names(model: nn.Module, base: nn.Module) -> dict[str, str]:
             raise UsageError(f"parametrization.base has nothing like {where}: give it the same kinds of layers")
         twin = number if number in alike else alike[0]
         for tail, _ in parts:
-            found[".".join(filter(None, (kind, number, tail)))] = ".".join(filter(None, (kind, twin, tail)))
-    return found
+            twins[".".join(filter(None, (kind, number, tail)))] = ".".join(filter(None, (kind, twin, tail)))
+    return twins
 
 
 def block_parts(model: nn.Module) -> dict[tuple[str, str], list[tuple[str, int]]]:
     """(`blocks`, number) -> the names and dimensions of its parameters; (`embed`, empty) for what is there once."""
-    found: dict[tuple[str, str], list[tuple[str, int]]] = {}
+    parts_of_block: dict[tuple[str, str], list[tuple[str, int]]] = {}
     for name, parameter in model.named_parameters():
         first, _, rest = name.partition(".")
         number, tail = rest.split(".", 1) if first in ("blocks", "mtp_modules") else ("", rest)
-        found.setdefault((first, number), []).append((tail, parameter.ndim))
-    return found
+        parts_of_block.setdefault((first, number), []).append((tail, parameter.ndim))
+    return parts_of_block
 
 
 def require_equal_logits_scale(model: nn.Module, base: nn.Module) -> None:

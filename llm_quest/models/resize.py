@@ -78,14 +78,14 @@ def repeat_pattern(pattern: tuple[Any, ...], layers: int) -> tuple[Any, ...]:
 
 def differing_sizes(config: Any, other: Any) -> dict[str, Any]:
     """The fields of `other` that `config` has otherwise, parts as mappings."""
-    found: dict[str, Any] = {}
+    differing: dict[str, Any] = {}
     for name in field_names(config):
         mine, theirs = getattr(config, name), getattr(other, name)
         if mine == theirs:
             continue
         nested = dataclasses.is_dataclass(mine) and dataclasses.is_dataclass(theirs)
-        found[name] = differing_sizes(mine, theirs) if nested else theirs
-    return found
+        differing[name] = differing_sizes(mine, theirs) if nested else theirs
+    return differing
 
 
 def field_names(config: Any) -> tuple[str, ...]:

@@ -93,8 +93,8 @@ def multi_label_loss(
     """Binary cross-entropy of every label. metrics: accuracy (all labels of a text are right), micro_f1."""
     smoothed = ((1 - label_smoothing) * targets + label_smoothing / 2).to(logits)
     total = F.binary_cross_entropy_with_logits(logits, smoothed, pos_weight=pos_weight, reduction="sum")
-    found, wanted = logits > 0, targets > 0.5
+    predicted, wanted = logits > 0, targets > 0.5
     rows = torch.full_like(total.detach(), len(targets))
-    num_correct = (found == wanted).all(dim=1).sum(dtype=torch.float32)
-    overlap, said = 2 * (found & wanted).sum(dtype=torch.float32), (found.sum() + wanted.sum()).float()
-    return Loss(total, rows * targets.shape[1], {"accuracy": (num_correct, rows), "micro_f1": (overlap, said)})
+    num_correct = (predicted == wanted).all(dim=1).sum(dtype=torch.float32)
+    overlap, label_counts = 2 * (predicted & wanted).sum(dtype=torch.float32), (predicted.sum() + wanted.sum()).float()
+    return Loss(total, rows * targets.shape[1], {"accuracy": (num_correct, rows), "micro_f1": (overlap, label_counts)})

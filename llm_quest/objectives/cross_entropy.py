@@ -101,16 +101,16 @@ def chunked_head_loss(
     """The sum of a loss of the head's logits, computed for CHUNK_ROWS rows at a time, and its gradients in x and weight
     where they are needed. Sums are in float32 or wider."""
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    wide = torch.promote_types(dtype, torch.float32)
+    sum_dtype = torch.promote_types(dtype, torch.float32)
     W = weight.to(dtype)
     dx = torch.empty_like(x) if needs_grad[0] else None
-    dW = torch.zeros_like(weight, dtype=wide) if needs_grad[1] else None
-    total = x.new_zeros((), dtype=wide)
+    dW = torch.zeros_like(weight, dtype=sum_dtype) if needs_grad[1] else None
+    total = x.new_zeros((), dtype=sum_dtype)
     with torch.autocast(x.device.type, enabled=False):
         for first in range(0, x.shape[0], CHUNK_ROWS):
             rows = slice(first, first + CHUNK_ROWS)
             x_rows = x[rows].to(dtype)
-            logits = F.linear(x_rows, W).to(wide)
+            logits = F.linear(x_rows, W).to(sum_dtype)
             capped = None if softcap is None else torch.tanh(logits / softcap)
             loss, g = logits_loss(
                 logits if softcap is None or capped is None else softcap * capped, rows, any(needs_grad)

@@ -131,8 +131,8 @@ class ChunkedDivergence(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else teacher_hidden.dtype
         W = teacher_weight.to(dtype)
 
-        def teacher_log_probs(rows: slice, wide: torch.dtype) -> Tensor:
-            logits = F.linear(teacher_hidden[rows].to(dtype), W).to(wide)
+        def teacher_log_probs(rows: slice, sum_dtype: torch.dtype) -> Tensor:
+            logits = F.linear(teacher_hidden[rows].to(dtype), W).to(sum_dtype)
             return log_softmax_at(softcap_logits(logits, teacher_softcap), temperature)
 
         def loss_and_grad(logits: Tensor, rows: slice, needs_grad: bool) -> tuple[Tensor, Tensor | None]:

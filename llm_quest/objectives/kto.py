@@ -103,12 +103,12 @@ class KTOLoss(nn.Module):
 
     def metrics(self, log_p: Tensor, r: Tensor, z: Tensor, batch: UnpairedBatch) -> dict[str, tuple[Tensor, Tensor]]:
         good, rows = batch.desirable.to(r.dtype), torch.ones_like(r).sum()
-        found = {}
+        metrics = {}
         for side, is_on in (("chosen", good), ("rejected", 1 - good)):
-            found[f"rewards/{side}"] = ((self.loss.beta * r * is_on).sum(), is_on.sum())
-            found[f"logps/{side}"] = ((log_p * is_on).sum(), is_on.sum())
-        found["rewards/accuracy"] = (((r > z) == batch.desirable).to(r.dtype).sum(), rows)
-        return found | {"kl": (z * rows, rows)}
+            metrics[f"rewards/{side}"] = ((self.loss.beta * r * is_on).sum(), is_on.sum())
+            metrics[f"logps/{side}"] = ((log_p * is_on).sum(), is_on.sum())
+        metrics["rewards/accuracy"] = (((r > z) == batch.desirable).to(r.dtype).sum(), rows)
+        return metrics | {"kl": (z * rows, rows)}
 
 
 @torch.no_grad()
@@ -141,14 +141,14 @@ def reference_point(parts: Sequence[tuple[float, int]]) -> Float[Tensor, ""]:
 def balance_note(desirable: int, undesirable: int, desirable_weight: float, undesirable_weight: float) -> str:
     """The counts of labels, and where the weighted ratio of both sides is outside 1 to 4/3 (arXiv:2402.01306,
     section 4.2) the weight that puts it inside."""
-    told = f"labels: {desirable:,} desirable, {undesirable:,} undesirable answers"
+    counts_line = f"labels: {desirable:,} desirable, {undesirable:,} undesirable answers"
     if not desirable or not undesirable:
-        return f"{told}; one side alone teaches no difference"
+        return f"{counts_line}; one side alone teaches no difference"
     ratio = desirable_weight * desirable / (undesirable_weight * undesirable)
     if 1 <= ratio <= 4 / 3:
-        return told
+        return counts_line
     if ratio < 1:
         weight = undesirable_weight * undesirable / desirable
-        return f"{told}; KTO's paper advises desirable_weight={weight:.3g} to {4 / 3 * weight:.3g}"
+        return f"{counts_line}; KTO's paper advises desirable_weight={weight:.3g} to {4 / 3 * weight:.3g}"
     weight = desirable_weight * desirable / undesirable
-    return f"{told}; KTO's paper advises undesirable_weight={3 / 4 * weight:.3g} to {weight:.3g}"
+    return f"{counts_line}; KTO's paper advises undesirable_weight={3 / 4 * weight:.3g} to {weight:.3g}"

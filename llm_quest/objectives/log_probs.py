@@ -45,8 +45,8 @@ def log_probs_from_hidden(
     is_target = targets != IGNORE_INDEX
     x, head = h[is_target], model.head
     form = full_log_probs if x.shape[0] * head.weight.shape[0] * 4 <= MAX_FULL_LOGITS_BYTES else chunked_log_probs
-    found = form(x, head.weight, targets[is_target], head.softcap, temperature)
-    return found.new_zeros(targets.shape).masked_scatter(is_target, found)
+    log_probs = form(x, head.weight, targets[is_target], head.softcap, temperature)
+    return log_probs.new_zeros(targets.shape).masked_scatter(is_target, log_probs)
 
 
 def full_log_probs(
@@ -139,8 +139,8 @@ def token_entropies(
         checkpoint(head_entropy, x, head.weight, head.softcap, temperature, use_reentrant=False)
         for x in h[learned].split(CHUNK_ROWS)
     ]
-    found = torch.cat(parts)
-    return found.new_zeros(targets.shape).masked_scatter(learned, found)
+    entropies = torch.cat(parts)
+    return entropies.new_zeros(targets.shape).masked_scatter(learned, entropies)
 
 
 def head_entropy(

@@ -225,8 +225,8 @@ class PolicyGradientLoss(nn.Module):
             summed["kl"] = k3(terms.log_p, batch.reference_log_probs, terms.log_ratio)
         if entropies is not None:
             summed["entropy_exact"] = entropies
-        found = {name: (torch.where(loss_mask, value, 0.0).sum(), tokens) for name, value in summed.items()}
-        return found | {
+        metrics = {name: (torch.where(loss_mask, value, 0.0).sum(), tokens) for name, value in summed.items()}
+        return metrics | {
             name: (tokens.new_tensor(a), tokens.new_tensor(b)) for name, (a, b) in batch.metric_sums.items()
         }
 

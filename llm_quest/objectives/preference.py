@@ -96,8 +96,8 @@ def relative_log_probs(
     *, average: bool,
 ) -> Float[Tensor, " R"]:  # fmt: skip
     """log p - log p_ref of each answer, or log p alone; average: per token of the answer."""
-    found = policy_log_probs if reference_log_probs is None else policy_log_probs - reference_log_probs
-    return found / (targets != IGNORE_INDEX).sum(dim=1) if average else found
+    relative = policy_log_probs if reference_log_probs is None else policy_log_probs - reference_log_probs
+    return relative / (targets != IGNORE_INDEX).sum(dim=1) if average else relative
 
 
 def log_ratio_pairs(

@@ -43,6 +43,6 @@ class ProcessRewardLoss(nn.Module):
 
     def metrics(self, s: Tensor, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         p, right = torch.sigmoid(s), (y > 0.5).to(s.dtype)
-        found = {"accuracy": (((s > 0) == (y > 0.5)).to(s.dtype).sum(), torch.ones_like(s).sum())}
-        found["score/right"] = ((p * right).sum(), right.sum())
-        return found | {"score/wrong": ((p * (1 - right)).sum(), (1 - right).sum())}
+        metrics = {"accuracy": (((s > 0) == (y > 0.5)).to(s.dtype).sum(), torch.ones_like(s).sum())}
+        metrics["score/right"] = ((p * right).sum(), right.sum())
+        return metrics | {"score/wrong": ((p * (1 - right)).sum(), (1 - right).sum())}

@@ -41,12 +41,12 @@ ROW_READOUTS = ("last_token", "mean_tokens")
 def step_ends(ids: Sequence[int], start: int, separator: Sequence[int]) -> list[int]:
     """The index of each step's last token: where the ids from `start` on are the separator's, and the last of all."""
     size = len(separator)
-    found = [
+    ends = [
         end
         for end in range(start + size - 1, len(ids))
         if size and tuple(ids[end - size + 1 : end + 1]) == tuple(separator)
     ]
-    return found if found and found[-1] == len(ids) - 1 else [*found, len(ids) - 1]
+    return ends if ends and ends[-1] == len(ids) - 1 else [*ends, len(ids) - 1]
 
 
 def token_scores(model: Any, rows: Sequence[Sequence[int]]) -> list[Float[Tensor, " T"]]:

@@ -78,11 +78,11 @@ class ClippedSurrogate:
         unclipped = rho if self.delta is None else rho.clamp(max=self.delta)
         clipped = rho.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
         objective = torch.minimum(unclipped * A, clipped * A)
-        held = (torch.where(unclipped * A <= clipped * A, unclipped, clipped) != rho) & (A != 0)
+        clipped_away = (torch.where(unclipped * A <= clipped * A, unclipped, clipped) != rho) & (A != 0)
         if self.dual is not None:
-            held = held | ((A < 0) & (objective < self.dual * A))
+            clipped_away = clipped_away | ((A < 0) & (objective < self.dual * A))
             objective = torch.where(A < 0, torch.maximum(objective, self.dual * A), objective)
-        return objective, held
+        return objective, clipped_away
 
 
 @dataclass(frozen=True)

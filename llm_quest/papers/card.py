@@ -35,8 +35,11 @@ class PaperCard:
     @property
     def deciding(self) -> SizeResult:
         """The largest size that is decided, otherwise the largest one."""
-        found = list(self.sizes.values())[::-1]
-        return next((one for one in found if size_verdict(self.paper, one) in ("confirmed", "refuted")), found[0])
+        largest_first = list(self.sizes.values())[::-1]
+        return next(
+            (one for one in largest_first if size_verdict(self.paper, one) in ("confirmed", "refuted")),
+            largest_first[0],
+        )
 
     @property
     def verdict(self) -> str:
@@ -63,24 +66,26 @@ class PaperCard:
 
     def lines(self) -> list[str]:
         result = [f"{self.paper.title} (arXiv:{self.paper.arxiv})", self.paper.claim, ""]
-        for size, found in self.sizes.items():
-            result += [f"{size}: {size_verdict(self.paper, found)}"]
-            result += [f"  {line}" for verdict in found["verdicts"] for line in describe_found(self.paper, verdict)]
+        for size, size_result in self.sizes.items():
+            result += [f"{size}: {size_verdict(self.paper, size_result)}"]
+            result += [
+                f"  {line}" for verdict in size_result["verdicts"] for line in describe_found(self.paper, verdict)
+            ]
         return [*result, *([self.trend] if self.trend else []), f"verdict: {self.verdict}", f"card: {self.file}"]
 
 
 def claim_verdict(paper: Paper, result: SizeResult) -> Mapping[str, Any]:
     """The verdict of the claim's arm."""
-    found: Mapping[str, Any] = next(one for one in result["verdicts"] if one["arm"] == next(iter(paper.arms)))
-    return found
+    verdict: Mapping[str, Any] = next(one for one in result["verdicts"] if one["arm"] == next(iter(paper.arms)))
+    return verdict
 
 
 def size_verdict(paper: Paper, result: SizeResult) -> str:
     """Undecided where every pair is identical: what the claim is about did nothing in these runs."""
-    found = claim_verdict(paper, result)
-    if found["differences"] and not any(found["differences"]):
+    verdict = claim_verdict(paper, result)
+    if verdict["differences"] and not any(verdict["differences"]):
         return "undecided"
-    return judge(paper.expect, found["outcome"])
+    return judge(paper.expect, verdict["outcome"])
 
 
 def describe_found(paper: Paper, verdict: Mapping[str, Any]) -> list[str]:
@@ -102,8 +107,8 @@ def describe_trend(paper: Paper, sizes: Mapping[str, SizeResult]) -> str:
         grows     c > 0          fades     c < 0          turns     the two intervals lie on different sides of 0
         holds     -delta < c < delta                      unclear   otherwise"""
     means, halves = [], []
-    for found in (claim_verdict(paper, result) for result in sizes.values()):
-        low, high = sequential_interval(found["differences"], paper.cap, 0.1)
+    for verdict in (claim_verdict(paper, result) for result in sizes.values()):
+        low, high = sequential_interval(verdict["differences"], paper.cap, 0.1)
         means.append((low + high) / 2)
         halves.append((high - low) / 2)
     if len(means) < 2 or not all(map(math.isfinite, halves)):
@@ -134,8 +139,8 @@ def write_card(paper: Paper, sizes: Mapping[str, SizeResult], out: Path) -> Pape
 
 def load_card(paper: Paper, out: Path) -> PaperCard | None:
     """The card in a folder, if it is of this claim."""
-    found = load_sizes(paper, out / f"{paper.name}.json")
-    return PaperCard(paper, found, out / f"{paper.name}.md") if found else None
+    sizes = load_sizes(paper, out / f"{paper.name}.json")
+    return PaperCard(paper, sizes, out / f"{paper.name}.md") if sizes else None
 
 
 def load_sizes(paper: Paper, file: Path) -> dict[str, SizeResult]:
@@ -146,11 +151,11 @@ def load_sizes(paper: Paper, file: Path) -> dict[str, SizeResult]:
     with damaged_file_errors(file, remedy):
         if content["claim"] != paper.hash or not content["sizes"]:
             return {}
-        found = dict(content["sizes"])
-        card = PaperCard(paper, found, file)
+        sizes = dict(content["sizes"])
+        card = PaperCard(paper, sizes, file)
         parts = [*card_parts(card), card.summary()]
         assert all(parts), "nothing of a card is empty"
-    return found
+    return sizes
 
 
 def card_parts(card: PaperCard) -> Iterator[str]:
@@ -187,8 +192,8 @@ def arm_words(paper: Paper) -> Iterator[str]:
 def verdict_words(card: PaperCard) -> str:
     parts = []
     for size, result in card.sizes.items():
-        found = describe_found(card.paper, claim_verdict(card.paper, result))
-        parts.append(f"At {size} {found[0]}; {found[1].strip() if len(found) > 1 else ''}")
+        lines = describe_found(card.paper, claim_verdict(card.paper, result))
+        parts.append(f"At {size} {lines[0]}; {lines[1].strip() if len(lines) > 1 else ''}")
     return ". ".join([*parts, *([card.trend] if card.trend else [])]) + "."
 
 
@@ -201,11 +206,11 @@ def table_rows(card: PaperCard) -> Iterator[str]:
             values = [value for value in arm["values"] if value is not None]
             tried = f" ({', '.join(sorted(arm['rates'], key=float))})" if arm["rates"] else ""
             mean = f"{statistics.fmean(values):.4f}" if values else "diverged"
-            found = verdicts.get(name)
+            verdict = verdicts.get(name)
             last = ("", "", "")
-            if found:
-                evidence = f"{found['evidence'][-1]:.3g} of {found['threshold']:.3g}" if found["evidence"] else ""
-                last = (describe_effect(found), str(found["pairs"]), evidence)
+            if verdict:
+                evidence = f"{verdict['evidence'][-1]:.3g} of {verdict['threshold']:.3g}" if verdict["evidence"] else ""
+                last = (describe_effect(verdict), str(verdict["pairs"]), evidence)
             cells = (size, name, f"{arm['parameters']:,}", f"{arm['steps']:,}", f"{arm['learning_rate']:g}{tried}")
             yield f"| {' | '.join((*cells, mean, *last))} |"
 
@@ -231,9 +236,10 @@ def details(card: PaperCard) -> Iterator[str]:
 
 def secondary_lines(verdict: Mapping[str, Any]) -> Iterator[str]:
     """Differences in the metrics that decide nothing, where there are any."""
-    for metric, found in verdict["secondary"].items():
-        if found["mean"]:
-            yield f"{verdict['arm']}, {metric}, arm - control: mean {found['mean']:+.3g}, 95 % {describe_effect(found)}"
+    for metric, difference in verdict["secondary"].items():
+        if difference["mean"]:
+            mean, interval = f"{difference['mean']:+.3g}", describe_effect(difference)
+            yield f"{verdict['arm']}, {metric}, arm - control: mean {mean}, 95 % {interval}"
 
 
 def draw_differences(card: PaperCard) -> str:
@@ -262,5 +268,5 @@ def draw_differences(card: PaperCard) -> str:
 
 def shipped_verdicts() -> dict[str, dict[str, str]]:
     """What the package's own cards say, by name."""
-    found: dict[str, dict[str, str]] = json.loads(VERDICTS.read_text(encoding="utf-8"))
-    return found
+    verdicts: dict[str, dict[str, str]] = json.loads(VERDICTS.read_text(encoding="utf-8"))
+    return verdicts

@@ -121,9 +121,9 @@ def read_papers() -> dict[str, Paper]:
     """All claims by name, in the order of the files."""
     files = (file for file in sorted(FOLDER.glob("*.yaml")) if file.stem != BENCHES)
     rows = [row for file in files for row in yaml.safe_load(file.read_text(encoding="utf-8")).items()]
-    found = {name: Paper(name=name, **row) for name, row in rows}
-    assert len(found) == len(rows), "names are unique over all files"
-    return found
+    papers = {name: Paper(name=name, **row) for name, row in rows}
+    assert len(papers) == len(rows), "names are unique over all files"
+    return papers
 
 
 def judge(expect: str, outcome: str) -> str:

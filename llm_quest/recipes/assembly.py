@@ -167,14 +167,18 @@ def load_split_rows(
     rows = load_config_rows(config, read, drop_report, builtin=builtin, limit=limit)
     if config.validation is None:
         with report_skipped_rows(drop_report):
-            rows, held = split(rows, config.held_out) if config.held_out else (rows, [])
+            rows, held_out = split(rows, config.held_out) if config.held_out else (rows, [])
     else:
-        held = load_config_rows(config.of_validation, read, drop_report, builtin=builtin)
+        held_out = load_config_rows(config.of_validation, read, drop_report, builtin=builtin)
         known = {first_question_hash(one.prompt) for one in rows}
-        if shared := sum(first_question_hash(one.prompt) in known for one in held):
-            drop_report.note(f"{shared:,} of the {len(held):,} rows of data.validation: their prompt is trained on too")
-    part = choose_eval_part([1] * len(held), [first_question_hash(one.prompt) for one in held], config.eval_part)
-    return rows, [held[number] for number in part]
+        if shared := sum(first_question_hash(one.prompt) in known for one in held_out):
+            drop_report.note(
+                f"{shared:,} of the {len(held_out):,} rows of data.validation: their prompt is trained on too"
+            )
+    part = choose_eval_part(
+        [1] * len(held_out), [first_question_hash(one.prompt) for one in held_out], config.eval_part
+    )
+    return rows, [held_out[number] for number in part]
 
 
 @contextmanager
@@ -185,8 +189,8 @@ def report_skipped_rows(drop_report: DropReport) -> Iterator[None]:
     except DataError as error:
         if not drop_report.skipped:
             raise
-        told = f"{drop_report.describe_skipped()}, first: {drop_report.skipped_rows[0]}"
-        raise DataError(f"{error}\n{told}") from None
+        summary = f"{drop_report.describe_skipped()}, first: {drop_report.skipped_rows[0]}"
+        raise DataError(f"{error}\n{summary}") from None
 
 
 def log_remarks(drop_report: DropReport, log: LogFn) -> None:
@@ -205,12 +209,12 @@ def split_text(corpus: Corpus, data: TextDataConfig) -> CorpusSplit:
     if data.validation is None:
         return split_corpus(corpus, held_out=data.held_out)
     validation = load_config_corpus(data.of_validation)
-    held = validation.documents
+    held_out = validation.documents
     for line in validation.drop_report.remarks():
         corpus.drop_report.note(f"data.validation: {line}")
-    overlap = shingle_overlap(corpus.documents, held)
+    overlap = shingle_overlap(corpus.documents, held_out)
     corpus.drop_report.note(f"overlap: {overlap:.1%} of the runs of words of data.validation are trained on too")
-    return CorpusSplit(corpus, corpus.documents, tuple(held))
+    return CorpusSplit(corpus, corpus.documents, tuple(held_out))
 
 
 def load_any_tokenizer(name_or_path: str) -> Tokenizer:
@@ -270,11 +274,11 @@ MICRO_BATCH_TOKENS = 8192
 def micro_batch_rows(config: BatchedConfig, parallel: DistributedContext, length: int) -> int:
     """Rows of a micro-batch: the given number, else the largest equal part of this process's rows within
     MICRO_BATCH_TOKENS. length: tokens of the longest row."""
-    mine = config.batch_size // parallel.world_size
+    own_rows = config.batch_size // parallel.world_size
     if config.micro_batch_size is not None:
-        return min(config.micro_batch_size, mine)
-    most = max(1, min(mine, MICRO_BATCH_TOKENS // length))
-    return max(number for number in range(1, most + 1) if mine % number == 0)
+        return min(config.micro_batch_size, own_rows)
+    most = max(1, min(own_rows, MICRO_BATCH_TOKENS // length))
+    return max(number for number in range(1, most + 1) if own_rows % number == 0)
 
 
 def make_sharded_loader(
@@ -337,7 +341,7 @@ def apply_techniques(
     """Apply techniques to the model, in place and in order, and log what became trainable; returns those that act after
     every step. scores: whether the recipe trains a score head; the others need the head over the vocabulary."""
     callbacks: list[Callback] = []
-    told = trainable_summary(model) if entries else ""
+    summary = trainable_summary(model) if entries else ""
     for entry in entries:
         options = {key: value for key, value in entry.items() if key != "name"}
         one: Any = TypeAdapter(known_techniques()[entry["name"]]).validate_python(options)
@@ -349,8 +353,8 @@ def apply_techniques(
             assert edited is model, "a recipe's techniques edit in place"
         if isinstance(one, Callback):
             callbacks.append(one)
-        before, told = told, trainable_summary(model)
-        log(f"technique: {entry['name']}{told if told != before else ''}")
+        before, summary = summary, trainable_summary(model)
+        log(f"technique: {entry['name']}{summary if summary != before else ''}")
     if not scores and find_score_head(model) is not None:
         raise UsageError(
             "the model has a score head in place of the head over the vocabulary, which this recipe trains: leave the "
@@ -363,8 +367,8 @@ def trainable_summary(model: Any) -> str:
     """A phrase that names the adapted matrices, and the trained share of the model if it is not all of it."""
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in model.parameters())
-    found = adapter_addresses(model)
-    where = f" of {describe_addresses(found)} ({len(found)} matrices)" if found else ""
+    addresses = adapter_addresses(model)
+    where = f" of {describe_addresses(addresses)} ({len(addresses)} matrices)" if addresses else ""
     return where + (
         f"; {learned:,} of {whole:,} numbers are trained ({learned / whole:.3%})" if learned < whole else ""
     )

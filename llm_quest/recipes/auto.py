@@ -111,10 +111,10 @@ def choose_all(config: RunConfig, recorded: Mapping[str, Any], machine: Machine)
         value, reason = getattr(config, key), "asked for"
         if is_undecided(value):
             value, reason = recorded.get(key, value), KEPT
-        found = resolve(Resolved(value, reason), machine, config.model_copy(update=chosen))
-        chosen[key] = found.value
-        if found.reason:
-            machine.log(f"{label}: {describe_value(found.value)} ({found.reason})")
+        resolved = resolve(Resolved(value, reason), machine, config.model_copy(update=chosen))
+        chosen[key] = resolved.value
+        if resolved.reason:
+            machine.log(f"{label}: {describe_value(resolved.value)} ({resolved.reason})")
     return chosen
 
 
@@ -191,20 +191,20 @@ def resolve_muon_form(given: Resolved[str], machine: Machine, config: RunConfig)
     """Resolve the key `muon_form`. A long run builds and measures the kernel in C++ first. Without the kernel, a form
     that needs it is computed by its definition, and the reason says so."""
     if given.value != "auto":
-        found = given
+        resolved = given
     elif machine.profile is None:
         fast, why = bf16_support(machine.device)
-        found = Resolved("bfloat16" if fast else "float32", why)
+        resolved = Resolved("bfloat16" if fast else "float32", why)
     else:
         seconds = choices.estimate_run_seconds(machine.profile, machine.flops or 0.0, config.precision)
         builds = config.optim == "muon" and seconds >= MUON_KERNEL_SECONDS
-        found = choices.choose_muon_form(load_muon_rates(machine.log) if builds else machine.profile)
+        resolved = choices.choose_muon_form(load_muon_rates(machine.log) if builds else machine.profile)
     if config.optim != "muon":
-        return Resolved(found.value, "")
-    dtype = KERNEL_FORMS.get(found.value)
+        return Resolved(resolved.value, "")
+    dtype = KERNEL_FORMS.get(resolved.value)
     if dtype is not None and (missing := missing_kernel(machine.device, dtype)):
-        return Resolved(found.value, f"{found.reason}; by its plain form, whose last bits may differ: {missing}")
-    return found
+        return Resolved(resolved.value, f"{resolved.reason}; by its plain form, whose last bits may differ: {missing}")
+    return resolved
 
 
 def resolve_few_rows(given: Resolved[Any], machine: Machine, config: RunConfig) -> Resolved[choices.FewRows]:

@@ -178,8 +178,8 @@ def build_distillation_terms(
     require_same_tokenizer(where, tokenizer, config.model.load)
     term = build_distillation(config.teacher, config, ids=tokenizer.vocab_size, vocab=vocab, device=parallel.device)
     model = term.teacher.model
-    held = str(next(model.parameters()).dtype).removeprefix("torch.")
-    log(f"teacher: {where}, {family_of(model.config).name}-style, {count_parameters(model):,} parameters, {held}")
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    log(f"teacher: {where}, {family_of(model.config).name}-style, {count_parameters(model):,} parameters, {dtype}")
     return [term]
 
 

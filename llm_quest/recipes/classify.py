@@ -112,28 +112,33 @@ def build_classify(config: ClassifyConfig, context: Context) -> Job:
     head = attach_score_head(model, [*learned, *held_texts], config.problem_type, derive_seed(config.seed, "init"))
     freeze_except(model, config.trainable)
     names, is_multi_label = head.labels, head.is_multi_label
-    train, held = (
+    train, held_out = (
         encode_labeled_texts(side, names, tokenizer, config.sequence_length, drop_report, is_multi_label)
         for side in (repeat_by_weight(learned), held_texts)
     )
-    note_unmeasured(names, train.label_counts, held.label_counts, drop_report)
+    note_unmeasured(names, train.label_counts, held_out.label_counts, drop_report)
     config = count_epochs(config, context.settings, len(train), log)
     loader = make_sharded_loader(config, train, parallel, micro_batch_rows(config, parallel, config.sequence_length))
-    log(f"texts: {len(train):,} to train on, {len(held):,} held out, {len(names)} labels: {', '.join(names[:8])}")
+    log(f"texts: {len(train):,} to train on, {len(held_out):,} held out, {len(names)} labels: {', '.join(names[:8])}")
     log_remarks(drop_report, log)
     weights = make_class_weights(
         config.class_weights, names, train.label_counts, len(train), log, multi_label=is_multi_label
     )
-    facts = {"source": source_name(part), "labels": list(names), "train_rows": len(train), "held_out_rows": len(held)}
+    facts = {
+        "source": source_name(part),
+        "labels": list(names),
+        "train_rows": len(train),
+        "held_out_rows": len(held_out),
+    }
     facts |= {**drop_report.row_facts(), "tokenizer_sha256": tokenizer.hash, "problem_type": head.problem_type}
-    facts["label_counts"] = dict(zip(names, zip(train.label_counts, held.label_counts, strict=True), strict=True))
-    evaluator = ClassifierEvaluator(text_outputs(held), config.eval_steps, names, context.samples_dir)
+    facts["label_counts"] = dict(zip(names, zip(train.label_counts, held_out.label_counts, strict=True), strict=True))
+    evaluator = ClassifierEvaluator(text_outputs(held_out), config.eval_steps, names, context.samples_dir)
     return Job(
         config,
         TextClassificationLoss(model, label_smoothing=config.label_smoothing, class_weights=weights),
         loader,
         [evaluator] if held_texts else [],
-        {"tokenizer": tokenizer.hash, "data": train.hash, "held_out": held.hash},
+        {"tokenizer": tokenizer.hash, "data": train.hash, "held_out": held_out.hash},
         facts,
         tokenizer,
         callbacks=callbacks,
@@ -159,10 +164,12 @@ def attach_score_head(model: Decoder, texts: Sequence[LabeledText], wanted: str 
     return head
 
 
-def note_unmeasured(names: Sequence[str], train: Sequence[int], held: Sequence[int], drop_report: DropReport) -> None:
+def note_unmeasured(
+    names: Sequence[str], train: Sequence[int], held_out: Sequence[int], drop_report: DropReport
+) -> None:
     """Report the labels that occur only in training, or only in the held-out rows."""
-    for counts, others, what in ((held, train, "held out, so that it is never measured"),
-                                 (train, held, "trained on, so that it is never learned")):  # fmt: skip
+    for counts, others, what in ((held_out, train, "held out, so that it is never measured"),
+                                 (train, held_out, "trained on, so that it is never learned")):  # fmt: skip
         absent = [name for name, here, there in zip(names, counts, others, strict=True) if there and not here]
         if absent and any(counts):
             drop_report.note(f"of {len(absent)} labels no text is {what}: {', '.join(absent[:5])}")

@@ -150,8 +150,8 @@ def parse_config(schema: type[ConfigT], settings: RawConfig, more: Sequence[Conf
         config = schema.model_validate(settings.tree)
     except ValidationError as error:
         refuse_earlier_version(error, settings)
-        found = [*explain_validation_error(error, schema, settings), *more]
-        raise config_error([*problems, *(one for one in found if one.key not in implausible)]) from None
+        all_problems = [*explain_validation_error(error, schema, settings), *more]
+        raise config_error([*problems, *(one for one in all_problems if one.key not in implausible)]) from None
     if problems := [*problems, *(one for one in more if one.key not in implausible)]:
         raise config_error(problems)
     return config

@@ -29,17 +29,17 @@ def last_evaluations(rows: Sequence[MetricsRow], name: str, number: int) -> list
     """The newest values of a held-out number; empty where the newest row has none, or there are fewer."""
     if name not in rows[-1]:
         return []
-    found = [metric_value(row, name) for row in rows if name in row]
-    return found[-number:] if len(found) >= number else []
+    values = [metric_value(row, name) for row in rows if name in row]
+    return values[-number:] if len(values) >= number else []
 
 
 def is_overfitting(rows: Sequence[MetricsRow]) -> bool:
     """Held-out loss has risen for EVALUATIONS evaluations, and training loss has not."""
-    held = last_evaluations(rows, "eval/loss", EVALUATIONS + 1)
-    if not held or not all(later > before for before, later in itertools.pairwise(held)):
+    held_out_losses = last_evaluations(rows, "eval/loss", EVALUATIONS + 1)
+    if not held_out_losses or not all(later > before for before, later in itertools.pairwise(held_out_losses)):
         return False
     since = [row for row in rows if "eval/loss" in row][-EVALUATIONS - 1]
-    return held[-1] > held[0] * (1 + OVERFIT_RISE) and main_loss(rows[-1]) <= main_loss(since)
+    return held_out_losses[-1] > held_out_losses[0] * (1 + OVERFIT_RISE) and main_loss(rows[-1]) <= main_loss(since)
 
 
 def pairs_at_chance(rows: Sequence[MetricsRow]) -> bool:

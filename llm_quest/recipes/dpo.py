@@ -149,13 +149,13 @@ def build_dpo(config: DpoConfig, context: Context) -> Job:
         comparable; of the training pairs where nothing else computes them."""
         if not loss.traits.needs_reference:
             return save_nothing
-        mine = [] if objective.reference is not None else list(pairs.train)
-        found = reference_log_probs(
-            model, [*mine, *pairs.held_out], out, parallel, config.precision, log, share_prompts=share
+        rows = [] if objective.reference is not None else list(pairs.train)
+        log_probs = reference_log_probs(
+            model, [*rows, *pairs.held_out], out, parallel, config.precision, log, share_prompts=share
         )
-        row_loader.source.reference_log_probs = found.log_probs[: len(mine)] or None
-        evaluator.pairs.reference_log_probs = found.log_probs[len(mine) :]
-        return found.save
+        row_loader.source.reference_log_probs = log_probs.log_probs[: len(rows)] or None
+        evaluator.pairs.reference_log_probs = log_probs.log_probs[len(rows) :]
+        return log_probs.save
 
     def implicit_rewards(model: Any, batch: PreferenceBatch) -> Tensor:
         """beta (log p - log p_ref) of each answer, as the loss has it."""

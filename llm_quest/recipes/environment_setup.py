@@ -193,11 +193,11 @@ class EnvironmentProblems:
         if not good:
             failed = next((one.message for one in first if isinstance(one, EpisodeFailure)), "it gave no messages")
             raise DataError(f"the environment {self.environments.name} begins no episode: {failed}")
-        found, following = [], good[0]
+        episodes, following = [], good[0]
         for one in reversed(begun):
             following = one or following
-            found.append(following)
-        return found[::-1]
+            episodes.append(following)
+        return episodes[::-1]
 
     def begin_problem(self, problem: Problem, messages: list[dict[str, Any]]) -> Problem:
         return replace(

@@ -94,8 +94,8 @@ class PairBatchedConfig(BatchedConfig):
 def load_for_finetuning(config: StartModelConfig) -> tuple[Decoder, Tokenizer]:
     """The model in float32, ready to be trained, and its tokenizer."""
     assert config.load is not None, "a fresh model is not loaded"
-    made = "quest quickstart" if config.load.endswith("quickstart") else f"quest train sft --out {config.load}"
-    require_run_exists(config.load, "model.load", made)
+    command = "quest quickstart" if config.load.endswith("quickstart") else f"quest train sft --out {config.load}"
+    require_run_exists(config.load, "model.load", command)
     model = load(config.load, dtype="float32", aligned=True)
     if not isinstance(model, Decoder):
         raise UsageError(f"model.load must name a language model; {config.load} is a {family_of(model.config).name}")
@@ -229,7 +229,7 @@ def prepare_preferences(config: PreferenceDataConfig, tokenizer: Tokenizer, leng
     """Prepare the pairs of a source; what is left out is in the drop report. seed: decides which labels are flipped."""
     chat = open_chat_template(config, tokenizer)
     drop_report = DropReport()
-    train, held = load_split_rows(config, read_preferences, drop_report, builtin=builtin, limit=config.max_samples)
+    train, held_out = load_split_rows(config, read_preferences, drop_report, builtin=builtin, limit=config.max_samples)
     train = flip_labels(train, config.label_flip_fraction, seed)
     if config.label_flip_fraction:
         drop_report.note(
@@ -239,7 +239,7 @@ def prepare_preferences(config: PreferenceDataConfig, tokenizer: Tokenizer, leng
     return PreferenceData(
         chat,
         tokenize_preferences(chat, train, length, drop_report),
-        tokenize_preferences(chat, held, length, drop_report),
+        tokenize_preferences(chat, held_out, length, drop_report),
         drop_report,
     )
 

@@ -42,10 +42,10 @@ def freeze_parameters(model: Any, patterns: Sequence[str], log: LogFn) -> None:
 def published_names(model: Any) -> dict[str, list[str]]:
     """Our parameter names -> the published tensors that each holds."""
     table = export_weight_map(model, family_of(model.config).weight_map(model.config))
-    found: dict[str, list[str]] = {name: [] for name, _ in model.named_parameters()}
+    published: dict[str, list[str]] = {name: [] for name, _ in model.named_parameters()}
     for name, view in weight_views(model, table).items():
-        found[view.parameter].append(name)
-    return found
+        published[view.parameter].append(name)
+    return published
 
 
 def match_parameters(pattern: str, published: dict[str, list[str]]) -> set[str]:

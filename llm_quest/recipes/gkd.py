@@ -158,11 +158,11 @@ class TeacherEvaluator:
     @torch.no_grad()
     def evaluate(self, model: Any, step: int) -> Mapping[str, float]:
         given = [(one.prompt.tolist(), one.answers[0].tolist()) for one in self.examples]
-        asked = [PolicyPrompt(tuple(prompt)) for prompt, _ in given]
-        groups = self.sampler(model, asked, 1, self.seed)
+        prompts = [PolicyPrompt(tuple(prompt)) for prompt, _ in given]
+        groups = self.sampler(model, prompts, 1, self.seed)
         written = [(sample.prompt_ids, sample.completion_ids) for group in groups for sample in group]
-        found, own = self.divergences(model, given), self.divergences(model, written)
-        return {"loss": found["distillation"], "next_token": found["next_token"], "on_policy": own["distillation"]}
+        on_data, own = self.divergences(model, given), self.divergences(model, written)
+        return {"loss": on_data["distillation"], "next_token": on_data["next_token"], "on_policy": own["distillation"]}
 
     def divergences(self, model: Any, pairs: Sequence[Any]) -> dict[str, float]:
         """The means of the objective's metrics per token of these answers."""

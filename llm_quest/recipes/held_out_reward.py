@@ -91,14 +91,14 @@ class HeldOutLog:
     failure_lines: Callable[[], Sequence[str]]
 
     def before(self) -> Mapping[str, float]:
-        found = self.evaluator.evaluate_first(self.model)
-        self.log(f"held out, before: {found.line()}")
-        return {f"eval/{name}": value for name, value in found.metrics().items()}
+        scores = self.evaluator.evaluate_first(self.model)
+        self.log(f"held out, before: {scores.line()}")
+        return {f"eval/{name}": value for name, value in scores.metrics().items()}
 
     def after(self, result: TrainResult) -> list[str]:
         lines = []
         if result.status == "finished":
             kl = f", KL {result.metrics['kl']:.3g} nats a token" if "kl" in result.metrics else ""
-            found = self.evaluator.newest or self.evaluator.scores(self.model.eval())
-            lines.append(f"held out, after:  {found.line()}{kl}")
+            scores = self.evaluator.newest or self.evaluator.scores(self.model.eval())
+            lines.append(f"held out, after:  {scores.line()}{kl}")
         return [*lines, *self.failure_lines()]

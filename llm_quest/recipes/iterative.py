@@ -169,10 +169,10 @@ def train_reward_model_stage(
     folder, part = out / f"iteration-{number}" / "judge", config.reward_model
     file = out / f"iteration-{number}" / "comparisons.json"
     if not parallel.broadcast(file.is_file()):
-        found = collect_comparisons(config, policy, number, parallel, log)
+        comparisons = collect_comparisons(config, policy, number, parallel, log)
         if parallel.is_main_process:
             file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write_json(file, [comparison_to_json(one) for one in found])
+            atomic_write_json(file, [comparison_to_json(one) for one in comparisons])
         parallel.wait_for_main_process()
     new = read_comparisons(file)
     history = [
@@ -226,17 +226,17 @@ def collect_comparisons(
     if environments is not None:
         problems = EnvironmentProblems(problems, environments, keep_answers=False).as_set()
     encode = prompt_encoder(config, tokenizer, problems)
-    asked = [
+    prompts = [
         problems.train_problem(10_000_000 * (number + 1) + index) for index in range(config.reward_model.num_prompts)
     ]
     questions = [
-        PolicyPrompt(tuple(ids), problem) for ids, problem in zip(encode.encode_problems(asked), asked, strict=True)
+        PolicyPrompt(tuple(ids), problem) for ids, problem in zip(encode.encode_problems(prompts), prompts, strict=True)
     ]
     seed = derive_seed(config.seed, f"comparisons {number}")
     make_sampler = sampler_wrapper(config, environments, tokenizer, encode)
     sampler = make_sampler(policy_sampler(config, model, tokenizer, parallel))
-    mine = sampler(model, questions, config.num_generations, seed, parallel.data_shard)
-    groups = [group for part in parallel.all_gather(mine) for group in part]
+    own_samples = sampler(model, questions, config.num_generations, seed, parallel.data_shard)
+    groups = [group for part in parallel.all_gather(own_samples) for group in part]
     return make_comparisons(groups, CorrectnessReward() if environments is None else EnvironmentReward(), seed)
 
 
@@ -257,10 +257,10 @@ def read_comparisons(file: Path) -> list[TokenizedPreference]:
 
 def last_policy_dir(run_dir: Path) -> Path:
     """The run of the newest iteration's policy. DataError where no iteration has one yet."""
-    found = [one.parent for one in run_dir.glob("iteration-*/policy/config.yaml")]
-    if not found:
+    folders = [one.parent for one in run_dir.glob("iteration-*/policy/config.yaml")]
+    if not folders:
         raise DataError(f"{run_dir} has no policy of an iteration yet; go on with it: quest train {run_dir}")
-    return max(found, key=lambda policy: int(policy.parent.name.removeprefix("iteration-")))
+    return max(folders, key=lambda policy: int(policy.parent.name.removeprefix("iteration-")))
 
 
 RECIPE = Recipe(

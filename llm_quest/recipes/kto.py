@@ -111,8 +111,8 @@ class KTOLoader:
 
     def estimate_kl(self, batches: Sequence[PreferenceBatch]) -> Tensor:
         with self.policy_context():
-            mine = gains_with_mismatch(self.model, batches)
-        return reference_point(self.parallel.all_gather(mine))
+            own_gains = gains_with_mismatch(self.model, batches)
+        return reference_point(self.parallel.all_gather(own_gains))
 
     def state_dict(self) -> dict[str, Any]:
         return self.loader.state_dict()
@@ -140,16 +140,16 @@ class UnpairedEvaluator:
         log_probs = [sequence_log_probs(model, rows) for rows in batches]
         gains = [log_p - rows.reference_log_probs for log_p, rows in zip(log_probs, batches, strict=True)]
         losses = [objective.loss_of(log_p, rows) for log_p, rows in zip(log_probs, batches, strict=True)]
-        found = {"loss": sum(float(one.total) for one in losses) / len(self.rows)}
+        metrics = {"loss": sum(float(one.total) for one in losses) / len(self.rows)}
         for name in losses[0].metrics:
             sums = [(float(one.metrics[name][0]), float(one.metrics[name][1])) for one in losses]
             total, count = map(sum, zip(*sums, strict=True))
             if count:
-                found[name.removeprefix("rewards/")] = total / count
-        if "chosen" in found and "rejected" in found:
-            found["margin"] = found["chosen"] - found["rejected"]
-            found["auc"] = area_under_curve(torch.cat(gains), torch.cat([rows.desirable for rows in batches]))
-        return found
+                metrics[name.removeprefix("rewards/")] = total / count
+        if "chosen" in metrics and "rejected" in metrics:
+            metrics["margin"] = metrics["chosen"] - metrics["rejected"]
+            metrics["auc"] = area_under_curve(torch.cat(gains), torch.cat([rows.desirable for rows in batches]))
+        return metrics
 
 
 def area_under_curve(rewards: Tensor, desirable: Tensor) -> float:
@@ -179,10 +179,10 @@ def build_kto(config: KtoConfig, context: Context) -> Job:
 
     def compute_reference() -> Callable[[Path], None]:
         every = [*rows.train, *rows.held_out]
-        found = reference_log_probs(model, every, out, parallel, config.precision, log)
-        row_loader.source.reference_log_probs = found.log_probs[: len(rows.train)]
-        evaluator.rows.reference_log_probs = found.log_probs[len(rows.train) :]
-        return found.save
+        log_probs = reference_log_probs(model, every, out, parallel, config.precision, log)
+        row_loader.source.reference_log_probs = log_probs.log_probs[: len(rows.train)]
+        evaluator.rows.reference_log_probs = log_probs.log_probs[len(rows.train) :]
+        return log_probs.save
 
     facts = data_facts(config.data, rows.chat, rows.drop_report, len(rows.train), len(rows.held_out), log)
     return Job(

@@ -147,8 +147,8 @@ def derive_patterns(family: Family, sizes: ConfigValues) -> ConfigValues:
 def find_size_problems(plan: ModelSizes, settings: RawConfig) -> Iterator[ConfigProblem]:
     """Find every number that is unknown, missing, of the wrong type or inconsistent with another."""
     wrong = dict(check_config_keys(plan))
-    found = [*wrong.items(), *(pair for pair in check_relations(plan) if pair[0] not in wrong)]
-    reported = {key for key, _ in found}
+    problems = [*wrong.items(), *(pair for pair in check_relations(plan) if pair[0] not in wrong)]
+    reported = {key for key, _ in problems}
     for key in rotary_fields(plan.family):
         if isinstance(plan.sizes.get(key), dict) and not reported & {
             key,
@@ -156,8 +156,8 @@ def find_size_problems(plan: ModelSizes, settings: RawConfig) -> Iterator[Config
             "qk_rope_head_dim",
             "max_position_embeddings",
         }:
-            found += [(key, what) for what in check_rotary(key, plan)]
-    for key, what in found or check_config(plan):
+            problems += [(key, what) for what in check_rotary(key, plan)]
+    for key, what in problems or check_config(plan):
         yield ConfigProblem(settings.location(("model", "config", key)), f"model.config.{key}", what)
 
 
@@ -176,13 +176,13 @@ def recompute_derived(base: Any, changed: ConfigValues) -> dict[str, Any]:
     """Recompute the derived numbers of a preset, such as head_dim from hidden_size."""
     before = field_values(base)
     after = {**before, **changed}
-    found = {}
+    derived = {}
     for key, derive in DERIVED_DEFAULTS.items():
         if key in before:
             with suppress(KeyError, TypeError, ZeroDivisionError):  # what it is derived from is wrong
                 if before[key] == derive(before):
-                    found[key] = derive(after)
-    return found
+                    derived[key] = derive(after)
+    return derived
 
 
 def find_family(name: str, settings: RawConfig, key: tuple[str, str] = ("model", "family")) -> Family:

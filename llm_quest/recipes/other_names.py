@@ -193,8 +193,8 @@ OTHER_VALUES: dict[tuple[str, ...], str] = {
 
 def setting_remark(name: str, recipe: str) -> str | None:
     """A remark on a setting that other programs have and no recipe does; None for an unknown name."""
-    found = NO_SETTING.get(name, {})
-    return found.get(recipe, found.get(""))
+    remarks = NO_SETTING.get(name, {})
+    return remarks.get(recipe, remarks.get(""))
 
 
 def our_value(recipe: str, key: str, value: str) -> str | None:
@@ -240,5 +240,5 @@ def method_command(name: str) -> str | None:
         "kto loss_type": UNPAIRED_LOSSES,
         "grpo loss_type": POLICY_VARIANTS,
     }
-    found = [f"{setting}={name}" for setting, table in tables.items() if name in table]
-    return METHODS.get(name) or (found[0] if found else None)
+    settings = [f"{setting}={name}" for setting, table in tables.items() if name in table]
+    return METHODS.get(name) or (settings[0] if settings else None)

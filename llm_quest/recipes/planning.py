@@ -186,8 +186,8 @@ def reference_rows(job: Job) -> float:
 def frozen_models(job: Job) -> dict[str, nn.Module]:
     """Models that are held in memory and not trained."""
     teachers = [one.teacher.model for one in job.objective.modules() if isinstance(one, DistillationLoss)]
-    found = {"teacher": teachers[0]} if teachers else {}
-    return found | ({"reference": job.loader.model} if isinstance(job.loader, SyncedReference) else {})
+    frozen = {"teacher": teachers[0]} if teachers else {}
+    return frozen | ({"reference": job.loader.model} if isinstance(job.loader, SyncedReference) else {})
 
 
 def memory_remedies(config: Any, rows: int) -> tuple[str, ...]:
@@ -264,7 +264,7 @@ def time_rollouts(job: Job, rollouts: Any, meter: FlopsMeter) -> tuple[tuple[flo
     device, per_rollout = next(job.model.parameters()).device, rollouts.plan.steps_per_rollout
     optimizer = build_optimizer(config, job.model, job.adamw_parameters)
     freeze_values(optimizer)
-    found: list[tuple[float, ...]] = []
+    timings: list[tuple[float, ...]] = []
     largest, metrics = None, {}
     for number in range(1 + TIMED_ROLLOUTS):
         training = 0.0
@@ -276,8 +276,8 @@ def time_rollouts(job: Job, rollouts: Any, meter: FlopsMeter) -> tuple[tuple[flo
         meter.count_sampling(rollouts.rollout.groups)
         metrics = rollouts.rollout.metric_sums
         seconds = (metrics["sampling_seconds"][0], metrics["scoring_seconds"][0], training)
-        found.append(tuple(one / per_rollout for one in seconds))
-    sampling, scoring, learning = (statistics.mean(column) for column in zip(*found[1:], strict=True))
+        timings.append(tuple(one / per_rollout for one in seconds))
+    sampling, scoring, learning = (statistics.mean(column) for column in zip(*timings[1:], strict=True))
     tokens, samples = metrics["completions/mean_length"]
     return (sampling, scoring, learning), largest, tokens / samples
 

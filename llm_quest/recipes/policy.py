@@ -140,9 +140,9 @@ class PolicyConfig(RunConfig):
     @model_validator(mode="before")
     @classmethod
     def reject_biased_sampling(cls, given: Any) -> Any:
-        if isinstance(given, dict) and (found := [name for name in UNSUPPORTED_SAMPLING if name in given]):
+        if isinstance(given, dict) and (biased := [name for name in UNSUPPORTED_SAMPLING if name in given]):
             raise ValueError(
-                f"{' and '.join(found)} would draw from another distribution than the one that is scored, and the "
+                f"{' and '.join(biased)} would draw from another distribution than the one that is scored, and the "
                 "ratio of the policy with itself would not be 1; leave it out and use temperature"
             )
         return given
@@ -279,8 +279,8 @@ class PolicyConfig(RunConfig):
                     f"loss_kwargs.{name} has no effect on {self.loss_type}{did_you_mean(name, known)}; it has "
                     f"{', '.join(known) or 'no numbers'}"
                 )
-        found: Surrogate = dataclasses.replace(base, **self.loss_kwargs)
-        return found
+        surrogate: Surrogate = dataclasses.replace(base, **self.loss_kwargs)
+        return surrogate
 
     @property
     def sampling_rounds(self) -> int:

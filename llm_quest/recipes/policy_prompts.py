@@ -78,20 +78,20 @@ def problems_of_task(task: str, answer_form: str, grading: str, number: int, see
     held out."""
     form = partial(with_answer_form, answer_form=answer_form, grading=grading)
     if not is_gsm8k(task):
-        made = parse_task(task)
-        split = TaskSplit(made)
+        problem_task = parse_task(task)
+        split = TaskSplit(problem_task)
         return ProblemSet(
             lambda index: form(split(seed, index)),
-            [form(draw_problem(made, "validation", index, seed)) for index in range(number)],
-            repr(made),
+            [form(draw_problem(problem_task, "validation", index, seed)) for index in range(number)],
+            repr(problem_task),
         )
-    learned, held = train_validation_split(task)
+    train, held_out = train_validation_split(task)
     return ProblemSet(
-        lambda index: form(shuffled_problem(learned, seed, index)),
-        [form(problem) for problem in held[:number]],
-        f"{task}: {len(learned)}",
-        num_prompts=len(learned),
-        content=hashlib.sha256(repr([learned, held]).encode()).hexdigest(),
+        lambda index: form(shuffled_problem(train, seed, index)),
+        [form(problem) for problem in held_out[:number]],
+        f"{task}: {len(train)}",
+        num_prompts=len(train),
+        content=hashlib.sha256(repr([train, held_out]).encode()).hexdigest(),
     )
 
 
@@ -108,19 +108,19 @@ def problems_of_rows(
 ) -> ProblemSet:
     """The problems of rows: a part held out by prompt, the others in a new order every epoch."""
     report = DropReport()
-    train, held = load_split_rows(data, read_prompt_rows, report, limit=data.max_samples)
-    rows, train = [*train, *held], repeat_by_weight(train)
+    train, held_out = load_split_rows(data, read_prompt_rows, report, limit=data.max_samples)
+    rows, train = [*train, *held_out], repeat_by_weight(train)
     answered = sum(row.answer is not None for row in rows)
     dropped = {reason: count for reason, (count, _) in sorted(report.dropped.items())}
     lost = "".join(f"; dropped, {reason}: {count:,}" for reason, count in dropped.items())
-    log(f"prompts: {len(train):,} to train on, {len(held):,} held out, {answered:,} with an answer{lost}")
+    log(f"prompts: {len(train):,} to train on, {len(held_out):,} held out, {answered:,} with an answer{lost}")
     log_remarks(report, log)
     problems = [row.to_problem(answer_form or "plain", grading) for row in train]
     return ProblemSet(
         partial(shuffled_problem, problems, seed),
-        [row.to_problem(answer_form or "plain", grading) for row in held[:number]],
+        [row.to_problem(answer_form or "plain", grading) for row in held_out[:number]],
         hash_of_rows(rows),
-        {"source": source_name(data), "train_rows": len(train), "held_out_rows": len(held), **report.row_facts()},
+        {"source": source_name(data), "train_rows": len(train), "held_out_rows": len(held_out), **report.row_facts()},
         any(row.is_conversational for row in rows),
         len(problems),
     )
@@ -155,14 +155,14 @@ class PromptEncoder:
         """The ids of each problem's prompt."""
         if self.chat is None:
             return [self.plain_prompt(problem.prompt) for problem in problems]
-        asked = [(self.messages(problem), problem.tools) for problem in problems]
+        conversations = [(self.messages(problem), problem.tools) for problem in problems]
         if len(self.known) > MAX_CACHED_PROMPTS:
             self.known.clear()
-        new = {repr(one): one for one in asked if repr(one) not in self.known}
+        new = {repr(one): one for one in conversations if repr(one) not in self.known}
         if new:
             messages, tools = zip(*new.values(), strict=True)
             self.known |= dict(zip(new, self.chat.encode_prompts(messages, tools), strict=True))
-        return [self.known[repr(one)] for one in asked]
+        return [self.known[repr(one)] for one in conversations]
 
     def knows(self, problem: Problem) -> bool:
         """Whether nothing has to be rendered for this problem."""
@@ -206,14 +206,14 @@ def make_prompt_encoder(
     """Make the encoder of prompts. template: of the rows, or of a task's prompts. apply_chat_template: None for rows
     with messages, for rows and a model that has a template, and where there is a system prompt or something for the
     template."""
-    asked = bool(system_prompt or template.chat_template_path or template.chat_template_kwargs)
+    template_is_set = bool(system_prompt or template.chat_template_path or template.chat_template_kwargs)
     wanted = (
-        asked
+        template_is_set
         or problems.is_conversational
         or (isinstance(template, PromptDataConfig) and tokenizer.chat_template is not None)
     )
     use = wanted if apply_chat_template is None else apply_chat_template
-    if not use and asked:
+    if not use and template_is_set:
         raise UsageError(
             "system_prompt, chat_template_kwargs and data.chat_template_path have no effect with "
             "apply_chat_template=false"
@@ -255,11 +255,11 @@ def log_long_prompts(source: PromptSource, max_prompt_length: int, log: LogFn) -
 
     def next_prompt(index: int) -> PolicyPrompt:
         nonlocal was_logged
-        found = source(index)
-        if not was_logged and (length := len(found.prompt_ids)) > max_prompt_length:
+        prompt = source(index)
+        if not was_logged and (length := len(prompt.prompt_ids)) > max_prompt_length:
             was_logged = True
             what = f"prompts of more than {max_prompt_length:,} tokens leave no room for an answer and are skipped"
             log(f"{what}; the first has {length:,}")
-        return found
+        return prompt
 
     return next_prompt

@@ -282,8 +282,8 @@ def baseline_bits_per_byte(text: TextData, log: LogFn) -> dict[str, float]:
         return {}
     log("counting and compressing the same text, to compare")
     with phase("fitting n-grams and compressors"):
-        found = compute_baselines(parts.train, parts.val, tokenizer=text.tokenizer)
-    return {one.name: one.bits_per_byte for one in found}
+        baselines = compute_baselines(parts.train, parts.val, tokenizer=text.tokenizer)
+    return {one.name: one.bits_per_byte for one in baselines}
 
 
 def resolve_model_config(config: PretrainConfig, settings: RawConfig) -> Any:

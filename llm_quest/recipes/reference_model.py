@@ -108,13 +108,13 @@ def reference_log_probs(
 def compute_log_probs(model: nn.Module, source: PreferenceDataset, device: torch.device) -> list[np.ndarray]:
     """Compute the log-probability of each answer, in float32, in batches of like length."""
     pairs = source.preferences
-    found: list[np.ndarray] = [np.empty(0)] * len(pairs)
+    log_probs: list[np.ndarray] = [np.empty(0)] * len(pairs)
     for numbers in track(length_grouped_indices(source, REFERENCE_BATCH_SIZE), "scoring answers, batch"):
         flat = sequence_log_probs(model, source.collate(numbers).to(device)).float().cpu().numpy()
         parts = np.split(flat, np.cumsum([len(pairs[n].answers) for n in numbers])[:-1])
         for n, part in zip(numbers, parts, strict=True):
-            found[n] = part
-    return found
+            log_probs[n] = part
+    return log_probs
 
 
 def load_log_probs(file: Path, key: str) -> np.ndarray | None:
@@ -122,11 +122,11 @@ def load_log_probs(file: Path, key: str) -> np.ndarray | None:
     if not file.is_file():
         return None
     try:
-        with safe_open(file, framework="np") as held:
-            found = held.get_tensor("log_probs") if (held.metadata() or {}).get("key") == key else None
+        with safe_open(file, framework="np") as stored:
+            log_probs = stored.get_tensor("log_probs") if (stored.metadata() or {}).get("key") == key else None
     except (SafetensorError, OSError):  # damaged: they are computed again
         return None
-    return found  # type: ignore[no-any-return]
+    return log_probs  # type: ignore[no-any-return]
 
 
 def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -175,8 +175,8 @@ class SyncedReference:
     def on_step_end(self, model: nn.Module, step: int) -> None:
         if step % self.sync_steps == 0:
             self.synced = step
-            for mine, policy in zip(self.model.parameters(), model.parameters(), strict=True):
-                mine.lerp_(policy.to(mine), self.mixup_alpha)
+            for reference, policy in zip(self.model.parameters(), model.parameters(), strict=True):
+                reference.lerp_(policy.to(reference), self.mixup_alpha)
 
     def on_step_skipped(self, model: nn.Module) -> None:
         """A skipped step leaves nothing to undo."""
@@ -204,8 +204,8 @@ class SyncedReference:
                 raise DataError(f"{file} is damaged: it is not what its checkpoint was saved with; start a new run")
             with torch.no_grad():
                 saved = load_file(file)
-                for name, mine in self.model.named_parameters():
-                    mine.copy_(saved[name])
+                for name, parameter in self.model.named_parameters():
+                    parameter.copy_(saved[name])
 
     def prune_files(self) -> None:
         """Remove the files that no checkpoint needs: a checkpoint needs the newest file of its step or before it."""

@@ -248,13 +248,13 @@ def build_rewards(specs: Sequence[RewardSpec], context: RewardContext) -> list[W
 
 def reward_file_hashes(specs: Sequence[RewardSpec]) -> dict[str, str]:
     """Name -> hash of each file that decides a reward, code or a judge's prompt: what a resumed run may not change."""
-    found = {}
+    hashes = {}
     for label, spec in zip(reward_labels(specs), specs, strict=True):
         if spec.function is not None:
-            found[f"reward {label}"] = hash_user_code(spec.function)
+            hashes[f"reward {label}"] = hash_user_code(spec.function)
         if spec.prompt is not None:
-            found[f"reward {label}"] = hashlib.sha256(Path(spec.prompt).read_bytes()).hexdigest()
-    return found
+            hashes[f"reward {label}"] = hashlib.sha256(Path(spec.prompt).read_bytes()).hexdigest()
+    return hashes
 
 
 def reward_failures(rewards: Sequence[WeightedReward]) -> list[str]:
@@ -271,8 +271,8 @@ class ReadoutReward:
     readout: str
 
     def __call__(self, group: Sequence[Sample]) -> list[float]:
-        found = zip(group, completion_scores(self.model, group), strict=True)
-        return [float(READOUTS[self.readout](scores, completion_step_ends(self.model, s))) for s, scores in found]
+        scored = zip(group, completion_scores(self.model, group), strict=True)
+        return [float(READOUTS[self.readout](scores, completion_step_ends(self.model, s))) for s, scores in scored]
 
 
 @dataclass(frozen=True)
@@ -289,8 +289,8 @@ class ModelStepRewards:
 @torch.no_grad()
 def completion_scores(model: Any, samples: Sequence[Sample]) -> list[Tensor]:
     """The scores of every token of each completion, read behind its prompt."""
-    found = token_scores(model, [sample.prompt_ids + sample.completion_ids for sample in samples])
-    return [scores[len(sample.prompt_ids) :].cpu() for sample, scores in zip(samples, found, strict=True)]
+    scores_of_tokens = token_scores(model, [sample.prompt_ids + sample.completion_ids for sample in samples])
+    return [scores[len(sample.prompt_ids) :].cpu() for sample, scores in zip(samples, scores_of_tokens, strict=True)]
 
 
 def completion_step_ends(model: Any, sample: Sample) -> list[int]:

@@ -149,10 +149,10 @@ def run_identity(config: RunConfig) -> dict[str, str]:
     template that is loaded from a folder or file (`model.load`, `rewards.1.load`), with `.base` for the base of an
     adapter and `.files` for what lies beside the weights."""
     tree = without_paths(config, config.model_dump(mode="json"))
-    found = {"settings": json.dumps({k: v for k, v in flatten_tree(tree) if not is_free(k)}, sort_keys=True)}
+    identity = {"settings": json.dumps({k: v for k, v in flatten_tree(tree) if not is_free(k)}, sort_keys=True)}
     for name, value in iter_paths(config):
-        found |= {name + part: hashed for part, hashed in fingerprint_parts(value) if hashed}
-    return found
+        identity |= {name + part: hashed for part, hashed in fingerprint_parts(value) if hashed}
+    return identity
 
 
 def without_paths(config: Any, tree: Any) -> Any:

@@ -65,9 +65,9 @@ def describe_field(field: FieldInfo | None) -> str:
     return " ".join(phrases) + (f" ({field.description})" if field.description else "")
 
 
-def bounds(found: Iterable[Any]) -> list[str]:
+def bounds(constraints: Iterable[Any]) -> list[str]:
     """The bounds among what a type is annotated with, in words."""
-    return [BOUND_PHRASES[type(one).__name__](one) for one in found if type(one).__name__ in BOUND_PHRASES]
+    return [BOUND_PHRASES[type(one).__name__](one) for one in constraints if type(one).__name__ in BOUND_PHRASES]
 
 
 BOUND_PHRASES: dict[str, Callable[[Any], str]] = {

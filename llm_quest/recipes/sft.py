@@ -132,15 +132,15 @@ def prepare_conversations(config: ConversationDataConfig, tokenizer: Tokenizer, 
     """Prepare the conversations of a source as rows; what is left out is in the drop report."""
     chat = open_chat_template(config, tokenizer)
     drop_report = DropReport()
-    train, held = load_split_rows(
+    train, held_out = load_split_rows(
         config, read_conversations, drop_report, builtin=builtin_instructions, limit=config.max_samples
     )
     train = repeat_by_weight(train)
     learned, looked_at = (
         PackedExamples(drop_too_long(chat.encode_conversations(side, drop_report), length, drop_report), length)
-        for side in (train, held)
+        for side in (train, held_out)
     )
-    return ConversationData(chat, learned, looked_at, held, drop_report)
+    return ConversationData(chat, learned, looked_at, held_out, drop_report)
 
 
 class AnswerLossEvaluator:
@@ -175,10 +175,10 @@ class AnswerSampler:
     def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
         """Sample on every process (each may hold a part of the model); only one with a folder saves them."""
         room = model.config.max_position_embeddings
-        asked = [(one, ids) for one, ids in zip(self.questions, self.prompts, strict=True) if len(ids) < room]
+        questions = [(one, ids) for one, ids in zip(self.questions, self.prompts, strict=True) if len(ids) < room]
         done = generate(
             model,
-            [ids for _, ids in asked],
+            [ids for _, ids in questions],
             max_new_tokens=self.part.max_new_tokens,
             temperature=self.part.temperature,
             seed=self.seed,
@@ -188,7 +188,7 @@ class AnswerSampler:
         if self.folder is not None:
             sample_rows = [
                 {"prompt": one.prompt[-1]["content"], "text": written.text, "wanted": one.answer}
-                for (one, _), written in zip(asked, done, strict=True)
+                for (one, _), written in zip(questions, done, strict=True)
             ]
             save_samples(self.folder, step, sample_rows)
         return {}

@@ -69,11 +69,13 @@ def require_lengths_fit(lengths: Sequence[int], max_new_tokens: int, target: flo
     demonstrations. key: of the target in the config."""
     longest = max(lengths)
     fit = sum(length <= max_new_tokens for length in lengths) / len(lengths)
-    told = f"{fit:.0%} of the task's demonstrations fit into max_new_tokens={max_new_tokens} (longest: {longest})"
+    share_line = f"{fit:.0%} of the task's demonstrations fit into max_new_tokens={max_new_tokens} (longest: {longest})"
     if fit < target:
-        raise UsageError(f"{told}, and {key} is {target:.0%}, which can never be reached: set max_new_tokens={longest}")
+        raise UsageError(
+            f"{share_line}, and {key} is {target:.0%}, which can never be reached: set max_new_tokens={longest}"
+        )
     if fit < 1:
-        log(f"warm-up: {told}; answers that are cut off are never right")
+        log(f"warm-up: {share_line}; answers that are cut off are never right")
 
 
 def run_sft_warmup(

@@ -41,12 +41,12 @@ def parse_technique_entry(given: Any) -> dict[str, Any]:
     return {"name": name, **asdict(technique)}
 
 
-def describe_option_error(found: Any, technique: type) -> str:
+def describe_option_error(error: Any, technique: type) -> str:
     """Translate one of pydantic's findings about an option."""
-    if found["type"] == "value_error":
-        return str(found["ctx"]["error"])
-    kind = get_type_hints(technique, include_extras=True)[str(found["loc"][0])]
-    return f"{found['loc'][0]}: {found['input']!r} is not {describe_type(kind)}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    kind = get_type_hints(technique, include_extras=True)[str(error["loc"][0])]
+    return f"{error['loc'][0]}: {error['input']!r} is not {describe_type(kind)}"
 
 
 def join_names(names: Sequence[str]) -> str:

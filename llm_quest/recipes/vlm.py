@@ -151,8 +151,8 @@ def load_image_text(config: VlmConfig, preprocess: ImageProcessor, drop_report: 
     if data.is_synthetic:
         return SceneDataset(preprocess.shape[0])
     rows = load_config_rows(data, read_caption_rows, drop_report)
-    held = [] if data.validation is None else load_config_rows(data.of_validation, read_caption_rows, drop_report)
-    return CaptionDataset(rows, preprocess, data.held_out, source_name(data), held, data.eval_part)
+    held_out = [] if data.validation is None else load_config_rows(data.of_validation, read_caption_rows, drop_report)
+    return CaptionDataset(rows, preprocess, data.held_out, source_name(data), held_out, data.eval_part)
 
 
 def build_vlm_tokenizer(config: VlmConfig, dataset: ImageTextDataset) -> Tokenizer:

@@ -91,8 +91,8 @@ def read_yaml_file(file: File) -> RawConfig:
 
 def read_yaml(text: str, name: str) -> RawConfig:
     """Read the settings in a text. name: of the text, for messages."""
-    found = parse_yaml(text, name) if len(text) <= MAX_CACHED else parse_yaml.__wrapped__(text, name)
-    return RawConfig(copy.deepcopy(found.tree), name, dict(found.locations), list(found.problems))
+    content = parse_yaml(text, name) if len(text) <= MAX_CACHED else parse_yaml.__wrapped__(text, name)
+    return RawConfig(copy.deepcopy(content.tree), name, dict(content.locations), list(content.problems))
 
 
 @functools.lru_cache(maxsize=512)

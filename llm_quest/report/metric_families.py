@@ -102,8 +102,8 @@ WATCHED: tuple[tuple[str, str, str], ...] = (
 
 def recipe_of(record: RunRecord) -> str:
     """The recipe that a run's config names; empty where it names none."""
-    found = re.search(r"^recipe: *(\w+)", record.config, flags=re.MULTILINE)
-    return found[1] if found else ""
+    match = re.search(r"^recipe: *(\w+)", record.config, flags=re.MULTILINE)
+    return match[1] if match else ""
 
 
 def loss_unit(record: RunRecord) -> str:
@@ -130,8 +130,8 @@ def reward_family(record: RunRecord) -> Family:
     """A policy's rewards, each with its curve, and the held-out ones."""
     each = [key for key in record.names if key.startswith("rewards/") and key not in NOT_REWARDS]
     own = [(key, key.removeprefix("rewards/")) for key in each]
-    held = [(key, f"{key.split('/')[-1]}, held out") for key in record.names if key.startswith("eval/reward")]
-    return Family("Reward", (("reward", "training"), *own, *held))
+    curves = [(key, f"{key.split('/')[-1]}, held out") for key in record.names if key.startswith("eval/reward")]
+    return Family("Reward", (("reward", "training"), *own, *curves))
 
 
 def families_of(record: RunRecord) -> Iterator[Family]:

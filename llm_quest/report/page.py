@@ -105,8 +105,8 @@ def plot_loss(records: Sequence[RunRecord]) -> str:
 def family_curves(records: Sequence[RunRecord], family: Family) -> Iterator[Curve]:
     """All lines of a single run, those that it has; of several runs the first line of each, in the run's color."""
     for number, record in enumerate(records):
-        found = [(metric, label) for metric, label in family.lines if metric in record.names]
-        for place, (metric, label) in enumerate(found if len(records) == 1 else found[:1]):
+        shown = [(metric, label) for metric, label in family.lines if metric in record.names]
+        for place, (metric, label) in enumerate(shown if len(records) == 1 else shown[:1]):
             held_out = metric.startswith("eval/")
             color, name = (place, label) if len(records) == 1 else (number, record.name)
             yield metric_curve(record, metric, color, rough=not held_out, dots=held_out, name=name)
@@ -171,13 +171,13 @@ def parse_settings(config: str) -> Iterator[tuple[str, str]]:
     path: list[tuple[int, str]] = []
     key, value = "", ""
     for text in config.splitlines():
-        found = re.match(r"( *)([\w.-]+):(?: +(.*))?$", text)
-        if not found:
+        match = re.match(r"( *)([\w.-]+):(?: +(.*))?$", text)
+        if not match:
             value = f"{value} {text.strip()}".strip()
             continue
         if key and value:
             yield key, value
-        path = [one for one in path if one[0] < len(found[1])] + [(len(found[1]), found[2])]
-        key, value = ".".join(name for _, name in path), found[3] or ""
+        path = [one for one in path if one[0] < len(match[1])] + [(len(match[1]), match[2])]
+        key, value = ".".join(name for _, name in path), match[3] or ""
     if key and value:
         yield key, value

@@ -88,8 +88,8 @@ class RunRecord:
         """(steps, values) of a column, in the rows that have it, from what was measured before the first step on; NaN
         where it was not finite."""
         first = [(0, event[key]) for event in self.events if event.get("event") == "evaluated" and key in event]
-        found = first[:1] + [(row["step"], row[key]) for row in self.rows if key in row]
-        return [step for step, _ in found], [math.nan if value is None else float(value) for _, value in found]
+        points = first[:1] + [(row["step"], row[key]) for row in self.rows if key in row]
+        return [step for step, _ in points], [math.nan if value is None else float(value) for _, value in points]
 
     def last(self, key: str) -> float | None:
         """The newest finite value of a column."""
@@ -111,10 +111,10 @@ class RunRecord:
         """Name -> (steps, values) of what was measured on held-out data: rewards, margins, and what lies between 0 and
         1 (accuracies); without losses."""
         names = [name for name in self.names if name.startswith("eval/")]
-        found = {name.removeprefix("eval/"): self.series(name) for name in names if name not in EXCLUDED_SCORES}
+        series_of = {name.removeprefix("eval/"): self.series(name) for name in names if name not in EXCLUDED_SCORES}
         return {
             name: (at, values)
-            for name, (at, values) in found.items()
+            for name, (at, values) in series_of.items()
             if name.startswith(UNBOUNDED_SCORES) or all(0 <= value <= 1 for value in values)
         }
 
@@ -162,14 +162,15 @@ def read_optional_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is none."""
     text = read_text_file(file)
     try:
-        held = json.loads(text) if text.strip() else {}
+        content = json.loads(text) if text.strip() else {}
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON ({error}); remove it, and the report will do without") from None
-    if not isinstance(held, dict):
+    if not isinstance(content, dict):
         raise DataError(
-            f"{file} holds a {type(held).__name__}; expected a JSON object; remove it, and the report will do without"
+            f"{file} holds a {type(content).__name__}; expected a JSON object; remove it, and the report will "
+            "do without"
         )
-    return held
+    return content
 
 
 def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
@@ -203,13 +204,13 @@ def read_events(file: Path) -> Iterator[dict[str, Any]]:
 def read_samples(folder: Path) -> Iterator[SampleRow]:
     """By step; within a step in the order they were written."""
     for file in sorted(folder.glob("step-*.json")) if folder.is_dir() else ():
-        held = read_optional_json(file)
-        entries = [entry for entry in held.get("samples", []) if isinstance(entry, dict)]
+        content = read_optional_json(file)
+        entries = [entry for entry in content.get("samples", []) if isinstance(entry, dict)]
         for entry in entries:
             prompt, text, wanted = (str(entry.get(key) or "") for key in ("prompt", "text", "wanted"))
             reward = entry.get("reward")
             earned = f"{reward:.3g}" if isinstance(reward, int | float) else ""
-            yield SampleRow(int(held.get("step", 0)), prompt, text, wanted, earned)
+            yield SampleRow(int(content.get("step", 0)), prompt, text, wanted, earned)
 
 
 def checkpoint_sizes(folder: Path) -> dict[str, int]:

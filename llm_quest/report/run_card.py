@@ -32,7 +32,7 @@ def run_readme(folder: Path, license: str | None = None) -> Readme:
     """The card of a run, or of one of its checkpoints; of a folder that is no run, what its own card says. Paths of
     this machine are cut to their last part."""
     home = folder.resolve()
-    step = int(found[1]) if (found := CHECKPOINT.search(home.name)) else None
+    step = int(match[1]) if (match := CHECKPOINT.search(home.name)) else None
     try:
         record = read_run(home.parent.parent if step is not None else home)
         config = yaml.safe_load(record.config) or {}
@@ -102,30 +102,30 @@ def describe_sources(config: Mapping[str, Any]) -> Iterator[str]:
 
 def describe_data(record: RunRecord, config: Mapping[str, Any], sources: list[str]) -> dict[str, str]:
     """What the run was trained on."""
-    found = {"source": ", ".join(sources)} if sources else {}
+    facts = {"source": ", ".join(sources)} if sources else {}
     names = {"train_documents": "documents", "train_bytes": "bytes", "train_tokens": "tokens", "train_rows": "rows"}
-    found |= {word: f"{record.data[key]:,}" for key, word in names.items() if isinstance(record.data.get(key), int)}
+    facts |= {word: f"{record.data[key]:,}" for key, word in names.items() if isinstance(record.data.get(key), int)}
     if isinstance(digest := record.data.get("train_sha256"), str):
-        found["sha256 of the training text"] = digest[:16]
+        facts["sha256 of the training text"] = digest[:16]
     held_out = find_value(config, "data", "held_out")
-    return found | ({"held out for evaluation": f"{held_out:.1%}"} if isinstance(held_out, float) and held_out else {})
+    return facts | ({"held out for evaluation": f"{held_out:.1%}"} if isinstance(held_out, float) and held_out else {})
 
 
 def describe_training(
     record: RunRecord, config: Mapping[str, Any], step: int | None, base: Any
 ) -> dict[str, str | float]:
     """The recipe and its numbers."""
-    found: dict[str, str | float] = {"recipe": str(config["recipe"])}
+    facts: dict[str, str | float] = {"recipe": str(config["recipe"])}
     if isinstance(base, str):
-        found["starts from"] = base if is_hub_name(base) else Path(base).name
+        facts["starts from"] = base if is_hub_name(base) else Path(base).name
     steps = step if step is not None else record.summary.get("step", record.step)
-    found["steps"] = f"{steps:,}" if isinstance(steps, int) else str(steps)
+    facts["steps"] = f"{steps:,}" if isinstance(steps, int) else str(steps)
     tokens = [row["tokens"] for row in record.rows if isinstance(row.get("tokens"), int) and row["step"] <= steps]
-    found |= {record.unit: f"{tokens[-1]:,}"} if tokens else {}
+    facts |= {record.unit: f"{tokens[-1]:,}"} if tokens else {}
     techniques = config.get("techniques")
     names = [str(one.get("name") if isinstance(one, Mapping) else one) for one in techniques or ()]
-    found |= {"techniques": ", ".join(names)} if names else {}
-    return found | {key: value for key in RECIPE_KEYS if isinstance(value := config.get(key), str | int | float)}
+    facts |= {"techniques": ", ".join(names)} if names else {}
+    return facts | {key: value for key in RECIPE_KEYS if isinstance(value := config.get(key), str | int | float)}
 
 
 def describe_results(record: RunRecord, step: int | None) -> Iterator[tuple[str, str]]:

@@ -64,7 +64,7 @@ def summarize_run(record: RunRecord, number: int) -> RunSummary:
     """Summarize one run."""
     status, good = run_status(record)
     drop_report = drop_report_of(record)
-    found = record.env.get("warnings") or []
+    warnings = record.env.get("warnings") or []
     return RunSummary(
         name=record.name,
         number=number,
@@ -81,7 +81,7 @@ def summarize_run(record: RunRecord, number: int) -> RunSummary:
         guessed=record.plan.get("measured") is False,
         events=tuple(event_rows(record)),
         env=tuple(flatten_rows({key: value for key, value in record.env.items() if key != "warnings"})),
-        warnings=tuple(": ".join(map(str, one)) if isinstance(one, list) else str(one) for one in found),
+        warnings=tuple(": ".join(map(str, one)) if isinstance(one, list) else str(one) for one in warnings),
         config=record.config,
     )
 
@@ -126,20 +126,20 @@ def summary_sentence(record: RunRecord) -> str:
 
 def parameters_of(record: RunRecord) -> int | None:
     """The number of parameters, from the summary or the plan."""
-    found = record.summary.get("parameters") or record.plan.get("parameters")
-    return int(found) if isinstance(found, int | float) else None
+    number = record.summary.get("parameters") or record.plan.get("parameters")
+    return int(number) if isinstance(number, int | float) else None
 
 
 def final_bits_per_byte(record: RunRecord) -> float | None:
     """Held-out bits per byte at the end: of the evaluation if there is one, else the last one of the training run."""
-    found = record.evaluation.get("bits_per_byte")
-    return float(found) if isinstance(found, int | float) else record.last("eval/bits_per_byte")
+    bits_per_byte = record.evaluation.get("bits_per_byte")
+    return float(bits_per_byte) if isinstance(bits_per_byte, int | float) else record.last("eval/bits_per_byte")
 
 
 def recorded_baselines(record: RunRecord) -> dict[str, float]:
     """Name -> bits per byte of the n-gram and compression baselines."""
-    found = {**(record.summary.get("baselines") or {}), **(record.evaluation.get("baselines") or {})}
-    return {str(name): float(value) for name, value in found.items() if isinstance(value, int | float)}
+    baselines = {**(record.summary.get("baselines") or {}), **(record.evaluation.get("baselines") or {})}
+    return {str(name): float(value) for name, value in baselines.items() if isinstance(value, int | float)}
 
 
 def key_figures(record: RunRecord) -> Iterator[KeyFigure]:
@@ -181,9 +181,11 @@ def loss_figures(record: RunRecord) -> Iterator[KeyFigure]:
     main, unit = main_loss_metric(record), loss_unit(record)
     if (loss := record.last(main)) is None:
         return
-    held = record.last("eval/loss")
+    held_out_loss = record.last("eval/loss")
     label = "policy loss" if "reward" in record.rows[-1] else "training loss"
-    yield KeyFigure(label, f"{loss:.3f}", f"held-out {held:.3f}, {unit}" if held is not None else unit)
+    yield KeyFigure(
+        label, f"{loss:.3f}", f"held-out {held_out_loss:.3f}, {unit}" if held_out_loss is not None else unit
+    )
     terms = [(name, value) for metric, name in LOSS_TERMS if (value := record.last(metric)) is not None]
     if terms and main != "loss":
         yield KeyFigure("optimized sum", f"{record.last('loss'):.3f}", "the loss with the terms below")
@@ -253,8 +255,8 @@ ROW_KEYS = {"train": "train", "val": "held_out"}
 
 def row_notes(record: RunRecord) -> list[str]:
     """What was noted about the rows."""
-    found = record.data.get("notes") or []
-    return [str(one) for one in found] if isinstance(found, list) else []
+    notes = record.data.get("notes") or []
+    return [str(one) for one in notes] if isinstance(notes, list) else []
 
 
 def plan_rows(record: RunRecord) -> Iterator[TableRow]:
@@ -272,12 +274,12 @@ def plan_rows(record: RunRecord) -> Iterator[TableRow]:
         "parameters": record.summary.get("parameters"),
     }
     for key, (name, format_value) in PLAN_ROWS.items():
-        predicted, found = plan.get(key), measured[key]
+        predicted, actual = plan.get(key), measured[key]
         if isinstance(predicted, int | float):
-            ratio = f"{found / predicted:.3g}" if found and predicted else ""
-            yield name, format_value(predicted), format_value(found) if found else "not recorded", ratio
-    for kind, held in (plan.get("memory") or {}).items():
-        yield f"memory: {kind}", format_bytes(held), "", ""
+            ratio = f"{actual / predicted:.3g}" if actual and predicted else ""
+            yield name, format_value(predicted), format_value(actual) if actual else "not recorded", ratio
+    for kind, num_bytes in (plan.get("memory") or {}).items():
+        yield f"memory: {kind}", format_bytes(num_bytes), "", ""
 
 
 PLAN_ROWS: dict[str, tuple[str, Callable[[float], str]]] = {

@@ -115,13 +115,13 @@ def process_supervision_advantages(
     pooled = torch.tensor([r for output in steps for _, r in output if r == r], dtype=torch.float64)
     flat = pooled.numel() <= ddof or pooled.max() - pooled.min() <= MIN_REWARD_SPREAD
     mean, std = (0.0, 1.0) if flat else (float(pooled.mean()), float(pooled.std(correction=ddof)))
-    found = []
+    advantages = []
     for output, length in zip(steps, lengths, strict=True):
         at = torch.zeros(length, dtype=torch.float64)
         for index, reward in () if flat else output:
             at[index] += 0.0 if reward != reward else (reward - mean) / std
-        found.append(at.flip(0).cumsum(0).flip(0))
-    return found
+        advantages.append(at.flip(0).cumsum(0).flip(0))
+    return advantages
 
 
 ADVANTAGE_ESTIMATORS: dict[str, AdvantageEstimator] = {
@@ -191,8 +191,8 @@ class RewardPipeline:
 
     def compute_rewards(self, groups: Sequence[SampleGroup]) -> Float[Tensor, "R P G"]:
         """Every reward of every sample; NaN: unscorable."""
-        found = np.array([score_groups(judge, groups) for judge in self.rewards], np.float64)
-        rewards = torch.from_numpy(found.reshape(len(self.rewards), len(groups), -1))
+        scores = np.array([score_groups(judge, groups) for judge in self.rewards], np.float64)
+        rewards = torch.from_numpy(scores.reshape(len(self.rewards), len(groups), -1))
         if groups:
             failed = torch.tensor([[sample.environment_failed for sample in group] for group in groups])
             rewards = rewards.masked_fill(failed, torch.nan)
@@ -206,8 +206,8 @@ class RewardPipeline:
         deciding = rewards[0]
         for later in rewards[1:]:
             deciding = torch.where(deciding.isnan().all(dim=1, keepdim=True), later, deciding)
-        found: list[bool] = (reward_spread(deciding) > MIN_REWARD_SPREAD).tolist()
-        return found
+        mixed: list[bool] = (reward_spread(deciding) > MIN_REWARD_SPREAD).tolist()
+        return mixed
 
     def compute_advantages(
         self,
@@ -221,14 +221,14 @@ class RewardPipeline:
         known = fill_missing_rewards(rewards, weights)
         unscored = known.isnan().any(dim=0)
         if self.step_rewards is not None:
-            found = [self.step_advantages(group, self.step_rewards) for group in groups]
+            advantages = [self.step_advantages(group, self.step_rewards) for group in groups]
         else:
             if self.per_reward_advantages:
                 values = gdpo_advantages(self.shape_rewards(groups, known, penalty), weights, self.estimator)
             else:
                 summed = torch.einsum("rpg,r->pg", known, torch.tensor(weights, dtype=known.dtype))
                 values = self.estimator(self.shape_rewards(groups, summed[None], penalty)[0])
-            found = [
+            advantages = [
                 [np.full(len(s.completion_ids), float(value), np.float32) for s, value in zip(group, row, strict=True)]
                 for group, row in zip(groups, values, strict=True)
             ]
@@ -237,14 +237,14 @@ class RewardPipeline:
                 None if unscored[p, g] or not (self.keep_uniform_groups or any(map(np.any, row))) else each
                 for g, each in enumerate(row)
             ]
-            for p, row in enumerate(found)
+            for p, row in enumerate(advantages)
         ]
 
     def step_advantages(self, group: SampleGroup, step_rewards: StepRewards) -> list[np.ndarray]:
-        found = process_supervision_advantages(
+        advantages = process_supervision_advantages(
             [step_rewards(sample) for sample in group], [len(sample.completion_ids) for sample in group]
         )
-        return [each.numpy().astype(np.float32) for each in found]
+        return [each.numpy().astype(np.float32) for each in advantages]
 
     def shape_rewards(self, groups: Sequence[SampleGroup], rewards: Tensor, penalty: Tensor | None) -> Tensor:
         """Rewards (R,P,G), with the penalties for length and divergence added to the first one."""
@@ -288,16 +288,16 @@ def score_groups(weighted_reward: WeightedReward, groups: Sequence[SampleGroup])
 
 def score_group(weighted_reward: WeightedReward, group: SampleGroup) -> list[float]:
     """Call one reward function on one group. DataError unless it returns one finite number (or NaN) for each sample."""
-    found = [float(value) for value in weighted_reward.reward_fn(group)]
-    if len(found) != len(group):
+    scores = [float(value) for value in weighted_reward.reward_fn(group)]
+    if len(scores) != len(group):
         raise DataError(
-            f"the reward {weighted_reward.name} gave {len(found)} numbers for a group of {len(group)} samples"
+            f"the reward {weighted_reward.name} gave {len(scores)} numbers for a group of {len(group)} samples"
         )
-    if any(value in (float("inf"), float("-inf")) for value in found):
+    if any(value in (float("inf"), float("-inf")) for value in scores):
         raise DataError(
             f"the reward {weighted_reward.name} gave an infinite number; give NaN for what cannot be scored"
         )
-    return found
+    return scores
 
 
 def overlong_penalty(length: int, max_new_tokens: int, window: int) -> float:

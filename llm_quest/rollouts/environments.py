@@ -70,17 +70,17 @@ class EnvironmentHost:
 
     def reset(self, rows: Sequence[Row]) -> list[Messages | EpisodeFailure]:
         """The first messages of each episode."""
-        found: list[Messages | EpisodeFailure] = []
+        replies: list[Messages | EpisodeFailure] = []
         self.environments = []
         for row in rows:
             try:
                 environment = self.make()
-                found.append(to_message_list(environment.reset(dict(row))))
+                replies.append(to_message_list(environment.reset(dict(row))))
                 self.environments.append(environment)
             except Exception as error:
-                found.append(EpisodeFailure(describe_exception(error)))
+                replies.append(EpisodeFailure(describe_exception(error)))
                 self.environments.append(None)
-        return found
+        return replies
 
     def step(self, completions: Mapping[int, str]) -> dict[int, Step | EpisodeFailure]:
         """One turn of some episodes."""
@@ -138,8 +138,8 @@ class EnvironmentClient:
             raise UsageError(f"the tools of the environment {self.name}: {failure.message}") from None
 
     def reset(self, rows: Sequence[Row]) -> list[Messages | EpisodeFailure]:
-        found = self.ask(("reset", [dict(row) for row in rows]), range(len(rows)))
-        return [found[number] for number in range(len(rows))]
+        replies = self.ask(("reset", [dict(row) for row in rows]), range(len(rows)))
+        return [replies[number] for number in range(len(rows))]
 
     def step(self, completions: Mapping[int, str]) -> dict[int, Step | EpisodeFailure]:
         return self.ask(("step", dict(completions)), completions)
@@ -148,15 +148,15 @@ class EnvironmentClient:
         """The answers by episode."""
         try:
             given = self.call(request)
-            found = dict(given) if isinstance(given, dict) else dict(enumerate(given))
+            answers = dict(given) if isinstance(given, dict) else dict(enumerate(given))
         except WorkerFailure as failure:
             self.failures.count(failure.kind, failure.message)
-            found = {number: EpisodeFailure(failure.message) for number in numbers}
-        failed = [one for one in found.values() if isinstance(one, EpisodeFailure)]
+            answers = {number: EpisodeFailure(failure.message) for number in numbers}
+        failed = [one for one in answers.values() if isinstance(one, EpisodeFailure)]
         for one in failed:
             self.failures.count("exception", one.message)
-        self.failures.end_batch(bool(failed) and len(failed) == len(found), failed[0].message if failed else "")
-        return found
+        self.failures.end_batch(bool(failed) and len(failed) == len(answers), failed[0].message if failed else "")
+        return answers
 
     def failure_lines(self) -> list[str]:
         """A line with the number of failures of each kind; none without failures."""

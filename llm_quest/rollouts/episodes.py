@@ -48,8 +48,8 @@ class TurnEncoder:
         new = list({repr(one): one for one in turns if repr(one) not in self.known}.values())
         if new:
             self.known |= dict(zip(map(repr, new), self.chat.encode_continuations(new), strict=True))
-        found = [self.known[repr(one)] for one in turns]
-        return [ids[1:] if ids[:1] == [last] else ids for ids, last in zip(found, last_ids, strict=True)]
+        rewards = [self.known[repr(one)] for one in turns]
+        return [ids[1:] if ids[:1] == [last] else ids for ids, last in zip(rewards, last_ids, strict=True)]
 
     def with_known_role(self, message: Mapping[str, Any]) -> dict[str, Any]:
         return {**message, "role": self.tool_role if message["role"] == "tool" else message["role"]}
@@ -57,12 +57,12 @@ class TurnEncoder:
 
 def renders_tool_messages(chat: ChatTemplate) -> bool:
     """Whether the template writes a tool's message, and not as the assistant's or not at all."""
-    said = [[{"role": role, "content": "42"}] for role in ("tool", "assistant")]
+    conversations = [[{"role": role, "content": "42"}] for role in ("tool", "assistant")]
     try:
-        tool = chat.encode_continuations(said[:1])[0]
+        tool = chat.encode_continuations(conversations[:1])[0]
     except DataError:
         return False
-    return "42" in chat.tokenizer.decode(tool) and tool != chat.encode_continuations(said[1:])[0]
+    return "42" in chat.tokenizer.decode(tool) and tool != chat.encode_continuations(conversations[1:])[0]
 
 
 @dataclass
@@ -135,11 +135,11 @@ class EpisodeSampler:
     ) -> list[list[Sample]]:
         """shard: this process's part of the prompts."""
         share = -(-len(prompts) // shard.world_size)
-        mine = range(len(prompts))[shard.rank * share : (shard.rank + 1) * share]
+        own_prompts = range(len(prompts))[shard.rank * share : (shard.rank + 1) * share]
         copies = copy_numbers([each.prompt_ids for each in prompts])
         sampling = SamplingParams(temperature=self.sampler.temperature)
         return self.play(
-            policy, [prompts[n] for n in mine], [copies[n] for n in mine], sampling, num_generations, seed
+            policy, [prompts[n] for n in own_prompts], [copies[n] for n in own_prompts], sampling, num_generations, seed
         )  # fmt: skip
 
     def play(

@@ -89,11 +89,11 @@ class ExpressionParser:
 
     def parse_number(self) -> int:
         self.peek()
-        found = UNSIGNED_NUMBER.match(self.text, self.position)
-        if found is None or len(found[0]) > MAX_NUMBER_DIGITS:
+        match = UNSIGNED_NUMBER.match(self.text, self.position)
+        if match is None or len(match[0]) > MAX_NUMBER_DIGITS:
             raise MalformedExpression(f"no number at {self.position}")
-        self.position = found.end()
+        self.position = match.end()
         if self.text[self.position : self.position + 1].isalnum():
             raise MalformedExpression(f"no sign after the number at {self.position}")
-        self.numbers.append(int(found[0]))
+        self.numbers.append(int(match[0]))
         return self.numbers[-1]

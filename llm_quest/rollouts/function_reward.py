@@ -60,8 +60,8 @@ class FunctionReward:
     def to_floats(self, given: Any, expected: int) -> list[float]:
         """The function's values as floats. WorkerFailure for another number of them, or for what is no number."""
         if not isinstance(given, list) or len(given) != expected:
-            found = f"{len(given)} values" if isinstance(given, list) else f"a {given}"
-            raise WorkerFailure("wrong length", f"it returned {found} for {expected} completions; give one each")
+            actual = f"{len(given)} values" if isinstance(given, list) else f"a {given}"
+            raise WorkerFailure("wrong length", f"it returned {actual} for {expected} completions; give one each")
         if wrong := [value for value in given if not isinstance(value, float | None)]:
             raise WorkerFailure("no number", f"it returned {wrong[0]!r:.60}; give a number, or None")
         infinite = sum(value is not None and not math.isfinite(value) for value in given)

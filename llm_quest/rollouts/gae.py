@@ -49,12 +49,12 @@ class GAE:
 
     def advantages(self, rewards: np.ndarray, values: np.ndarray) -> np.ndarray:
         """A (T,) of one text from the rewards and values of its tokens."""
-        found, later, next_value = np.zeros_like(values), 0.0, 0.0
+        advantages, later, next_value = np.zeros_like(values), 0.0, 0.0
         for t in reversed(range(len(values))):
             delta = rewards[t] + self.gamma * next_value - values[t]
-            found[t] = later = delta + self.gamma * self.lam * later
+            advantages[t] = later = delta + self.gamma * self.lam * later
             next_value = values[t]
-        return found
+        return advantages
 
     def rows_with_values(
         self, rows: Sequence[PolicyRow], values: Sequence[np.ndarray], token_penalties: Sequence[np.ndarray] | None
@@ -71,10 +71,10 @@ class GAE:
         if self.whiten_rewards:
             rewards = whiten_together(rewards, shift_mean=False)
         values = [row.at_policy_tokens(each).astype(np.float64) for row, each in zip(rows, values, strict=True)]
-        found = [self.advantages(reward, value) for reward, value in zip(rewards, values, strict=True)]
-        returns = [advantage + value for advantage, value in zip(found, values, strict=True)]
-        found = whiten_together(found) if self.whiten else found
-        columns = zip(rows, found, returns, values, strict=True)
+        advantages = [self.advantages(reward, value) for reward, value in zip(rewards, values, strict=True)]
+        returns = [advantage + value for advantage, value in zip(advantages, values, strict=True)]
+        advantages = whiten_together(advantages) if self.whiten else advantages
+        columns = zip(rows, advantages, returns, values, strict=True)
         spread = ((row, [row.spread_over_completion(x.astype(np.float32)) for x in agv]) for row, *agv in columns)
         return [replace(row, advantages=a, returns=g, values=v) for row, (a, g, v) in spread]
 

@@ -21,7 +21,7 @@ from llm_quest.data.problems.problem import Problem, make_rng
 from llm_quest.errors import UsageError
 from llm_quest.rollouts.expression import MalformedExpression, evaluate_expression
 from llm_quest.rollouts.user_code import load_user_object
-from llm_quest.rollouts.verifiers import CORRECT, verify_equal
+from llm_quest.rollouts.verifiers import CORRECT, verify_answer
 
 Messages = list[dict[str, Any]]
 Answered = tuple[Messages, float, bool]
@@ -32,8 +32,8 @@ WORD = re.compile(r"\w+")
 
 def tool_argument(completion: str, tool: str) -> str | None:
     """The argument of the last call of this tool; None without a call, "" for a call that cannot be parsed."""
-    if found := re.findall(rf"<{tool}>(.*?)</{tool}>", completion, re.DOTALL):
-        return str(found[-1]).strip()
+    if tagged := re.findall(rf"<{tool}>(.*?)</{tool}>", completion, re.DOTALL):
+        return str(tagged[-1]).strip()
     calls = TOOL_CALL.findall(completion)
     if not calls:
         return None
@@ -58,7 +58,7 @@ def answer_reward(completion: str, gold: str) -> float:
     """1 for the right answer: in its tag, or the completion itself."""
     answer = last_tagged_answer(completion) or completion
     problem = Problem("", gold, "equal", "", grading="tolerant")
-    return float(verify_equal(problem, answer) == CORRECT)
+    return float(verify_answer(problem, answer) == CORRECT)
 
 
 def tool_result(content: str) -> Messages:
@@ -101,10 +101,10 @@ class Calculator:
         return question_with_hint(row, "Compute with <calc>12*7</calc>. End with <answer>84</answer>.", self.hint)
 
     def step(self, completion: str) -> Answered:
-        asked = tool_argument(completion, "calc")
-        if asked is None:
+        query = tool_argument(completion, "calc")
+        if query is None:
             return [], answer_reward(completion, self.gold), True
-        return tool_result(calc(asked)), 0.0, False
+        return tool_result(calc(query)), 0.0, False
 
 
 @dataclass
@@ -127,10 +127,10 @@ class GuessingGame:
         return [{"role": "user", "content": question}]
 
     def step(self, completion: str) -> Answered:
-        found = WHOLE_NUMBER.findall(completion)
-        if not found:
+        matches = WHOLE_NUMBER.findall(completion)
+        if not matches:
             return [{"role": "user", "content": "Say one number."}], 0.0, False
-        guess = int(found[-1])
+        guess = int(matches[-1])
         if guess == self.secret:
             return [], 1.0, True
         return [{"role": "user", "content": "higher" if guess < self.secret else "lower"}], 0.0, False
@@ -157,11 +157,11 @@ class FileSearch:
         return question_with_hint(row, hint, self.hint)
 
     def step(self, completion: str) -> Answered:
-        asked = tool_argument(completion, "search")
-        if asked is None:
+        query = tool_argument(completion, "search")
+        if query is None:
             return [], answer_reward(completion, self.gold), True
-        found = rank_paragraphs(self.paragraphs, asked)[: self.num_results]
-        return tool_result("\n\n".join(one[: self.max_characters] for one in found) or "nothing found"), 0.0, False
+        matches = rank_paragraphs(self.paragraphs, query)[: self.num_results]
+        return tool_result("\n\n".join(one[: self.max_characters] for one in matches) or "nothing found"), 0.0, False
 
 
 PARAGRAPHS: dict[str, tuple[str, ...]] = {}
@@ -236,9 +236,9 @@ def read_tool_calls(completion: str) -> list[Any]:
     """The calls of a turn, as published models write them: JSON in <tool_call>, or nothing but a JSON object with a
     name (Llama 3.1). A call that is no JSON is None."""
     text = completion.strip()
-    found = TOOL_CALL.findall(completion) or ([text] if text.startswith("{") and '"name"' in text else [])
+    call_texts = TOOL_CALL.findall(completion) or ([text] if text.startswith("{") and '"name"' in text else [])
     calls = []
-    for one in found:
+    for one in call_texts:
         try:
             calls.append(json.loads(one))
         except (ValueError, RecursionError):

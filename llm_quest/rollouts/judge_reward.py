@@ -83,21 +83,21 @@ class JudgeReward:
         self.failures = FailureCounter(f"the judge {self.url}", self.log)
 
     def __call__(self, group: Sequence[Any]) -> list[float]:
-        asked = [self.fill_template(sample) for sample in group]
-        questions = list(dict.fromkeys(asked))
+        prompts = [self.fill_template(sample) for sample in group]
+        questions = list(dict.fromkeys(prompts))
         with ThreadPoolExecutor(self.concurrency) as pool:
-            found = dict(zip(questions, pool.map(self.try_score, questions), strict=True))
-        for one in found.values():
+            score_of = dict(zip(questions, pool.map(self.try_score, questions), strict=True))
+        for one in score_of.values():
             if isinstance(one, JudgeFailure):
                 self.failures.count(one.kind, one.message)
-        scores = {text: UNSCORABLE if isinstance(one, JudgeFailure) else one for text, one in found.items()}
+        scores = {text: UNSCORABLE if isinstance(one, JudgeFailure) else one for text, one in score_of.items()}
         self.failures.end_batch(bool(scores) and all(map(math.isnan, scores.values())), "it gave no score")
-        return [scores[text] for text in asked]
+        return [scores[text] for text in prompts]
 
     def fill_template(self, sample: Any) -> str:
         """The judge's prompt for a sample. What a sample holds is not searched for placeholders."""
         parts = {"prompt": sample.problem.prompt, "completion": sample.text, "answer": sample.problem.answer}
-        return re.sub(r"\{(prompt|completion|answer)\}", lambda found: str(parts[found[1]]), self.template)
+        return re.sub(r"\{(prompt|completion|answer)\}", lambda match: str(parts[match[1]]), self.template)
 
     def try_score(self, question: str) -> float | JudgeFailure:
         """The judge's score, with retries."""
@@ -122,20 +122,20 @@ class JudgeReward:
             with urllib.request.urlopen(request, timeout=self.timeout_seconds) as response:
                 return reply_text(read_until(response, time.monotonic() + self.timeout_seconds))
         except urllib.error.HTTPError as error:
-            said = error.read(2000).decode(errors="replace")
-            if error.code == 400 and self.adapt_parameters(body, said):
+            reply = error.read(2000).decode(errors="replace")
+            if error.code == 400 and self.adapt_parameters(body, reply):
                 return self.ask(question)
-            raise JudgeFailure(f"HTTP {error.code}", said[:300], can_retry=error.code in RETRY_STATUS) from None
+            raise JudgeFailure(f"HTTP {error.code}", reply[:300], can_retry=error.code in RETRY_STATUS) from None
         except (OSError, http.client.HTTPException) as error:
             raise JudgeFailure("no connection", str(error) or type(error).__name__, can_retry=True) from None
 
-    def adapt_parameters(self, body: Mapping[str, Any], said: str) -> bool:
+    def adapt_parameters(self, body: Mapping[str, Any], reply: str) -> bool:
         """Whether a request that was refused may be sent again: OpenAI's newer models want max_completion_tokens, and
         no temperature."""
         parameters = {name: value for name, value in body.items() if name not in ("model", "messages")}
-        if "max_completion_tokens" in said and "max_tokens" in body:
+        if "max_completion_tokens" in reply and "max_tokens" in body:
             parameters["max_completion_tokens"] = parameters.pop("max_tokens")
-        elif "temperature" not in said or parameters.pop("temperature", None) is None:
+        elif "temperature" not in reply or parameters.pop("temperature", None) is None:
             return False
         self.parameters = parameters
         return True
@@ -151,8 +151,8 @@ class JudgeReward:
         score = float(numbers[-1][0])
         if len(numbers) > 1 and OUT_OF.fullmatch(reply, numbers[-2].end(), numbers[-1].start()):
             if score != self.high:
-                said = f"the reply ends in a score out of {score:g}; ask for one from {self.low:g} to {self.high:g}"
-                raise JudgeFailure("no score", said)
+                reason = f"the reply ends in a score out of {score:g}; ask for one from {self.low:g} to {self.high:g}"
+                raise JudgeFailure("no score", reason)
             score = float(numbers[-2][0])
         if not self.low <= score <= self.high:
             raise JudgeFailure("no score", f"the reply ends in {score:g}, not in {self.low:g} to {self.high:g}")

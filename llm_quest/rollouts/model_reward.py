@@ -38,7 +38,7 @@ def make_comparisons(
     groups: Sequence[Sequence[Sample]], gold_reward_fn: Reward, seed: int = 0
 ) -> list[TokenizedPreference]:
     """A comparison from each group whose samples differ: one of its best and one of its worst, by the gold reward."""
-    found = []
+    comparisons = []
     for number, group in enumerate(groups):
         scored = [
             (value, sample) for value, sample in zip(gold_reward_fn(group), group, strict=True) if not math.isnan(value)
@@ -48,8 +48,8 @@ def make_comparisons(
             pick = make_rng("comparison", seed, number)
             better, worse = (pick.choice([s for v, s in scored if v == end]) for end in (top, bottom))
             ids = [np.array(one, np.int64) for one in (better.prompt_ids, better.completion_ids, worse.completion_ids)]
-            found.append(TokenizedPreference(ids[0], (ids[1], ids[2])))
-    return found
+            comparisons.append(TokenizedPreference(ids[0], (ids[1], ids[2])))
+    return comparisons
 
 
 class ReplayLoader:

@@ -68,8 +68,8 @@ class GKDLoader:
             pairs = self.sample_answers([one.prompt for one in picked], step)
         else:
             local = self.batch_size // self.shard.world_size
-            mine = picked[self.shard.rank * local : (self.shard.rank + 1) * local]
-            pairs = [(one.prompt.tolist(), one.answers[0].tolist()) for one in mine]
+            own_rows = picked[self.shard.rank * local : (self.shard.rank + 1) * local]
+            pairs = [(one.prompt.tolist(), one.answers[0].tolist()) for one in own_rows]
         pairs = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
         size = self.micro_batch_size
         return [collate_answers(pairs[first : first + size]) for first in range(0, len(pairs), size)]
@@ -80,9 +80,9 @@ class GKDLoader:
     def sample_answers(self, prompts: Sequence[np.ndarray], step: int) -> list[PromptAnswer]:
         """The student's answers to this process's part of the prompts."""
         seed = make_rng("answers", self.seed, step).getrandbits(62)
-        asked = [PolicyPrompt(tuple(prompt.tolist())) for prompt in prompts]
+        policy_prompts = [PolicyPrompt(tuple(prompt.tolist())) for prompt in prompts]
         with self.student_context():
-            groups = self.sampler(self.student, asked, 1, seed, self.shard)
+            groups = self.sampler(self.student, policy_prompts, 1, seed, self.shard)
         return [(sample.prompt_ids, sample.completion_ids) for group in groups for sample in group]
 
     def state_dict(self) -> dict[str, Any]:

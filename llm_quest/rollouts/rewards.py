@@ -30,8 +30,8 @@ class CorrectnessReward:
 
 def score_correctness(sample: Sample) -> float:
     """Right, wrong or unscorable."""
-    found = verify_answer(sample.problem, sample.text)
-    return found if sample.finish_reason != "length" or math.isnan(found) else 0.0
+    verdict = verify_answer(sample.problem, sample.text)
+    return verdict if sample.finish_reason != "length" or math.isnan(verdict) else 0.0
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,13 @@ def compute_step_rewards(tokenizer: StreamingTokenizer, sample: Sample) -> list[
     """(index of the step's last token, 1 or 0). The last step ends at the end-of-text token, so that ending is
     rewarded too; an answer that the budget cut has no last step that is right."""
     ends = token_end_offsets(tokenizer, sample)
-    found = []
+    step_rewards = []
     steps = verify_steps(sample.problem, sample.text)
     for number, (place, worth) in enumerate(steps):
         last = number == len(steps) - 1
         at = len(sample.completion_ids) - 1 if last else next(i for i, end in enumerate(ends) if end >= place)
-        found.append((at, 0.0 if last and sample.truncated else worth))
-    return found or [(len(sample.completion_ids) - 1, 0.0)]
+        step_rewards.append((at, 0.0 if last and sample.truncated else worth))
+    return step_rewards or [(len(sample.completion_ids) - 1, 0.0)]
 
 
 def token_end_offsets(tokenizer: StreamingTokenizer, sample: Sample) -> list[int]:

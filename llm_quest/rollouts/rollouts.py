@@ -244,8 +244,8 @@ class RolloutLoader:
 
     def sample_groups(self, prompts: Sequence[PolicyPrompt], seed: int) -> tuple[SampleGroups, Tensor]:
         """A group of samples of each prompt, and their rewards (R,P,G); each process samples its part."""
-        mine = self.sampler(self.policy, prompts, self.plan.num_generations, seed, self.processes.data_shard)
-        parts = self.processes.all_gather((mine, self.reward_pipeline.compute_rewards(mine)))
+        own_samples = self.sampler(self.policy, prompts, self.plan.num_generations, seed, self.processes.data_shard)
+        parts = self.processes.all_gather((own_samples, self.reward_pipeline.compute_rewards(own_samples)))
         return [group for groups, _ in parts for group in groups], torch.cat([rewards for _, rewards in parts], dim=1)
 
     def next_prompts(self) -> list[PolicyPrompt]:
@@ -308,7 +308,7 @@ class RolloutLoader:
         """A scorer's numbers for the tokens of every row, in the rows' order; each process scores its part.
         every_token: for all tokens that are read, not the completion's alone."""
         assert scorer is not None
-        mine: dict[int, np.ndarray] = {}
+        own_values: dict[int, np.ndarray] = {}
         device = next(self.policy.parameters()).device
         place = {id(row): number for number, row in enumerate(rows)}
         plan, shard = self.plan, self.processes.data_shard
@@ -319,9 +319,11 @@ class RolloutLoader:
                 values = scorer(batch.to(device)).float().cpu()
                 for row, value, loss_mask in zip(some, values, batch.loss_mask, strict=True):
                     own = value[: row.length].numpy() if every_token else None
-                    mine[place[id(row)]] = row.spread_over_completion(value[loss_mask].numpy()) if own is None else own
-        found = {number: value for part in self.processes.all_gather(mine) for number, value in part.items()}
-        return [found[number] for number in range(len(rows))]
+                    own_values[place[id(row)]] = (
+                        row.spread_over_completion(value[loss_mask].numpy()) if own is None else own
+                    )
+        gathered = {number: value for part in self.processes.all_gather(own_values) for number, value in part.items()}
+        return [gathered[number] for number in range(len(rows))]
 
     # ------------------------------------------------------------------------------------------ resuming
 

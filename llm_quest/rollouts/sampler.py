@@ -136,11 +136,11 @@ class Sampler:
         stopping_criteria = StoppingCriteria(max_new_tokens=self.max_new_tokens, eos_token_ids=self.eos_token_ids)
         copies = copy_numbers([each.prompt_ids for each in prompts])
         share = -(-len(prompts) // shard.world_size)
-        mine = range(len(prompts))[shard.rank * share : (shard.rank + 1) * share]
-        at_once = max(1, self.batch_size // num_generations if self.batch_size else len(mine))
-        found: list[list[Sample]] = []
+        own_prompts = range(len(prompts))[shard.rank * share : (shard.rank + 1) * share]
+        at_once = max(1, self.batch_size // num_generations if self.batch_size else len(own_prompts))
+        groups_of_samples: list[list[Sample]] = []
         with eval_mode(policy), self.autocast_context():
-            for part in split_rows(mine, at_once):
+            for part in split_rows(own_prompts, at_once):
                 completions = generate_completions(
                     policy,
                     [prompts[place].prompt_ids for place in part],
@@ -152,8 +152,8 @@ class Sampler:
                 )
                 for number, place in enumerate(part):
                     group = completions[number * num_generations : (number + 1) * num_generations]
-                    found.append([self.make_sample(prompts[place], one) for one in group])
-        return found
+                    groups_of_samples.append([self.make_sample(prompts[place], one) for one in group])
+        return groups_of_samples
 
     def make_sample(self, prompt: PolicyPrompt, completion: Completion) -> Sample:
         return completion_to_sample(prompt, completion, self.tokenizer, self.eos_token_ids)
@@ -197,8 +197,8 @@ def make_policy_rows(
     """A row of each sample that has advantages."""
     return [
         make_policy_row(sample, each)
-        for group, found in zip(groups, advantages, strict=True)
-        for sample, each in zip(group, found, strict=True)
+        for group, advantage in zip(groups, advantages, strict=True)
+        for sample, each in zip(group, advantage, strict=True)
         if each is not None
     ]
 

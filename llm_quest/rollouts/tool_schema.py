@@ -49,15 +49,15 @@ def argument_descriptions(doc: str) -> dict[str, str]:
     """Argument -> what the section `Args:` says of it."""
     parts = SECTION.split(doc)
     sections = dict(zip(parts[1::2], parts[2::2], strict=True))
-    found: dict[str, str] = {}
+    descriptions: dict[str, str] = {}
     name = ""
     for line in (sections.get("Args") or sections.get("Arguments") or "").strip("\n").split("\n"):
         if match := ARGUMENT_LINE.match(line):
             name, text = match.groups()
-            found[name] = text.strip()
+            descriptions[name] = text.strip()
         elif name and line.strip():
-            found[name] += f" {line.strip()}"
-    return found
+            descriptions[name] += f" {line.strip()}"
+    return descriptions
 
 
 def type_schema(hint: Any) -> dict[str, Any]:

@@ -41,16 +41,16 @@ def check_reference(reference: str) -> str:
 
 def top_level_names(tree: ast.Module) -> list[str]:
     """The names that a module defines, assigns or imports, in its order."""
-    found: list[str] = []
+    defined: list[str] = []
     for node in tree.body:
         match node:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-                found.append(name)
+                defined.append(name)
             case ast.Assign(targets=targets):
-                found += [one.id for one in targets if isinstance(one, ast.Name)]
+                defined += [one.id for one in targets if isinstance(one, ast.Name)]
             case ast.Import(names=names) | ast.ImportFrom(names=names):
-                found += [one.asname or one.name for one in names]
-    return found
+                defined += [one.asname or one.name for one in names]
+    return defined
 
 
 def load_user_object(reference: str) -> Any:
@@ -78,13 +78,13 @@ def hash_user_code(reference: str) -> str:
 
 def find_imports(file: Path) -> list[Path]:
     """The file, and the Python files below its folder that it imports, directly or through one another."""
-    found, waiting = list[Path](), [file]
+    imported, waiting = list[Path](), [file]
     while waiting:
         current = waiting.pop()
-        if current not in found:
-            found.append(current)
+        if current not in imported:
+            imported.append(current)
             waiting += [one for name in iter_import_names(current) for one in module_files(file.parent, current, name)]
-    return found
+    return imported
 
 
 def iter_import_names(file: Path) -> Iterator[str]:

@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 from llm_quest.data.problems.answer_forms import extract_answer, normalize_answer
 from llm_quest.data.problems.chained import ANSWER_PREFIX, STEP_END
 from llm_quest.data.problems.problem import Problem
-from llm_quest.rollouts.expression import MAX_NUMBER_DIGITS, MalformedExpression, evaluate_expression
+from llm_quest.rollouts.expression import MAX_NUMBER_DIGITS, WHITESPACE, MalformedExpression, evaluate_expression
 
 CORRECT, INCORRECT, UNSCORABLE = 1.0, 0.0, math.nan
-
-Verifier = Callable[[Problem, str], float]
 
 NUMBER_PATTERN = re.compile(r"-?(?:0|[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]*)(?:\.[0-9]+)?", re.ASCII)
 FRACTION_PATTERN = re.compile(r"(-?[0-9]+)/([0-9]+)", re.ASCII)
@@ -32,21 +30,10 @@ FINAL_ANSWER_MARK = "####"
 MAX_COMPLETION_CHARACTERS = 100_000
 
 
-def verify_answer(problem: Problem, text: str) -> float:
-    """CORRECT, INCORRECT or UNSCORABLE. Where the problem has an answer form, the verifier reads only the answer that
-    has it."""
-    if len(text) > MAX_COMPLETION_CHARACTERS:
-        return INCORRECT
-    if problem.answer_form:
-        answer = extract_answer(problem.answer_form, problem.grading, text)
-        return INCORRECT if answer is None else VERIFIERS[problem.verifier](problem, answer)
-    return VERIFIERS[problem.verifier](problem, text)
-
-
 def parse_number(text: str) -> Fraction | None:
     """A number as people write it: 72, -3, 1,250, 0.5. None for anything else: signs in a row, 1e9, 0x10, 1_000, 007,
     digits of other alphabets, more than 12 digits."""
-    text = text.strip(" \t\n")
+    text = text.strip(WHITESPACE)
     if not NUMBER_PATTERN.fullmatch(text) or sum(sign.isdigit() for sign in text) > MAX_NUMBER_DIGITS:
         return None
     return Fraction(text.replace(",", ""))
@@ -54,62 +41,122 @@ def parse_number(text: str) -> Fraction | None:
 
 def parse_fraction(text: str) -> Fraction | None:
     """A number, or one whole number over another."""
-    found = FRACTION_PATTERN.fullmatch(text.strip(" \t\n"))
-    if found is None:
+    match = FRACTION_PATTERN.fullmatch(text.strip(WHITESPACE))
+    if match is None:
         return parse_number(text)
-    above, below = parse_number(found[1]), parse_number(found[2])
+    above, below = parse_number(match[1]), parse_number(match[2])
     return None if above is None or not below else above / below
 
 
-def compare_values(value: Fraction | None, gold: Fraction | None) -> float:
-    return UNSCORABLE if gold is None else CORRECT if value == gold else INCORRECT
+def parse_word(problem: Problem, text: str) -> str | None:
+    """The text; None for no text, and for other characters than letters and digits where the right answer has none."""
+    return text if text and (text.isalnum() or not problem.answer.isalnum()) else None
 
 
-def verify_exact(problem: Problem, text: str) -> float:
-    """The answer itself, but for space around it."""
-    return CORRECT if text.strip(" \t\n") == problem.answer else INCORRECT
-
-
-def verify_equal(problem: Problem, text: str) -> float:
-    """The answer of a row: the same number, or the same text (graded tolerantly: but for what `normalize_answer`
-    takes away). UNSCORABLE where the row has none."""
-    gold = problem.answer
-    if not gold:
-        return UNSCORABLE
+def parse_row_answer(problem: Problem, text: str) -> Fraction | str | None:
+    """A number, or else the text; graded tolerantly, as `normalize_answer` leaves it. None for no text."""
     if problem.grading == "tolerant":
-        text, gold = normalize_answer(text), normalize_answer(gold)
-    value, wanted = parse_fraction(text), parse_fraction(gold)
-    return CORRECT if text.strip(" \t\n") == gold or (wanted is not None and value == wanted) else INCORRECT
+        text = normalize_answer(text)
+    value = parse_fraction(text)
+    return text or None if value is None else value
 
 
-def verify_number(problem: Problem, text: str) -> float:
-    """A number equal to the answer."""
-    return compare_values(parse_number(text), parse_number(problem.answer))
-
-
-def verify_fraction(problem: Problem, text: str) -> float:
-    """A fraction or number equal to the answer."""
-    return compare_values(parse_fraction(text), parse_fraction(problem.answer))
-
-
-def verify_expression(problem: Problem, text: str) -> float:
-    """An expression that comes to the answer and uses the problem's numbers, each exactly once."""
-    gold = parse_number(problem.answer)
+def parse_expression(text: str) -> tuple[Fraction, tuple[int, ...]] | None:
+    """The value of an expression and its numbers, sorted: both decide whether it is right."""
     try:
         worked = evaluate_expression(text)
     except MalformedExpression:
-        return compare_values(None, gold)
-    if Counter(worked.numbers) != Counter(problem.numbers):
-        return compare_values(None, gold)
-    return compare_values(worked.value, gold)
+        return None
+    return worked.value, tuple(sorted(worked.numbers))
 
 
-def verify_chained(problem: Problem, text: str) -> float:
-    """Well-formed steps, then `#` and the right number; the steps themselves are not judged (see `verify_steps`)."""
-    *steps, last = text.strip(" \t\n").split(STEP_END)
+def expected_expression(problem: Problem) -> tuple[Fraction, tuple[int, ...]] | None:
+    """The answer as the value, and the problem's numbers, each exactly once."""
+    value = parse_number(problem.answer)
+    return None if value is None else (value, tuple(sorted(problem.numbers)))
+
+
+def parse_chained(text: str) -> Fraction | None:
+    """The number after `#`, behind well-formed steps; the steps themselves are not judged (see `verify_steps`)."""
+    *steps, last = text.split(STEP_END)
     if not last.startswith(ANSWER_PREFIX) or not all(STEP_PATTERN.fullmatch(step) for step in steps):
-        return compare_values(None, parse_number(problem.answer))
-    return compare_values(parse_number(last[len(ANSWER_PREFIX) :]), parse_number(problem.answer))
+        return None
+    return parse_number(last[len(ANSWER_PREFIX) :])
+
+
+def parse_marked(text: str) -> Fraction | None:
+    """The number after the only `#`, behind something that is not judged."""
+    before, _, after = text.partition(ANSWER_PREFIX)
+    return parse_number(after) if before else None
+
+
+def parse_gsm8k(text: str) -> Fraction | None:
+    """The number after the only `####`."""
+    if text.count(FINAL_ANSWER_MARK) != 1:
+        return None
+    return parse_number(text.partition(FINAL_ANSWER_MARK)[2].strip(" \t\n$"))
+
+
+def parse_tagged(text: str) -> Fraction | None:
+    """The number or fraction of `<think>...</think><answer>...</answer>`, both filled, nothing around them, no tag
+    inside."""
+    match = THINK_ANSWER_PATTERN.fullmatch(text)
+    return parse_fraction(match[2]) if match and match[1].strip() else None
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """How a completion is compared with the right answer: right if both have one canonical form.
+
+    parse: the answer of a completion without the space around it; None where it has another form. expected: the right
+    answer; None where it cannot be read."""
+
+    parse: Callable[[Problem, str], Hashable | None]
+    expected: Callable[[Problem], Hashable | None]
+
+
+Parser = Callable[[str], Fraction | None]
+
+
+def number_verifier(parse: Parser, parse_expected: Parser = parse_number) -> Verifier:
+    """A verifier of a number that the completion alone determines."""
+    return Verifier(lambda problem, text: parse(text), lambda problem: parse_expected(problem.answer))
+
+
+VERIFIERS: dict[str, Verifier] = {
+    "exact": Verifier(parse_word, lambda problem: problem.answer),
+    "number": number_verifier(parse_number),
+    "fraction": number_verifier(parse_fraction, parse_fraction),
+    "expression": Verifier(lambda problem, text: parse_expression(text), expected_expression),
+    "chained": number_verifier(parse_chained),
+    "marked": number_verifier(parse_marked),
+    "gsm8k": number_verifier(parse_gsm8k),
+    "tagged": number_verifier(parse_tagged, parse_fraction),
+    "equal": Verifier(parse_row_answer, lambda problem: parse_row_answer(problem, problem.answer.strip(WHITESPACE))),
+}
+
+
+def canonical_answer(problem: Problem, text: str) -> Hashable | None:
+    """The answer of a completion in a canonical form, by which equal answers are equal; None where it has another form
+    than the verifier reads. Where the problem has an answer form, only the answer that has it is read."""
+    if len(text) > MAX_COMPLETION_CHARACTERS:
+        return None
+    if problem.answer_form:
+        text = extract_answer(problem.answer_form, problem.grading, text) or ""
+    return VERIFIERS[problem.verifier].parse(problem, text.strip(WHITESPACE))
+
+
+def verify_answer(problem: Problem, text: str) -> float:
+    """CORRECT, INCORRECT or UNSCORABLE."""
+    expected = VERIFIERS[problem.verifier].expected(problem)
+    if expected is None:
+        return UNSCORABLE
+    return CORRECT if canonical_answer(problem, text) == expected else INCORRECT
+
+
+def is_well_formed(problem: Problem, text: str) -> bool:
+    """Whether the completion has the form of an answer, whatever its value (for a format reward)."""
+    return canonical_answer(problem, text) is not None
 
 
 def verify_steps(problem: Problem, text: str) -> list[tuple[int, float]]:
@@ -124,80 +171,6 @@ def verify_steps(problem: Problem, text: str) -> list[tuple[int, float]]:
     if pieces[-1]:
         ends.append((len(text), CORRECT if pieces[-1] == f"{ANSWER_PREFIX}{problem.answer}" else INCORRECT))
     return ends
-
-
-def verify_marked(problem: Problem, text: str) -> float:
-    """Something, exactly one `#`, and after it the right number and nothing else; what stands before is not judged."""
-    before, _, after = text.partition(ANSWER_PREFIX)
-    return compare_values(parse_number(after) if before.strip(" \t\n") else None, parse_number(problem.answer))
-
-
-def verify_gsm8k(problem: Problem, text: str) -> float:
-    """Exactly one `####`, and after it the number and nothing else."""
-    gold = parse_number(problem.answer)
-    if text.count(FINAL_ANSWER_MARK) != 1:
-        return compare_values(None, gold)
-    return compare_values(parse_number(text.partition(FINAL_ANSWER_MARK)[2].strip(" \t\n$")), gold)
-
-
-def verify_tagged(problem: Problem, text: str) -> float:
-    """`<think>...</think><answer>...</answer>`, both non-empty, nothing around them, no tag inside; the answer a number
-    or fraction."""
-    found = THINK_ANSWER_PATTERN.fullmatch(text.strip(" \t\n"))
-    return compare_values(
-        parse_fraction(found[2]) if found and found[1].strip() else None, parse_fraction(problem.answer)
-    )
-
-
-VERIFIERS: dict[str, Verifier] = {
-    "exact": verify_exact,
-    "number": verify_number,
-    "fraction": verify_fraction,
-    "expression": verify_expression,
-    "chained": verify_chained,
-    "marked": verify_marked,
-    "gsm8k": verify_gsm8k,
-    "tagged": verify_tagged,
-    "equal": verify_equal,
-}
-
-
-def is_well_formed(problem: Problem, text: str) -> bool:
-    """Whether the completion has the form of an answer, whatever its value (for a format reward)."""
-    if problem.answer_form:
-        answer = extract_answer(problem.answer_form, problem.grading, text)
-        return answer is not None and FORMAT_CHECKS[problem.verifier](answer)
-    return FORMAT_CHECKS[problem.verifier](text.strip(" \t\n"))
-
-
-def is_expression(text: str) -> bool:
-    try:
-        evaluate_expression(text)
-    except MalformedExpression:
-        return False
-    return True
-
-
-def is_chained_answer(text: str) -> bool:
-    *steps, last = text.split(STEP_END)
-    answered = last.startswith(ANSWER_PREFIX) and parse_number(last[len(ANSWER_PREFIX) :]) is not None
-    return answered and all(STEP_PATTERN.fullmatch(step) for step in steps)
-
-
-FORMAT_CHECKS: dict[str, Callable[[str], bool]] = {
-    "exact": lambda text: bool(text) and text.isalnum(),
-    "number": lambda text: parse_number(text) is not None,
-    "fraction": lambda text: parse_fraction(text) is not None,
-    "expression": is_expression,
-    "chained": is_chained_answer,
-    "marked": lambda text: text.find(ANSWER_PREFIX) > 0 and parse_number(text.partition(ANSWER_PREFIX)[2]) is not None,
-    "gsm8k": lambda text: (
-        text.count(FINAL_ANSWER_MARK) == 1
-        and parse_number(text.partition(FINAL_ANSWER_MARK)[2].strip(" \t\n$")) is not None
-    ),
-    "tagged": lambda text: THINK_ANSWER_PATTERN.fullmatch(text) is not None,
-    "equal": bool,
-}
 
 
 def count_outcomes(scores: Sequence[float]) -> dict[str, int]:

@@ -114,11 +114,14 @@ class AnswerWriter:
 
     @property
     def usage(self) -> Part:
-        read, made = sum(len(one.prompt) for one in self.requests), sum(len(one.token_ids) for one in self.choices)
+        read, num_generated = (
+            sum(len(one.prompt) for one in self.requests),
+            sum(len(one.token_ids) for one in self.choices),
+        )
         return {
             "prompt_tokens": read,
-            "completion_tokens": made,
-            "total_tokens": read + made,
+            "completion_tokens": num_generated,
+            "total_tokens": read + num_generated,
             "prompt_tokens_details": {"cached_tokens": self.cached},
         }
 

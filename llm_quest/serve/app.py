@@ -199,11 +199,11 @@ class QuestServer:
             raise ApiError(400, "the client left before the body had come") from None
         return await run_in_threadpool(parse_body, kind, bytes(raw))
 
-    def log_end(self, told: str, served: ServedModel, prompts: Sequence[Sequence[int]], began: float) -> None:
+    def log_end(self, entry: str, served: ServedModel, prompts: Sequence[Sequence[int]], began: float) -> None:
         """A line about a finished request; its prompts only if that was asked for."""
         if not self.log_requests:
             return
-        line = f"{told}, {sum(map(len, prompts))} tokens read, {time.monotonic() - began:.2f} s"
+        line = f"{entry}, {sum(map(len, prompts))} tokens read, {time.monotonic() - began:.2f} s"
         if self.log_prompts:
             line += "".join(f"\n  {served.tokenizer.decode(one)!r}" for one in prompts)
         self.log(line)
@@ -246,8 +246,8 @@ class Work:
         if self.server.inside and self.answer.is_finished:
             self.server.inside.keep(self.answer)
         answer, prompts = self.answer, [one.prompt for one in self.answer.requests]
-        told = f"{answer.id} {answer.served.name}: {status}, {answer.usage['completion_tokens']} tokens made"
-        self.server.log_end(told, answer.served, prompts, self.began)
+        line = f"{answer.id} {answer.served.name}: {status}, {answer.usage['completion_tokens']} tokens made"
+        self.server.log_end(line, answer.served, prompts, self.began)
 
     async def parts(self) -> AsyncIterator[list[Part] | None]:
         """The parts of choices as they are made; None where nothing came for a while."""
@@ -328,8 +328,8 @@ def open_event(chunk: Mapping[str, Any]) -> tuple[str, str]:
 
 def describe_model(served: ServedModel) -> dict[str, Any]:
     """A model as /v1/models lists it."""
-    found = {"id": served.name, "object": "model", "created": served.created, "owned_by": "llm-quest"}
-    return found | {"root": served.name, "parent": served.parent, "max_model_len": served.max_model_len}
+    description = {"id": served.name, "object": "model", "created": served.created, "owned_by": "llm-quest"}
+    return description | {"root": served.name, "parent": served.parent, "max_model_len": served.max_model_len}
 
 
 async def answer_error(request: Request, error: Exception) -> Response:

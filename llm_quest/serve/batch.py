@@ -284,19 +284,19 @@ class RunningBatch:
         if not wanted:
             return {}
         counts = [self.rows[number].request.top_logprobs or 0 for number in wanted]
-        found = token_logprobs(self.logits[wanted], [self.rows[number].token for number in wanted], counts)
-        return dict(zip(wanted, found, strict=True))
+        logprobs = token_logprobs(self.logits[wanted], [self.rows[number].token for number in wanted], counts)
+        return dict(zip(wanted, logprobs, strict=True))
 
     def append(self, row: RunningRow, logprob: TokenLogprob | None) -> bool:
         """Append its token to a row and tell it; whether the row ends with it."""
-        made, request = row.append(), row.request
-        self.tell(request, TokenMade(row.choice, row.token, made.text, made.finish_reason, logprob))
+        appended, request = row.append(), row.request
+        self.tell(request, TokenMade(row.choice, row.token, appended.text, appended.finish_reason, logprob))
         self.metrics.count_token(request)
-        if made.finish_reason is None:
+        if appended.finish_reason is None:
             return False
         request.num_unfinished -= 1
         if request.num_unfinished == 0:
-            self.metrics.count_end(request, "length" if made.finish_reason == "length" else "stop")
+            self.metrics.count_end(request, "length" if appended.finish_reason == "length" else "stop")
         return True
 
     def draw(self) -> None:

@@ -52,12 +52,14 @@ class CacheRow:
         layers: list[Any] = cache.layers
         cache.slot_indices = {size: copy.copy(index) for size, index in self.slot_indices.items()}
         for number, layer in enumerate(self.layers):
-            held: Any = copy.copy(layer)
-            if isinstance(held, KVCache):
-                held.num_reserved = held.num_slots if held.is_ring else max(length, self.length)
-                held.tensors = {name: widen(part, held.num_reserved) for name, part in held.tensors.items()}
-                held.slot_index = cache.slot_indices.get(held.num_slots)
-            layers[number] = held
+            cache_layer: Any = copy.copy(layer)
+            if isinstance(cache_layer, KVCache):
+                cache_layer.num_reserved = cache_layer.num_slots if cache_layer.is_ring else max(length, self.length)
+                cache_layer.tensors = {
+                    name: widen(part, cache_layer.num_reserved) for name, part in cache_layer.tensors.items()
+                }
+                cache_layer.slot_index = cache.slot_indices.get(cache_layer.num_slots)
+            layers[number] = cache_layer
         return cache
 
 
@@ -67,14 +69,14 @@ def read_row(cache: Cache, row: int, length: int) -> CacheRow:
     slot_indices = {size: one_row_index(one, index, length) for size, one in cache.slot_indices.items()}
     layers: list[Any] = []
     for layer in cache.layers:
-        held: Any = copy.copy(layer)
-        if isinstance(held, KVCache):
-            filled = min(length, held.num_slots) + 1
-            held.tensors = {name: one[row : row + 1, :filled] for name, one in held.tensors.items()}
-            held.slot_index = slot_indices.get(held.num_slots)
+        row_layer: Any = copy.copy(layer)
+        if isinstance(row_layer, KVCache):
+            filled = min(length, row_layer.num_slots) + 1
+            row_layer.tensors = {name: one[row : row + 1, :filled] for name, one in row_layer.tensors.items()}
+            row_layer.slot_index = slot_indices.get(row_layer.num_slots)
         else:
-            held.batch_select_indices(index)
-        layers.append(held)
+            row_layer.batch_select_indices(index)
+        layers.append(row_layer)
     deltas = None if cache.rope_deltas is None else cache.rope_deltas[row : row + 1]
     return CacheRow(length, layers, slot_indices, deltas)
 
@@ -89,16 +91,16 @@ def one_row_index(slot_index: SlotIndex, row: Tensor, length: int) -> SlotIndex:
 
 def copy_slots(layer: KVCache) -> KVCache:
     """The same keys and values in memory of their own."""
-    held = copy.copy(layer)
-    held.tensors = {name: widen(part, part.shape[1] - 1) for name, part in held.tensors.items()}
-    return held
+    copied = copy.copy(layer)
+    copied.tensors = {name: widen(part, part.shape[1] - 1) for name, part in copied.tensors.items()}
+    return copied
 
 
 def widen(part: Tensor, num_slots: int) -> Tensor:
     """A copy of (1,filled,...) with num_slots + 1 slots."""
-    wide = allocate_slots(part, num_slots + 1)
-    wide[:, : part.shape[1]] = part
-    return wide
+    larger = allocate_slots(part, num_slots + 1)
+    larger[:, : part.shape[1]] = part
+    return larger
 
 
 class SlotCache:
@@ -161,9 +163,9 @@ class SlotCache:
         self.num_reserved = min(max(length, 2 * self.num_reserved), self.capacity)
         for (number, name), buffer in self.buffers.items():
             if not self.kv_layer(number).is_ring:
-                wide = allocate_slots(buffer, self.num_reserved + 1)
-                wide[: len(self.lengths), : buffer.shape[1]] = buffer[: len(self.lengths)]
-                self.buffers[number, name] = wide
+                larger = allocate_slots(buffer, self.num_reserved + 1)
+                larger[: len(self.lengths), : buffer.shape[1]] = buffer[: len(self.lengths)]
+                self.buffers[number, name] = larger
         self.set_views()
 
     def set_views(self) -> None:

@@ -75,7 +75,7 @@ class ChatPrompts:
     def read_images(self, messages: Sequence[Message]) -> list[Pixels]:
         """The images of a conversation. ApiError 400 where the model or its template reads none, and for more of them
         than fit in a prompt."""
-        found: list[Pixels] = []
+        images: list[Pixels] = []
         total = 0
         for place, message in enumerate(messages):
             for number, part in enumerate(message.content if isinstance(message.content, list) else ()):
@@ -83,20 +83,22 @@ class ChatPrompts:
                     continue
                 param = f"messages.{place}.content.{number}"
                 reader = self.require_reader(param)
-                found.append(reader.read(image_url(part), param))
-                total += reader.num_tokens(found[-1])
+                images.append(reader.read(image_url(part), param))
+                total += reader.num_tokens(images[-1])
                 if total > self.max_tokens:
-                    said = f"{len(found)} images take {total} tokens; this model's context has {self.max_tokens}"
-                    raise ApiError(400, said, param=param, code="context_length_exceeded")
-        return found
+                    problem = f"{len(images)} images take {total} tokens; this model's context has {self.max_tokens}"
+                    raise ApiError(400, problem, param=param, code="context_length_exceeded")
+        return images
 
     def require_reader(self, param: str) -> ImageReader:
         """What reads images. ApiError 400 where nothing does."""
         if self.reader is None:
             raise ApiError(400, "this model reads no images", param=param, code="image_not_supported")
         if not self.reader.chat.has_template:
-            said = "this model's chat template writes no images (quest generate --image takes a prompt written whole)"
-            raise ApiError(400, said, param=param, code="image_not_supported")
+            problem = (
+                "this model's chat template writes no images (quest generate --image takes a prompt written whole)"
+            )
+            raise ApiError(400, problem, param=param, code="image_not_supported")
         return self.reader
 
     def close(self) -> None:
@@ -146,7 +148,7 @@ def text_of_part(part: Mapping[str, Any], place: int) -> str:
 
 def with_content(message: Message, content: Any, place: int) -> dict[str, Any]:
     """A message for the template. ApiError 400 for one without content."""
-    found = {key: value for key, value in message.model_dump().items() if value is not None}
-    if content is None and not found.get("tool_calls"):
+    fields = {key: value for key, value in message.model_dump().items() if value is not None}
+    if content is None and not fields.get("tool_calls"):
         raise ApiError(400, "a message has a content", param=f"messages.{place}.content")
-    return found | {"role": "system" if message.role == "developer" else message.role, "content": content or ""}
+    return fields | {"role": "system" if message.role == "developer" else message.role, "content": content or ""}

@@ -103,8 +103,8 @@ class ServingEngine:
             except Exception as error:
                 self.log(f"{name}: a step failed, and its requests with it\n{traceback.format_exc().strip()}")
                 events = batch.fail_all(f"the server could not compute this: {type(error).__name__}")
-            for request, told in events.items():
-                request.deliver(request, told)
+            for request, request_events in events.items():
+                request.deliver(request, request_events)
         self.after_step()
 
 

@@ -64,8 +64,8 @@ def is_image(part: Mapping[str, Any]) -> bool:
 
 def image_url(part: Mapping[str, Any]) -> Any:
     """The address in a part: {"image_url": {"url": ...}} of chat completions, or a text as in OpenAI's responses."""
-    found = part.get("image_url", part.get("image"))
-    return found.get("url") if isinstance(found, Mapping) else found
+    url = part.get("image_url", part.get("image"))
+    return url.get("url") if isinstance(url, Mapping) else url
 
 
 def data_of_url(url: Any, param: str) -> bytes:

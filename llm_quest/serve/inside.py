@@ -164,13 +164,13 @@ class TextInside:
         return [self.read_stream(stream, count) for stream in streams]
 
     def read_stream(self, stream: Tensor, count: int) -> list[list[tuple[int, float]]]:
-        hidden, found = self.model.norm(self.model.leave(stream))[0], []
+        hidden, outputs = self.model.norm(self.model.leave(stream))[0], []
         for place in range(self.text.prompt_length - 1, len(self.text.token_ids) - 1, POSITIONS_PER_BLOCK):
             end = min(place + POSITIONS_PER_BLOCK, len(self.text.token_ids) - 1)
             top = self.model.head(hidden[None, place:end])[0].float().softmax(dim=-1).topk(count)
             rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-            found += [list(zip(ids, values, strict=True)) for ids, values in rows]
-        return found
+            outputs += [list(zip(ids, values, strict=True)) for ids, values in rows]
+        return outputs
 
     @torch.inference_mode()
     def routing(self) -> list[list[list[tuple[int, float]]]]:
@@ -182,7 +182,7 @@ class TextInside:
         if not outputs:
             return []
         layers = ([outputs[part] for part in block.modules() if part in outputs] for block in self.model.blocks)
-        return [[row for one in found for row in expert_weights(one)] for found in layers]
+        return [[row for one in layer_routing for row in expert_weights(one)] for layer_routing in layers]
 
     def scope(self, records: dict[str, list[Any]] | None = None) -> Scope:
         return Scope.unpadded(self.ids, records=records)
@@ -220,18 +220,18 @@ def find_attention(model: Decoder, layer: int) -> Any:
 
 def attention_heads(model: Decoder) -> list[int]:
     """How many heads each layer's attention has; 0 for a layer without attention weights."""
-    found = []
+    heads = []
     for block in model.blocks:
         mixer = next((module for module in block.modules() if isinstance(module, Attention)), None)
-        found.append(0 if mixer is None else int(model.config.num_attention_heads))
-    return found
+        heads.append(0 if mixer is None else int(model.config.num_attention_heads))
+    return heads
 
 
 @contextmanager
 def hook(modules: nn.Module, function: Any) -> Iterator[None]:
     """A forward hook on a module, or on each of a list, inside the block."""
-    found: Sequence[nn.Module] = list(modules) if isinstance(modules, nn.ModuleList) else [modules]
-    handles = [module.register_forward_hook(function) for module in found]
+    hooked: Sequence[nn.Module] = list(modules) if isinstance(modules, nn.ModuleList) else [modules]
+    handles = [module.register_forward_hook(function) for module in hooked]
     try:
         yield
     finally:

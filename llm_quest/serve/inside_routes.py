@@ -78,11 +78,11 @@ class InsideViews:
 
     async def list_texts(self, request: Request) -> Response:
         """Newest first."""
-        found = [
+        texts = [
             {"id": id, "choice": choice, "model": served.name, "tokens": len(text.token_ids) - text.prompt_length}
             for (id, choice), (served, text) in reversed(self.texts.items())
         ]
-        return JSONResponse({"texts": found})
+        return JSONResponse({"texts": texts})
 
     async def tokens(self, request: Request) -> Response:
         served, text = self.find(request)
@@ -111,14 +111,14 @@ class InsideViews:
     async def lens(self, request: Request) -> Response:
         served, text = self.find(request)
         count = read_number(request, "top", 3, 1, MAX_ALTERNATIVES)
-        found = await self.compute(lambda: TextInside(served.batch.model, text).lens(count))
-        layers = [[[{"token": spell(served, token), "p": p} for token, p in row] for row in layer] for layer in found]
+        views = await self.compute(lambda: TextInside(served.batch.model, text).lens(count))
+        layers = [[[{"token": spell(served, token), "p": p} for token, p in row] for row in layer] for layer in views]
         return JSONResponse({"layers": layers})
 
     async def routing(self, request: Request) -> Response:
         served, text = self.find(request)
-        found = await self.compute(lambda: TextInside(served.batch.model, text).routing())
-        layers = [[[{"expert": one, "weight": w} for one, w in row] for row in layer] for layer in found]
+        weights = await self.compute(lambda: TextInside(served.batch.model, text).routing())
+        layers = [[[{"expert": one, "weight": w} for one, w in row] for row in layer] for layer in weights]
         return JSONResponse({"layers": layers})
 
     async def drafts(self, request: Request) -> Response:
@@ -164,9 +164,9 @@ def describe_cycle(served: ServedModel, cycle: DraftCycle) -> dict[str, Any]:
 
 def describe_token(served: ServedModel, view: TokenView) -> dict[str, Any]:
     """A view with the texts of its tokens."""
-    found = view.as_json() | {"text": spell(served, view.token)}
-    found["alternatives"] = [
+    description = view.as_json() | {"text": spell(served, view.token)}
+    description["alternatives"] = [
         {"token": one.token, "text": spell(served, one.token), "probabilities": one.probabilities}
         for one in view.alternatives
     ]
-    return found
+    return description

@@ -79,12 +79,12 @@ class ServerMetrics:
             "vllm:inter_token_latency_seconds": self.token_gap,
             "vllm:e2e_request_latency_seconds": self.request_time,
         }
-        found = {(name, "histogram"): list(one.samples(name, label)) for name, one in times.items()}
+        samples = {(name, "histogram"): list(one.samples(name, label)) for name, one in times.items()}
         counters = {
             "vllm:prompt_tokens_total": self.prompt_tokens,
             "vllm:generation_tokens_total": self.generation_tokens,
         }
-        return found | {(ends, "counter"): reasons} | value_samples("counter", counters, label)
+        return samples | {(ends, "counter"): reasons} | value_samples("counter", counters, label)
 
 
 def value_samples(kind: str, values: Mapping[str, float], label: str) -> Samples:

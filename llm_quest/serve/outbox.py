@@ -83,9 +83,9 @@ class Outbox:
     def flush(self) -> None:
         """In the engine's thread, behind a step: wake the tasks that have something to do. A stream that is not woken
         is told its next token with the next step, and its last one wakes it."""
-        told, self.told, now = self.told, {}, time.monotonic()
-        pause = PAUSE_SECONDS * sum(mailbox.is_stream for mailbox in told)
-        ready = [one for one, ends in told.items() if ends or (one.is_stream and now - one.woken_at >= pause)]
+        pending, self.told, now = self.told, {}, time.monotonic()
+        pause = PAUSE_SECONDS * sum(mailbox.is_stream for mailbox in pending)
+        ready = [one for one, ends in pending.items() if ends or (one.is_stream and now - one.woken_at >= pause)]
         for mailbox in ready:
             mailbox.woken_at = now
         if ready and self.loop is not None:

@@ -163,9 +163,9 @@ def parse_body(kind: type[Body], raw: bytes) -> Body:
     try:
         return kind.model_validate({key: one for key, one in value.items() if one is not None})
     except ValidationError as error:
-        found = most_specific(error.errors(include_url=False, include_context=False, include_input=False))
-        where, said = ".".join(field_path(found)), found["msg"].removeprefix("Value error, ")
-        raise ApiError(400, f"{where or 'the body'}: {said}"[:500], param=where[:200] or None) from None
+        problem = most_specific(error.errors(include_url=False, include_context=False, include_input=False))
+        where, message = ".".join(field_path(problem)), problem["msg"].removeprefix("Value error, ")
+        raise ApiError(400, f"{where or 'the body'}: {message}"[:500], param=where[:200] or None) from None
 
 
 def most_specific(errors: Sequence[ErrorDetails]) -> ErrorDetails:

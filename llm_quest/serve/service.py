@@ -65,13 +65,13 @@ class ServedModel:
     def bytes_of(self, token: int) -> bytes:
         """The bytes of a token; of a control token, those of its name."""
         try:
-            found = token_bytes(self.tokenizer, [token])[0]
+            token_bytes_ = token_bytes(self.tokenizer, [token])[0]
         except UsageError:
             name = self.tokenizer.backend_tokenizer.id_to_token(token) or ""
             if token in self.tokenizer.byte_token_ids:
                 return bytes([int(name[3:5], 16)])
-            found = name.replace("\u2581", " ").encode()
-        return found or self.tokenizer.decode([token], keep_special_tokens=True).encode()
+            token_bytes_ = name.replace("\u2581", " ").encode()
+        return token_bytes_ or self.tokenizer.decode([token], keep_special_tokens=True).encode()
 
 
 @dataclass(frozen=True)
@@ -150,13 +150,13 @@ def completion_requests(served: ServedModel, body: CompletionBody, options: Requ
     wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     if wanted == 0 and not body.echo:
         raise ApiError(400, "max_tokens is 0: give at least 1, or echo", param="max_tokens")
-    made = []
+    requests = []
     for prompt in encode_prompts(served.tokenizer, body):
         length = check_length(served, prompt, wanted, wanted == 0, "prompt")
         one = make_request(served, body, options, prompt, max(length, 1), body.logprobs)
         one.read_prompt_only, one.prompt_logprobs = wanted == 0, body.echo and body.logprobs is not None
-        made.append(one)
-    return made
+        requests.append(one)
+    return requests
 
 
 def encode_prompts(tokenizer: Tokenizer, body: CompletionBody) -> list[list[int]]:

@@ -23,19 +23,19 @@ from llm_quest.techniques.model_spec import replace_module, strip_wrapper_names
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Within this context the model is as it was before it was adapted, in the same memory: the reference of preference
     learning."""
-    found = require_adapters(model)
+    adapters = require_adapters(model)
     if whole := [name for one in model.spec.techniques for name in whole_modules(one)]:  # type: ignore[union-attr]
         raise UsageError(
             f"without its adapter this model is not what it was before: {', '.join(whole[:3])} learned whole; load the "
             "base once more as the reference"
         )
-    before = [wrapper.enabled for wrapper in found.values()]
+    before = [wrapper.enabled for wrapper in adapters.values()]
     try:
-        for wrapper in found.values():
+        for wrapper in adapters.values():
             wrapper.enabled = False
         yield
     finally:
-        for wrapper, on in zip(found.values(), before, strict=True):
+        for wrapper, on in zip(adapters.values(), before, strict=True):
             wrapper.enabled = on
 
 
@@ -54,7 +54,7 @@ class MergeRecord:
 def merge_adapter(model: Any) -> MergeRecord:
     """Merge the adapters into the matrices: the model is then one of its family again, as trainable as a new one.
     `unmerge_adapter` with the returned record restores every bit; drop the record to free the original matrices."""
-    found = require_adapters(model)
+    adapters = require_adapters(model)
     if any(isinstance(module, QuantizedMatrix) for module in model.modules()):
         raise UsageError(
             "this adapter's base is quantized, and merging would round its weights once more: save the adapter "
@@ -62,13 +62,13 @@ def merge_adapter(model: Any) -> MergeRecord:
         )
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     originals = {}
-    for path, wrapper in found.items():
+    for path, wrapper in adapters.items():
         for name in matrix_names(wrapper):
             before = getattr(wrapper.base, name)
             originals[f"{path}.{name}"] = before
             setattr(wrapper.base, name, nn.Parameter(getattr(wrapper, name).to(before.dtype)))
         replace_module(model, path, wrapper.base)
-    record = MergeRecord(found, originals, model.spec, trainable)
+    record = MergeRecord(adapters, originals, model.spec, trainable)
     model.spec = replace(model.spec, techniques=tuple(one for one in model.spec.techniques if not is_adapter(one)))
     restore_trainable(model)
     return record
@@ -103,7 +103,7 @@ def restore_trainable(model: Any) -> None:
 
 
 def require_adapters(model: nn.Module) -> dict[str, AdapterLayer]:
-    found = adapter_layers(model)
-    if not found:
+    adapters = adapter_layers(model)
+    if not adapters:
         raise UsageError("this model has no adapter: none was applied, or it was merged already")
-    return found
+    return adapters

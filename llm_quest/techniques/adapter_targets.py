@@ -99,8 +99,8 @@ def matches_target(matrix: TargetMatrix, target: str) -> bool:
     return target == "all" or matrix.address == target or matrix.address.endswith(f".{target}")
 
 
-def short_names(found: Sequence[TargetMatrix]) -> str:
-    return ", ".join(dict.fromkeys(site.short_name for site in found)) or "none that was not adapted before"
+def short_names(matrices: Sequence[TargetMatrix]) -> str:
+    return ", ".join(dict.fromkeys(site.short_name for site in matrices)) or "none that was not adapted before"
 
 
 def describe_addresses(addresses: Sequence[str]) -> str:

@@ -45,8 +45,8 @@ class AttentionTaps:
         for layer in sorted({layer % depth for layer in self.layers}):
             mixer = next((module for module in model.blocks[layer].modules() if isinstance(module, Attention)), None)
             if mixer is None:
-                found = type(model.blocks[layer].sublayers[0].layer).__name__
-                raise UsageError(f"layer {layer} has no attention weights to tap: it is a {found}")
+                kind = type(model.blocks[layer].sublayers[0].layer).__name__
+                raise UsageError(f"layer {layer} has no attention weights to tap: it is a {kind}")
             if any(isinstance(module, AttentionTap) for module in mixer.modules()):
                 raise ValueError(f"layer {layer} has a tap already")
             mixer.attend.tap = AttentionTap(layer)

@@ -217,8 +217,8 @@ def top_singular_vectors(site: TargetMatrix, rank: int) -> tuple[Tensor, Tensor,
             weight.new_empty(*stack, rank),
             weight.new_empty(*stack, rank, width),
         )
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
+    float_weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    U, S, Vh = torch.linalg.svd(float_weight, full_matrices=False)
     return U[..., :rank].to(weight), S[..., :rank].to(weight), Vh[..., :rank, :].to(weight)
 
 
@@ -256,23 +256,23 @@ def whole_parameters(model: nn.Module, modules: Sequence[str]) -> list[tuple[str
     """Name and parameter of everything in these modules. UsageError for a module that is not there."""
     inside: dict[str, list[tuple[str, nn.Parameter]]] = {module: [] for module in modules}
     for name, parameter in model.named_parameters():
-        for module, found in inside.items():
+        for module, parameters in inside.items():
             if f"{strip_wrapper_names(name)}.".startswith(f"{module}."):
-                found.append((name, parameter))
-    if absent := [module for module, found in inside.items() if not found]:
+                parameters.append((name, parameter))
+    if absent := [module for module, parameters in inside.items() if not parameters]:
         raise UsageError(
             f"modules_to_save names {', '.join(absent)}, of which this model has no parameters; it may name "
             "embed.token, or head where that is not the embedding"
         )
-    return [one for found in inside.values() for one in found]
+    return [one for parameters in inside.values() for one in parameters]
 
 
 def adapter_addresses(model: nn.Module) -> list[str]:
     """The addresses of the adapted matrices."""
-    found: list[str] = []
+    addresses: list[str] = []
     for path, wrapper in adapter_layers(model).items():
-        found += [path] if isinstance(wrapper, AdaptedLinear) else [f"{path}.{part}" for part in wrapper.edits]
-    return found
+        addresses += [path] if isinstance(wrapper, AdaptedLinear) else [f"{path}.{part}" for part in wrapper.edits]
+    return addresses
 
 
 ADAPTERS = (LoRA, RsLoRA, DoRA, LoRAXS, TinyLoRA)

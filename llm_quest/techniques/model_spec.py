@@ -49,10 +49,10 @@ def require_decoder(model: Any, technique: Any) -> None:
 
 def attention_layers(model: nn.Module, technique: Technique) -> list[Any]:
     """Every attention layer, those of multi-token modules included. UsageError if there is none."""
-    found = [module for module in model.modules() if isinstance(module, Attention)]
-    if not found:
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    if not layers:
         raise UsageError(f"{type(technique).__name__} acts on attention, and this model has none: leave it out")
-    return found
+    return layers
 
 
 def techniques_to_json(techniques: Iterable[Technique], table: Mapping[str, type]) -> list[dict[str, Any]]:

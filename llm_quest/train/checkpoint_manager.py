@@ -103,5 +103,5 @@ class CheckpointManager:
         steps = []
         if self.run_dir is not None and self.parallel.is_main_process:
             steps = [checkpoint_step(folder) for folder in list_checkpoints(self.run_dir.checkpoints)]
-        found: int | None = self.parallel.broadcast(max((step for step in steps if step <= onset), default=None))
-        return found
+        newest: int | None = self.parallel.broadcast(max((step for step in steps if step <= onset), default=None))
+        return newest

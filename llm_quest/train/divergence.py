@@ -75,15 +75,15 @@ class DivergenceMonitor:
         return self._count(step, {"nonfinite": f"{STREAK} steps in a row had numbers that are not finite"})
 
     def _count(self, step: int, signs: Mapping[str, str]) -> str:
-        found = ""
+        symptom = ""
         for name, sign in signs.items():
             self.streaks[name] = min(0, self.streaks.get(name, 0)) - 1 if not sign else self._lengthen(name, step)
             if self.streaks[name] == STREAK and name not in self.reported:
                 self.reported.append(name)
-                found = found or sign
+                symptom = symptom or sign
             elif self.streaks[name] == -STREAK and name in self.reported:
                 self.reported.remove(name)
-        return found
+        return symptom
 
     def _lengthen(self, name: str, step: int) -> int:
         if not self.is_suspect:

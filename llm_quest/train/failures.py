@@ -83,8 +83,8 @@ class ProcessStore:
         """The failure that ended the run; None if there is none."""
         if not self.store.check([self.failure_key]):
             return None
-        found = json.loads(self.store.get(self.failure_key).decode())
-        return PeerFailure(f"process {found['rank']} ended the run: {found['message']}", found["exit_code"])
+        failure = json.loads(self.store.get(self.failure_key).decode())
+        return PeerFailure(f"process {failure['rank']} ended the run: {failure['message']}", failure["exit_code"])
 
     def wait_for_main_process(self, is_main_process: bool) -> None:
         """The others wait until the main process calls this, without a time limit. PeerFailure if it has failed."""
@@ -156,13 +156,13 @@ class ProcessStore:
 
 def open_sockets() -> set[tuple[int, int]]:
     """Descriptor and inode of every socket of this process; none where the system does not list them."""
-    found = set()
+    sockets = set()
     for name in Path("/dev/fd").glob("*"):
         with suppress(OSError, ValueError):
             status = os.fstat(int(name.name))
             if stat.S_ISSOCK(status.st_mode):
-                found.add((int(name.name), status.st_ino))
-    return found
+                sockets.add((int(name.name), status.st_ino))
+    return sockets
 
 
 def close_sockets(sockets: Collection[tuple[int, int]]) -> None:

@@ -115,8 +115,8 @@ def find_first_nonfinite(objective: nn.Module, batches: Sequence[Any], forward: 
     """Run a step again with hooks and name where the first number that is not finite appears: a parameter, a
     module's output, or the gradient that passes through a module. Empty if all is finite this time. Leaves gradients
     behind. Every batch is run, because the processes of FSDP2 communicate in each."""
-    if found := find_bad_parameter(objective):
-        return found
+    if culprit := find_bad_parameter(objective):
+        return culprit
     with warnings.catch_warnings(), _record_nonfinite(objective) as seen:
         warnings.filterwarnings("ignore", "Full backward hook is firing")
         for batch in batches:
@@ -187,10 +187,10 @@ def find_culprit(objective: nn.Module, batches: Sequence[Any], precision: str, d
     objective.zero_grad(set_to_none=True)
     try:
         with autocast(precision, device):
-            found = find_first_nonfinite(objective, [batch.to(device) for batch in batches], objective.forward)
+            culprit = find_first_nonfinite(objective, [batch.to(device) for batch in batches], objective.forward)
     except RuntimeError as error:
         return f"unknown: running the step again failed ({error})"
-    return found or NO_CULPRIT
+    return culprit or NO_CULPRIT
 
 
 def describe_good_checkpoint(checkpoint_path: str) -> str:

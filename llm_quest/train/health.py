@@ -59,24 +59,26 @@ class HealthMonitor:
     def after_update(self, step: int, stats: StepStats) -> None:
         """Check the numbers of an update, while its gradients exist."""
         loss = stats.metrics.get("next_token", stats.loss)  # without router, look-ahead and teacher terms
-        found = self.state.divergence.update(step, loss, stats.grad_norm, stats.parameter_norm)
-        self._check_divergence(step, f"{found}; {largest_gradient(self.state.model, self.parallel)}" if found else "")
-        found, last_healthy = self.experts.update(step), self.experts.last_healthy
+        symptom = self.state.divergence.update(step, loss, stats.grad_norm, stats.parameter_norm)
+        self._check_divergence(
+            step, f"{symptom}; {largest_gradient(self.state.model, self.parallel)}" if symptom else ""
+        )
+        symptom, last_healthy = self.experts.update(step), self.experts.last_healthy
         self._set_sign("experts", bool(self.experts.dead), None if last_healthy is None else last_healthy - MARGIN)
-        if found:
-            self._warn("dead_experts", step, f"{found}. {self.describe_good()}. {EXPERT_REMEDY}")
+        if symptom:
+            self._warn("dead_experts", step, f"{symptom}. {self.describe_good()}. {EXPERT_REMEDY}")
 
     def after_skip(self, step: int) -> None:
         """Check after a step that was skipped because its numbers are not finite."""
         self._check_divergence(step, self.state.divergence.skip(step))
 
-    def _check_divergence(self, step: int, found: str) -> None:
+    def _check_divergence(self, step: int, symptom: str) -> None:
         divergence, args = self.state.divergence, self.args
         self._set_sign("divergence", divergence.is_diverging, divergence.onset)
-        if found:
+        if symptom:
             rate = self.state.optimizer.param_groups[0]["lr"]
             remedies = suggest_remedies(rate, args.precision, args.max_grad_norm)
-            self._warn("diverging", step, f"{found}. {self.describe_good()}. {remedies}")
+            self._warn("diverging", step, f"{symptom}. {self.describe_good()}. {remedies}")
 
     def consult(self, watchers: Sequence[MetricsCallback], row: Mapping[str, Any]) -> None:
         """Log the advice of the recipe's watchers; if one stops the run, write crash.json first."""
@@ -124,15 +126,15 @@ class HealthMonitor:
         if not guard.nonfinite_streak:
             self.stop_run(guard.stop_reason, refused)
         before = capture_generators()
-        found = find_culprit(objective, micro_batches, self.args.precision, self.parallel.device)
+        culprit = find_culprit(objective, micro_batches, self.args.precision, self.parallel.device)
         before.restore()
-        found = self.parallel.first_nonempty(found if found != NO_CULPRIT else "") or found
-        if found.startswith("parameter "):
-            self.stop_run(found)
-        found = f"the first number that is not finite is in: {found}"
+        culprit = self.parallel.first_nonempty(culprit if culprit != NO_CULPRIT else "") or culprit
+        if culprit.startswith("parameter "):
+            self.stop_run(culprit)
+        culprit = f"the first number that is not finite is in: {culprit}"
         if guard.stop_reason:
-            self.stop_run(f"{guard.stop_reason}, {found}", refused)
-        return f"{refused}; {found}"
+            self.stop_run(f"{guard.stop_reason}, {culprit}", refused)
+        return f"{refused}; {culprit}"
 
     def stop_run(self, reason: str, last: str = "") -> NoReturn:
         """Write crash.json, and raise GuardStop with the place, the last good checkpoint and the remedies."""
@@ -210,18 +212,18 @@ class ExpertLoadMonitor:
             return ""
         stacked = nn.utils.rnn.pad_sequence(list(self.counts.values()), batch_first=True, padding_value=-1.0)
         received = self.parallel.all_reduce_(stacked.clone()).tolist()
-        found: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for (name, counter), row in zip(self.counts.items(), received, strict=True):
             load = row[: counter.numel()]
             if sum(load) < LEAST_TOKENS * len(load):  # too few to tell: count on
-                found |= {name: self.dead[name]} if name in self.dead else {}
+                shapes |= {name: self.dead[name]} if name in self.dead else {}
                 continue
             counter.zero_()
             if dead := tuple(number for number, tokens in enumerate(load) if tokens == 0):
-                found[name] = dead
-        new = {name: experts for name, experts in found.items() if not set(experts) <= set(self.dead.get(name, ()))}
-        self.dead = found
-        if not found:
+                shapes[name] = dead
+        new = {name: experts for name, experts in shapes.items() if not set(experts) <= set(self.dead.get(name, ()))}
+        self.dead = shapes
+        if not shapes:
             self.last_healthy = step
         return describe_dead(new, {name: counter.numel() for name, counter in self.counts.items()})
 

@@ -286,9 +286,9 @@ def has_quantized_weights(model: nn.Module) -> bool:
 
 def assert_groups_cover(model: nn.Module, listed: Iterable[dict[str, Any]]) -> None:
     """Assert that every trainable parameter is in exactly one group."""
-    held = [id(p) for group in listed for p in group["params"]]
-    assert len(held) == len(set(held)), "a parameter is in two optimizer groups"
-    assert set(held) == {id(p) for p in trainable_parameters(model).values()}, (
+    grouped_ids = [id(p) for group in listed for p in group["params"]]
+    assert len(grouped_ids) == len(set(grouped_ids)), "a parameter is in two optimizer groups"
+    assert set(grouped_ids) == {id(p) for p in trainable_parameters(model).values()}, (
         "a trainable parameter is in no optimizer group"
     )
 

@@ -232,9 +232,9 @@ class DistributedContext:
         if self.store is not None:
             self.store.leave_group()
 
-    def first_nonempty(self, found: str) -> str:
+    def first_nonempty(self, text: str) -> str:
         """The text of the first process that has one; empty if none has."""
-        return next((one for one in self.all_gather(found) if one), "")
+        return next((one for one in self.all_gather(text) if one), "")
 
     def destroy_process_group(self) -> None:
         """Leave the process group, if this context made it."""
@@ -301,8 +301,8 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if kind not in there:
         raise UsageError(f"no device is called {name!r}; known: auto, {', '.join(there)} (and cuda:0, cuda:1, ...)")
-    found = parse_digits(number)
-    index = local_rank if found is None else found
+    number_found = parse_digits(number)
+    index = local_rank if number_found is None else number_found
     if (kind == "cuda" and index >= there[kind]) or not there[kind]:
         raise MissingError(
             f"device {name} is not there (found: {there[kind]} of its kind); use device=auto or device=cpu"

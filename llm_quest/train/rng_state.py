@@ -70,9 +70,9 @@ def get_rng_state() -> dict[str, Any]:
         "numpy": [kind, _encode_base64(np.asarray(keys).tobytes()), int(position), int(has_gauss), float(gauss)],
         "torch": _encode_base64(now.torch.numpy().tobytes()),
     }
-    for name, held in (("cuda", now.cuda), ("mps", now.mps)):
-        if held is not None:
-            state[name] = _encode_base64(held.numpy().tobytes())
+    for name, states in (("cuda", now.cuda), ("mps", now.mps)):
+        if states is not None:
+            state[name] = _encode_base64(states.numpy().tobytes())
     return state
 
 

@@ -150,7 +150,7 @@ class RunDir:
 
     def _require_identity(self, folder: Path) -> None:
         changes = describe_changes(read_manifest(folder)["identity"], self.identity)
-        refused = {name: said for name, said in changes.items() if name not in self.accept}
+        refused = {name: change for name, change in changes.items() if name not in self.accept}
         if refused:
             raise BusyError(
                 f"{folder} belongs to another run: its {', '.join(refused.values())} differs.\nBring back what it was "
@@ -238,8 +238,8 @@ class RunDir:
 def json_safe(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with null for NaN and infinities, which are named under "nonfinite"."""
     bad = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
-    held = {name: None if name in bad else value for name, value in row.items()}
-    return held | ({"nonfinite": bad} if bad else {})
+    safe_row = {name: None if name in bad else value for name, value in row.items()}
+    return safe_row | ({"nonfinite": bad} if bad else {})
 
 
 def require_ordinary_file(path: Path) -> None:

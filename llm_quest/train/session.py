@@ -267,13 +267,13 @@ class TrainSession:
                 shown = PHASE_NAMES.get(evaluator.name, evaluator.name)
                 try:
                     with phase(shown), self.parallel.unshard_model(self.objective):
-                        found = evaluator.evaluate(self.model, self.progress.step)
+                        measured = evaluator.evaluate(self.model, self.progress.step)
                 except Exception as error:
                     self.health.stop_if_weights_are_bad(error)
                     if isinstance(error, OSError) and self.run_dir is not None:  # of samples, say
                         self.run_dir.require_present()
                     raise
-                metrics |= {f"{evaluator.name}/{name}": value for name, value in found.items()}
+                metrics |= {f"{evaluator.name}/{name}": value for name, value in measured.items()}
         return metrics
 
     def is_log_step(self) -> bool:
@@ -320,8 +320,8 @@ class TrainSession:
     def result(self, signal_handler: SignalHandler) -> TrainResult:
         """The result of the run. One that was told to stop while it saved its last step is interrupted: what comes
         after the loop is left to the resumed run."""
-        if self.status == "finished" and (told := max(self.parallel.all_gather(signal_handler.stop_signal))):
-            self.status, self.signal_number = "interrupted", told
+        if self.status == "finished" and (stop_signal := max(self.parallel.all_gather(signal_handler.stop_signal))):
+            self.status, self.signal_number = "interrupted", stop_signal
         self.log_event(self.status, step=self.progress.step)
         tokens, busy = (
             self.progress.tokens - self.initial_progress.tokens,

@@ -125,11 +125,11 @@ class CheckpointShards:
 
 def open_shards(folder: Path) -> CheckpointShards:
     """The shards of a checkpoint folder."""
-    found: dict[str, Any] = HuggingFaceStorageReader(str(folder / SHARDS_DIR)).read_metadata().state_dict_metadata
+    metadata: dict[str, Any] = HuggingFaceStorageReader(str(folder / SHARDS_DIR)).read_metadata().state_dict_metadata
     return CheckpointShards(
         folder / SHARDS_DIR,
-        {key: one.size for key, one in found.items()},
-        {key: one.properties.dtype for key, one in found.items()},
+        {key: one.size for key, one in metadata.items()},
+        {key: one.properties.dtype for key, one in metadata.items()},
     )
 
 

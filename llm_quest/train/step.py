@@ -113,7 +113,8 @@ def norm_squared(tensors: Sequence[Tensor], parallel: DistributedContext) -> Ten
     sharded = [local_tensor(tensor) for tensor in tensors if isinstance(tensor, DTensor)]
     whole = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
     parts, all_of_it = (
-        torch.nn.utils.get_total_norm(held).to(parallel.device, sum_dtype(parallel.device)) for held in (sharded, whole)
+        torch.nn.utils.get_total_norm(gradients).to(parallel.device, sum_dtype(parallel.device))
+        for gradients in (sharded, whole)
     )
     return parts**2 + all_of_it**2 / parallel.world_size
 
@@ -123,8 +124,8 @@ def scale_gradients_(parameters: Sequence[nn.Parameter], stats: StepStats, max_g
     factor = 1 / stats.count
     if max_grad_norm is not None and stats.grad_norm > max_grad_norm:
         factor *= max_grad_norm / stats.grad_norm
-    held = [local_tensor(p.grad) for p in parameters if p.grad is not None]
-    torch._foreach_mul_(held, factor)
+    gradients = [local_tensor(p.grad) for p in parameters if p.grad is not None]
+    torch._foreach_mul_(gradients, factor)
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

@@ -38,7 +38,7 @@ from llm_quest.rollouts.included_environments import Calculator, FileSearch, Gue
 from llm_quest.rollouts.rewards import EnvironmentReward, RandomReward
 from llm_quest.rollouts.rollouts import RolloutLoader, RolloutPlan
 from llm_quest.rollouts.sampler import PolicyPrompt, Sampler, make_policy_row
-from llm_quest.rollouts.verifiers import verify_equal
+from llm_quest.rollouts.verifiers import verify_answer
 
 TINY = [one.name for page in FAMILIES for one in page.presets if one.name.endswith("-tiny")]
 TOKENIZER = character_tokenizer("abcdefghij?: ")
@@ -365,4 +365,4 @@ def test_bm25_by_hand():
     texts = ("the cat cat", "the old dog")
     assert rank_paragraphs(texts, "cat") == ["the cat cat"]
     assert rank_paragraphs(texts, "the") == ["the cat cat", "the old dog"]
-    assert verify_equal(Problem("", "a", "equal", ""), "a") == 1.0
+    assert verify_answer(Problem("", "a", "equal", ""), "a") == 1.0

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from llm_quest.data.problems import Problem
 from llm_quest.rollouts.verifiers import (
-    FORMAT_CHECKS,
     VERIFIERS,
     count_outcomes,
     is_well_formed,
@@ -89,14 +88,38 @@ def test_a_gold_answer_that_cannot_be_read_is_unscorable_not_wrong(name: str) ->
     assert math.isnan(verify_answer(Problem("", "unknown", name, "", (1,), ("1+1=2",)), "#### 5"))
 
 
-def test_every_check_has_a_form_and_right_answers_have_it() -> None:
-    assert set(VERIFIERS) == set(FORMAT_CHECKS)
+def test_right_answers_have_their_form() -> None:
     good = {"exact": "cba", "number": "132", "fraction": "3/4", "expression": "25+3*7", "chained": "3*4=5;5+5=3;#3"}
     good |= {"marked": "a2b*3=6#6", "gsm8k": "a\n#### 72", "tagged": "<think>a</think><answer>3/4</answer>"}
+    good |= {"equal": "3/4"}
+    assert set(good) == set(VERIFIERS)
     for name, text in good.items():
         assert verify_answer(EVERY[name], text) == 1.0
         assert is_well_formed(EVERY[name], text)
-        assert not is_well_formed(EVERY[name], "?")
+        assert name == "equal" or not is_well_formed(EVERY[name], "?")
+
+
+ALMOST = {
+    "exact": ["", "  ", "cba cba"], "number": ["", "132.", "one"], "fraction": ["3:4", "3/0", "3/4/1"],
+    "expression": ["", "3+", "46=46"], "chained": ["#", "3;#3", "3*4=5;5+5=3;#3;", "3*4=5;5+5=3;3"],
+    "marked": ["#6", " #6", "a#6#6", "a6"], "gsm8k": ["72", "#### 72 #### 72", "####", "#### 72 apples"],
+    "tagged": [
+        "<think> </think><answer>3/4</answer>", "<think>\n\t</think>\n<answer>3/4</answer>",
+        "<think></think><answer>3/4</answer>", "<think>a</think><answer> </answer>", "<answer>3/4</answer>",
+    ],
+    "equal": ["", " \n"],
+}  # fmt: skip
+"""Texts that a lenient check of the form could take for an answer."""
+
+
+@pytest.mark.parametrize("name", VERIFIERS)
+def test_the_form_that_is_paid_for_is_the_one_that_the_verifier_reads(name: str) -> None:
+    """An answer in another form is neither right nor well-formed, whatever stands where its value is looked for."""
+    problem = EVERY[name]
+    assert all(not is_well_formed(problem, text) for text in ALMOST[name])
+    for text in [*ALMOST[name], *HOSTILE, "132" + " " * 100_000]:
+        if not is_well_formed(problem, text):
+            assert verify_answer(problem, text) == 0.0, text[:80]
 
 
 @pytest.mark.parametrize("text", ["1,25", "12,3456", ",5", "5,", "1.", ".5", "--1", "1e3", "½", "1 000"])

@@ -62,8 +62,8 @@ def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
         raise UsageError(
             f"the task {name} has no option {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}"
         )
-    made: Task = TASKS[name](**(options or {}))
-    return made
+    task: Task = TASKS[name](**(options or {}))
+    return task
 
 
 def parse_task(text: str) -> Task:

@@ -39,44 +39,44 @@ class AnswerForm:
 
 def boxed_answers(text: str) -> list[tuple[str, int]]:
     r"""What stands in each `\boxed{...}`, its braces balanced, and where the box ends."""
-    found: list[tuple[str, int]] = []
+    boxes: list[tuple[str, int]] = []
     for begin in re.finditer(r"\\boxed\s*\{", text):
         depth, at = 1, begin.end()
         while depth and at < len(text):
             depth += {"{": 1, "}": -1}.get(text[at], 0)
             at += 1
         if not depth:
-            found.append((text[begin.end() : at - 1].strip(), at))
-        if len(found) == MAX_BOXES or depth:
+            boxes.append((text[begin.end() : at - 1].strip(), at))
+        if len(boxes) == MAX_BOXES or depth:
             break
-    return found
+    return boxes
 
 
 def only_boxed_answer(text: str) -> str | None:
     """The answer of the one box; nothing but punctuation may follow it."""
-    found = boxed_answers(text)
-    if len(found) != 1 or text[found[0][1] :].strip(" \t\n.$)]\\"):
+    boxes = boxed_answers(text)
+    if len(boxes) != 1 or text[boxes[0][1] :].strip(" \t\n.$)]\\"):
         return None
-    return found[0][0] or None
+    return boxes[0][0] or None
 
 
 def last_boxed_answer(text: str) -> str | None:
-    found = boxed_answers(text)
-    return found[-1][0] or None if found else None
+    boxes = boxed_answers(text)
+    return boxes[-1][0] or None if boxes else None
 
 
 def only_tagged_answer(text: str) -> str | None:
     """`<think>...</think><answer>...</answer>`, both filled, nothing around them and no further tag."""
-    found = TAGGED.fullmatch(text.strip(" \t\n"))
-    if found is None or len(TAGS.findall(text)) != 4 or not found[1].strip():
+    match = TAGGED.fullmatch(text.strip(" \t\n"))
+    if match is None or len(TAGS.findall(text)) != 4 or not match[1].strip():
         return None
-    return found[2].strip() or None
+    return match[2].strip() or None
 
 
 def last_tagged_answer(text: str) -> str | None:
     """The last `<answer>`, thought before or not, closed or not."""
-    found = ANSWER_TAG.findall(text)
-    return found[-1].strip() or None if found else None
+    answers = ANSWER_TAG.findall(text)
+    return answers[-1].strip() or None if answers else None
 
 
 def only_hashes_answer(text: str) -> str | None:

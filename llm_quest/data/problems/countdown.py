@@ -27,9 +27,9 @@ class Countdown:
     def generate_problem(self, rng: random.Random) -> Problem:
         while True:
             numbers = tuple(rng.randint(1, self.largest) for _ in range(self.count))
-            made = random_expression([(Fraction(number), str(number)) for number in numbers], rng)
-            if made is not None and made[0].denominator == 1 and 1 <= made[0] <= self.top:
-                target = int(made[0])
+            expression = random_expression([(Fraction(number), str(number)) for number in numbers], rng)
+            if expression is not None and expression[0].denominator == 1 and 1 <= expression[0] <= self.top:
+                target = int(expression[0])
                 listed = " ".join(map(str, numbers))
                 key = " ".join(map(str, sorted(numbers))) + f" -> {target}"
                 return Problem(f"{listed} make {target}:", str(target), "expression", key, numbers)
@@ -37,9 +37,11 @@ class Countdown:
     def demonstrate(self, problem: Problem, rng: random.Random) -> str:
         """A solution found by trying at random: any of the right ones, not the shortest."""
         while True:
-            made = random_expression([(Fraction(number), str(number)) for number in problem.numbers], rng)
-            if made is not None and made[0] == int(problem.answer):
-                return made[1].removeprefix("(").removesuffix(")") if is_bracketed(made[1]) else made[1]
+            expression = random_expression([(Fraction(number), str(number)) for number in problem.numbers], rng)
+            if expression is not None and expression[0] == int(problem.answer):
+                return (
+                    expression[1].removeprefix("(").removesuffix(")") if is_bracketed(expression[1]) else expression[1]
+                )
 
 
 def random_expression(parts: list[tuple[Fraction, str]], rng: random.Random) -> tuple[Fraction, str] | None:

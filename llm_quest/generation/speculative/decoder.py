@@ -259,11 +259,11 @@ def speculative_decode(
         before = {number: len(row.token_ids) for number, row in live.items()}
         for row, tokens, logprobs in decoder.run_cycle():
             for token, logprob in zip(tokens, logprobs, strict=True):
-                made = row.append_token(token, logprob)
-                if made.finish_reason:
+                generated = row.append_token(token, logprob)
+                if generated.finish_reason:
                     del live[row.number]
-                yield made
-                if made.finish_reason:
+                yield generated
+                if generated.finish_reason:
                     break
         if not live:
             return

@@ -173,18 +173,18 @@ def draft_loop(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Several steps of drafting as one graph: tokens (B,c), the confidence of each (B,c), and the distributions they
     were drawn from (B,c,V). ends: a row reads nothing at this position or later, so that none runs out of its cache."""
-    made = []
+    drafted = []
     for column in uniforms.unbind(dim=1):
         tokens = tokens.clamp(max=model.config.vocab_size - 1)
         logits = fit_vocabulary(
             model.head(model.hidden_states(tokens, Scope(positions, cache=cache))[:, -1]), vocab_size
         )
-        made.append(new := sample_draft(sampling_params, logits, column, seen))
+        drafted.append(new := sample_draft(sampling_params, logits, column, seen))
         tokens = new.tokens[:, None]
         seen = None if seen is None else seen.scatter(1, tokens, True)
         here = positions[:, -1:]
         positions = torch.where((here < 0) | (here + 1 >= ends), -1, here + 1)
-    return stack_draft_samples(made)
+    return stack_draft_samples(drafted)
 
 
 def forward_hidden(

@@ -137,12 +137,12 @@ class MTPDrafter:
         wanted = [want if len(text) > 1 else 0 for want, text in zip(request.wanted, request.texts, strict=True)]
         ends = torch.tensor([len(text) for text in request.texts], device=self.device)[:, None]
         if self.compiled_chain and module_input.tokens.shape[1] <= self.max_draft_tokens + 1:
-            asked = torch.tensor(wanted, device=self.device)[:, None]
+            num_wanted = torch.tensor(wanted, device=self.device)[:, None]
             uniforms = request.uniforms[:, : self.max_draft_tokens].clone()
             tokens, sure, q, self.previous_outputs = self.compiled_chain(
                 self.model,
                 module_input.pad_to(self.max_draft_tokens + 1),
-                (ends, asked),
+                (ends, num_wanted),
                 self.previous_outputs,
                 self.caches,
                 self.sampling_params,
@@ -220,15 +220,15 @@ def run_mtp_chain(
     """
     at, verified = module_input.last_column, module_input.tokens.shape[1]
     ends, wanted = lengths_and_wanted
-    made, kept = [], []
+    drafted, kept = [], []
     for k, cache in enumerate(caches):
         out = run_mtp_module(model, k, module_input, cache)
-        made.append(new := sample_draft(sampling, model.head(last_hidden(out, at, k)), uniforms[:, k], seen))
+        drafted.append(new := sample_draft(sampling, model.head(last_hidden(out, at, k)), uniforms[:, k], seen))
         seen = None if seen is None else seen.scatter(1, new.tokens[:, None], True)
         place = torch.where(wanted > k, ends + k, -1)
         module_input, after = next_module_input(module_input, out, at, verified, before[k], new.tokens, place)
         kept.append(after)
-    return *stack_draft_samples(made), kept
+    return *stack_draft_samples(drafted), kept
 
 
 def gather_column(x: Float[Tensor, "B T D"], at: Int[Tensor, " B"]) -> Float[Tensor, "B 1 D"]:

@@ -35,11 +35,11 @@ class NgramDrafter:
             self.tables[row].add_text(texts[row])
         while going and (not any(tokens) or should_continue(confidence)):
             for row in list(going):
-                found = self.tables[row].lookup(texts[row])
-                if found is None:
+                match = self.tables[row].lookup(texts[row])
+                if match is None:
                     going.remove(row)
                     continue
-                token, size = found
+                token, size = match
                 tokens[row].append(token)
                 confidence[row].append((size - 1) / len(self.ngram_sizes) - 0.05)
                 texts[row].append(token)
@@ -84,6 +84,6 @@ class NgramTable:
         """The token, and how many tokens matched."""
         for size in self.ngram_sizes:
             key = tuple(text[-size:])
-            if len(key) == size and (found := self.draft_followers.get(key, self.text_followers.get(key))) is not None:
-                return found, size
+            if len(key) == size and (token := self.draft_followers.get(key, self.text_followers.get(key))) is not None:
+                return token, size
         return None

@@ -157,8 +157,8 @@ def train_sft_warmup(model: Llama, steps: int, rng: random.Random) -> None:
     for _ in range(steps):
         rows = []
         for _ in range(64):
-            asked = random_letters(rng)
-            rows.append([*encode(asked + ">"), *encode(asked if rng.random() < 0.5 else asked[::-1]), END])
+            letters = random_letters(rng)
+            rows.append([*encode(letters + ">"), *encode(letters if rng.random() < 0.5 else letters[::-1]), END])
         length = max(map(len, rows))
         tokens = torch.tensor([row + [END] * (length - len(row)) for row in rows])
         wanted = torch.tensor([row[1:] + [-100] * (length - len(row)) for row in rows])
@@ -170,9 +170,11 @@ def train_sft_warmup(model: Llama, steps: int, rng: random.Random) -> None:
 
 def sampled_accuracy(model: Llama, settings: GrpoSettings, rng: random.Random, generator: torch.Generator) -> float:
     """The share of right samples."""
-    asked = [encode(random_letters(rng) + ">") for _ in range(64)]
+    prompts = [encode(random_letters(rng) + ">") for _ in range(64)]
     scores = [
-        exact_match_reward(prompt, row) for prompt in asked for row in sample_group(model, prompt, settings, generator)
+        exact_match_reward(prompt, row)
+        for prompt in prompts
+        for row in sample_group(model, prompt, settings, generator)
     ]
     return sum(scores) / len(scores)
 

@@ -118,24 +118,24 @@ def load_rpt_run(run: str) -> tuple[RptConfig, float]:
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
         raise UsageError(f"rpt_run={run} is no run folder; train one first: quest train rpt --out {run}")
-    found = load_raw_config(str(folder / "config.yaml"))  # the folder may have the name of a recipe
-    if found.tree.get("recipe") != "rpt":
-        raise UsageError(f"{run} is a run of the recipe {found.tree.get('recipe')}; give one of rpt")
+    raw_config = load_raw_config(str(folder / "config.yaml"))  # the folder may have the name of a recipe
+    if raw_config.tree.get("recipe") != "rpt":
+        raise UsageError(f"{run} is a run of the recipe {raw_config.tree.get('recipe')}; give one of rpt")
     summary = folder / "summary.json"
     remedy = f"train the run again, or finish it: quest train {run}"
     summary_json = load_json(summary, remedy=remedy) if summary.is_file() else {}
     if summary_json.get("status") != "finished":
         raise UsageError(f"{run} is not finished, so what it takes is not known: quest train {run}")
     with damaged_file_errors(summary, remedy):
-        return parse_config(RptConfig, found), float(summary_json["metrics"]["teraflops"])
+        return parse_config(RptConfig, raw_config), float(summary_json["metrics"]["teraflops"])
 
 
 def documents_loader(
-    config: RptControlConfig, text: RptDocuments, found: SelectedPositions, parallel: DistributedContext
+    config: RptControlConfig, text: RptDocuments, selected: SelectedPositions, parallel: DistributedContext
 ) -> ShardedLoader[WholeDocuments]:
     """A loader of the documents with places of RPT, each whole."""
     places: dict[int, list[int]] = {}
-    for one in found.train:
+    for one in selected.train:
         places.setdefault(one.document, []).append(one.place)
     numbers = sorted(places)
     source = WholeDocuments(

@@ -134,14 +134,14 @@ def load_documents(
     """Load the documents of this run as this tokenizer's ids."""
     facts: Mapping[str, Any] = {}
     if config.data.is_task:
-        train, held = (
+        train, held_out = (
             [encode_problem(one, tokenizer) for one in part] for part in split_problems(config.data, config.seed)
         )
     else:
-        train, held, facts = documents_from_text(config, tokenizer, parallel, log)
+        train, held_out, facts = documents_from_text(config, tokenizer, parallel, log)
     asking = make_prompt_builder(
         tokenizer,
-        [*train, *held],
+        [*train, *held_out],
         prefix=config.prompt.prefix,
         suffix=config.prompt.suffix,
         max_target_tokens=config.prompt.max_target_tokens,
@@ -149,7 +149,7 @@ def load_documents(
     length = max_document_length(context, config.max_new_tokens, asking, config.data.max_document_tokens)
     return RptDocuments(
         split_documents(train, length, tokenizer.start_token_id),
-        split_documents(held, length, tokenizer.start_token_id),
+        split_documents(held_out, length, tokenizer.start_token_id),
         asking,
         facts,
     )
@@ -163,18 +163,18 @@ def documents_from_text(
     folder = text.tokens
     start, end = tokenizer.start_token_id, tokenizer.eos_token_id
     sides = folder.train, folder.val.eval_part(config.data.eval_part)
-    train, held = ([[start, *map(int, ids), end] for ids in side.documents()] for side in sides)
-    if not train or not held:
+    train, held_out = ([[start, *map(int, ids), end] for ids in side.documents()] for side in sides)
+    if not train or not held_out:
         raise DataError(
             f"{source_name(config.data)} holds too few documents to keep some of them out of training; add text"
         )
-    return train, held, {"corpus": text.facts["corpus"]}
+    return train, held_out, {"corpus": text.facts["corpus"]}
 
 
 def unique_problems(task: Task, part: SplitName, number: int, seed: int = 0) -> list[Problem]:
     """The first `number` problems of a split, each content once: fewer, where the task has not so many."""
-    found = {problem.key: problem for problem in (draw_problem(task, part, index, seed) for index in range(number))}
-    return list(found.values())
+    by_key = {problem.key: problem for problem in (draw_problem(task, part, index, seed) for index in range(number))}
+    return list(by_key.values())
 
 
 def encode_problem(problem: Problem, tokenizer: Tokenizer) -> list[int]:

@@ -121,10 +121,10 @@ class NextTokenReasoningEval:
         return [self.score_position(*one) for one in zip(self.positions, plain, samples, strict=True)]
 
     def score_position(self, position: Position, plain: bool, sample: Sample) -> PositionResult:
-        said, truth = self.reward_fn.extract_prediction(sample), sample.problem.target_tokens
-        right = said is not None and prefix_match(said.encode(), truth) == 1
-        several = said is not None and len(said.encode()) > len(truth[0])
-        return PositionResult(position, plain, right, said, sample.text, len(sample.completion_ids), several)
+        prediction, truth = self.reward_fn.extract_prediction(sample), sample.problem.target_tokens
+        right = prediction is not None and prefix_match(prediction.encode(), truth) == 1
+        several = prediction is not None and len(prediction.encode()) > len(truth[0])
+        return PositionResult(position, plain, right, prediction, sample.text, len(sample.completion_ids), several)
 
     def direct_predictions(self, model: Decoder) -> list[bool]:
         """Whether the most likely next token is the true one, in one pass for all places of a document."""
@@ -150,18 +150,22 @@ class NextTokenReasoningEval:
         samples: list[Sample] = []
         for start in range(0, len(self.positions), EVAL_BATCH_SIZE):
             some = self.positions[start : start + EVAL_BATCH_SIZE]
-            asked = [self.prompt_builder.build_prompt(self.documents[one.document], one.place) for one in some]
+            prompts = [self.prompt_builder.build_prompt(self.documents[one.document], one.place) for one in some]
             with self.sampler.autocast_context():
-                made = generate_completions(
-                    model, [each.prompt_ids for each in asked], SamplingParams(temperature=0.0), until
+                completions = generate_completions(
+                    model, [each.prompt_ids for each in prompts], SamplingParams(temperature=0.0), until
                 )
-            samples += [self.sampler.make_sample(question, one) for question, one in zip(asked, made, strict=True)]
+            samples += [
+                self.sampler.make_sample(question, one) for question, one in zip(prompts, completions, strict=True)
+            ]
         return samples
 
 
-def summarize_buckets(found: Sequence[PositionResult], thresholds: Sequence[float] = ENTROPY_THRESHOLDS) -> BucketTable:
+def summarize_buckets(
+    results: Sequence[PositionResult], thresholds: Sequence[float] = ENTROPY_THRESHOLDS
+) -> BucketTable:
     """Summarize disjoint buckets and the paper's nested sets, without empty ones."""
-    placed = [(entropy_bucket(one.position.entropy, thresholds), one) for one in found]
+    placed = [(entropy_bucket(one.position.entropy, thresholds), one) for one in results]
     apart = [(name, [one for at, one in placed if at == number]) for number, name in enumerate(BUCKET_NAMES)]
     above = [
         (f"H > {limit:g}", [one for at, one in placed if at >= number]) for number, limit in enumerate(thresholds, 1)
@@ -198,12 +202,12 @@ class PositionEvaluator:
     name: str = "eval"
 
     def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
-        found = self.evaluation.evaluate_positions(model)
-        table = summarize_buckets(found)
+        results = self.evaluation.evaluate_positions(model)
+        table = summarize_buckets(results)
         if self.samples is not None:
-            sample_rows = [self.sample_row(one) for one in found[:: max(1, len(found) // MAX_SAMPLES)]]
+            sample_rows = [self.sample_row(one) for one in results[:: max(1, len(results) // MAX_SAMPLES)]]
             save_samples(self.samples, step, sample_rows)
-        return {**table.metrics(), "unread": sum(one.answer is None for one in found) / len(found)}
+        return {**table.metrics(), "unread": sum(one.answer is None for one in results) / len(results)}
 
     def sample_row(self, one: PositionResult) -> dict[str, Any]:
         ids = self.evaluation.documents[one.position.document][1 : one.position.place]

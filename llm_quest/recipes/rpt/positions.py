@@ -69,29 +69,29 @@ def find_or_load_positions(
         "select": config.selection.model_dump(mode="json"),
         "each": config.eval_positions_per_bucket,
     }
-    if (found := load_positions(folder, key)) is not None:
-        return found
+    if (cached := load_positions(folder, key)) is not None:
+        return cached
     part, seed = config.selection, derive_seed(config.seed, "positions")
     train, lost = text.prompt_builder.filter_positions(
         text.train, hard_positions(proxy, text.train, part, part.entropy_threshold)
     )
-    held, _ = text.prompt_builder.filter_positions(
+    held_out, _ = text.prompt_builder.filter_positions(
         text.held_out, hard_positions(proxy, text.held_out, part, NO_THRESHOLD)
     )
     train = train if part.max_positions is None else subsample_positions(train, part.max_positions, seed)
-    held = sample_per_bucket(held, config.eval_positions_per_bucket, seed)
+    held_out = sample_per_bucket(held_out, config.eval_positions_per_bucket, seed)
     short = sum(len(ids) < 2 for ids in text.train)
-    facts = position_facts(text, train, held, lost, short)
-    require_positions(config, train, held, lost, short)
+    facts = position_facts(text, train, held_out, lost, short)
+    require_positions(config, train, held_out, lost, short)
     content = {
         "key": key,
         "train": positions_to_json(train),
-        "held_out": positions_to_json(held),
+        "held_out": positions_to_json(held_out),
         "flops": cost,
         "facts": facts,
     }
     atomic_write_json(folder / POSITIONS_FILE, content)
-    return SelectedPositions(train, held, cost, facts)
+    return SelectedPositions(train, held_out, cost, facts)
 
 
 def load_positions(folder: Path, key: Mapping[str, Any]) -> SelectedPositions | None:
@@ -140,8 +140,8 @@ def require_positions(
         raise DataError(f"nothing of {source_name(config.data)} that was held out can be asked for; add text")
 
 
-def positions_to_json(found: Sequence[Position]) -> list[list[float]]:
-    return [[one.document, one.place, round(one.entropy, 6)] for one in found]
+def positions_to_json(positions: Sequence[Position]) -> list[list[float]]:
+    return [[one.document, one.place, round(one.entropy, 6)] for one in positions]
 
 
 def positions_from_json(rows: Sequence[Sequence[float]]) -> list[Position]:
@@ -169,7 +169,7 @@ def select_positions(
 ) -> list[Position]:
     """Select every place where the proxy's entropy is above `min_entropy`, in the order of the documents. A document's
     first token is no place."""
-    found: list[list[Position]] = [[] for _ in documents]
+    selected: list[list[Position]] = [[] for _ in documents]
     device = next(proxy_model.parameters()).device
     with eval_mode(proxy_model):
         for numbers in length_grouped_documents(documents, proxy_model.config.max_position_embeddings):
@@ -179,10 +179,10 @@ def select_positions(
             entropies = top_entropy(proxy_model(rows.to(device)), top_k, renormalize=renormalize).cpu()
             for row, number in zip(entropies, numbers, strict=True):
                 per_place = enumerate(row[: len(documents[number]) - 1].tolist(), start=1)
-                found[number] = [
+                selected[number] = [
                     Position(number, place, entropy) for place, entropy in per_place if entropy > min_entropy
                 ]
-    return [position for some in found for position in some]
+    return [position for some in selected for position in some]
 
 
 def length_grouped_documents(documents: Sequence[Sequence[int]], context: int) -> Iterator[list[int]]:
@@ -203,10 +203,10 @@ def length_grouped_documents(documents: Sequence[Sequence[int]], context: int) -
         yield some
 
 
-def subsample_positions(found: Sequence[Position], number: int, seed: int) -> list[Position]:
+def subsample_positions(positions: Sequence[Position], number: int, seed: int) -> list[Position]:
     """At most `number` of the positions, drawn evenly, in their order; the seed decides which."""
-    picked = make_rng("positions", seed).sample(range(len(found)), min(number, len(found)))
-    return [found[place] for place in sorted(picked)]
+    picked = make_rng("positions", seed).sample(range(len(positions)), min(number, len(positions)))
+    return [positions[place] for place in sorted(picked)]
 
 
 def entropy_bucket(entropy: float, thresholds: Sequence[float] = ENTROPY_THRESHOLDS) -> int:
@@ -214,10 +214,10 @@ def entropy_bucket(entropy: float, thresholds: Sequence[float] = ENTROPY_THRESHO
     return sum(entropy > threshold for threshold in thresholds)
 
 
-def sample_per_bucket(found: Sequence[Position], number: int, seed: int) -> list[Position]:
+def sample_per_bucket(positions: Sequence[Position], number: int, seed: int) -> list[Position]:
     """At most `number` places of each bucket, drawn evenly, in the order they had."""
     kept: list[int] = []
     for at in range(len(BUCKET_NAMES)):
-        some = [place for place, one in enumerate(found) if entropy_bucket(one.entropy) == at]
+        some = [place for place, one in enumerate(positions) if entropy_bucket(one.entropy) == at]
         kept += make_rng("buckets", seed, at).sample(some, min(number, len(some)))
-    return [found[place] for place in sorted(kept)]
+    return [positions[place] for place in sorted(kept)]

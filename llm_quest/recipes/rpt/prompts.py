@@ -88,10 +88,10 @@ class PromptBuilder:
         return "" if any(is_utf8(text[:end]) for end in token_boundaries(truth)) else INSIDE_CHARACTER
 
     def filter_positions(
-        self, documents: Sequence[Sequence[int]], found: Sequence[Position]
+        self, documents: Sequence[Sequence[int]], positions: Sequence[Position]
     ) -> tuple[list[Position], Counter[str]]:
         """The positions that can be answered, and how many of the others there are, by reason."""
-        reasons = [(one, self.skip_reason(documents[one.document], one.place)) for one in found]
+        reasons = [(one, self.skip_reason(documents[one.document], one.place)) for one in positions]
         return [one for one, why in reasons if not why], Counter(why for _, why in reasons if why)
 
     @property
@@ -131,11 +131,11 @@ def max_document_length(
 
 def split_documents(documents: Sequence[Sequence[int]], max_length: int, start: int) -> list[list[int]]:
     """Split documents into parts of at most `max_length` tokens, each after a start token."""
-    found: list[list[int]] = []
+    pieces: list[list[int]] = []
     for ids in documents:
         body = [int(each) for each in ids[1:]]
-        found += [[start, *body[at : at + max_length - 1]] for at in range(0, len(body), max_length - 1)]
-    return found
+        pieces += [[start, *body[at : at + max_length - 1]] for at in range(0, len(body), max_length - 1)]
+    return pieces
 
 
 def is_utf8(text: bytes) -> bool:
@@ -169,10 +169,10 @@ def prefix_match(predicted: bytes, target_tokens: Sequence[bytes]) -> float:
 def extract_tagged_answer(text: str) -> str | None:
     """The exact text of the one <answer>; None without a <think> before it, with text around them, or with tags
     inside."""
-    found = ANSWER_PATTERN.fullmatch(text)
-    if found is None or any(tag in part for part in found.groups() for tag in ("<think>", "<answer>", "</")):
+    match = ANSWER_PATTERN.fullmatch(text)
+    if match is None or any(tag in part for part in match.groups() for tag in ("<think>", "<answer>", "</")):
         return None
-    return found[2]
+    return match[2]
 
 
 @dataclass(frozen=True)

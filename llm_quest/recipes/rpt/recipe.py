@@ -142,8 +142,8 @@ def build_rpt(config: RptConfig, context: Context) -> Job:
 
 
 def report_before(evaluator: PositionEvaluator, log: LogFn) -> Mapping[str, float]:
-    found = evaluator.report_table("before", log).metrics()
-    return {f"{evaluator.name}/{name}": value for name, value in found.items()}
+    metrics = evaluator.report_table("before", log).metrics()
+    return {f"{evaluator.name}/{name}": value for name, value in metrics.items()}
 
 
 def report_after(evaluator: PositionEvaluator, log: LogFn, result: TrainResult) -> tuple[str, ...]:
@@ -152,33 +152,33 @@ def report_after(evaluator: PositionEvaluator, log: LogFn, result: TrainResult) 
     return ()
 
 
-def dropped_summary(found: SelectedPositions) -> str:
-    return "".join(f"; dropped, {why}: {number:,}" for why, number in found.facts["dropped_places"].items())
+def dropped_summary(selected: SelectedPositions) -> str:
+    return "".join(f"; dropped, {why}: {number:,}" for why, number in selected.facts["dropped_places"].items())
 
 
 def build_rollouts(
     config: RptConfig,
     start: RptStart,
     text: RptDocuments,
-    found: SelectedPositions,
+    selected: SelectedPositions,
     cost: PassCost,
     parallel: DistributedContext,
     log: LogFn,
 ) -> tuple[PolicySetup, FlopsMeter]:
     """Build the rollouts, with every place once per epoch in an order of its own. The meter starts with the FLOPs of
     finding the places."""
-    ask = partial(position_question, text, found.train, derive_seed(config.seed, "order"))
+    ask = partial(position_question, text, selected.train, derive_seed(config.seed, "order"))
     meter = FlopsMeter(
-        cost, num_scorings=(config.kl_coef > 0) + (config.sampler_correction is not None), flops=found.flops
+        cost, num_scorings=(config.kl_coef > 0) + (config.sampler_correction is not None), flops=selected.flops
     )
     rewards = [WeightedReward(config.reward, RPT_REWARD_BUILDERS[config.reward](config))]
     return build_policy_setup(config, start.model, start.tokenizer, ask, rewards, parallel, log), meter
 
 
-def position_question(text: RptDocuments, found: Sequence[Position], seed: int, index: int) -> PolicyPrompt:
+def position_question(text: RptDocuments, positions: Sequence[Position], seed: int, index: int) -> PolicyPrompt:
     """Prompt number `index` of an endless list."""
-    epoch, at = divmod(index, len(found))
-    one = found[position_order(len(found), seed, epoch)[at]]
+    epoch, at = divmod(index, len(positions))
+    one = positions[position_order(len(positions), seed, epoch)[at]]
     return text.prompt_builder.build_prompt(text.train[one.document], one.place)
 
 
@@ -192,14 +192,14 @@ def make_position_evaluation(
     model: Decoder,
     tokenizer: Tokenizer,
     text: RptDocuments,
-    found: SelectedPositions,
+    selected: SelectedPositions,
     parallel: DistributedContext,
     whole_model: ContextFactory,
 ) -> NextTokenReasoningEval:
     """The evaluation of held-out positions."""
     writer = policy_sampler(config, model, tokenizer, parallel)
     reward = PrefixMatchReward(config.prompt.opening_tag)
-    return NextTokenReasoningEval(text.held_out, found.held_out, text.prompt_builder, writer, reward, whole_model)
+    return NextTokenReasoningEval(text.held_out, selected.held_out, text.prompt_builder, writer, reward, whole_model)
 
 
 class FlopsMeter:

@@ -158,13 +158,13 @@ def train_thinking(
     log: LogFn,
 ) -> None:
     """Train on a teacher's demonstrations of reasoning, until the target accuracy on held-out documents."""
-    task, (train, held) = parse_task(source_name(config.data)), split_problems(config.data, config.seed)
+    task, (train, held_out) = parse_task(source_name(config.data)), split_problems(config.data, config.seed)
     loader = ReasoningLoader(
         task, train, tokenizer, num_examples=part.sft.num_examples, batch_size=part.sft.batch_size,
         seed=derive_seed(config.seed, "demonstrations"),
     )  # fmt: skip
-    held_out_documents = [encode_problem(problem, tokenizer) for problem in held[:CHECK_PROBLEMS]]
-    ends = [len(ids) - 1 - len(problem.answer) for ids, problem in zip(held_out_documents, held, strict=False)]
+    held_out_documents = [encode_problem(problem, tokenizer) for problem in held_out[:CHECK_PROBLEMS]]
+    ends = [len(ids) - 1 - len(problem.answer) for ids, problem in zip(held_out_documents, held_out, strict=False)]
     prompt_builder = make_prompt_builder(
         tokenizer,
         held_out_documents,
@@ -248,8 +248,8 @@ class ReasoningLoader:
         number = index % len(self.problems)
         problem = self.problems[number]
         _, answer = self.tokenizer.encode_pieces(problem.prompt, problem.answer)
-        thought, said = teacher_reasoning(self.task, problem, number, self.seed)
-        return self.build_example(number, len(self.documents[number]) - 1 - len(answer), thought, said)
+        thought, answer_text = teacher_reasoning(self.task, problem, number, self.seed)
+        return self.build_example(number, len(self.documents[number]) - 1 - len(answer), thought, answer_text)
 
     def direct_example(self, index: int) -> tuple[list[int], list[int]]:
         """The ids of prompt and completion at some other place, without reasoning."""
@@ -261,8 +261,8 @@ class ReasoningLoader:
             number, place, "", self.tokenizer.decode_continuation(ids[:place], ids[place : place + 1])
         )
 
-    def build_example(self, number: int, place: int, thought: str, said: str) -> tuple[list[int], list[int]]:
-        completion = f"{thought}{THINK_CLOSE}{ANSWER_OPEN}{said}{ANSWER_CLOSE}"
+    def build_example(self, number: int, place: int, thought: str, answer_text: str) -> tuple[list[int], list[int]]:
+        completion = f"{thought}{THINK_CLOSE}{ANSWER_OPEN}{answer_text}{ANSWER_CLOSE}"
         completion_ids = [*self.tokenizer.encode_continuation(completion), self.tokenizer.eos_token_id]
         return [
             *self.documents[number][:place],
