@@ -189,9 +189,9 @@ def begin_and_end_template(
 def read_sentencepiece(file: Path) -> SentencePieceModel:
     """Read a model file. DataError where it is none, or of a kind that is not BPE or Unigram."""
     try:
-        fields = list(parse_message(file.read_bytes()))
+        fields = list(parse_protobuf(file.read_bytes()))
         pieces = tuple(read_piece(value) for number, value in fields if number == 1)
-        training, normal = ({n: v for number, value in fields if number == key for n, v in parse_message(value)}
+        training, normal = ({n: v for number, value in fields if number == key for n, v in parse_protobuf(value)}
                             for key in (2, 3))  # fmt: skip
     except (ValueError, LookupError, struct.error, TypeError, AttributeError) as error:
         raise DataError(f"{file} is not a SentencePiece model: {error}{tiktoken_hint(file)}") from None
@@ -203,11 +203,11 @@ def read_sentencepiece(file: Path) -> SentencePieceModel:
 
 
 def read_piece(content: bytes) -> Piece:
-    values = dict(parse_message(content))
+    values = dict(parse_protobuf(content))
     return Piece(values[1].decode(), struct.unpack("<f", values.get(2, bytes(4)))[0], values.get(3, 1))
 
 
-def parse_message(content: bytes) -> Iterator[tuple[int, Any]]:
+def parse_protobuf(content: bytes) -> Iterator[tuple[int, Any]]:
     """The fields of a protocol buffer: (number, value), an int or bytes. ValueError for what is none."""
     at = 0
     while at < len(content):

@@ -144,11 +144,11 @@ def compile_template(settings: TemplateSettings) -> Any:
         raise ValueError("too long a program")
     now = datetime.datetime.fromisoformat(settings.now) if settings.now else datetime.datetime.now()
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": now.strftime}
-    environment.filters["tojson"] = to_json
+    environment.filters["tojson"] = tojson
     return environment.from_string(settings.source)
 
 
-def to_json(
+def tojson(
     value: Any,
     ensure_ascii: bool = False,
     indent: int | None = None,

@@ -21,10 +21,12 @@ class Float64(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         double_func = torch.Tensor.double if func is torch.Tensor.float else func
-        return double_func(*map(widen, args), **{name: widen(value) for name, value in (kwargs or {}).items()})
+        return double_func(
+            *map(to_float64, args), **{name: to_float64(value) for name, value in (kwargs or {}).items()}
+        )
 
 
-def widen(value: Any) -> Any:
+def to_float64(value: Any) -> Any:
     """float64 for float32; anything else as it is."""
     return torch.float64 if value is torch.float32 else value
 

@@ -146,7 +146,7 @@ def read_hf_config(file: GGUFFile) -> dict[str, Any]:
         layout,
         None if "attention.kv_lora_rank" in layout.keys else hf_config.get("head_dim") or equal_parts(hf_config),
     )
-    refuse_unknown_keys(file, layout)
+    refuse_unknown_gguf_keys(file, layout)
     return hf_config
 
 
@@ -218,7 +218,7 @@ def read_windows(file: GGUFFile, layout: Layout, hf_config: dict[str, Any]) -> d
     return {"layer_types": list(layer_pattern(layers, period))}
 
 
-def refuse_unknown_keys(file: GGUFFile, layout: Layout) -> None:
+def refuse_unknown_gguf_keys(file: GGUFFile, layout: Layout) -> None:
     """Raise DataError for keys of the architecture that are not read and may change what is computed."""
     prefix = f"{file.architecture}."
     known = {*layout.keys, *HARMLESS, *extra_keys(layout)}

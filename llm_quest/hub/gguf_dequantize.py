@@ -40,7 +40,7 @@ def float16_scale(data: Tensor) -> Tensor:
     return data.contiguous().view(torch.float16).float()
 
 
-def scale_groups(scales: Tensor, q: Tensor) -> Tensor:
+def scale_blocks(scales: Tensor, q: Tensor) -> Tensor:
     """Scales (N,groups) times numbers (N,256), as (N,groups,size)."""
     return scales[:, :, None] * q.float().unflatten(1, (scales.shape[1], -1))
 
@@ -78,13 +78,13 @@ def dequantize_q2_k(data: Tensor) -> Tensor:
 def subtract_minima(d: Tensor, dmin: Tensor, groups: tuple[Tensor, Tensor], q: Tensor) -> Tensor:
     """d s q - dmin m of each group."""
     scales, minima = groups
-    return (scale_groups(d * scales, q) - (dmin * minima)[:, :, None]).flatten(1)
+    return (scale_blocks(d * scales, q) - (dmin * minima)[:, :, None]).flatten(1)
 
 
 def dequantize_q6_k(data: Tensor) -> Tensor:
     nibbles, upper, scales, d = data.split((128, 64, 16, 2), dim=1)
     q = (unpack_fields(nibbles, 4, 64) | unpack_fields(upper, 2, 32) << 4).to(torch.int8) - 32
-    return scale_groups(float16_scale(d) * scales.view(torch.int8).float(), q).flatten(1)
+    return scale_blocks(float16_scale(d) * scales.view(torch.int8).float(), q).flatten(1)
 
 
 def dequantize_q3_k(data: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def dequantize_q3_k(data: Tensor) -> Tensor:
     low, high = unpack_fields(packed[:, :8], 4, 8), unpack_fields(packed[:, 8:], 2, 4)
     scales = (low | high << 4).to(torch.int8) - 32
     q = unpack_fields(pairs, 2, 32).to(torch.int8) - 4 * (1 - unpack_fields(third, 1, 32).to(torch.int8))
-    return scale_groups(float16_scale(d) * scales.float(), q).flatten(1)
+    return scale_blocks(float16_scale(d) * scales.float(), q).flatten(1)
 
 
 def dequantize_q4_1(data: Tensor) -> Tensor:

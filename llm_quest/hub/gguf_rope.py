@@ -136,7 +136,7 @@ def read_rope(file: GGUFFile, layout: Layout, head_dim: Any) -> dict[str, Any]:
         return file.get(f"{file.architecture}.rope.{key}", default)
 
     theta, width = float_of(file, get("freq_base", 10_000.0)), get("dimension_count", head_dim)
-    rope = {"rope_theta": theta} | read_scaling(file, layout, get)
+    rope = {"rope_theta": theta} | read_gguf_scaling(file, layout, get)
     if temperature := file.get(f"{file.architecture}.attention.temperature_scale"):
         rope["llama_4_scaling_beta"] = float_of(file, temperature)
     if type(width) is int and type(head_dim) is int and 0 < width < head_dim:
@@ -151,7 +151,7 @@ def read_rope(file: GGUFFile, layout: Layout, head_dim: Any) -> dict[str, Any]:
     return {"rope_parameters": rope} | {name: value for name, value in original.items() if value is not None}
 
 
-def read_scaling(file: GGUFFile, layout: Layout, get: Any) -> dict[str, Any]:
+def read_gguf_scaling(file: GGUFFile, layout: Layout, get: Any) -> dict[str, Any]:
     kind, original = get("scaling.type", "none"), get("scaling.original_context_length")
     if FREQS in file.tensors:
         return read_divisors(file)

@@ -164,7 +164,7 @@ def unknown_fields(family: Family, hf_config: Mapping[str, Any], config: Any = N
     unread = {name: value for name, value in hf_config.items() if not is_harmless(family, name, value)}
     unread = {name: value for name, value in unread.items() if name not in ROPE_FIELDS}
     unread = {name: value for name, value in unread.items() if not matches_config(config, name, value)}
-    rope = {path: (key, value) for path, key, value in rope_keys(hf_config) if value is not None}
+    rope = {path: (key, value) for path, key, value in rope_parameter_items(hf_config) if value is not None}
     asks = any(key == PARTIAL and value != 1 for key, value in rope.values())
     known = known_fields(family, hf_config) if unread or asks else set()
     unknown = {name: value for name, value in unread.items() if name not in known}
@@ -178,7 +178,7 @@ def matches_config(config: Any, name: str, value: Any) -> bool:
     return has is not None and type(has) is type(value) and has == value
 
 
-def rope_keys(hf_config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+def rope_parameter_items(hf_config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """Path, key and value of everything in rope_parameters and rope_scaling, of each kind of layer."""
     for field in ROPE_FIELDS:
         rope = hf_config.get(field)

@@ -38,7 +38,7 @@ from llm_quest.hub.published_matrices import (
     stack_experts_pair,
 )
 from llm_quest.hub.save_adapter import ROOT, WEIGHTS, adapter_edits, read_adapter_tensors
-from llm_quest.hub.single_experts import expert_places, stack_experts
+from llm_quest.hub.single_experts import expert_places, stack_expert_pairs
 from llm_quest.hub.weight_map import compact_names
 from llm_quest.hub.whole_parameters import LM_HEAD, WholeParameters
 from llm_quest.layers.low_rank import DoRAUpdate
@@ -85,7 +85,7 @@ def load_adapter(model: Any, folder: str | Path, *, adapter_name: str | None = N
     for address, place in base_matrices(model.config).items():
         by_module.setdefault(place.module, {})[address] = place
     singles = expert_places(model.config)
-    stacks = stack_experts(folder, config, tensors.pairs, singles)
+    stacks = stack_expert_pairs(folder, config, tensors.pairs, singles)
     by_module |= {address: {address: matrix} for address, _, matrix in singles.values()}
     tensors.pairs = {module: pair for module, pair in tensors.pairs.items() if module not in singles} | stacks
     merged = {module: pair for module, pair in tensors.pairs.items() if whole.is_embedding_or_head(module)}

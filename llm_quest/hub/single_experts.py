@@ -35,7 +35,7 @@ def expert_places(config: Any) -> dict[str, Place]:
     return places
 
 
-def stack_experts(
+def stack_expert_pairs(
     folder: Path, config: Mapping[str, Any], pairs: Mapping[str, LoRAPair], places: Mapping[str, Place]
 ) -> dict[str, LoRAPair]:
     """Stack the pairs of single experts, by address. An expert without a pair has zeros. DataError for one that does

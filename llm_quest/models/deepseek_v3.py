@@ -155,17 +155,17 @@ def weight_map(config: Config) -> WeightMap:
     names = {name: one for name, one in decoder_names(tied=config.tie_word_embeddings).items() if "{i}" not in name}
     for layer in range(config.num_hidden_layers):
         sparse = layer >= config.first_k_dense_replace
-        names |= layer_names(config, f"blocks.{layer}.", f"model.layers.{layer}.", sparse=sparse)
+        names |= decoder_layer_names(config, f"blocks.{layer}.", f"model.layers.{layer}.", sparse=sparse)
     for k in range(config.num_nextn_predict_layers):
         ours, theirs = f"mtp_modules.{k}.", f"model.layers.{config.num_hidden_layers + k}."
         parts = {"embed_norm": "enorm", "hidden_norm": "hnorm", "join": "eh_proj", "norm": "shared_head.norm"}
         names |= {f"{ours}{a}.weight": f"{theirs}{b}.weight" for a, b in parts.items()}
-        names |= layer_names(config, f"{ours}block.", theirs, sparse=True)
+        names |= decoder_layer_names(config, f"{ours}block.", theirs, sparse=True)
     return names
 
 
-def layer_names(config: Config, ours: str, theirs: str, *, sparse: bool) -> Names:
-    """One layer's."""
+def decoder_layer_names(config: Config, ours: str, theirs: str, *, sparse: bool) -> Names:
+    """The weight map of one layer."""
     mixer, attention = f"{ours}mixer.layer.", f"{theirs}self_attn."
     ffn, mlp = f"{ours}feed_forward.layer.", f"{theirs}mlp."
     parts = {"kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "kv_up": "kv_b_proj", "out": "o_proj"}

@@ -57,7 +57,7 @@ from llm_quest.models.weight_names import (
 from llm_quest.models.windows import FULL, SLIDING, layer_window
 
 
-def layer_pattern(num_hidden_layers: int) -> tuple[str, ...]:
+def hybrid_pattern(num_hidden_layers: int) -> tuple[str, ...]:
     """Layer 0 and every sixth see everything, the others their window."""
     return tuple(FULL if i == 0 or (i + 1) % 6 == 0 else SLIDING for i in range(num_hidden_layers))
 
@@ -95,7 +95,7 @@ class Config:
     v_head_dim: int = spelled_alike("v_head_dim", "swa_v_head_dim", hf_default=lambda c: 128)
     attention_value_scale: float = hf_default(0.707)
     layer_types: tuple[str, ...] = per_layer(
-        FULL, SLIDING, numbered="hybrid_layer_pattern", hf_default=lambda c: layer_pattern(c.num_hidden_layers)
+        FULL, SLIDING, numbered="hybrid_layer_pattern", hf_default=lambda c: hybrid_pattern(c.num_hidden_layers)
     )
     sliding_window: int = json_field(read_sliding_window, write_sliding_window)
     mlp_layer_types: tuple[str, ...] = per_layer(
@@ -211,7 +211,7 @@ def mtp_names() -> Names:
 
 MIMO_V2_FLASH = Config(
     vocab_size=152_576, hidden_size=4096, num_hidden_layers=48, num_attention_heads=64, num_key_value_heads=4,
-    swa_num_key_value_heads=8, head_dim=192, v_head_dim=128, attention_value_scale=0.707, layer_types=layer_pattern(48),
+    swa_num_key_value_heads=8, head_dim=192, v_head_dim=128, attention_value_scale=0.707, layer_types=hybrid_pattern(48),
     sliding_window=129, mlp_layer_types=mlp_pattern(48), intermediate_size=16_384, n_routed_experts=256,
     num_experts_per_tok=8, moe_intermediate_size=2048, max_position_embeddings=262_144,
     rotary=RotaryEmbedding(64, 5_000_000.0), swa_rotary=RotaryEmbedding(64, 10_000.0),

@@ -160,7 +160,7 @@ class VisionLanguageModel(nn.Module):
         scope = Scope.unpadded(input_ids) if scope is None else scope
         if image_features is None:
             return self.decoder.hidden_states(input_ids, scope)
-        vectors = torch.cat([part.flatten(0, -2) for part in as_parts(image_features)])
+        vectors = torch.cat([part.flatten(0, -2) for part in image_feature_list(image_features)])
         is_placeholder = (input_ids == self.config.image_token_id) & (scope.position_ids >= 0)
         if not torch.compiler.is_compiling() and int(is_placeholder.sum()) != vectors.shape[0]:
             raise UsageError(
@@ -204,7 +204,7 @@ Images = Tensor | Sequence[Tensor]
 """Images of one shape (M,C,H,W), or one tensor (C,H,W) for each."""
 
 
-def as_parts(image_features: Images) -> Sequence[Tensor]:
+def image_feature_list(image_features: Images) -> Sequence[Tensor]:
     return (image_features,) if isinstance(image_features, Tensor) else image_features
 
 

@@ -45,7 +45,7 @@ def read_rotary(
     return RotaryEmbedding(
         dim,
         float(default_theta),
-        read_scaling(rope, hf_config.get("max_position_embeddings") or max_position_embeddings),
+        read_rope_scaling(rope, hf_config.get("max_position_embeddings") or max_position_embeddings),
     )
 
 
@@ -64,7 +64,7 @@ def require_positive_base(theta: Any) -> None:
         raise DataError(f"config.json: rope_theta is {theta!r}; a number above 0 was expected")
 
 
-def read_scaling(rope: Mapping[str, Any], max_position_embeddings: int | None) -> RopeScaling | None:
+def read_rope_scaling(rope: Mapping[str, Any], max_position_embeddings: int | None) -> RopeScaling | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "yarn" and rope.get("short_factor"):
         kind = "longrope"  # the word of some early Phi-3 files

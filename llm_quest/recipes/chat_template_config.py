@@ -53,13 +53,13 @@ def open_chat_template(config: ChatTemplateConfig, tokenizer: Tokenizer) -> Chat
     """The recipe's chat template on a tokenizer."""
     return ChatTemplate(
         tokenizer,
-        read_chat_template(config),
+        load_chat_template_file(config),
         chat_template_kwargs=config.chat_template_kwargs,
         now=config.chat_template_date or "",
     )
 
 
-def read_chat_template(config: ChatTemplateConfig) -> str | None:
+def load_chat_template_file(config: ChatTemplateConfig) -> str | None:
     """The text of the template file, where one is named."""
     if config.chat_template_path is None:
         return None
@@ -76,7 +76,7 @@ def fix_template_date(config: Any, context: Context, tokenizer: Tokenizer | None
     data = config.data
     if not isinstance(data, ChatTemplateConfig) or data.chat_template_date is not None:
         return config
-    if tokenizer is not None and "strftime_now" not in (read_chat_template(data) or tokenizer.chat_template or ""):
+    if tokenizer is not None and "strftime_now" not in (load_chat_template_file(data) or tokenizer.chat_template or ""):
         return config
     recorded = recorded_config(config, context)
     before = recorded.data.chat_template_date if recorded is not None and recorded.data is not None else None

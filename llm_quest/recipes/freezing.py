@@ -19,7 +19,7 @@ from llm_quest.models.build import family_of
 def freeze_parameters(model: Any, patterns: Sequence[str], log: LogFn) -> None:
     """Exclude every parameter that one of the patterns names from training. UsageError for a pattern that matches
     nothing, or only some of the published tensors that are one matrix here."""
-    published = published_names(model)
+    published = published_tensors(model)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     frozen: set[str] = set()
     for pattern in patterns:
@@ -39,7 +39,7 @@ def freeze_parameters(model: Any, patterns: Sequence[str], log: LogFn) -> None:
     log(f"frozen: {compact_names(frozen)}; {learned:,} of {whole:,} numbers are trained ({learned / whole:.3%})")
 
 
-def published_names(model: Any) -> dict[str, list[str]]:
+def published_tensors(model: Any) -> dict[str, list[str]]:
     """Our parameter names -> the published tensors that each holds."""
     table = export_weight_map(model, family_of(model.config).weight_map(model.config))
     published: dict[str, list[str]] = {name: [] for name, _ in model.named_parameters()}

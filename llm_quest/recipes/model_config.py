@@ -339,13 +339,13 @@ def build_rotary(key: str, sizes: ConfigValues, base: Any) -> RotaryEmbedding:
     given = sizes[key]
     before: RotaryEmbedding | None = None if base is None else getattr(base, key)
     if isinstance(given, RotaryEmbedding):
-        return dataclasses.replace(given, dim=rotary_dim(sizes, {}, before, base))
-    width = rotary_dim(sizes, given, before, base)
+        return dataclasses.replace(given, dim=derived_rotary_dim(sizes, {}, before, base))
+    width = derived_rotary_dim(sizes, given, before, base)
     read = read_rotary({"rope_parameters": given, "max_position_embeddings": sizes["max_position_embeddings"]}, width)
     return dataclasses.replace(read, interleaved=before is not None and before.interleaved)
 
 
-def rotary_dim(sizes: ConfigValues, given: ConfigValues, before: RotaryEmbedding | None, base: Any) -> int:
+def derived_rotary_dim(sizes: ConfigValues, given: ConfigValues, before: RotaryEmbedding | None, base: Any) -> int:
     """The rotated dimensions of a head: as given, else the same part as in the preset, else all."""
     if "qk_rope_head_dim" in sizes:
         return int(sizes["qk_rope_head_dim"])

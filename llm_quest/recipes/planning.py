@@ -271,7 +271,7 @@ def time_rollouts(job: Job, rollouts: Any, meter: FlopsMeter) -> tuple[tuple[flo
         for step in range(number * per_rollout, (number + 1) * per_rollout):
             batches = rollouts.batches(step)
             meter.count_training(rollouts.rows_to_read(rollouts.minibatch(step % per_rollout)))
-            training += time_call(partial(train_step, job.objective, optimizer, batches, config.precision), device)
+            training += time_call(partial(optimizer_step, job.objective, optimizer, batches, config.precision), device)
             largest = max([*batches, *([largest] if largest else [])], key=lambda batch: batch.num_tokens)
         meter.count_sampling(rollouts.rollout.groups)
         metrics = rollouts.rollout.metric_sums
@@ -282,7 +282,7 @@ def time_rollouts(job: Job, rollouts: Any, meter: FlopsMeter) -> tuple[tuple[flo
     return (sampling, scoring, learning), largest, tokens / samples
 
 
-def train_step(objective: Any, optimizer: torch.optim.Optimizer, batches: list[Any], precision: str) -> None:
+def optimizer_step(objective: Any, optimizer: torch.optim.Optimizer, batches: list[Any], precision: str) -> None:
     """An optimizer step over micro-batches."""
     device = next(objective.parameters()).device
     for batch in batches:

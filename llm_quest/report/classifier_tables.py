@@ -37,7 +37,9 @@ def confusion_rows(record: RunRecord) -> Iterator[TableRow]:
         yield COUNTS_HEAD
         yield from (count_row(label, *four) for label, four in list(zip(labels, counts, strict=True))[:MAX_ROWS])
     elif labels and len(labels) == len(matrix):
-        yield from matrix_rows(labels, matrix) if len(labels) <= MAX_MATRIX_LABELS else frequent_rows(labels, matrix)
+        yield from (
+            confusion_matrix_rows(labels, matrix) if len(labels) <= MAX_MATRIX_LABELS else frequent_rows(labels, matrix)
+        )
 
 
 def count_row(label: str, right: int, wrong: int, missed: int, rest: int) -> TableRow:
@@ -45,7 +47,7 @@ def count_row(label: str, right: int, wrong: int, missed: int, rest: int) -> Tab
     return (label, *map(format_count, (right, wrong, missed, rest)), f"{f1:.3f}")
 
 
-def matrix_rows(labels: list[str], matrix: list[list[int]]) -> Iterator[TableRow]:
+def confusion_matrix_rows(labels: list[str], matrix: list[list[int]]) -> Iterator[TableRow]:
     yield ("is \\ was called", *labels)
     for label, counts in zip(labels, matrix, strict=True):
         yield (label, *map(format_count, counts))

@@ -20,7 +20,7 @@ NOT_REWARDS = (*SIDE_METRICS, "rewards/unscorable")
 
 
 @dataclass(frozen=True)
-class Family:
+class MetricFamily:
     """A plot. lines: (metric, its name in the legend), the first that a run has stands for it among several runs.
     unit: of the y axis, PERCENT for shares. log: a logarithmic axis."""
 
@@ -37,16 +37,16 @@ LOSS_TERMS = (
     *((f"lookahead_{k}", f"{k} tokens further") for k in range(1, 5)),
 )  # fmt: skip
 FAMILIES = (
-    Family("Held-out bits per byte", (("eval/bits_per_byte", "model"),), "bits"),
-    Family("Terms of the loss, and the sum that is optimized", (("loss", "sum"), *LOSS_TERMS)),
-    Family(
+    MetricFamily("Held-out bits per byte", (("eval/bits_per_byte", "model"),), "bits"),
+    MetricFamily("Terms of the loss, and the sum that is optimized", (("loss", "sum"), *LOSS_TERMS)),
+    MetricFamily(
         "Rewards of pairs",
         (
             ("rewards/margin", "margin"), ("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"),
             ("rewards/mean", "mean"), ("eval/margin", "margin, held out"),
         ),
     ),
-    Family(
+    MetricFamily(
         "Accuracy",
         (
             ("eval/accuracy", "held out"), ("rewards/accuracy", "training"), ("accuracy", "training"),
@@ -56,8 +56,8 @@ FAMILIES = (
         ),
         PERCENT,
     ),
-    Family("Log-probability of answers", (("logps/chosen", "chosen"), ("logps/rejected", "rejected")), "nats"),
-    Family(
+    MetricFamily("Log-probability of answers", (("logps/chosen", "chosen"), ("logps/rejected", "rejected")), "nats"),
+    MetricFamily(
         "Length of completions",
         (
             ("completions/mean_length", "training"), ("completions/mean_terminated_length", "those that ended"),
@@ -65,10 +65,10 @@ FAMILIES = (
         ),
         "tokens",
     ),
-    Family("Spread of rewards within a group", (("reward_std", "standard deviation"),)),
-    Family("Entropy", (("entropy", "of what was drawn"), ("entropy_exact", "exact")), "nats per token"),
-    Family("KL to the reference", (("kl", "KL"),), "nats per token"),
-    Family(
+    MetricFamily("Spread of rewards within a group", (("reward_std", "standard deviation"),)),
+    MetricFamily("Entropy", (("entropy", "of what was drawn"), ("entropy_exact", "exact")), "nats per token"),
+    MetricFamily("KL to the reference", (("kl", "KL"),), "nats per token"),
+    MetricFamily(
         "Shares of samples",
         (
             ("frac_reward_zero_std", "groups without spread"), ("completions/clipped_ratio", "cut off by the length"),
@@ -77,16 +77,16 @@ FAMILIES = (
         ),
         PERCENT,
     ),
-    Family("Importance ratio", (("ratio/max", "largest"), ("ratio/min", "smallest")), log=True),
-    Family("Balance of experts", (("max_violation", "largest load over the mean, less 1"),)),
-    Family("Reward against length", (("eval/reward_length_correlation", "correlation, held out"),)),
-    Family("Calibration error", (("eval/calibration_error", "held out"),), PERCENT),
-    Family(
+    MetricFamily("Importance ratio", (("ratio/max", "largest"), ("ratio/min", "smallest")), log=True),
+    MetricFamily("Balance of experts", (("max_violation", "largest load over the mean, less 1"),)),
+    MetricFamily("Reward against length", (("eval/reward_length_correlation", "correlation, held out"),)),
+    MetricFamily("Calibration error", (("eval/calibration_error", "held out"),), PERCENT),
+    MetricFamily(
         "Seconds of a rollout", (("sampling_seconds", "sampling"), ("scoring_seconds", "scoring")), "seconds"
     ),
-    Family("Compute", (("teraflops", "all that was spent"),), "teraflops"),
-    Family("Learning rate", (("learning_rate", "rate"),)),
-    Family("Gradient norm", (("grad_norm", "norm"),), log=True),
+    MetricFamily("Compute", (("teraflops", "all that was spent"),), "teraflops"),
+    MetricFamily("Learning rate", (("learning_rate", "rate"),)),
+    MetricFamily("Gradient norm", (("grad_norm", "norm"),), log=True),
 )  # fmt: skip
 """The plots beside the loss, the rewards and the speed, whose names depend on the run."""
 WATCHED: tuple[tuple[str, str, str], ...] = (
@@ -126,15 +126,15 @@ def is_plotted(metric: str) -> bool:
     return metric.startswith("eval/reward") or any(metric == one for family in FAMILIES for one, _ in family.lines)
 
 
-def reward_family(record: RunRecord) -> Family:
+def reward_family(record: RunRecord) -> MetricFamily:
     """A policy's rewards, each with its curve, and the held-out ones."""
     each = [key for key in record.names if key.startswith("rewards/") and key not in NOT_REWARDS]
     own = [(key, key.removeprefix("rewards/")) for key in each]
     curves = [(key, f"{key.split('/')[-1]}, held out") for key in record.names if key.startswith("eval/reward")]
-    return Family("Reward", (("reward", "training"), *own, *curves))
+    return MetricFamily("Reward", (("reward", "training"), *own, *curves))
 
 
-def families_of(record: RunRecord) -> Iterator[Family]:
+def families_of(record: RunRecord) -> Iterator[MetricFamily]:
     """The plots of a run beside its rewards and its loss, in the order of the page."""
     has_terms = record.names.keys() & {metric for metric, _ in LOSS_TERMS}
     yield from (family for family in FAMILIES if family.lines[0][0] != "loss" or has_terms)

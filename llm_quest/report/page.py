@@ -10,7 +10,14 @@ from pathlib import Path
 from llm_quest.errors import UsageError
 from llm_quest.files import atomic_write_text
 from llm_quest.report import render_template
-from llm_quest.report.metric_families import Family, families_of, is_plotted, loss_unit, main_loss_metric, reward_family
+from llm_quest.report.metric_families import (
+    MetricFamily,
+    families_of,
+    is_plotted,
+    loss_unit,
+    main_loss_metric,
+    reward_family,
+)
 from llm_quest.report.plots import PERCENT, Curve, plot_bars, plot_curves
 from llm_quest.report.record import RunRecord, TableRow, read_run
 from llm_quest.report.run_summary import final_bits_per_byte, key_figures, recorded_baselines, run_status, summarize_run
@@ -83,7 +90,7 @@ def draw_plots(records: Sequence[RunRecord]) -> Iterator[tuple[str, str, bool]]:
     yield "Against counting and compressing the same bytes", plot_baselines(records), True
 
 
-def comparison_label(records: Sequence[RunRecord], family: Family) -> str:
+def comparison_label(records: Sequence[RunRecord], family: MetricFamily) -> str:
     """The name of the line that stands for a family among several runs."""
     return next((label for metric, label in family.lines if any(metric in record.names for record in records)), "")
 
@@ -102,7 +109,7 @@ def plot_loss(records: Sequence[RunRecord]) -> str:
     return plot_curves("loss", losses, unit=units.pop() if len(units) == 1 else "", wide=not policy)
 
 
-def family_curves(records: Sequence[RunRecord], family: Family) -> Iterator[Curve]:
+def family_curves(records: Sequence[RunRecord], family: MetricFamily) -> Iterator[Curve]:
     """All lines of a single run, those that it has; of several runs the first line of each, in the run's color."""
     for number, record in enumerate(records):
         shown = [(metric, label) for metric, label in family.lines if metric in record.names]

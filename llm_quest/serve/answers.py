@@ -31,7 +31,7 @@ class ChoiceText:
     finish_reason: str | None = None
 
 
-class AnswerForm(Protocol):
+class CompletionKind(Protocol):
     """What tells a chat completion from a text completion. kind, chunk_kind: `object` of an answer and of a part of a
     stream; prefix: of ids."""
 
@@ -51,7 +51,7 @@ class AnswerForm(Protocol):
 class AnswerWriter:
     """Writes the answer to the requests of one body. A choice's number counts through all prompts."""
 
-    def __init__(self, served: ServedModel, requests: Sequence[GenerationRequest], form: AnswerForm):
+    def __init__(self, served: ServedModel, requests: Sequence[GenerationRequest], form: CompletionKind):
         self.served, self.requests, self.form = served, requests, form
         self.id = f"{form.prefix}-{secrets.token_hex(16)}"
         self.created = int(time.time())

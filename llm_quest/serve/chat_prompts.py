@@ -17,7 +17,7 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.rollouts.worker_process import WorkerFailure, WorkerProcess
 from llm_quest.serve.errors import ApiError
 from llm_quest.serve.images import ImageReader, Pixels, image_url, is_image
-from llm_quest.serve.protocol import ChatBody, Message
+from llm_quest.serve.protocol import ChatBody, ChatMessage
 from llm_quest.serve.template_worker import render_requests
 
 
@@ -72,7 +72,7 @@ class ChatPrompts:
         except ApiError:
             return True
 
-    def read_images(self, messages: Sequence[Message]) -> list[Pixels]:
+    def read_images(self, messages: Sequence[ChatMessage]) -> list[Pixels]:
         """The images of a conversation. ApiError 400 where the model or its template reads none, and for more of them
         than fit in a prompt."""
         images: list[Pixels] = []
@@ -117,7 +117,7 @@ def template_arguments(source: str, body: ChatBody) -> dict[str, Any]:
     return given
 
 
-def message_for_template(message: Message, place: int) -> dict[str, Any]:
+def message_for_template(message: ChatMessage, place: int) -> dict[str, Any]:
     """A message with one text as its content. ApiError 400 for parts other than text."""
     content = message.content
     if isinstance(content, list):
@@ -125,7 +125,7 @@ def message_for_template(message: Message, place: int) -> dict[str, Any]:
     return with_content(message, content, place)
 
 
-def message_with_parts(message: Message, place: int) -> dict[str, Any]:
+def message_with_parts(message: ChatMessage, place: int) -> dict[str, Any]:
     """A message as templates that write images take it: a list of parts in their order. ApiError 400 for parts that
     are neither text nor image."""
     content: Any = message.content
@@ -146,7 +146,7 @@ def text_of_part(part: Mapping[str, Any], place: int) -> str:
     return text
 
 
-def with_content(message: Message, content: Any, place: int) -> dict[str, Any]:
+def with_content(message: ChatMessage, content: Any, place: int) -> dict[str, Any]:
     """A message for the template. ApiError 400 for one without content."""
     fields = {key: value for key, value in message.model_dump().items() if value is not None}
     if content is None and not fields.get("tool_calls"):

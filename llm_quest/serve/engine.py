@@ -91,7 +91,7 @@ class ServingEngine:
                 self.arrived.clear()
             self.step()
             if self.jobs:
-                run_job(*self.jobs.popleft())
+                resolve_future(*self.jobs.popleft())
 
     def step(self) -> None:
         """One step of every model that has work."""
@@ -108,7 +108,7 @@ class ServingEngine:
         self.after_step()
 
 
-def run_job(job: Callable[[], Any], future: Future[Any]) -> None:
+def resolve_future(job: Callable[[], Any], future: Future[Any]) -> None:
     """Set the result of a job, or the exception that it raised."""
     if future.set_running_or_notify_cancel():
         try:

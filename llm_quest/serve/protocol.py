@@ -99,7 +99,7 @@ class GenerationFields(Part):
         return form.json_schema.schema_
 
 
-class Message(Part):
+class ChatMessage(Part):
     """A message of a conversation. Further fields go to the chat template as they are."""
 
     model_config = ConfigDict(extra="allow")
@@ -111,7 +111,7 @@ class Message(Part):
 class ChatBody(GenerationFields):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[StrictInt, Field(ge=1, lt=2**31)] | None = None
     max_tokens: Annotated[StrictInt, Field(ge=1, lt=2**31)] | None = None
     logprobs: StrictBool = False

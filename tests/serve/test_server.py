@@ -22,7 +22,7 @@ from llm_quest.serve.app import HttpLimits
 from llm_quest.serve.chat_prompts import message_for_template, message_with_parts
 from llm_quest.serve.embeddings import EmbeddingsBody
 from llm_quest.serve.errors import ApiError
-from llm_quest.serve.protocol import ChatBody, CompletionBody, Message, parse_body
+from llm_quest.serve.protocol import ChatBody, ChatMessage, CompletionBody, parse_body
 from llm_quest.serve.security import AccessRules, host_name, make_access_rules
 from llm_quest.serve.server import bind_socket
 from tests.serve.local_server import LocalServer, local_server, tiny_adapter
@@ -389,7 +389,7 @@ def test_a_port_in_use_is_one_message(local):
 
 def test_parts_of_text_are_one_text_and_other_parts_are_refused() -> None:
     parts = [{"type": kind, "text": kind[0]} for kind in ("text", "input_text", "output_text")]
-    assert message_for_template(Message(role="user", content=parts), 0)["content"] == "tio"
+    assert message_for_template(ChatMessage(role="user", content=parts), 0)["content"] == "tio"
     for write in (message_for_template, message_with_parts):
         with pytest.raises(ApiError, match="no parts of this type"):
-            write(Message(role="user", content=[*parts, {"type": "refusal"}]), 0)
+            write(ChatMessage(role="user", content=[*parts, {"type": "refusal"}]), 0)
