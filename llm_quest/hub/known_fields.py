@@ -24,6 +24,7 @@ BOOKKEEPING = frozenset((
     *("output_router_logits", "torchscript", "use_bfloat16", "tf_legacy_loss", "chunk_size_feed_forward"),
     *("pretraining_tp", "attn_implementation", "cache_implementation", "llm_quest", "prefix", "ignore_index"),
     *("keys_to_ignore_at_inference", "model_max_length", "is_llama_config", "transformers.js_config"),
+    *("is_matryoshka", "matryoshka_dimensions"),
 ))  # fmt: skip
 """What concerns files, memory, training code and returned values."""
 GENERATION = frozenset((

@@ -2,10 +2,13 @@
 
       modules.json            [{"type": "X.Transformer"}, {"type": "X.Pooling", "path": "1_Pooling"}, ...]
       1_Pooling/config.json   {"pooling_mode": "lasttoken"}; older: {"pooling_mode_lasttoken": true, ...}
+      config.json             {"matryoshka_dimensions": [64, 256]}, or {"is_matryoshka": true}: all (vLLM's fields)
 
 The embedding is the last token's vector behind the final norm, or the mean of all tokens', perhaps divided by its
-length ("X.Normalize").
-"""
+length ("X.Normalize"). A model that was trained so (Matryoshka, Kusupati et al. 2022, arXiv:2205.13147) has embeddings
+whose first numbers are an embedding too.
+
+Commonly got wrong: an embedding is cut before it is divided by its length, or it has another length than 1."""
 
 from __future__ import annotations
 
@@ -33,15 +36,22 @@ POOLING_MODES: dict[str, Literal["lasttoken", "mean"]] = {
 @dataclass(frozen=True)
 class Pooling:
     """Pools the vectors of a text's tokens to its embedding. normalize: to length 1. max_tokens: of a text; None: the
-    model's context."""
+    model's context. shorter: how many first numbers are an embedding too: these, or "any"."""
 
     mode: Literal["lasttoken", "mean"]
     normalize: bool
     max_tokens: int | None = None
+    shorter: tuple[int, ...] | Literal["any"] = ()
 
-    def __call__(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, " D"]:
-        """The embedding, in float32."""
+    def allows(self, dimensions: int, width: int) -> bool:
+        """Whether embeddings of a model of this width may have so many numbers."""
+        listed = self.shorter == "any" or dimensions in self.shorter
+        return dimensions == width or (1 <= dimensions < width and listed)
+
+    def __call__(self, hidden: Float[Tensor, "T D"], dimensions: int | None = None) -> Float[Tensor, " d"]:
+        """The embedding, in float32; its first so many `dimensions`."""
         pooled = hidden[-1].float() if self.mode == "lasttoken" else hidden.float().mean(dim=0)
+        pooled = pooled[:dimensions]
         return functional.normalize(pooled, dim=0) if self.normalize else pooled
 
 
@@ -62,7 +72,7 @@ def read_pooling(folder: Path) -> Pooling | None:
     if not isinstance(path, str) or Path(path).name != path:
         raise DataError(f"{folder / MODULES}: the path {path!r:.80} of Pooling is no name of a folder")
     mode = read_mode(folder / path / "config.json")
-    return Pooling(mode, normalize="Normalize" in kinds, max_tokens=read_text_limit(folder))
+    return Pooling(mode, "Normalize" in kinds, read_text_limit(folder), read_matryoshka_dimensions(folder))
 
 
 def read_mode(file: Path) -> Literal["lasttoken", "mean"]:
@@ -75,6 +85,17 @@ def read_mode(file: Path) -> Literal["lasttoken", "mean"]:
     if len(on) != 1 or on[0] not in known:
         raise UsageError(f"{file}: {', '.join(on)[:200] or 'no mode'} is on; one of {', '.join(known)} is computed")
     return known[on[0]]
+
+
+def read_matryoshka_dimensions(folder: Path) -> tuple[int, ...] | Literal["any"]:
+    """The shorter embeddings that config.json names; empty for none. DataError for dimensions that are no numbers."""
+    config = load_json(file) if (file := folder / "config.json").is_file() else {}
+    listed = config.get("matryoshka_dimensions")
+    if listed is None:
+        return "any" if config.get("is_matryoshka") is True else ()
+    if not isinstance(listed, list) or not all(type(one) is int and one > 0 for one in listed):
+        raise DataError(f"{file}: matryoshka_dimensions is {listed!r:.80}; a list of positive numbers was expected")
+    return tuple(listed)
 
 
 def read_text_limit(folder: Path) -> int | None:

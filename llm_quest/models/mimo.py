@@ -211,8 +211,8 @@ def mtp_names() -> Names:
 
 MIMO_V2_FLASH = Config(
     vocab_size=152_576, hidden_size=4096, num_hidden_layers=48, num_attention_heads=64, num_key_value_heads=4,
-    swa_num_key_value_heads=8, head_dim=192, v_head_dim=128, attention_value_scale=0.707, layer_types=hybrid_pattern(48),
-    sliding_window=129, mlp_layer_types=mlp_pattern(48), intermediate_size=16_384, n_routed_experts=256,
+    swa_num_key_value_heads=8, head_dim=192, v_head_dim=128, attention_value_scale=0.707, sliding_window=129,
+    layer_types=hybrid_pattern(48), mlp_layer_types=mlp_pattern(48), intermediate_size=16_384, n_routed_experts=256,
     num_experts_per_tok=8, moe_intermediate_size=2048, max_position_embeddings=262_144,
     rotary=RotaryEmbedding(64, 5_000_000.0), swa_rotary=RotaryEmbedding(64, 10_000.0),
 )  # fmt: skip

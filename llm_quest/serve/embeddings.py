@@ -48,9 +48,7 @@ def read_inputs(served: ServedModel, body: EmbeddingsBody) -> list[list[int]]:
             "(modules.json, 1_Pooling/config.json)"
         )
         raise ApiError(404, message, code="not_supported")
-    width = int(served.batch.model.config.hidden_size)
-    if body.dimensions not in (None, width):
-        raise ApiError(400, f"dimensions is {body.dimensions}: this model's vectors have {width}", param="dimensions")
+    require_dimensions(served.pooling, body.dimensions, int(served.batch.model.config.hidden_size))
     given: Any = body.input
     texts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
     ids = [served.tokenizer.encode(one) if isinstance(one, str) else list(one) for one in texts]
@@ -64,12 +62,26 @@ def read_inputs(served: ServedModel, body: EmbeddingsBody) -> list[list[int]]:
     return ids
 
 
-def embed_text(served: ServedModel, pooling: Pooling, ids: Sequence[int]) -> Float[Tensor, " D"]:
-    """The embedding of one text."""
+def require_dimensions(pooling: Pooling, dimensions: int | None, width: int) -> None:
+    """ApiError 400 for a number of dimensions that the model was not trained for."""
+    if dimensions is None or pooling.allows(dimensions, width):
+        return
+    if pooling.shorter:
+        others = "any fewer" if pooling.shorter == "any" else ", ".join(map(str, pooling.shorter))
+        message = f"this model's vectors have {width}, or {others}"
+    else:
+        message = f"this model's vectors have {width}; its config.json names no matryoshka_dimensions"
+    raise ApiError(400, f"dimensions is {dimensions}: {message}", param="dimensions")
+
+
+def embed_text(
+    served: ServedModel, pooling: Pooling, ids: Sequence[int], dimensions: int | None
+) -> Float[Tensor, " d"]:
+    """The embedding of one text, its first so many dimensions."""
     batch = served.batch
     with torch.inference_mode():
         tokens = torch.tensor([ids], device=batch.device)
-        return pooling(batch.model.hidden_states(tokens, Scope.unpadded(tokens))[0]).cpu()
+        return pooling(batch.model.hidden_states(tokens, Scope.unpadded(tokens))[0], dimensions).cpu()
 
 
 async def answer_embeddings(
@@ -78,7 +90,7 @@ async def answer_embeddings(
     """The answer in OpenAI's form. One text at a time is in the engine's queue."""
     pooling, arrival = served.pooling, time.monotonic()
     assert pooling is not None, "read_inputs has refused such a model"
-    jobs = (partial(embed_text, served, pooling, ids) for ids in texts)
+    jobs = (partial(embed_text, served, pooling, ids, body.dimensions) for ids in texts)
     vectors = [await asyncio.wrap_future(engine.call(job)) for job in jobs]
     data = [
         {"object": "embedding", "index": number, "embedding": encode_vector(vector, body.encoding_format)}

@@ -183,6 +183,7 @@ POOLING: dict[str, Any] = {
     "1_Pooling/config.json": {"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": False},
     "sentence_bert_config.json": {"max_seq_length": 512, "do_lower_case": False},
     "config_sentence_transformers.json": {"prompts": {"query": "Q: "}, "default_prompt_name": None},
+    "config.json": {"is_matryoshka": True, "matryoshka_dimensions": [4, 8]},
 }
 NEW_POOLING = POOLING | {"1_Pooling/config.json": {"embedding_dimension": 8, "pooling_mode": ["lasttoken"]}}
 

@@ -116,9 +116,28 @@ def test_a_model_of_the_hub_brings_its_pooling_and_an_adapter_its_files(tmp_path
     assert locate_adapter(published) == published
 
 
+def test_a_shorter_embedding_is_cut_and_then_has_length_one(tmp_path):
+    hidden = torch.tensor([[9.0, 9.0, 9.0], [3.0, 4.0, 12.0]])
+    assert Pooling("lasttoken", True)(hidden, 2).tolist() == pytest.approx([0.6, 0.8])
+    assert Pooling("lasttoken", True)(hidden).tolist() == pytest.approx([3 / 13, 4 / 13, 12 / 13])
+    assert Pooling("mean", False)(hidden, 1).tolist() == [6.0]
+    folder = embedding_folder(tmp_path / "short", ["Transformer", "Pooling"], "lasttoken")
+    for content, allowed in (
+        ({}, {8}), ({"is_matryoshka": False}, {8}), ({"is_matryoshka": True}, set(range(1, 9))),
+        ({"matryoshka_dimensions": [2, 4, 99]}, {2, 4, 8}), ({"is_matryoshka": True, "matryoshka_dimensions": []}, {8}),
+    ):  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(content))
+        pooling = read_pooling(folder)
+        assert {number for number in range(-1, 120) if pooling.allows(number, 8)} == allowed
+    for wrong in ("4", [0], [True], [2.5], {"4": 8}):
+        (folder / "config.json").write_text(json.dumps({"matryoshka_dimensions": wrong}))
+        with pytest.raises(DataError, match="a list of positive numbers was expected"):
+            read_pooling(folder)
+
+
 @pytest.fixture(scope="module")
 def local():
-    with local_server(Pooling("lasttoken", True, max_tokens=200), slots=4, log_requests=True) as running:
+    with local_server(Pooling("lasttoken", True, max_tokens=200, shorter=(4,)), slots=4, log_requests=True) as running:
         yield running
 
 
@@ -141,7 +160,11 @@ def test_vectors_are_the_last_tokens_in_both_encodings(local):
         assert np.abs(np.array(one.embedding) - reference_vector(local, text)).max() < 1e-6
     ids = local.served.tokenizer.encode(TEXTS[0])
     assert client.embeddings.create(model="tiny", input=ids).data[0].embedding == default.data[0].embedding
-    with pytest.raises(openai.BadRequestError, match="dimensions"):
+    short = client.embeddings.create(model="tiny", input=TEXTS[0], dimensions=4).data[0].embedding
+    first = np.array(default.data[0].embedding[:4])
+    assert np.abs(np.array(short) - first / np.linalg.norm(first)).max() < 1e-6
+    width = len(default.data[0].embedding)
+    with pytest.raises(openai.BadRequestError, match=f"dimensions is 3: this model's vectors have {width}, or 4"):
         client.embeddings.create(model="tiny", input="a", dimensions=3)
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
         client.embeddings.create(model="tiny", input="fox " * 400)
@@ -180,7 +203,7 @@ def test_hundreds_of_texts_are_one_request_which_is_counted_and_logged(local):
 def test_texts_of_a_client_that_left_are_not_read(local, monkeypatch):
     read: list[int] = []
 
-    def slow(served, pooling, ids):
+    def slow(served, pooling, ids, dimensions):
         read.append(len(ids))
         time.sleep(0.05)
         return torch.zeros(8)
