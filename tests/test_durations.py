@@ -1,12 +1,14 @@
-"""The command that tells which tests cost the most."""
+"""The command that tells which tests cost the most, and what a worker of the tests tells."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from tests import durations
+from tests import conftest, durations
 from tests.durations import Spent
 
 
@@ -38,3 +40,20 @@ def test_a_tests_seconds_are_summed_by_package_file_and_function(tmp_path: Path,
     assert lines[0] == "1 s of processor time in 3 tests"
     assert lines[1] == "collected in 2 s of processor time"
     assert lines[lines.index("by package:") + 1].endswith("s  tests/a")
+
+
+def test_a_worker_tells_one_report_of_a_test_and_those_that_did_not_pass(monkeypatch: pytest.MonkeyPatch):
+    option = SimpleNamespace(xmlpath=None, durations=None)
+    told: list[str] = []
+    item: Any = SimpleNamespace(
+        config=SimpleNamespace(workerinput={}, option=option),
+        ihook=SimpleNamespace(pytest_runtest_logreport=lambda report: told.append(report.when)),
+    )
+    for failing, wanted in (("", ["call"]), ("setup", ["setup", "call"]), ("teardown", ["call", "teardown"])):
+        reports = [SimpleNamespace(when=when, passed=when != failing) for when in ("setup", "call", "teardown")]
+        monkeypatch.setattr(conftest, "runtestprotocol", lambda *given, reports=reports, **options: reports)
+        assert conftest.pytest_runtest_protocol(item, None)
+        assert told == wanted
+        told.clear()
+    option.durations = 5
+    assert conftest.pytest_runtest_protocol(item, None) is None, "all are wanted"
