@@ -67,7 +67,7 @@ def write_readers_files() -> None:
     shutil.copy(ROOT / "docs/rows.md", "my_texts/rows.txt")
     rows = [{"prompt": f"What is {n} + {n}?", "completion": f"It is {2 * n}."} for n in range(40)]
     Path("rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
-    Path("asked.txt").write_text("Once\nThe\n")
+    Path("prompts.txt").write_text("Once\nThe\n")
 
 
 def readme_commands() -> list[str]:
