@@ -22,6 +22,7 @@ from llm_quest.scope import Scope
 from llm_quest.techniques.adapter_merge import merge_adapter
 from llm_quest.techniques.lora import LoRA
 from llm_quest.techniques.quantize import Quantize
+from llm_quest.tensor_files import SLAB_BYTES, map_huge_pages
 from tests.laws.subjects import TINY, own, random_tokens
 
 every_page = pytest.mark.parametrize("page", TINY)
@@ -30,6 +31,21 @@ every_format = pytest.mark.parametrize("name", FORMATS)
 
 def quantize_model(page: str, name: str = "int8", dtype: torch.dtype = torch.float64) -> Any:
     return Quantize(name)(own(page, dtype))  # type: ignore[arg-type]
+
+
+def test_codes_lie_one_behind_the_other_in_large_pages(monkeypatch: pytest.MonkeyPatch):
+    """As a loaded model's: a product reads them faster. All of a small model are in one slab."""
+    slabs, plain = [], own("llama3.2-tiny")
+    monkeypatch.setattr(
+        "llm_quest.tensor_files.map_huge_pages", lambda size: slabs.append(size) or map_huge_pages(size)
+    )
+    small = Quantize("int4")(plain)
+    codes = [module.q for module in small.modules() if isinstance(module, QuantizedMatrix)]
+    places = [q.data_ptr() for q in codes]
+    assert slabs == [SLAB_BYTES]
+    assert places == sorted(places)
+    assert places[-1] - places[0] < SLAB_BYTES
+    assert all(not q.requires_grad for q in codes)
 
 
 @every_page
