@@ -458,7 +458,7 @@ MUTATIONS = (
     Mutation("Muon's kernel: three iterations on a small Gram matrix in bfloat16", "layers/muon_kernel.py", "3 if short_side >= SMALL_SIDE else 2", "3", "tests/train/test_muon_kernel.py -k as_exact"),
     Mutation("quantized: int4's kernel takes a digit of x twice", "layers/quantized_tiles.h", "x->low[0], x->high[0]", "x->low[1], x->high[1]", "tests/layers/test_quantized.py -k every_width"),
     Mutation("quantized: products of int8's bytes keep the 128 that takes a code's sign", "layers/quantized_tiles.h", "x.digit[0], load_codes(x.less[0])", "x.digit[0], zero_codes()", "tests/layers/test_quantized.py -k every_width"),
-    Mutation("attention of one query: a sink takes no weight", "layers/query_tiles.h", "sum = alone[0];", "sum = 0;", "tests/layers/test_attention.py -k one_query_is_the_definition"),
+    Mutation("attention of one query: a sink takes no weight", "layers/query_tiles.h", "return sum_lanes(sum) + alone[0];", "return sum_lanes(sum);", "tests/layers/test_attention.py -k one_query_is_the_definition"),
     Mutation("attention of one query: what a mask hides is read", "layers/query_attention.cpp", "if (!mask || mask[s * a.of_mask.slot]) ", "", "tests/layers/test_attention.py -k one_query_is_the_definition"),
     Mutation("compiled step: the greedy choice passes over what changes logits", "generation/decoding.py", " and not self.logits_processor.changes_logits", "", "tests/generation/test_compiled.py -k many_calls"),
     Mutation("quantized: the kernel forgets the minimum of int4", "layers/quantized_tiles.h", "multiply_add(minimum, load(x->sum), total[m])", "total[m]", "tests/layers/test_quantized.py -k every_width"),

@@ -25,21 +25,23 @@ inline float dot(const float* q, const Number* k, int64_t width) {
   return sum;
 }
 
-// The scores of one query become weights, exponentials of their distance from the largest; returns their sum. What lies
-// between the last score and the end of its vector is overwritten.
+// The scores of one query become weights, exponentials of their distance from the largest; returns their sum. There is
+// room for a vector behind the last score, whose weights are nothing.
 inline float to_weights(float* scores, int64_t count, const float* sink) {
-  float largest = sink ? *sink : -std::numeric_limits<float>::infinity();
-  for (int64_t i = 0; i < count; i++) largest = std::max(scores[i], largest);
-  for (int64_t i = 0; i < count; i += LANES)
-    store(scores + i, exponential(add(load(scores + i), broadcast(-largest))));
-  float sum = 0;
-  if (sink) {
-    float alone[LANES] = {*sink - largest};
-    store(alone, exponential(load(alone)));
-    sum = alone[0];
+  const float least = -std::numeric_limits<float>::infinity();
+  std::fill_n(scores + count, LANES, least);
+  Floats most = broadcast(sink ? *sink : least), sum = broadcast(0);
+  for (int64_t i = 0; i < count; i += LANES) most = larger(load(scores + i), most);
+  const float largest = largest_lane(most);
+  for (int64_t i = 0; i < count; i += LANES) {
+    const Floats weights = exponential(add(load(scores + i), broadcast(-largest)));
+    store(scores + i, weights);
+    sum = add(sum, weights);
   }
-  for (int64_t i = 0; i < count; i++) sum += scores[i];
-  return sum;
+  if (!sink) return sum_lanes(sum);
+  float alone[LANES];
+  store(alone, exponential(broadcast(*sink - largest)));
+  return sum_lanes(sum) + alone[0];
 }
 
 // sum_i weight_i v_i / total, for SUMS vectors of columns.
