@@ -165,7 +165,7 @@ def card_parts(card: PaperCard) -> Iterator[str]:
     yield f"**Claim.** {paper.claim}"
     words = {"not worse": "not worse by delta", "no difference": "not different by more than delta"}
     yield (
-        f"**Experiment.** {paper.on.about} Arms: {', '.join(arm_words(paper))}. {paper.metric}, delta "
+        f"**Experiment.** {paper.bench_spec.about} Arms: {', '.join(arm_words(paper))}. {paper.metric}, delta "
         f"{paper.delta:g}, at most {paper.cap} pairs of runs with shared seeds. Confirmed if the first arm is "
         f"{words.get(paper.expect, paper.expect)}. Predicted before the first run: {paper.prediction:.0%}."
     )

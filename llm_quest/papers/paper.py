@@ -68,20 +68,21 @@ class Paper:
     notes: str = ""
 
     @property
-    def on(self) -> Bench:
+    def bench_spec(self) -> Bench:
+        """The bench of this name."""
         return read_benches()[self.bench]
 
     @property
     def all_sizes(self) -> tuple[str, ...]:
-        return tuple(self.sizes or self.on.sizes)
+        return tuple(self.sizes or self.bench_spec.sizes)
 
     @property
     def all_bases(self) -> Mapping[str, Mapping[str, Any]]:
-        return {**self.on.bases, **self.bases}
+        return {**self.bench_spec.bases, **self.bases}
 
     def fill_in(self, pairs: Sequence[Any], size: str) -> tuple[str, ...]:
         """Settings with the numbers of a size in place of $names."""
-        values = {**self.on.sizes[size], "generated": generated_text.__file__, "claims": str(FOLDER)}
+        values = {**self.bench_spec.sizes[size], "generated": generated_text.__file__, "claims": str(FOLDER)}
         return tuple(Template(pair).substitute(values) for pair in flatten_pairs(pairs))
 
     @property
@@ -91,10 +92,10 @@ class Paper:
         words |= set() if self.metrics else {"metrics"}
         content = {key: value for key, value in vars(self).items() if key not in words}
         bench = [
-            self.on.recipe,
-            list(flatten_pairs(self.on.settings)),
-            dict(self.on.bases),
-            without_seconds(self.on.sizes),
+            self.bench_spec.recipe,
+            list(flatten_pairs(self.bench_spec.settings)),
+            dict(self.bench_spec.bases),
+            without_seconds(self.bench_spec.sizes),
         ]
         text = json.dumps([content, bench], sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

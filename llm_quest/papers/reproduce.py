@@ -35,8 +35,8 @@ def make_paper_plan(paper: Paper, size: str, log: LogFn, *, first_seed: int = 1)
     """The experiment of a claim at a size. UsageError for a size that it does not have."""
     if size not in paper.all_sizes:
         raise UsageError(f"{paper.name} has no size {size}; it has {', '.join(paper.all_sizes)}")
-    recipe = paper.on.recipe
-    pairs = paper.fill_in([*paper.on.settings, *paper.settings], size)
+    recipe = paper.bench_spec.recipe
+    pairs = paper.fill_in([*paper.bench_spec.settings, *paper.settings], size)
     base = (*default_pairs(recipe, pairs), *pairs)
     arms = [
         Arm(name, paper.fill_in(given, size), own_code(), paper.metrics.get(name, ""))
@@ -73,7 +73,7 @@ def make_base(paper: Paper, name: str, size: str) -> Base:
 
 def describe_cost(paper: Paper, size: str) -> str:
     """What a claim costs at most at a size, and at least, from the measured CPU seconds of a run."""
-    arms, seconds = len(paper.arms) + 1, float(paper.on.sizes[size]["seconds"])
+    arms, seconds = len(paper.arms) + 1, float(paper.bench_spec.sizes[size]["seconds"])
     tuning = arms * paper.rates * paper.tuning_seeds if paper.rates > 1 else 0
     fixed = tuning + 2 * AA_PAIRS + 1
     least, most = (seconds * (fixed + arms * pairs) / 60 for pairs in (4, paper.cap))

@@ -37,7 +37,7 @@ def test_there_are_forty_claims_and_each_says_what_it_expects():
         assert all((paper.title, paper.arxiv, paper.claim)), paper.name
         assert paper.expect in CONFIRMS
         assert 0 < paper.prediction < 1
-        assert set(paper.all_sizes) <= set(paper.on.sizes)
+        assert set(paper.all_sizes) <= set(paper.bench_spec.sizes)
 
 
 def check_model(recipe: str, pairs: list[str]) -> None:
@@ -85,9 +85,9 @@ def test_a_control_sets_what_null_would_leave_to_the_model_where_an_arm_sets_it(
     """Otherwise the control has a weaker form of what the arm is about: DeepSeek-V3's routers have a bias."""
     paper = load_paper(name)
     size = paper.all_sizes[0]
-    control = {pair.partition("=")[0] for pair in paper.fill_in([*paper.on.settings, *paper.settings], size)}
+    control = {pair.partition("=")[0] for pair in paper.fill_in([*paper.bench_spec.settings, *paper.settings], size)}
     keys = {pair.partition("=")[0] for arm in paper.arms.values() for pair in paper.fill_in(arm, size)}
-    fields = get_recipe(paper.on.recipe).Config.model_fields
+    fields = get_recipe(paper.bench_spec.recipe).Config.model_fields
     own = {key for key in keys if key in fields and re.search(OWN_VALUE, fields[key].description or "")}
     assert own <= control
 
