@@ -2,7 +2,6 @@
 FILE.py:FUNCTION`. Letters stand apart, so that a byte-pair tokenizer of 300 has one token for each.
 
     copies(), long_copies()   random letters, a bar, the same letters again: the second half can only be retrieved
-    recall()                  pairs of a capital and a letter, a bar, the pairs in another order
     sums()                    sums of two numbers of two digits
     reversals()               `reverse(abc)=` and the answer, as the task `reverse` has them
     few_reversals()           the first 600 of them
@@ -34,15 +33,6 @@ def copies(shortest: int = 8, longest: int = 28, rows: int = ROWS) -> Iterator[R
 
 def long_copies() -> Iterator[Row]:
     return copies(100, 120, 400)
-
-
-def recall(pairs: int = 8) -> Iterator[Row]:
-    rng = random.Random("recall")
-    for _ in range(ROWS):
-        keys = rng.sample(string.ascii_uppercase[:16], pairs)
-        values = rng.choices(string.ascii_lowercase[:16], k=pairs)
-        shown = [f"{key} {value}" for key, value in zip(keys, values, strict=True)]
-        yield {"text": f" {' '.join(shown)} | {' '.join(rng.sample(shown, pairs))}"}
 
 
 def sums() -> Iterator[Row]:

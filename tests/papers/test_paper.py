@@ -313,9 +313,6 @@ def test_generated_rows_are_what_they_say():
     for row in list(generated_text.copies())[:50] + list(generated_text.long_copies())[:5]:
         first, second = row["text"].split(" |")
         assert first == second
-    row = next(generated_text.recall())["text"]
-    shown, asked = (part.split() for part in row.split("|"))
-    assert dict(zip(shown[::2], shown[1::2], strict=True)) == dict(zip(asked[::2], asked[1::2], strict=True))
     a, b = next(generated_text.sums())["text"].split(" = ")
     assert sum(map(int, a.split(" + "))) == int(b)
     right = next(generated_text.reversals())
