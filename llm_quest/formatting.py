@@ -44,6 +44,12 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
+def format_duration_range(least: float, most: float) -> str:
+    """`about 42 s`, `about 3 min 20 s to 5 h 12 min`: of two durations that read alike one."""
+    shown = [format_duration(one if one >= 100 else round(one)) for one in (least, most)]
+    return f"about {' to '.join(dict.fromkeys(shown))}"
+
+
 def align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     """Columns of equal width; `right` names those that are numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -19,14 +19,15 @@ from typing import Any, Protocol, TextIO, TypeVar
 
 SILENT_SECONDS = 2.0
 """The longest time without a sign of life; later ones of the same silence come ever more rarely."""
-LONGEST_SILENCE = 60.0
+LONGEST_SILENCE, DETAIL_SILENCE = 60.0, 8.0
 ItemT = TypeVar("ItemT")
 
 
 @dataclass
 class Phase:
     """A part of a command's work. total: how many steps it has, None where nobody knows. done: of them,
-    first: how many at its beginning. is_run: a training run, which has a bar on a terminal."""
+    first: how many at its beginning. is_run: a training run, which has a bar on a terminal. detail: says what goes on
+    within it, and then no silence is longer than DETAIL_SILENCE."""
 
     name: str
     total: int | None = None
@@ -34,10 +35,12 @@ class Phase:
     is_run: bool = False
     first: int = 0
     began: float = field(default_factory=time.monotonic)
+    detail: Callable[[], str] | None = None
 
     def __str__(self) -> str:
         counted = "" if self.total is None else f" {self.done:,} of {self.total:,}"
-        return f"{self.name}{counted}, {time.monotonic() - self.began:.0f} s"
+        detail = f" ({shown})" if self.detail is not None and (shown := self.detail()) else ""
+        return f"{self.name}{counted}, {time.monotonic() - self.began:.0f} s{detail}"
 
 
 PHASES: list[Phase] = []
@@ -61,6 +64,11 @@ def track(items: Sequence[ItemT], name: str) -> Iterator[ItemT]:
         for item in items:
             yield item
             now.done += 1
+
+
+def longest_silence() -> float:
+    """The longest time without a line in the present phases."""
+    return DETAIL_SILENCE if any(one.detail is not None for one in list(PHASES)) else LONGEST_SILENCE
 
 
 def describe_phases() -> str:
@@ -239,7 +247,7 @@ class Heartbeat:
                 shown, patience = LAST_OUTPUT[0], SILENT_SECONDS
             if time.monotonic() - shown >= patience - SILENT_SECONDS / 4:
                 write_line(f"... {describe_phases()}")
-                shown, patience = LAST_OUTPUT[0], min(2 * patience, LONGEST_SILENCE)
+                shown, patience = LAST_OUTPUT[0], min(2 * patience, longest_silence())
 
     def __enter__(self) -> Heartbeat:
         note_output()

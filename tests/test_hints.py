@@ -53,7 +53,7 @@ NOT_OURS = {
     "embed.token": "a module, which modules_to_save names",
     "http.server": "of Python", "--bind": "http.server's",
     "--ignore-scripts": "npm's", "--loglevel": "npm's",
-    "--abbrev-ref": "git's", "--short": "git's", "--whitespace": "git's",
+    "--abbrev-ref": "git's", "--short": "git's", "--whitespace": "git's", "--reverse": "git's", "--check": "git's",
     "--porcelain": "git's", "--untracked-files": "git's",
 }  # fmt: skip
 FILE_ENDINGS = "json jsonl yaml yml py md txt html csv safetensors svg org com co jinja bin patch".split()  # noqa: SIM905

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_quest.cli.output import command_line
 from llm_quest.contracts import LogFn
 from llm_quest.errors import UsageError
-from llm_quest.experiments.arms import CONTROL, Arm, default_pairs, parse_arms, refuse_own_keys, resolve_arms
+from llm_quest.experiments.arms import CONTROL, DEV, TEST, Arm, default_pairs, parse_arms, refuse_own_keys, resolve_arms
 from llm_quest.experiments.budgets import BUDGETS
 from llm_quest.experiments.code_tree import own_code
 from llm_quest.experiments.comparison import Claim
-from llm_quest.experiments.confirmation import DEV, TEST, has_halves, plan_confirmation
-from llm_quest.experiments.experiment import Experiment, ExperimentPlan
+from llm_quest.experiments.confirmation import has_halves, plan_confirmation
+from llm_quest.experiments.experiment import Experiment, ExperimentPlan, RunCounts
 from llm_quest.experiments.ledger import Ledger
 from llm_quest.experiments.measurements import require_reported_seeds
 from llm_quest.experiments.page import write_experiment_page
 from llm_quest.experiments.sequential import FIRST_LOOK, THRESHOLDS
 from llm_quest.experiments.verdict_lines import describe_verdict
-from llm_quest.experiments.worker_pool import exclusive_pool
+from llm_quest.experiments.worker_pool import WorkerPool, exclusive_pool
 from llm_quest.files import atomic_write_json
 from llm_quest.recipes.recipe import load_recipe
 from llm_quest.train.best_model import is_greater_better
@@ -67,6 +69,7 @@ class AblationReport:
     def lines(self) -> list[str]:
         """The verdicts, what they cost, and what would repeat them."""
         lines = [line for verdict in self.result["verdicts"] for line in describe_verdict(verdict)]
+        lines += describe_noise_beside(self.result)
         lines += [f"note: {text}" for text in self.result["notes"]]
         return [*lines, f"page: {self.folder / 'report.html'}", f"ledger: {self.ledger} ({self.result['experiment']})"]
 
@@ -82,15 +85,82 @@ class AgentProtocol:
         return {"protocol": PROTOCOL.read_text(encoding="utf-8")}
 
 
+def describe_noise_beside(result: Mapping[str, Any]) -> list[str]:
+    """How much the pairs of each arm vary, beside the rounding noise of equal arms and the noise of other seeds."""
+    noise = result["noise"]
+    if not noise or noise["pair_sd"] is None or noise["run_sd"] is None:
+        return []
+    pairs = [f"{v['arm']} {v['standard_deviation']:.3g}" for v in result["verdicts"] if v["standard_deviation"]]
+    return [
+        f"standard deviations: differences of pairs: {', '.join(pairs) or '-'}; rounding noise (one seed, equal arms) "
+        f"{noise['pair_sd']:.2g}; other seeds {noise['run_sd']:.3g}"
+    ]
+
+
+@dataclass(frozen=True)
+class AblationPreview:
+    """`quest ablate --dry-run`: what would run, and nothing that was written. resolved: all settings of the control,
+    and of an arm those that differ."""
+
+    experiment: str
+    resolved: Mapping[str, Mapping[str, Any]]
+    derived: Mapping[str, Mapping[str, Any]]
+    messages: Sequence[str]
+    runs: RunCounts
+    run_seconds: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        runs = {"least": self.runs.least, "most": self.runs.most}
+        return {**asdict(self), "runs": {**asdict(self.runs), **runs}}
+
+    def lines(self) -> list[str]:
+        lines = [f"{self.experiment}: nothing was written", *self.messages]
+        for name, settings in self.resolved.items():
+            lines.append(f"settings of {name}{'' if name == CONTROL else ' where they are not those of the control'}:")
+            lines += [f"  {key}={value}{describe_origin(self.derived[name], key)}" for key, value in settings.items()]
+        return lines
+
+
+def describe_origin(derived: Mapping[str, Mapping[str, Any]], key: str) -> str:
+    one = derived.get(key)
+    return f"   (the recipe has {one['recipe']}; {one['why']})" if one else ""
+
+
+def preview_ablation(
+    recipe: str, pairs: Sequence[str], options: AblateOptions, *, out: Path, log: LogFn
+) -> AblationPreview:
+    """What `run_ablation` would run: its ledger is a copy in a folder that is removed."""
+    with tempfile.TemporaryDirectory() as temporary:
+        root, messages = Path(temporary), list[str]()
+        if (out / "ledger.jsonl").is_file():
+            shutil.copyfile(out / "ledger.jsonl", root / "ledger.jsonl")
+        ledger = Ledger(root / "ledger.jsonl", log)
+        copies = root / "code" if options.code else out / "code"
+        plan = plan_ablation(recipe, pairs, options, ledger, copies, messages.append)
+        with WorkerPool(options.jobs) as pool:
+            experiment = Experiment(plan, root, pool, ledger, messages.append)
+            experiment.prepare()
+        return AblationPreview(
+            plan.experiment, experiment.resolve_arms(), experiment.derived, messages, plan.counts,
+            experiment.estimate_run_seconds(),
+        )  # fmt: skip
+
+
+def plan_ablation(
+    recipe: str, pairs: Sequence[str], options: AblateOptions, ledger: Ledger, copies: Path, log: LogFn
+) -> ExperimentPlan:
+    """The plan of an experiment, or of a confirmation. copies: the folder for edited packages."""
+    if not options.confirm:
+        return make_plan(recipe, pairs, options, copies.parent, log)
+    if recipe or pairs or options.vary or options.arms:
+        raise UsageError(f"--confirm {options.confirm} asks the same again: leave recipe, settings and arms out")
+    return plan_confirmation(ledger, options.confirm, options.code, copies, command_line())
+
+
 def run_ablation(recipe: str, pairs: Sequence[str], options: AblateOptions, *, out: Path, log: LogFn) -> AblationReport:
     """Run an experiment below the folder `out`, or go on with it."""
     ledger = Ledger(out / "ledger.jsonl", log)
-    if options.confirm:
-        if recipe or pairs or options.vary or options.arms:
-            raise UsageError(f"--confirm {options.confirm} asks the same again: leave recipe, settings and arms out")
-        plan = plan_confirmation(ledger, options.confirm, options.code, out / "code", command_line())
-    else:
-        plan = make_plan(recipe, pairs, options, out, log)
+    plan = plan_ablation(recipe, pairs, options, ledger, out / "code", log)
     folder = out / plan.experiment
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive_pool(folder, options.jobs, "the same experiment is running; wait, or read its ledger") as pool:
@@ -155,11 +225,5 @@ def make_claim(recipe: str, options: AblateOptions) -> Claim:
 
 
 def describe_plan(plan: ExperimentPlan) -> str:
-    """The plan in a line: arms, metric, delta, and how many runs there are at most."""
-    arms = 1 + len(plan.arms)
-    tuning = arms * plan.rates * plan.tuning_seeds if plan.rates > 1 else 0
-    noise = 2 * plan.aa_pairs + 1 if plan.aa_pairs else 0
-    return (
-        f"{arms} arms, {plan.claim.metric}, delta {plan.claim.delta:g}; {tuning} runs to tune, {noise} A/A, at most "
-        f"{arms * plan.claim.cap} in {plan.claim.cap} pairs, each to the same {plan.budget}"
-    )
+    """The plan in a line: metric, delta, budget."""
+    return f"{plan.claim.metric}, delta {plan.claim.delta:g}, equal {plan.budget}"

@@ -41,13 +41,12 @@ def ablate(
     rates: Annotated[int, typer.Option(min=1, max=9, help="Learning rates that each arm is tuned over; 1: none.")] = 3,
     tuning_seeds: Annotated[int, typer.Option(min=1, max=9, help="Seeds of each learning rate that is tried.")] = 2,
     aa_pairs: Annotated[int, typer.Option(min=0, max=20, help="Pairs of the control with itself; 0: none.")] = 3,
-    first_seed: Annotated[
-        int, typer.Option(min=1, help="The first of the reported seeds; 401 for a confirmation.")
-    ] = 1,
+    first_seed: Annotated[int, typer.Option(min=1, help="The first of the reported seeds; 401 for a repetition.")] = 1,
     question: Annotated[str, typer.Option(help="The question, for the ledger.")] = "",
     confirm: Annotated[
-        str, typer.Option(metavar="EXPERIMENT", help="Ask once more what it found better: test half, fresh seeds.")
+        str, typer.Option(metavar="EXPERIMENT", help="Ask its decided verdicts once more: test half, fresh seeds.")
     ] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show settings, runs and cost; write nothing.")] = False,
     jobs: Annotated[int, typer.Option(min=0, help="Runs side by side; 0: one per core.")] = 0,
     out: Annotated[Path, typer.Option(help="The folder of experiments, runs and the ledger.")] = Path("ablations"),
     for_agents: Annotated[bool, typer.Option("--for-agents", help="Print the protocol that an agent follows.")] = False,
@@ -70,7 +69,8 @@ def ablate(
             vary or (), arm or (), code or (), metric or (), delta, cap, budget, rates, tuning_seeds, aa_pairs,
             first_seed, question, jobs or usable_cores(), confirm,
         )  # fmt: skip
-        result = commands.run_ablation(recipe, pairs or [], options, out=out, log=status_printer(quiet))
+        action = commands.preview_ablation if dry_run else commands.run_ablation
+        result = action(recipe, pairs or [], options, out=out, log=status_printer(quiet))
     print_result(result, json)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from llm_quest.contracts import LogFn
 from llm_quest.errors import UsageError
+from llm_quest.experiments.derived_settings import describe_derived
 from llm_quest.experiments.ledger import Row, experiments, find_faults, merge_ledgers, read_rows
 from llm_quest.experiments.verdict_lines import describe_verdict
 from llm_quest.files import atomic_write_text, damaged_file_errors
@@ -25,7 +26,7 @@ VERDICT_COLUMNS = (
 CLAIM_KEYS = ("experiment", "time", "recipe", "budget", "command")
 FORMATS = ("csv", *TRACKERS)
 EDITED = "its rows were edited: restore the file, or merge the ledgers that it was made of"
-SENTENCE_KINDS = ("prediction", "outcome", "confirmation")
+SENTENCE_KINDS = ("prediction", "outcome", "confirmation", "repetition")
 """Kinds of rows that have their finding as a sentence."""
 
 
@@ -55,6 +56,8 @@ def open_ledger(file: Path, log: LogFn) -> list[Row]:
 
 def list_experiments(file: Path, log: LogFn) -> LedgerView:
     """A line for each verdict, and for each experiment without one."""
+    if not file.exists():
+        return LedgerView((), (f"{file}: there is no ledger yet, so nothing was asked",))
     rows = open_ledger(file, log)
     with damaged_file_errors(file, EDITED):
         return list_rows(rows)
@@ -92,6 +95,7 @@ def show_rows(name: str, own: Sequence[Row]) -> LedgerView:
     lines = [
         str(claim.get("question") or name),
         *align_columns([(key, str(claim.get(key, ""))) for key in CLAIM_KEYS]),
+        *resolved_lines(claim),
         *(line for verdict in latest_verdicts(own) for line in describe_verdict(verdict)),
         *(str(row["sentence"]) for row in own if row["kind"] in SENTENCE_KINDS),
         *align_columns([run_line(row) for row in runs]),
@@ -101,12 +105,28 @@ def show_rows(name: str, own: Sequence[Row]) -> LedgerView:
     return LedgerView(tuple(own), tuple(lines))
 
 
+def resolved_lines(claim: Mapping[str, Any]) -> list[str]:
+    """The control's settings, with those that nobody gave, and what each arm has instead."""
+    lines = [f"settings of {name}: {words}" for name, own in claim.get("resolved", {}).items()
+             if (words := " ".join(f"{key}={value}" for key, value in own.items()))]  # fmt: skip
+    derived = claim.get("derived", {})
+    return lines + [line for name, own in derived.items()
+                    for line in describe_derived(name, claim.get("recipe", ""), own)]  # fmt: skip
+
+
+def rate_of(row: Mapping[str, Any]) -> str:
+    """The learning rate of a run, where its settings give one."""
+    rates = [pair.partition("=")[2] for pair in row.get("settings", ()) if pair.startswith("learning_rate=")]
+    return f"learning_rate {rates[-1]}  " if rates else ""
+
+
 def run_line(row: Mapping[str, Any]) -> tuple[str, str]:
     metrics = row.get("metrics", {})
     scores = "  ".join(
         f"{key} {value:.4g}" for key, value in metrics.items() if key.startswith("eval/") and value is not None
     )
-    return f"{row['role']} {row['arm']}", f"seed {row['seed']}  {row['status']}  {row['cpu_seconds']:.1f} s  {scores}"
+    cost = f"{row['status']}  {row['cpu_seconds']:.1f} s"
+    return f"{row['role']} {row['arm']}", f"seed {row['seed']}  {rate_of(row)}{cost}  {scores}"
 
 
 def first_of(rows: Sequence[Row], kind: str) -> Row:

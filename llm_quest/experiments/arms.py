@@ -27,6 +27,8 @@ FIXED = {
 }  # fmt: skip
 """Settings of all arms unless they are given: those that decide last bits, that pair first weights, or that cost time
 and change no result. Keys that a recipe does not have are left out."""
+DEV, TEST = "data.eval_part=dev", "data.eval_part=test"
+"""The halves of the held-out data: experiments are scored on one, confirmations on the other."""
 OWN_KEYS = ("seed", "max_steps", "num_train_epochs", "max_time")
 """Keys that the experiment sets for each run."""
 EVALUATION_KEYS = ("held_out", "validation", "eval_part", "eval_tokens", "eval_problems", "eval_num_samples")

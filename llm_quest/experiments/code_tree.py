@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,12 @@ def apply_patch(patch: Path, copies: Path) -> CodeTree:
     return load_code_tree(root, f"{base.revision} with {patch.name}")
 
 
+def is_applied(patch: Path, root: Path, environment: Mapping[str, str]) -> bool:
+    """Whether a patch's edit is in a copy of the package already: it can be taken back."""
+    command = ["git", "apply", "--whitespace=nowarn", "--reverse", "--check", str(patch)]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, check=False).returncode == 0
+
+
 def run_patch(patch: Path, root: Path) -> None:
     """Apply a patch to a copy. UsageError with git's reason."""
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)}
@@ -174,6 +181,11 @@ def run_patch(patch: Path, root: Path) -> None:
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise UsageError("--code PATCH needs git, which is not installed") from None
+    if done.returncode and is_applied(patch, root, environment):
+        raise UsageError(
+            f"--code {patch}: its edit is in this package already, so the control would run it too; take it back: "
+            f"git apply -R {patch}"
+        )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["unknown"])[0]
         raise UsageError(

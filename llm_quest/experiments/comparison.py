@@ -189,7 +189,7 @@ class Comparison:
             "pairing_gain": finite_or_none(sequential.pairing_gain(arm.arm, arm.control)) if enough else None,
             "diverged": arm.diverged, "control_diverged": arm.control_diverged,
             "divergence_bound": sequential.divergence_bound(arm.started) if arm.started and not arm.diverged else None,
-            "size": self.describe_effect_size(arm),
+            "decided_by": decided_by(arm), "size": self.describe_effect_size(arm),
         }  # fmt: skip
 
     def describe_effect_size(self, arm: ArmProgress) -> str:
@@ -199,6 +199,17 @@ class Comparison:
         if self.claim.margin and arm.outcome in ("not worse by delta", "no difference larger than delta"):
             return ("", "worse than the control by less", "better than the control")[self.side(arm, 0.0, 0.05)]
         return ""
+
+
+EVIDENCE_OUTCOMES = ("better", "worse")
+"""Outcomes that E decides; those that name delta are decided by the 90 % interval."""
+
+
+def decided_by(arm: ArmProgress) -> str:
+    """The number that decided an arm: a key of its verdict, or empty."""
+    if arm.outcome in EVIDENCE_OUTCOMES:
+        return "diverged" if arm.reason else "evidence"
+    return "interval_90" if arm.outcome.endswith("delta") else ""
 
 
 def finite_or_none(value: float) -> float | None:

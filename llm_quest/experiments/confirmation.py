@@ -1,4 +1,4 @@
-"""Plans a confirmation: arms that were better on the dev half of the held-out data are compared again on the test half
+"""Plans a confirmation: arms that were decided on the dev half of the held-out data are compared again on the test half
 and on fresh seeds (`quest ablate --confirm EXPERIMENT`).
 
     dev     every experiment is tuned and scored on it, any number of times
@@ -6,7 +6,7 @@ and on fresh seeds (`quest ablate --confirm EXPERIMENT`).
             each is a row of the ledger before its first run
 
 Arms, budget, delta and cap are those of the experiment, the learning rates those that it tuned, and the arms those that
-it found better."""
+it decided: better, worse, or no difference. The result says whether each verdict came again (`confirmed`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_quest.errors import DataError, UsageError
-from llm_quest.experiments.arms import CONTROL, Arm
+from llm_quest.experiments.arms import CONTROL, DEV, TEST, Arm
 from llm_quest.experiments.code_tree import CodeTree, load_code_tree, open_edit, own_code
 from llm_quest.experiments.comparison import Claim
 from llm_quest.experiments.experiment import ExperimentPlan
@@ -24,7 +24,11 @@ from llm_quest.recipes.recipe import load_recipe
 
 MAX_CONFIRMATIONS = 20
 FIRST_FRESH_SEED, SEEDS_EACH = 401, 100
-DEV, TEST = "data.eval_part=dev", "data.eval_part=test"
+DECIDED = (
+    "better", "worse", "no difference larger than delta", "not worse by delta", "worse by more than delta",
+    "better by more than delta",
+)  # fmt: skip
+"""Outcomes that can be asked once more."""
 
 
 def has_halves(recipe: str, pairs: Sequence[str]) -> bool:
@@ -44,7 +48,7 @@ def plan_confirmation(ledger: Ledger, name: str, code: Sequence[str], copies: Pa
     if claim is None:
         raise UsageError(f"--confirm {name}: {ledger.file} has no such experiment; quest ledger list shows them")
     try:
-        plan = plan_of_claim(claim, find_better_verdicts(rows, name), [*code], copies, command)
+        plan = plan_of_claim(claim, find_decided_verdicts(rows, name), [*code], copies, command)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"--confirm {name}: its rows in {ledger.file} lack what a confirmation needs ({error!r}); run the "
@@ -68,13 +72,13 @@ def plan_confirmation(ledger: Ledger, name: str, code: Sequence[str], copies: Pa
     return plan
 
 
-def find_better_verdicts(rows: Sequence[Row], name: str) -> dict[str, Row]:
-    """The newest verdicts of an experiment that say better, by arm."""
+def find_decided_verdicts(rows: Sequence[Row], name: str) -> dict[str, Row]:
+    """The newest verdicts of an experiment that decide something, by arm."""
     verdicts = {row["arm"]: row for row in rows if row["experiment"] == name and row["kind"] == "verdict"}
-    kept = {arm: row for arm, row in verdicts.items() if row["outcome"] == "better"}
+    kept = {arm: row for arm, row in verdicts.items() if row["outcome"] in DECIDED}
     if not kept:
         outcomes = ", ".join(f"{arm}: {row['outcome']}" for arm, row in verdicts.items()) or "it has no verdict yet"
-        raise UsageError(f"--confirm {name}: no arm of it is better than its control ({outcomes})")
+        raise UsageError(f"--confirm {name}: no arm of it is decided ({outcomes})")
     return kept
 
 
@@ -102,7 +106,7 @@ def plan_of_claim(
     return ExperimentPlan(
         claim["recipe"], (*settings, f"learning_rate={rate:g}"), tuple(arms), Arm(CONTROL, (), own),
         Claim(**claim["claim"]), claim["budget"], 1, 1, 0, 1, tuple(claim["secondary"]), claim["question"], command,
-        confirms=name,
+        confirms=name, confirms_outcomes=tuple((arm, verdict["outcome"]) for arm, verdict in kept.items()),
     )  # fmt: skip
 
 

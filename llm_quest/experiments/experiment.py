@@ -21,10 +21,18 @@ from typing import Any
 from llm_quest.contracts import LogFn
 from llm_quest.errors import GuardStop, UsageError
 from llm_quest.experiments import sequential
-from llm_quest.experiments.arms import CONTROL, Arm
+from llm_quest.experiments.arms import CONTROL, DEV, Arm
 from llm_quest.experiments.bases import Base, BaseRuns
 from llm_quest.experiments.budgets import budget_pairs, shared_weights
 from llm_quest.experiments.comparison import Claim, Comparison
+from llm_quest.experiments.derived_settings import (
+    Derived,
+    describe_derived,
+    describe_fixed,
+    find_derived_settings,
+    flat_settings,
+    settings_unlike_control,
+)
 from llm_quest.experiments.ledger import Ledger
 from llm_quest.experiments.measurements import (
     TUNING_SEEDS,
@@ -36,12 +44,50 @@ from llm_quest.experiments.measurements import (
     read_metric,
 )
 from llm_quest.experiments.noise import measure_noise
-from llm_quest.experiments.tuning import RateSearch, describe_search, first_grid, needs_extension
+from llm_quest.experiments.tuning import MAX_EXTENSIONS, RateSearch, describe_search, first_grid, needs_extension
 from llm_quest.experiments.verdict_lines import pair_line
 from llm_quest.experiments.worker_pool import WorkerPool
+from llm_quest.formatting import format_duration, format_duration_range
+from llm_quest.progress import phase
 
 UNIGRAM_MARGIN = 0.05
 """An arm whose loss is within so many nats of that of token frequencies alone has not used its context."""
+
+
+@dataclass(frozen=True)
+class RunCounts:
+    """Runs of an experiment, at most: the control and `arms` - 1 arms; tuning, tuning_more: of the first rates, and of
+    those that are added where a best rate lies at an edge; aa, aa_pairs: A/A runs and pairs; cap: pairs at most."""
+
+    arms: int
+    tuning: int
+    tuning_more: int
+    aa: int
+    aa_pairs: int
+    cap: int
+
+    @property
+    def least(self) -> int:
+        return self.tuning + self.aa + self.arms * sequential.FIRST_LOOK
+
+    @property
+    def most(self) -> int:
+        return self.tuning + self.tuning_more + self.aa + self.arms * self.cap
+
+    def __str__(self) -> str:
+        more = f" (up to {self.tuning + self.tuning_more} where a best rate is at an edge)" if self.tuning_more else ""
+        pairs = f"{sequential.FIRST_LOOK} to {self.cap} pairs"
+        return (
+            f"{self.arms} arms; {self.tuning} runs to tune{more}, {self.aa} runs for {self.aa_pairs} A/A pairs, "
+            f"{self.arms * sequential.FIRST_LOOK} to {self.arms * self.cap} runs in {pairs}: {self.least} to "
+            f"{self.most} runs"
+        )
+
+
+def count_runs(arms: int, rates: int, tuning_seeds: int, aa_pairs: int, cap: int) -> RunCounts:
+    """The runs of an experiment. arms: with the control. Each A/A pair has two runs, and one run is repeated."""
+    each = arms * tuning_seeds if rates > 1 else 0
+    return RunCounts(arms, rates * each, MAX_EXTENSIONS * each, 2 * aa_pairs + bool(aa_pairs), aa_pairs, cap)
 
 
 @dataclass(frozen=True)
@@ -49,7 +95,7 @@ class ExperimentPlan:
     """The settings of an experiment. pairs: the control's settings. rates, tuning_seeds: how many learning rates each
     arm tries, on how many seeds (one rate: no tuning). aa_pairs: pairs of the control with itself. first_seed: of the
     reported ones. secondary: metrics that are described. bases: runs that arms begin from, in their order. confirms:
-    the experiment whose finding is asked once more."""
+    the experiment whose verdicts are asked once more, confirms_outcomes: its (arm, outcome)."""
 
     recipe: str
     pairs: tuple[str, ...]
@@ -66,6 +112,7 @@ class ExperimentPlan:
     command: str = ""
     bases: tuple[Base, ...] = ()
     confirms: str = ""
+    confirms_outcomes: tuple[tuple[str, str], ...] = ()
 
     def content(self) -> dict[str, Any]:
         """The settings that are fixed before the first run, as JSON values."""
@@ -77,6 +124,17 @@ class ExperimentPlan:
             "secondary": list(self.secondary), "bases": [asdict(base) for base in self.bases],
             **({"confirms": self.confirms} if self.confirms else {}),
         }  # fmt: skip
+
+    def same_but_seeds(self, claim: Mapping[str, Any]) -> bool:
+        """Whether a claim of the ledger asks the same of other seeds."""
+        content = json.loads(json.dumps(self.content()))
+        own = {key: value for key, value in content.items() if key not in ("question", "first_seed")}
+        return claim.get("first_seed") != self.first_seed and all(claim.get(key) == own[key] for key in own)
+
+    @property
+    def counts(self) -> RunCounts:
+        """How many runs the plan has."""
+        return count_runs(1 + len(self.arms), self.rates, self.tuning_seeds, self.aa_pairs, self.claim.cap)
 
     @property
     def experiment(self) -> str:
@@ -113,16 +171,11 @@ class Experiment:
         self.searches: dict[str, RateSearch] = {}
         self.costs: dict[str, list[Record]] = {name: [] for name in self.arms}
         self.notes: list[str] = []
+        self.derived: dict[str, Derived] = {}
 
     def run(self) -> dict[str, Any]:
         """Run the plan; the result as JSON values."""
-        self.ledger.append("claim", self.plan.experiment, {**self.plan.content(), "command": self.plan.command})
-        self.describe()
-        self.measurements = Measurements(
-            self.plan.recipe, self.root, self.pool, self.ledger, self.plan.experiment,
-            hash_inputs(self.descriptions[CONTROL]), self.deadline,
-        )  # fmt: skip
-        self.arm_pairs = self.equal_budgets()
+        self.prepare()
         self.tune()
         noise = measure_noise(self) if self.plan.aa_pairs else {}
         comparison = self.compare()
@@ -131,24 +184,106 @@ class Experiment:
             self.ledger.append("verdict", self.plan.experiment, {**verdict, "command": self.plan.command})
         return result
 
+    def prepare(self) -> None:
+        """All that comes before the first run."""
+        self.write_claim()
+        self.prepare_runs()
+
+    def write_claim(self) -> None:
+        """Announce the settings and write the claim to the ledger."""
+        self.announce_settings()
+        self.ledger.append(
+            "claim", self.plan.experiment,
+            {**self.plan.content(), "command": self.plan.command, "resolved": self.resolve_arms(),
+             "derived": self.derived},
+        )  # fmt: skip
+        self.link_repetitions()
+
+    def prepare_runs(self) -> None:
+        """Describe the arms, give them their budgets, and say what the runs cost."""
+        self.describe()
+        self.measurements = Measurements(
+            self.plan.recipe, self.root, self.pool, self.ledger, self.plan.experiment,
+            hash_inputs(self.descriptions[CONTROL]), self.deadline,
+        )  # fmt: skip
+        self.arm_pairs = self.equal_budgets()
+        self.announce_cost()
+
     def note(self, text: str) -> None:
         """A remark that the result keeps."""
         self.notes.append(text)
         self.log(text)
 
+    def announce_settings(self) -> None:
+        """Say what no one gave and what is not the recipe's own, before the claim is written."""
+        recipe = Path(self.plan.recipe).stem
+        for name, arm in self.arms.items():
+            self.derived[name] = find_derived_settings(self.plan.recipe, (*self.plan.pairs, *arm.pairs))
+        control = self.derived[CONTROL]
+        for name, derived in self.derived.items():
+            own = {key: one for key, one in derived.items() if name == CONTROL or control.get(key) != one}
+            for line in describe_derived(name, recipe, own):
+                self.note(line)
+        if fixed := describe_fixed(control):
+            self.log(fixed)
+
+    def resolve_arms(self) -> dict[str, dict[str, Any]]:
+        """All settings of the control; of an arm those that differ from them."""
+        resolved = {n: flat_settings(self.plan.recipe, (*self.plan.pairs, *arm.pairs)) for n, arm in self.arms.items()}
+        control = resolved[CONTROL]
+        return {
+            name: own if name == CONTROL else settings_unlike_control(own, control) for name, own in resolved.items()
+        }
+
+    def link_repetitions(self) -> None:
+        """Name the earlier experiments that asked the same of other seeds, in both directions."""
+        me = self.plan.experiment
+        for row in itertools.takewhile(lambda row: row["experiment"] != me, self.ledger.rows()):
+            if row["kind"] == "claim" and self.plan.same_but_seeds(row):
+                other = f"; quest ablate --confirm {row['experiment']} does" if DEV in self.plan.pairs else ""
+                self.note(
+                    f"a repetition of {row['experiment']} with other seeds on the same held-out data, which confirms "
+                    f"nothing{other}"
+                )
+                sentence = f"repeated with seeds from {self.plan.first_seed}, not confirmed: {me}"
+                self.ledger.append("repetition", row["experiment"], {"sentence": sentence, "by": me})
+
+    def announce_cost(self) -> None:
+        """The number of runs, and the time that they take by the control's measured step, or by its FLOPs."""
+        counts, jobs = self.plan.counts, self.pool.jobs
+        self.log(str(counts))
+        if run := self.estimate_run_seconds():
+            self.log(
+                f"estimate: {format_duration(run)} a run on one thread, without evaluation; "
+                f"{format_duration_range(run * counts.least / jobs, run * counts.most / jobs)} in all, {jobs} at once"
+            )
+
+    def estimate_run_seconds(self) -> float | None:
+        """The seconds that a run of the control trains; None where its steps cannot be timed beforehand."""
+        about = self.descriptions[CONTROL]
+        return about["step_seconds"] * about["max_steps"] if about.get("step_seconds") else None
+
     def describe(self) -> None:
         """Describe each arm before anything is trained: its data, first weights and cost."""
-        message = {"do": "describe", "recipe": self.plan.recipe, "measure": self.plan.budget == "seconds"}
+        message = {"do": "describe", "recipe": self.plan.recipe}
         seed = self.plan.first_seed
         self.base_runs.train([seed])
         futures = {
             name: self.pool.submit(
                 arm.code,
-                {**message, "pairs": [*self.base_runs.fill_in((*self.plan.pairs, *arm.pairs), seed), f"seed={seed}"]},
+                {
+                    **message,
+                    "pairs": [*self.base_runs.fill_in((*self.plan.pairs, *arm.pairs), seed), f"seed={seed}"],
+                    "measure": self.plan.budget == "seconds" or (self.plan.budget == "flops" and name == CONTROL),
+                },
             )
             for name, arm in self.arms.items()
         }
-        self.descriptions = {name: future.result() for name, future in futures.items()}
+        with phase("looking at the arms, timing steps", len(futures)) as now:
+            self.descriptions = {}
+            for name, future in futures.items():
+                self.descriptions[name] = future.result()
+                now.done += 1
         control = self.descriptions[CONTROL]
         self.drop_equal_arms()
         for name in self.open_names:
@@ -160,6 +295,15 @@ class Experiment:
                 )
             same = "the same order of data" if arm["order"] == control["order"] else "another order of data"
             self.log(f"{name}: {shared_weights(arm, control):.0%} of its first weights are the control's, {same}")
+        self.announce_opened_settings()
+
+    def announce_opened_settings(self) -> None:
+        """Say what changed when the arms were opened, because of their data and models."""
+        for name, about in self.descriptions.items():
+            for key, (before, after) in about["changed_settings"].items():
+                why = "changed when its data and model were read"
+                self.derived[name][key] = {"recipe": before, "value": after, "why": why}
+                self.note(f"{name}: {key} is {after}, not {before} ({why})")
 
     @property
     def open_names(self) -> list[str]:
@@ -184,10 +328,20 @@ class Experiment:
             own = budget_pairs(self.plan.budget, self.descriptions[name], control, name)
             arm_pairs[name] = (*self.plan.pairs, *arm.pairs, *own)
             flops = self.descriptions[name].get("flops_per_step")
-            steps = int(own[0].partition("=")[2])
+            steps, warmup = (int(pair.partition("=")[2]) for pair in own)
             counted = f", {flops * steps:.3g} FLOPs" if flops else ""
-            self.log(f"{name}: {self.descriptions[name]['parameters']:,} parameters, {steps} steps{counted}")
+            parameters = self.descriptions[name]["parameters"]
+            self.log(f"{name}: {parameters:,} parameters, {steps} steps, {warmup} of them warm-up{counted}")
+            self.announce_budget(name, {"max_steps": steps, "warmup_steps": warmup})
         return arm_pairs
+
+    def announce_budget(self, name: str, given: Mapping[str, int]) -> None:
+        """Say which lengths the budget has changed."""
+        for key, value in given.items():
+            if value != (before := self.descriptions[name][key]):
+                why = f"equal {self.plan.budget}"
+                self.derived[name][key] = {"recipe": before, "value": value, "why": why}
+                self.note(f"{name}: {key} is {value}, not {before} ({why})")
 
     def request(self, name: str, seed: int, role: str, extra: Sequence[str] = (), repeat: int = 0) -> RunRequest:
         pairs = self.base_runs.fill_in((*self.arm_pairs[name], *extra), seed)
@@ -195,11 +349,14 @@ class Experiment:
         return RunRequest(name, pairs, seed, self.arms[name].code, role, repeat, data=data)
 
     def measure(self, requests: Sequence[RunRequest], what: str) -> list[Record]:
+        return list(self.measure_each(requests, what))
+
+    def measure_each(self, requests: Sequence[RunRequest], what: str) -> Iterator[Record]:
+        """Each record as soon as it and those before it are there."""
         self.base_runs.train(sorted({request.seed for request in requests}))
-        records = self.measurements.measure(requests, what)
-        for request, record in zip(requests, records, strict=True):
+        for request, record in zip(requests, self.measurements.measure_each(requests, what), strict=True):
             self.costs[request.arm].append({"role": request.role, **record})
-        return records
+            yield record
 
     def value(self, record: Record, name: str, metric: str = "") -> float | None:
         vocab_size = self.descriptions[name]["vocab_size"]
@@ -219,21 +376,22 @@ class Experiment:
         wanted = {n: first_grid(d["learning_rate"], self.plan.rates) for n, d in self.descriptions.items()}
         self.try_rates(wanted)
         while needs_extension(self.searches, self.plan.rates):
-            self.try_rates({name: [search.next_rate()] for name, search in self.searches.items()})
+            more = {name: [search.next_rate()] for name, search in self.searches.items()}
+            self.try_rates(more, "tuning: one more rate of each arm, as a best one is at an edge")
         for name, search in self.searches.items():
             self.log(describe_search(name, search))
             if search.at_edge:
                 self.note(f"{name}: the best learning rate is at the edge of those tried")
             self.arm_pairs[name] = (*self.arm_pairs[name], f"learning_rate={search.choose():g}")
 
-    def try_rates(self, wanted: Mapping[str, Sequence[float]]) -> None:
+    def try_rates(self, wanted: Mapping[str, Sequence[float]], what: str = "tuning learning rates") -> None:
         """The mean loss of each rate over the tuning seeds."""
         seeds = TUNING_SEEDS[: self.plan.tuning_seeds]
         points = [(name, rate) for name, rates in wanted.items() for rate in rates]
         requests = [
             self.request(name, seed, "tune", [f"learning_rate={rate:g}"]) for name, rate in points for seed in seeds
         ]
-        records = iter(self.measure(requests, "tuning learning rates"))
+        records = iter(self.measure(requests, what))
         for name, rate in points:
             self.searches[name].losses[rate] = statistics.fmean(self.loss(next(records), name) for _ in seeds)
 
@@ -256,15 +414,16 @@ class Experiment:
             chosen = list(itertools.islice(seeds, wanted))
             requests = [self.request(name, seed, "report") for seed in chosen for name in names]
             try:
-                records = iter(self.measure(requests, "pairs"))
+                records = self.measure_each(requests, "pairs")
+                for seed in chosen:
+                    self.add_pair(comparison, seed, {name: next(records) for name in names})
+                next(records, None)
             except OutOfTime:
                 if comparison.pairs == 0:
                     raise
                 for name in comparison.open_arms:
                     comparison.arms[name].outcome = "undecided (time)"
                 break
-            for seed in chosen:
-                self.add_pair(comparison, seed, {name: next(records) for name in names})
         return comparison
 
     def add_pair(self, comparison: Comparison, seed: int, records: Mapping[str, Record]) -> None:
@@ -300,11 +459,25 @@ class Experiment:
     def result(self, comparison: Comparison, noise: Mapping[str, Any]) -> dict[str, Any]:
         """The whole result. Times are left to the records, so that a resumed experiment ends with the same bytes."""
         verdicts = [{**comparison.verdict(name), **self.provenance(name)} for name in comparison.arms]
+        confirmed = self.compare_outcomes(comparison)
         return {
             "experiment": self.plan.experiment, **self.plan.content(), "command": self.plan.command,
-            "verdicts": verdicts, "noise": dict(noise), "notes": self.notes,
+            "verdicts": verdicts, "noise": dict(noise), "notes": self.notes, "derived": self.derived,
             "arms_measured": {name: self.summarize_arm(name) for name in self.arms},
+            **({"confirmed": confirmed} if confirmed else {}),
         }  # fmt: skip
+
+    def compare_outcomes(self, comparison: Comparison) -> dict[str, dict[str, Any]]:
+        """Whether each verdict of the experiment that this one confirms came again."""
+        outcomes = {
+            arm: {"before": before, "again": comparison.arms[arm].outcome}
+            for arm, before in self.plan.confirms_outcomes if arm in comparison.arms
+        }  # fmt: skip
+        for arm, one in outcomes.items():
+            same = one["before"] == one["again"]
+            word = "the same verdict again" if same else "not the same verdict"
+            self.note(f"{arm}: {word}: {one['before']} in {self.plan.confirms}, {one['again']} here")
+        return {arm: {**one, "same": one["before"] == one["again"]} for arm, one in outcomes.items()}
 
     def provenance(self, name: str) -> dict[str, Any]:
         """The runs that a verdict rests on, and the secondary metrics."""

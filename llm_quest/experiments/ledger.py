@@ -5,6 +5,7 @@
     run       the same run at its end: status, metrics, cost
     verdict   of an arm, with the numbers that decide it
     confirmation   an experiment is asked once more, on the test half of the held-out data
+    repetition   the same question was asked of other seeds, on the same held-out data
     prediction, outcome   of a ladder: the loss that it predicts, before the run; how far it was
 
 A row's `id` is a hash of its content, and `parent` the id of the row before it of the same experiment: an edited row

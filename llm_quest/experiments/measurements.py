@@ -3,12 +3,14 @@ on. A command that was killed continues where it was, and experiments share the 
 
 from __future__ import annotations
 
-import concurrent.futures
+import functools
 import hashlib
 import json
 import math
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from llm_quest.experiments.code_tree import CodeTree
 from llm_quest.experiments.ledger import Ledger
 from llm_quest.experiments.worker_pool import WorkerPool
 from llm_quest.files import load_json
-from llm_quest.progress import phase
+from llm_quest.progress import EtaClock, Phase, phase
 
 
 class OutOfTime(Exception):
@@ -83,30 +85,96 @@ class Measurements:
 
     def measure(self, requests: Sequence[RunRequest], what: str) -> list[Record]:
         """The records, in the order of the requests. Equal requests are one run."""
+        return list(self.measure_each(requests, what))
+
+    def measure_each(self, requests: Sequence[RunRequest], what: str) -> Iterator[Record]:
+        """Each record as soon as it and those before it are there, in the order of the requests."""
         folders = [self.folder(request) for request in requests]
         missing = {folder: request for folder, request in zip(folders, requests, strict=True) if not has_record(folder)}
         if missing and time.monotonic() > self.deadline:
             raise OutOfTime
+        if reused := len(set(folders)) - len(missing):
+            self.ledger.log(f"{what}: {reused} of {len(set(folders))} runs are there already and are used again")
         for folder, request in missing.items():
             self.ledger.append("started", self.experiment, describe_request(request, folder))
         futures = {
-            self.pool.submit(request.code, self.run_message(request, folder)): (folder, request)
+            folder: self.pool.submit(request.code, self.run_message(request, folder))
             for folder, request in missing.items()
         }
         with phase(what, len(futures)) as now:
-            for future in concurrent.futures.as_completed(futures):
-                require_ended(future.result(), *futures[future])
-                now.done += 1
+            progress = RunProgress(missing, now)
+            for folder, future in futures.items():
+                future.add_done_callback(functools.partial(self.report_end, progress, folder))
+            for request, folder in zip(requests, folders, strict=True):
+                if folder in futures:
+                    require_ended(futures[folder].result(), folder, request)
+                record = read_record(folder)
+                self.ledger.append("run", self.experiment, describe_request(request, folder) | record)
+                yield record
         self.runs += len(futures)
-        records = [read_record(folder) for folder in folders]
-        for request, folder, record in zip(requests, folders, records, strict=True):
-            self.ledger.append("run", self.experiment, describe_request(request, folder) | record)
-        return records
+
+    def report_end(self, progress: RunProgress, folder: Path, future: Future[Record]) -> None:
+        """A line for a run that has ended; called by the thread that waited for it."""
+        if not future.cancelled() and future.exception() is None:
+            self.ledger.log(progress.end(folder, future.result()))
 
     def run_message(self, request: RunRequest, folder: Path) -> dict[str, Any]:
         pairs, recipe = [*request.pairs, f"seed={request.seed}"], request.recipe or self.recipe
         keep = bool(request.recipe)
         return {"do": "run", "recipe": recipe, "pairs": pairs, "folder": str(folder.absolute()), "keep_model": keep}
+
+
+class RunProgress:
+    """The progress of the runs of a phase: which of them run, at which step, and the time left."""
+
+    def __init__(self, requests: Mapping[Path, RunRequest], now: Phase):
+        self.requests, self.now = dict(requests), now
+        self.waiting = list(self.requests)
+        self.lock = threading.Lock()
+        now.detail = self.describe
+
+    def end(self, folder: Path, record: Record) -> str:
+        """The line of a run that has ended."""
+        with self.lock:
+            self.waiting.remove(folder)
+            self.now.done += 1
+        request = self.requests[folder]
+        score = next((f", {key} {value:.4f}" for key, value in record.get("metrics", {}).items()
+                      if key.startswith("eval/") and value is not None), "")  # fmt: skip
+        return (
+            f"{self.now.name} {self.now.done} of {self.now.total}: {request.arm}, seed {request.seed}: "
+            f"{record['status']}{score}, {record.get('seconds', 0):.1f} s{self.time_left()}"
+        )
+
+    def time_left(self) -> str:
+        """By the rate so far."""
+        clock = EtaClock(0, self.now.total or 0, self.now.began)
+        return f", ETA {clock.time_left(self.now.done)}" if self.now.done and self.waiting else ""
+
+    def describe(self) -> str:
+        """The runs that are running, with their steps."""
+        running = [describe_step(self.requests[one], one) for one in list(self.waiting) if one.is_dir()]
+        return "; ".join(running) + self.time_left()
+
+
+def describe_step(request: RunRequest, folder: Path) -> str:
+    """The arm, seed and step of a run; the step is the last that it logged."""
+    rows = read_tail(folder / "metrics.jsonl")
+    steps = next((pair.partition("=")[2] for pair in reversed(request.pairs) if pair.startswith("max_steps=")), "?")
+    step = json.loads(rows[-1]).get("step", 0) if rows else 0
+    return f"{request.arm}, seed {request.seed}: step {step} of {steps}"
+
+
+def read_tail(file: Path) -> list[bytes]:
+    """The whole lines at the end of a file that grows; none of a file that is not there."""
+    try:
+        with file.open("rb") as handle:
+            start = max(0, file.stat().st_size - 20_000)
+            handle.seek(start)
+            lines = handle.read().splitlines(keepends=True)[bool(start) :]
+            return [line for line in lines if line.endswith(b"\n")]
+    except OSError:
+        return []
 
 
 def hash_inputs(about: Mapping[str, Any]) -> str:

@@ -69,8 +69,9 @@ def describe_noise(bench: ExperimentRuns, nuisance: str, single: Sequence[float]
     delta = bench.plan.claim.delta
     if pair_sd and run_sd:
         bench.log(
-            f"A/A: the same seed gives the same bits; equal arms differ with sd {pair_sd:.3g} ({len(d)} pairs, so at "
-            f"most {NOISE_FACTORS.get(len(d), 2.9) * pair_sd:.2g}), runs of different seeds with sd {run_sd:.3g}"
+            f"A/A: the same seed gives the same bits; with {nuisance} equal arms differ by rounding noise, sd "
+            f"{pair_sd:.3g} ({len(d)} pairs, so at most {NOISE_FACTORS.get(len(d), 2.9) * pair_sd:.2g}); runs of "
+            f"different seeds differ with sd {run_sd:.3g}"
         )
     if pair_sd and delta < 1.5 * pair_sd:
         bench.note(

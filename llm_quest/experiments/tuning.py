@@ -81,9 +81,11 @@ def needs_extension(searches: Mapping[str, RateSearch], count: int) -> bool:
 
 def describe_search(name: str, search: RateSearch) -> str:
     """The rates of an arm on one line."""
+    chosen = search.choose()
+    between = "" if chosen in search.losses else " (between the rates: the vertex of the parabola through the best)"
     points = "  ".join(f"{rate:g}: {search.losses[rate]:.4g}" for rate in sorted(search.losses))
     return (
-        f"{name}: learning_rate {search.choose():g}{' (at the edge of its rates)' if search.at_edge else ''}   {points}"
+        f"{name}: learning_rate {chosen:g}{between}{' (at the edge of its rates)' if search.at_edge else ''}   {points}"
     )
 
 

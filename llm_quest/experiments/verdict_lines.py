@@ -21,6 +21,7 @@ def describe_verdict(verdict: Mapping[str, Any]) -> list[str]:
         words += f", {verdict['size'].replace('delta', format(verdict['delta'], 'g'))}"
     lines = [f"{verdict['arm']}: {words}" + (f" ({verdict['reason']})" if verdict["reason"] else "")]
     interval = verdict["interval_95"]
+    lines += describe_deciding_interval(verdict)
     if verdict["mean"] is not None:
         between = f"between {interval[0]:+.4g} and {interval[1]:+.4g} (95 %)" if interval else "not bounded yet"
         lines.append(
@@ -39,6 +40,17 @@ def describe_verdict(verdict: Mapping[str, Any]) -> list[str]:
         )
     lines += [f"  {line}" for line in describe_stability(verdict)]
     return lines
+
+
+def describe_deciding_interval(verdict: Mapping[str, Any]) -> list[str]:
+    """A line on the 90 % interval where it decided: two one-sided tests at 5 % (a card's verdict has none)."""
+    interval = verdict.get("interval_90")
+    if verdict.get("decided_by", "interval_90") != "interval_90" or not interval or "delta" not in verdict["outcome"]:
+        return []
+    return [
+        f"  decided by the 90 % interval, {interval[0]:+.4g} to {interval[1]:+.4g}, beside delta {verdict['delta']:g} "
+        "(two one-sided tests at 5 %); the 95 % interval may exceed delta"
+    ]
 
 
 def describe_stability(verdict: Mapping[str, Any]) -> list[str]:

@@ -35,6 +35,7 @@ from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.planning import open_job, plan_recipe
 from llm_quest.recipes.recipe import Job, load_recipe
 from llm_quest.recipes.run_folder import run_identity
+from llm_quest.recipes.yaml_io import flatten_tree
 from llm_quest.train.checkpoint import list_checkpoints
 
 UNIGRAM_STEPS = 50
@@ -82,6 +83,7 @@ def describe_arm(request: dict[str, Any]) -> dict[str, Any]:
         open_job(recipe, config, settings, folder=Path(folder), **quiet) as job,
     ):
         description = describe_job(job)
+        description["changed_settings"] = changed_settings(config, job.config)
     with tempfile.TemporaryDirectory() as folder:
         try:
             cost = plan_recipe(recipe, config, settings, Path(folder), measure=request.get("measure", False), **quiet)
@@ -93,6 +95,12 @@ def describe_arm(request: dict[str, Any]) -> dict[str, Any]:
         except UsageError:  # a policy's samples cannot be counted beforehand
             pass
     return description
+
+
+def changed_settings(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
+    """The settings that opening a job has changed: key -> (before, after)."""
+    one, other = (dict(flatten_tree(config.model_dump(mode="json"))) for config in (before, after))
+    return {key: (one.get(key), other.get(key)) for key in {**one, **other} if one.get(key) != other.get(key)}
 
 
 def describe_job(job: Job) -> dict[str, Any]:

@@ -38,7 +38,10 @@ class Worker:
             [sys.executable, "-P", "-c", START, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self.errors, env=environment, text=True, start_new_session=True,
         )  # fmt: skip
-        package = self.read_answer().get("package")
+
+    def start(self) -> None:
+        """Wait until it has imported its package. UsageError where that is another one."""
+        package, tree = self.read_answer().get("package"), self.tree
         if package is not None and Path(package).resolve() != (tree.root / "llm_quest").resolve():
             self.close()
             raise UsageError(f"{tree.root} was asked for and {package} is imported: uninstall that llm_quest")
@@ -88,6 +91,7 @@ class WorkerPool:
         self.jobs, self.threads = jobs, threads
         self.executor = concurrent.futures.ThreadPoolExecutor(jobs)
         self.lock = threading.Lock()
+        self.closed = False
         self.idle: list[Worker] = []
         self.workers: list[Worker] = []
 
@@ -98,7 +102,10 @@ class WorkerPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.executor.shutdown(wait=False, cancel_futures=True)
-        for worker in list(self.workers):
+        with self.lock:
+            self.closed = True
+            workers = list(self.workers)
+        for worker in workers:  # those that are still importing their package too
             worker.close()
         self.executor.shutdown(wait=True)
 
@@ -125,8 +132,12 @@ class WorkerPool:
         if other is not None:
             other.close()
             self.workers.remove(other)
-        worker = self.make_worker(tree, self.threads)
-        self.workers.append(worker)
+        with self.lock:
+            if self.closed:
+                raise ResourceError("the workers were closed")
+            worker = self.make_worker(tree, self.threads)
+            self.workers.append(worker)
+        worker.start()
         return worker
 
 

@@ -16,12 +16,13 @@ from llm_quest.experiments.arms import CONTROL, Arm, default_pairs, resolve_arms
 from llm_quest.experiments.bases import Base
 from llm_quest.experiments.code_tree import own_code
 from llm_quest.experiments.comparison import Claim
-from llm_quest.experiments.experiment import Experiment, ExperimentPlan
+from llm_quest.experiments.experiment import Experiment, ExperimentPlan, count_runs
 from llm_quest.experiments.ledger import Ledger
 from llm_quest.experiments.measurements import OutOfTime
 from llm_quest.experiments.page import write_experiment_page
 from llm_quest.experiments.worker_pool import exclusive_pool
 from llm_quest.files import atomic_write_json
+from llm_quest.formatting import format_duration_range
 from llm_quest.machine.profile import identify_machine
 from llm_quest.papers.paper import Paper
 from llm_quest.progress import utc_now
@@ -74,13 +75,9 @@ def make_base(paper: Paper, name: str, size: str) -> Base:
 def describe_cost(paper: Paper, size: str) -> str:
     """What a claim costs at most at a size, and at least, from the measured CPU seconds of a run."""
     arms, seconds = len(paper.arms) + 1, float(paper.bench_spec.sizes[size]["seconds"])
-    tuning = arms * paper.rates * paper.tuning_seeds if paper.rates > 1 else 0
-    fixed = tuning + 2 * AA_PAIRS + 1
-    least, most = (seconds * (fixed + arms * pairs) / 60 for pairs in (4, paper.cap))
-    return (
-        f"{size}: {arms} arms, {tuning} runs to tune, {2 * AA_PAIRS + 1} A/A, 4 to {paper.cap} pairs of runs; about "
-        f"{least:.0f} to {most:.0f} minutes of one core"
-    )
+    counts = count_runs(arms, paper.rates, paper.tuning_seeds, AA_PAIRS, paper.cap)
+    cost = format_duration_range(seconds * counts.least, seconds * counts.most)
+    return f"{size}: {counts}; {cost} of one core"
 
 
 def measure_paper(

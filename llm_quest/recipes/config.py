@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path as File
 from typing import Annotated, Any, get_args, get_origin
@@ -252,7 +253,16 @@ def explain_validation_error(
         else:
             field = schema_field(schema, path)
             what = f"{short_repr(finding['input'])} is not {describe_field(field)}{suggest_choice(finding, field)}"
-        yield ConfigProblem(settings.location(path), ".".join(path), what)
+        place = named_arguments(what, path, settings) if finding["type"] == "value_error" else ""
+        yield ConfigProblem(place or settings.location(path), ".".join(path), what)
+
+
+def named_arguments(message: str, path: KeyPath, settings: RawConfig) -> str:
+    """The arguments of the command line whose keys a message about several settings names; empty where a key of the
+    settings' own file is at fault alone."""
+    words = re.findall(r"[a-z][a-z0-9_]*", message)
+    places = [settings.locations.get((*path, word), "") for word in dict.fromkeys(words)]
+    return " and ".join(dict.fromkeys(place for place in places if place.startswith("argument ")))
 
 
 MAX_LISTED_KEYS = 150  # characters

@@ -84,7 +84,6 @@ def make_forked_pool(jobs: int) -> Any:
         def __init__(self, tree: CodeTree, threads: int):
             self.tree, self.errors = tree, tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
             self.process: Any = Child(tree.root, self.errors)
-            assert Path(self.read_answer()["package"]).resolve() == (tree.root / "llm_quest").resolve()
 
     class ForkedPool(WorkerPool):
         make_worker = ForkedWorker

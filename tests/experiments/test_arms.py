@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import subprocess
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 
 from llm_quest.cli.ablate import AblateOptions, AgentProtocol, make_claim, make_plan
 from llm_quest.errors import UsageError
-from llm_quest.experiments.arms import FIXED, default_pairs, parse_arm, parse_vary, split_values
+from llm_quest.experiments.arms import DEV, FIXED, default_pairs, parse_arm, parse_vary, split_values
 from llm_quest.experiments.budgets import budget_pairs, shared_weights
 from llm_quest.experiments.code_tree import (
+    PACKAGE,
     CodeTree,
     differing_files,
     load_code_tree,
@@ -22,10 +24,12 @@ from llm_quest.experiments.code_tree import (
     own_code,
     source_content,
 )
-from llm_quest.experiments.confirmation import DEV
+from llm_quest.experiments.derived_settings import default_settings, find_derived_settings, flat_settings
+from llm_quest.experiments.experiment import count_runs
 from llm_quest.experiments.measurements import read_metric, require_reported_seeds
-from llm_quest.experiments.tuning import RateSearch, first_grid, needs_extension
+from llm_quest.experiments.tuning import RateSearch, describe_search, first_grid, needs_extension
 from llm_quest.experiments.verdict_lines import interval_bar
+from llm_quest.recipes.config import recipe_names
 from tests.experiments.bench import patch_package
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +97,44 @@ def test_an_arm_that_is_the_control_is_said_and_left_out(tmp_path: Path):
     found = plan(tmp_path, log, vary=("optim=adamw,muon",))
     assert [arm.name for arm in found.arms] == ["optim=adamw"]
     assert log == ["optim=muon changes nothing: it is the control; not run"]
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_setting_that_a_shorter_run_changes_is_derived(recipe: str):
+    """The settings after defaults say which; what the command line gives is not derived."""
+    own = default_settings(recipe)
+    if own.get("max_steps") is None or own.get("num_train_epochs") is not None:
+        return
+    short = flat_settings(recipe, ("max_steps=20",))
+    changed = {key for key in {**own, **short} if own.get(key) != short.get(key)} - {"max_steps"}
+    derived = find_derived_settings(recipe, ("max_steps=20",))
+    assert {key: one["value"] for key, one in derived.items()} == {key: short[key] for key in changed}
+    assert not find_derived_settings(recipe, ("max_steps=20", "warmup_steps=7"))
+
+
+def test_what_ablate_fixes_and_what_a_shorter_run_changes_is_told_apart():
+    pairs = [*default_pairs("pretrain", []), DEV, "max_steps=120"]
+    derived = find_derived_settings("pretrain", pairs)
+    assert derived.pop("warmup_steps") == {"recipe": 50, "value": 6, "why": "shortened with max_steps"}
+    assert {one["why"] for one in derived.values()} == {"fixed by quest ablate for all arms"}
+    assert derived["eval_steps"] == {"recipe": 200, "value": 0, "why": "fixed by quest ablate for all arms"}
+    assert "warmup_steps" not in find_derived_settings("pretrain", [*pairs, "warmup_steps=50"])
+    assert flat_settings("pretrain", [*pairs, "warmup_steps=50"])["warmup_steps"] == 50
+    sizes = find_derived_settings("pretrain", ["model.preset=llama3.2-1b"])
+    assert sizes["model.config.hidden_size"]["value"] is None, "the recipe's own sizes go with its model"
+
+
+def test_the_runs_of_a_plan_are_counted_in_one_way(tmp_path: Path):
+    counts = plan(tmp_path, vary=("optim=adamw",), cap=8).counts
+    assert (counts.tuning, counts.tuning_more, counts.aa, counts.least, counts.most) == (12, 12, 7, 27, 47)
+    assert "7 runs for 3 A/A pairs" in str(counts)
+    assert count_runs(2, 1, 2, 0, 8).least == 8
+
+
+def test_a_rate_between_those_tried_is_explained():
+    search = RateSearch({0.001: 2.0, 0.004: 1.0, 0.016: 1.5})
+    assert "(between the rates: the vertex of the parabola through the best)" in describe_search("a", search)
+    assert "vertex" not in describe_search("a", RateSearch({0.001: 2.0, 0.004: 1.0, 0.016: 2.0}))
 
 
 def test_the_name_of_an_experiment_follows_from_its_claim(tmp_path: Path):
@@ -262,6 +304,17 @@ def test_a_patch_that_does_not_apply_is_named_with_the_reason(tmp_path: Path):
     with pytest.raises(UsageError, match=r"does not apply to this package: .*nowhere\.py"):
         open_edit(str(patch), tmp_path / "code")
     assert not list((tmp_path / "code").glob("*")), "nothing is left"
+
+
+def test_a_patch_whose_edit_is_still_in_the_package_is_refused_with_the_way_back(tmp_path: Path):
+    """The control would run the edit too."""
+    name, patch = "layers/initialize.py", tmp_path / "edit.patch"
+    now = (PACKAGE / name).read_text(encoding="utf-8").splitlines(keepends=True)
+    before = [*now[:20], "BEFORE = 1\n", *now[20:]]
+    file = f"llm_quest/{name}"
+    patch.write_text("".join(difflib.unified_diff(before, now, f"a/{file}", f"b/{file}")), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"in this package already, so the control would run it too.*git apply -R"):
+        open_edit(str(patch), tmp_path / "code")
 
 
 def test_the_hash_of_the_code_is_of_what_a_run_computes():

@@ -141,6 +141,21 @@ def test_the_words_of_a_verdict():
     assert "undecided" in describe_verdict(compare([8.0, -8.0] * 6).verdict("arm"))[0]
 
 
+def test_a_verdict_names_the_interval_that_decided_it():
+    """Four pairs whose 90 % interval lies within delta, and whose 95 % interval does not."""
+    found = compare([0.6, -0.6, 0.6, -0.6]).verdict("arm")
+    assert found["outcome"] == "no difference larger than delta"
+    assert found["interval_95"][1] > LOSS.delta > found["interval_90"][1]
+    assert found["decided_by"] == "interval_90"
+    low, high = found["interval_90"]
+    assert f"decided by the 90 % interval, {low:+.4g} to {high:+.4g}" in describe_verdict(found)[1]
+    better = compare([-2.0, -2.1, -1.9, -2.05]).verdict("arm")
+    assert better["decided_by"] == "evidence"
+    assert not any("decided by" in line for line in describe_verdict(better))
+    assert compare([None] * 12).verdict("arm")["decided_by"] == "diverged"
+    assert compare([8.0, -8.0] * 6).verdict("arm")["decided_by"] == ""
+
+
 def test_of_two_hundred_null_edits_few_are_called_better_or_worse():
     """A quick part of `python -m tests.experiments.null_edits`."""
     outcomes = simulate(200)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +20,22 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from llm_quest.cli import ablate
 from llm_quest.cli.ledger import list_experiments
-from llm_quest.errors import UsageError
+from llm_quest.errors import QuestError, UsageError
 from llm_quest.experiments import measurements, worker
 from llm_quest.experiments.arms import Arm
 from llm_quest.experiments.bases import Base
 from llm_quest.experiments.code_tree import own_code
 from llm_quest.experiments.confirmation import MAX_CONFIRMATIONS, plan_confirmation
+from llm_quest.experiments.experiment import Experiment
 from llm_quest.experiments.ledger import Ledger, find_faults
-from llm_quest.experiments.measurements import Measurements, OutOfTime, RunRequest, hash_inputs
+from llm_quest.experiments.measurements import Measurements, OutOfTime, RunProgress, RunRequest, hash_inputs
 from llm_quest.experiments.page import write_experiment_page
 from llm_quest.experiments.verdict_lines import describe_verdict
 from llm_quest.experiments.worker import describe_arm, run_arm
 from llm_quest.experiments.worker_pool import WorkerPool
+from llm_quest.progress import describe_phases, longest_silence, phase
 from tests.experiments.bench import SHORT, patch_package, plan_of, run_experiment, settings, write_text
 from tests.recipes.tuned import base
 
@@ -57,7 +63,7 @@ def experiment_result(root: Path, text: Path, pool: WorkerPool) -> tuple[dict[st
 
 def test_an_experiment_ends_with_a_verdict(experiment_result: tuple[dict[str, Any], list[str]]):
     result, lines = experiment_result
-    assert "same changes nothing" in result["notes"][0], "tiny's own width, spelled out"
+    assert any("same changes nothing" in note for note in result["notes"]), "tiny's own width, spelled out"
     (verdict,) = result["verdicts"]
     assert verdict["outcome"] in ("better", "worse", "no difference larger than delta", "undecided (cap)")
     assert 4 <= verdict["pairs"] <= 8
@@ -90,6 +96,9 @@ def test_the_ledger_tells_everything_in_order(experiment_result: tuple[dict[str,
     assert find_faults(rows) == []
     assert rows[0]["kind"] == "claim"
     assert rows[0]["claim"]["delta"] == 0.03
+    assert rows[0]["resolved"]["control"]["warmup_steps"] == 3
+    assert rows[0]["resolved"]["wide"] == {"model.config.intermediate_size": 160}
+    assert rows[0]["derived"]["control"]["eval_steps"]["why"] == "fixed by quest ablate for all arms"
     assert rows[-1]["kind"] == "verdict"
     started, ended = ([row["run"] for row in rows if row["kind"] == kind] for kind in ("started", "run"))
     assert set(started) == set(ended)
@@ -256,15 +265,16 @@ def test_what_was_found_on_the_dev_half_is_asked_once_more_on_the_test_half(
     result, _ = run_experiment(plan, tmp_path, pool)
     assert [verdict["outcome"] for verdict in result["verdicts"]] == ["better", "worse"]
     asked = plan_confirmation(ledger, plan.experiment, (), tmp_path / "code", "")
-    assert [arm.name for arm in asked.arms] == ["fast"], "only what was found better"
+    assert [arm.name for arm in asked.arms] == ["fast", "slow"], "every verdict that was decided"
     assert "data.eval_part=dev" in plan.pairs
     assert "data.eval_part=test" in asked.pairs
     assert (asked.first_seed, asked.rates, asked.claim) == (401, 1, plan.claim)
     assert asked.arms[0].pairs[-1] == "learning_rate=0.008"
     assert [row["kind"] for row in ledger.of(plan.experiment)][-1] == "confirmation", "before its first run"
     found, _ = run_experiment(asked, tmp_path, pool)
-    (verdict,) = found["verdicts"]
-    assert (verdict["outcome"], verdict["seeds"][0]) == ("better", 401)
+    assert [(one["outcome"], one["seeds"][0]) for one in found["verdicts"]] == [("better", 401), ("worse", 401)]
+    assert found["confirmed"]["slow"] == {"before": "worse", "again": "worse", "same": True}
+    assert f"fast: the same verdict again: better in {plan.experiment}, better here" in found["notes"]
     again = plan_confirmation(ledger, plan.experiment, (), tmp_path / "code", "")
     assert again.experiment == asked.experiment, "once: the same seeds, whose runs are there"
     assert find_faults(ledger.rows()) == []
@@ -294,9 +304,77 @@ def test_the_test_half_is_not_opened_without_end(tmp_path: Path):
     with pytest.raises(UsageError, match="the package has changed"):
         plan_confirmation(ledger, "moved", (), tmp_path, "")
     ledger.append("claim", "none", claim)
-    ledger.append("verdict", "none", {"arm": "x", "outcome": "worse"})
-    with pytest.raises(UsageError, match=r"no arm of it is better than its control \(x: worse\)"):
+    ledger.append("verdict", "none", {"arm": "x", "outcome": "undecided (cap)"})
+    with pytest.raises(UsageError, match=r"no arm of it is decided \(x: undecided \(cap\)\)"):
         plan_confirmation(ledger, "none", (), tmp_path, "")
+
+
+def test_the_same_question_of_other_seeds_is_a_repetition_and_linked_both_ways(
+    text: Path, pool: WorkerPool, tmp_path: Path
+):
+    ledger, found = Ledger(tmp_path / "ledger.jsonl"), []
+    for options in ({}, {"first_seed": 401, "question": "Again?"}, {"delta": 0.2}):
+        found.append(Experiment(plan_of(text, tmp_path, **{**SHORT, **options}), tmp_path, pool, ledger, print))
+        found[-1].write_claim()
+    first, again, other = (one.plan.experiment for one in found)
+    assert [any("repetition" in note for note in one.notes) for one in found] == [False, True, False]
+    assert f"a repetition of {first} with other seeds" in found[1].notes[-1]
+    assert f"quest ablate --confirm {first} does" in found[1].notes[-1]
+    assert [row["by"] for row in ledger.of(first) if row["kind"] == "repetition"] == [again]
+    assert not [row for name in (again, other) for row in ledger.of(name) if row["kind"] == "repetition"]
+
+
+def test_a_dry_run_shows_settings_and_cost_and_writes_nothing(
+    text: Path, pool: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(ablate, "WorkerPool", lambda jobs: nullcontext(pool))
+    options = ablate.AblateOptions(arms=("none=warmup_steps=0",), cap=8)
+    pairs = [pair for pair in settings(text) if not pair.startswith("warmup")]
+    found = ablate.preview_ablation("tiny", pairs, options, out=tmp_path / "out", log=print)
+    shown = found.as_json()
+    assert shown["runs"]["most"] == 47
+    assert shown["run_seconds"] > 0
+    assert shown["derived"]["control"]["warmup_steps"]["value"] == shown["resolved"]["control"]["warmup_steps"]
+    assert shown["resolved"]["none"] == {"warmup_steps": 0}
+    assert any("warmup_steps is" in line for line in shown["messages"])
+    assert any(line.startswith("estimate: ") for line in shown["messages"])
+    assert list(tmp_path.iterdir()) == []
+    json.dumps(shown, allow_nan=False)
+
+
+def test_pairs_are_shown_as_they_end_and_records_that_are_used_again_are_counted(
+    experiment_result: tuple[dict[str, Any], list[str]], root: Path, text: Path, pool: WorkerPool
+):
+    lines = experiment_result[1]
+    first = lines.index(next(line for line in lines if line.startswith("seed ")))
+    assert len([line for line in lines[:first] if line.startswith("pairs ")]) < 8, "not after all of the first four"
+    assert any(
+        re.match(r"pairs 1 of 8: control, seed 1: finished, eval/\w+ [\d.]+, [\d.]+ s, ETA", one) for one in lines
+    )
+    again = run_experiment(plan_of(text, root), root, pool)[1]
+    assert "pairs: 8 of 8 runs are there already and are used again" in again
+
+
+def test_a_run_is_shown_with_its_step(tmp_path: Path):
+    folder = tmp_path / "abc"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 10}\n{"step": 20}\n{"ste')
+    request = RunRequest("wide", ("max_steps=60",), 3, own_code(), "report")
+    with phase("pairs", 2) as now:
+        RunProgress({folder: request, tmp_path / "waits": request}, now)
+        assert "(wide, seed 3: step 20 of 60)" in describe_phases()
+        assert longest_silence() < 10
+    assert longest_silence() == 60
+
+
+def test_a_pool_that_closes_ends_a_process_that_is_still_starting():
+    """It does not wait for the run that the process was started for."""
+    with WorkerPool(1) as pool:
+        future = pool.submit(own_code(), {"do": "describe", "recipe": "tiny", "pairs": []})
+        while not future.running():
+            time.sleep(0.01)
+    assert isinstance(future.exception(), QuestError | ValueError)
+    assert all(worker.process.poll() is not None for worker in pool.workers)
 
 
 def test_an_error_of_an_edited_package_is_told_with_its_place(monkeypatch: pytest.MonkeyPatch):

@@ -100,8 +100,25 @@ def test_experiments_are_listed_and_shown(file: Path):
     assert any("seed 5" in line and "eval/loss 1.5" in line for line in shown)
     with pytest.raises(UsageError, match=r"0 experiments of .* are called three; the newest are: one, two"):
         show_experiment(file, "three", print)
+    nothing = list_experiments(file.with_name("none.jsonl"), print)
+    assert nothing.as_json() == []
+    assert "no ledger yet" in nothing.lines()[0]
     with pytest.raises(UsageError, match="no ledger yet"):
-        list_experiments(file.with_name("none.jsonl"), print)
+        show_experiment(file.with_name("none.jsonl"), "one", print)
+
+
+def test_an_experiment_is_shown_with_the_settings_of_its_arms_and_the_rates_of_its_runs(tmp_path: Path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    derived = {"control": {"warmup_steps": {"recipe": 50, "value": 6, "why": "shortened with max_steps"}}}
+    resolved = {"control": {"max_steps": 120, "warmup_steps": 6}, "none": {"warmup_steps": 0}}
+    ledger.append("claim", "one", {"recipe": "pretrain", "resolved": resolved, "derived": derived})
+    run = {"run": "a", "arm": "none", "seed": 101, "role": "tune", "settings": ["batch_size=8", "learning_rate=0.004"]}
+    ledger.append("run", "one", {**run, "status": "finished", "metrics": {}, "cpu_seconds": 2.0})
+    shown = show_experiment(ledger.file, "one", print).lines()
+    assert "settings of control: max_steps=120 warmup_steps=6" in shown
+    assert "settings of none: warmup_steps=0" in shown
+    assert any("warmup_steps is 6, not pretrain's 50 (shortened with max_steps)" in line for line in shown)
+    assert any("seed 101  learning_rate 0.004  finished" in line for line in shown)
 
 
 def test_verdicts_are_exported_as_a_table_and_runs_to_a_tracker(file: Path, tmp_path: Path):

@@ -126,7 +126,8 @@ def test_a_warm_up_that_is_given_stays_and_one_too_long_is_refused():
     assert dry_config("pretrain", "max_steps=20").warmup_steps == 1
     assert dry_config("pretrain", "max_steps=5000").warmup_steps == 50
     assert dry_config("pretrain", "max_steps=20", "warmup_steps=15").warmup_steps == 15
-    with pytest.raises(UsageError, match="warmup_steps 30 is more than max_steps 20"):
+    arguments = "argument 'warmup_steps=30' and argument 'max_steps=20': warmup_steps 30 is more than max_steps 20"
+    with pytest.raises(UsageError, match=arguments):
         dry_config("pretrain", "max_steps=20", "warmup_steps=30")
 
 
