@@ -25,6 +25,7 @@ from llm_quest.experiments.sequential import FIRST_LOOK, THRESHOLDS
 from llm_quest.experiments.verdict_lines import describe_verdict
 from llm_quest.experiments.worker_pool import WorkerPool, exclusive_pool
 from llm_quest.files import atomic_write_json
+from llm_quest.progress import phase
 from llm_quest.recipes.recipe import load_recipe
 from llm_quest.train.best_model import is_greater_better
 
@@ -160,7 +161,8 @@ def plan_ablation(
 def run_ablation(recipe: str, pairs: Sequence[str], options: AblateOptions, *, out: Path, log: LogFn) -> AblationReport:
     """Run an experiment below the folder `out`, or go on with it."""
     ledger = Ledger(out / "ledger.jsonl", log)
-    plan = plan_ablation(recipe, pairs, options, ledger, out / "code", log)
+    with phase("reading the settings and the package"):
+        plan = plan_ablation(recipe, pairs, options, ledger, out / "code", log)
     folder = out / plan.experiment
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive_pool(folder, options.jobs, "the same experiment is running; wait, or read its ledger") as pool:

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -116,6 +119,24 @@ def main() -> None:
     arguments = sorted(sys.argv[1:], key=lambda one: one != "--allow-pickle")  # it may stand behind the command too
     with end_on_signals():
         code = run_with_exit_code(lambda: app(arguments, standalone_mode=True, prog_name="quest"))
+    end_process(code)
+
+
+INTERRUPTED = (130, 143)
+
+
+def end_process(code: int) -> None:
+    """End the process. After a signal only its threads and the registered functions of its end are waited for: the
+    interpreter's own end takes a second of CPU with torch, which a machine under load stretches to ten."""
+    if code in INTERRUPTED:
+        for thread in threading.enumerate():
+            if not thread.daemon and thread is not threading.current_thread():
+                thread.join()
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import atexit
 import inspect
 import io
 import json
@@ -10,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +19,10 @@ from pathlib import Path
 import pytest
 
 from llm_quest.cli import main as cli
-from llm_quest.cli.main import app
+from llm_quest.cli.main import app, end_process
 from llm_quest.cli.output import explain_failure, run_with_exit_code
 from llm_quest.errors import BusyError, DataError, GuardStop, MissingError, ResourceError, UsageError
+from tests.forked import processes
 
 RunQuest = Callable[..., subprocess.CompletedProcess[str]]
 QUEST = [sys.executable, "-c", "from llm_quest.cli.main import main; main()"]
@@ -246,6 +249,21 @@ def test_ctrl_c_saves_and_the_same_command_ends_with_the_same_bits(place: Path, 
     assert (place / "stopped" / "report.html").is_file()
     last = "checkpoints/step-00000060/model.safetensors"
     assert (place / "stopped" / last).read_bytes() == (place / "straight" / last).read_bytes()
+
+
+def end_by_signal(folder: Path) -> None:
+    atexit.register((folder / "registered").write_text, "done")
+    threading.Thread(target=lambda: (time.sleep(0.1), (folder / "thread").write_text("done"))).start()
+    end_process(130)
+
+
+def test_an_interrupted_command_ends_without_the_interpreters_own_end(tmp_path: Path) -> None:
+    """But with its threads and what is registered for the end, such as the removal of temporary caches."""
+    process = processes.Process(target=end_by_signal, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 130
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["registered", "thread"]
 
 
 def test_a_dry_run_prints_a_recipe_and_writes_nothing(
