@@ -29,7 +29,7 @@ def parse_quantity(text: str, option: str) -> float:
     """`50k`, `1.5M`, `4B`, `2e9` -> the number. UsageError for another text, which names the option."""
     match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmgbt]?)", text.strip().lower())
     if match is None:
-        raise UsageError(f"{option} {text!r} is no number of parameters; write 50k, 500M or 1.5B")
+        raise UsageError(f"{option} {text!r} is no number; write 50k, 500M or 1.5B")
     return float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}[match[2]]
 
 

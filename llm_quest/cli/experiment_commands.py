@@ -83,6 +83,9 @@ def ladder(
     tokens_per_parameter: Annotated[
         str, typer.Option(help="Tokens for each parameter; several (5,10,20) fit L(N, D). The recipe's own.")
     ] = "",
+    tokens: Annotated[
+        str, typer.Option(help="The same tokens for all sizes instead, such as 2M; several (1M,2M,4M) fit L(N, D).")
+    ] = "",
     seeds: Annotated[int, typer.Option(min=1, max=20, help="Runs of each size.")] = 2,
     rates: Annotated[int, typer.Option(min=1, max=9, help="Learning rates tried on each tuned size; 1: none.")] = 3,
     tuned_rungs: Annotated[
@@ -102,8 +105,8 @@ def ladder(
     offline: OfflineOption = False,
 ) -> None:
     """Predict the loss of a recipe's model from smaller models of its family: each is trained on the same number of
-    tokens per parameter, a scaling law is fitted, and the prediction is written down before the model is trained. The
-    same command again goes on after an interruption."""
+    tokens per parameter (or of tokens: --tokens), a scaling law is fitted, and the prediction is written down before
+    the model is trained. The same command again goes on after an interruption."""
     set_environment(1, offline)
     with show_progress(quiet):
         from llm_quest.cli import ladder as commands
@@ -112,7 +115,7 @@ def ladder(
 
         options = commands.LadderOptions(
             rungs, parse_quantity(smallest or "0", "--smallest"), parse_quantity(largest or "0", "--largest"),
-            commands.parse_ratios(tokens_per_parameter), seeds, rates, tuned_rungs, parametrization, scale,
+            commands.parse_budgets(tokens_per_parameter, tokens), seeds, rates, tuned_rungs, parametrization, scale,
             run, jobs or usable_cores(),
         )  # fmt: skip
         result = commands.run_ladder(recipe, pairs or [], options, out=out, log=status_printer(quiet))

@@ -16,10 +16,10 @@ from llm_quest.experiments.code_tree import own_code
 from llm_quest.experiments.ladder import Ladder, LadderPlan, describe_outcome, describe_prediction
 from llm_quest.experiments.ladder_page import write_ladder_page
 from llm_quest.experiments.ledger import Ledger
-from llm_quest.experiments.rungs import SCALES, make_rungs
+from llm_quest.experiments.rungs import SCALES, TokenBudget, make_rungs
 from llm_quest.experiments.worker_pool import exclusive_pool
 from llm_quest.files import atomic_write_json
-from llm_quest.formatting import align_columns
+from llm_quest.formatting import align_columns, parse_quantity
 from llm_quest.models.parametrization import PARAMETRIZATIONS
 from llm_quest.recipes.recipe import load_recipe
 
@@ -31,7 +31,7 @@ class LadderOptions:
     rungs: int = 5
     smallest: float = 0.0
     largest: float = 0.0
-    ratios: tuple[float, ...] = ()
+    budgets: tuple[TokenBudget, ...] = ()
     seeds: int = 2
     rates: int = 3
     tuned: int = 2
@@ -95,13 +95,11 @@ def make_ladder_plan(recipe: str, pairs: Sequence[str], options: LadderOptions) 
         raise UsageError(f"--scale {options.scale}: known are {', '.join(SCALES)}")
     if not recipe:
         raise UsageError("no recipe was given: quest ladder pretrain --rungs 5, for example")
-    if any(not ratio > 0 for ratio in options.ratios):
-        raise UsageError("--tokens-per-parameter: give numbers above 0, such as 5 or 5,10,20")
     refuse_own_keys(pairs, allowed=("max_steps",))
     base = [*default_pairs(recipe, pairs), *pairs]
     config = load_recipe(recipe, base)[1]
     rungs, target = make_rungs(
-        recipe, base, count=options.rungs, smallest=options.smallest, largest=options.largest, ratios=options.ratios,
+        recipe, base, count=options.rungs, smallest=options.smallest, largest=options.largest, budgets=options.budgets,
         kind=options.kind, scale=options.scale,
     )  # fmt: skip
     return LadderPlan(
@@ -110,9 +108,14 @@ def make_ladder_plan(recipe: str, pairs: Sequence[str], options: LadderOptions) 
     )  # fmt: skip
 
 
-def parse_ratios(given: str) -> tuple[float, ...]:
-    """`5,10,20` -> numbers; empty for none."""
-    try:
-        return tuple(float(one) for one in given.split(",") if one.strip())
-    except ValueError:
-        raise UsageError(f"--tokens-per-parameter {given}: expected numbers with commas, such as 5,10,20") from None
+def parse_budgets(tokens_per_parameter: str, tokens: str) -> tuple[TokenBudget, ...]:
+    """The values of --tokens-per-parameter (`5,10,20`) or of --tokens (`500k,1M,2M`); empty for none."""
+    if tokens_per_parameter and tokens:
+        raise UsageError("--tokens gives every size the same tokens, and --tokens-per-parameter larger sizes more: one")
+    option, given = ("--tokens", tokens) if tokens else ("--tokens-per-parameter", tokens_per_parameter)
+    amounts = sorted({parse_quantity(one, option) for one in given.split(",") if one.strip()})
+    if len(amounts) == 2 or not all(amounts):
+        raise UsageError(
+            f"{option} {given}: give one number above 0, or at least three with commas, for a law of size and tokens"
+        )
+    return tuple(TokenBudget(amount, per_parameter=not tokens) for amount in amounts)

@@ -25,10 +25,12 @@ from llm_quest.experiments.rungs import Rung
 from llm_quest.experiments.scaling_law import (
     LadderPoint,
     fit_scaling_law,
+    has_paired_seeds,
     leave_one_out,
     noise_of,
     numbers_of_form,
     predict_loss,
+    seed_effects,
 )
 from llm_quest.experiments.tuning import RateSearch, carry_rate, describe_search, first_grid, needs_extension
 from llm_quest.experiments.worker_pool import WorkerPool
@@ -68,8 +70,8 @@ class LadderPlan:
 
     @property
     def rungs_to_tune(self) -> list[Rung]:
-        """The rungs whose rate is tuned: the smallest and the middle one, of the most tokens per parameter."""
-        own = [rung for rung in self.rungs if rung.ratio == self.target.ratio]
+        """The rungs whose rate is tuned: the smallest and the middle one, of the largest budget."""
+        own = [rung for rung in self.rungs if rung.budget == self.target.budget]
         return [own[0], own[len(own) // 2]][: self.tuned]
 
     @property
@@ -81,7 +83,7 @@ class LadderPlan:
 def describe_rung(rung: Rung) -> dict[str, Any]:
     """A rung as JSON values."""
     return {
-        "name": rung.name, "parameters": rung.parameters, "multiplying": rung.n, "tokens_per_parameter": rung.ratio,
+        "name": rung.name, "parameters": rung.parameters, "multiplying": rung.n, "budget": asdict(rung.budget),
         "steps": rung.steps, "tokens": rung.tokens, "flops": rung.flops, "settings": list(rung.pairs),
     }  # fmt: skip
 
@@ -106,7 +108,7 @@ class Ladder:
             hash_inputs(about),
         )  # fmt: skip
         self.tune()
-        losses = {rung.name: self.losses_of(rung, self.plan.seeds, "rung") for rung in self.plan.rungs}
+        losses = self.losses_of(self.plan.rungs, self.plan.seeds, "rung")
         points = [LadderPoint(rung.n, rung.tokens, tuple(losses[rung.name])) for rung in self.plan.rungs]
         result = self.fit(points, losses)
         sentence = describe_prediction(result)
@@ -165,10 +167,17 @@ class Ladder:
         self.notes.append(text)
         self.log(text)
 
-    def losses_of(self, rung: Rung, seeds: int, role: str) -> list[float]:
+    def losses_of(self, rungs: Sequence[Rung], seeds: int, role: str) -> dict[str, list[float]]:
+        """The losses of each size by its name, all runs side by side. The longest begin first, so that no process
+        waits for one of them in the end."""
+        order = sorted(rungs, key=lambda rung: -rung.flops)
+        requests = [self.request(rung, seed, role) for rung in order for seed in range(1, seeds + 1)]
+        records = iter(self.measurements.measure(requests, f"{len(rungs)} sizes" if len(rungs) > 1 else order[0].name))
+        found = {rung.name: [next(records) for _ in range(seeds)] for rung in order}
+        return {rung.name: self.finished_losses(rung, found[rung.name]) for rung in rungs}
+
+    def finished_losses(self, rung: Rung, records: Sequence[Record]) -> list[float]:
         """The losses of a size, and a line of the live table. GuardStop if a run diverged."""
-        requests = [self.request(rung, seed, role) for seed in range(1, seeds + 1)]
-        records = self.measurements.measure(requests, f"{rung.name} parameters")
         losses = [self.value(record, rung.name) for record in records]
         if None in losses:
             raise GuardStop(
@@ -183,13 +192,14 @@ class Ladder:
     def fit(self, points: Sequence[LadderPoint], losses: Mapping[str, list[float]]) -> dict[str, Any]:
         """Law, leave-one-out and prediction."""
         law, form = fit_scaling_law(points), numbers_of_form(points)
-        target = self.plan.target
-        prediction = predict_loss(points, target.n, target.tokens, runs=max(1, self.plan.run), form=form)
+        target, runs = self.plan.target, max(1, self.plan.run)
+        paired = has_paired_seeds(points) and runs <= self.plan.seeds
+        prediction = predict_loss(points, target.n, target.tokens, runs=runs, form=form, paired=paired)
         left_out = leave_one_out(points)
         covered = sum(one.covers(point.mean) for one, point in zip(left_out, points, strict=True))
         if law.floor <= 0:
             self.note("the law has no floor above 0: the sizes are too small to see one, and larger sizes may flatten")
-        sd, freedom = noise_of(points, law, form)
+        sd, freedom = noise_of(points, law, form, paired=paired)
         rungs = [
             {**describe_rung(rung), "learning_rate": self.rate_of(rung), "losses": losses[rung.name],
              "predicted_by_others": asdict(one),
@@ -201,7 +211,8 @@ class Ladder:
             "metric": METRIC, "law": {**asdict(law), "formula": law.formula},
             "rates_tried": {name: {f"{rate:g}": loss for rate, loss in search.losses.items()}
                             for name, search in self.searches.items()},
-            "run_sd": sd, "degrees_of_freedom": freedom, "rungs": rungs, "covered": covered,
+            "run_sd": sd, "degrees_of_freedom": freedom, "seed_effects": seed_effects(points) if paired else [],
+            "rungs": rungs, "covered": covered,
             "largest_error": left_out[-1].loss / points[-1].mean - 1,
             "prediction": asdict(prediction), "measured": None, "notes": self.notes,
         }  # fmt: skip
@@ -209,7 +220,7 @@ class Ladder:
     def compare(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Make the large runs, and say how far the prediction was."""
         target = self.plan.target
-        losses = self.losses_of(target, self.plan.run, "target")
+        losses = self.losses_of([target], self.plan.run, "target")[target.name]
         mean, prediction = statistics.fmean(losses), result["prediction"]
         outcome = {
             "losses": losses, "mean": mean, "error": prediction["loss"] - mean,
@@ -228,9 +239,15 @@ def describe_prediction(result: Mapping[str, Any]) -> str:
     found, target, sizes = result["prediction"], result["target"], len(result["rungs"])
     return (
         f"{target['name']}: predicted {METRIC} {found['loss']:.4f} ({found['low']:.4f} to {found['high']:.4f}) after "
-        f"{target['tokens']:,} tokens; leave-one-out intervals hold {result['covered']} of {sizes} sizes; the largest "
-        f"rung, predicted from the others, is {result['largest_error']:+.1%} off"
+        f"{target['tokens']:,} tokens{describe_seeds(result)}; leave-one-out intervals hold {result['covered']} of "
+        f"{sizes} sizes; the largest rung, predicted from the others, is {result['largest_error']:+.1%} off"
     )
+
+
+def describe_seeds(result: Mapping[str, Any]) -> str:
+    """For which seeds the prediction holds, where their effects are part of it."""
+    runs = result["prediction"]["runs"]
+    return (" with seed 1" if runs == 1 else f" with seeds 1 to {runs}") if result["seed_effects"] else ""
 
 
 def describe_outcome(name: str, prediction: Mapping[str, Any], outcome: Mapping[str, Any]) -> str:

@@ -8,15 +8,15 @@ from typing import Any
 
 from llm_quest.errors import DataError, UsageError
 from llm_quest.experiments.arms import resolve_settings
-from llm_quest.experiments.rungs import count_multiplying
-from llm_quest.experiments.scaling_law import LadderPoint, numbers_of_form, predict_loss
+from llm_quest.experiments.rungs import TokenBudget, count_multiplying
+from llm_quest.experiments.scaling_law import LadderPoint, equal_tokens, numbers_of_form, predict_loss
 from llm_quest.files import load_json
 from llm_quest.recipes.pretrain import resolve_model_config
 from llm_quest.recipes.recipe import load_recipe
 
 SHARED_SETTINGS = ("data", "tokenizer", "sequence_length", "batch_size", "optim", "lr_scheduler_type", "min_lr_ratio")
 """Settings that a ladder and the run that it predicts share."""
-RATIO_TOLERANCE = 0.1
+BUDGET_TOLERANCE = 0.1
 
 
 def read_ladder(file: Path) -> dict[str, Any]:
@@ -44,6 +44,12 @@ def ladder_points(ladder: Mapping[str, Any]) -> list[LadderPoint]:
     ]
 
 
+def usual_budget(points: Sequence[LadderPoint]) -> TokenBudget:
+    """The budget of a ladder that has one."""
+    equal = equal_tokens(points)
+    return TokenBudget(points[0].d if equal else points[0].d / points[0].n, per_parameter=not equal)
+
+
 def forecast_loss(file: Path, recipe: str, pairs: Sequence[str]) -> dict[str, Any]:
     """The predicted loss of a recipe's run with its 95 % interval. UsageError for a run that the ladder says nothing
     about."""
@@ -55,12 +61,13 @@ def forecast_loss(file: Path, recipe: str, pairs: Sequence[str]) -> dict[str, An
     n, _ = count_multiplying(resolve_model_config(config, settings), config.sequence_length)
     tokens = config.max_steps * config.batch_size * config.sequence_length
     points = ladder_points(ladder)
-    usual = points[0].d / points[0].n
-    if numbers_of_form(points) == 3 and abs(tokens / n / usual - 1) > RATIO_TOLERANCE:
-        steps = round(usual * n / config.batch_size / config.sequence_length)
+    usual = usual_budget(points)
+    if numbers_of_form(points) == 3 and abs(tokens / usual.tokens(n) - 1) > BUDGET_TOLERANCE:
+        steps = round(usual.tokens(n) / config.batch_size / config.sequence_length)
+        several = "5,10,20" if usual.per_parameter else "1M,2M,4M"
         raise UsageError(
-            f"--ladder {file}: its sizes saw {usual:.3g} tokens per parameter and this run sees {tokens / n:.3g}: set "
-            f"max_steps={steps}, or fit several numbers: quest ladder --tokens-per-parameter 5,10,20"
+            f"--ladder {file}: its sizes saw {usual.words}, {usual.tokens(n):,.0f} at this size, and this run sees "
+            f"{tokens:,}: set max_steps={steps}, or fit several numbers: quest ladder {usual.option} {several}"
         )
     one = predict_loss(points, n, tokens)
     return {"metric": "eval/loss", "loss": one.loss, "low": one.low, "high": one.high, "ladder": ladder["experiment"]}

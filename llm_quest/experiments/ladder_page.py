@@ -9,6 +9,7 @@ from typing import Any
 
 from llm_quest.experiments.ladder import describe_outcome, describe_prediction
 from llm_quest.experiments.page import Table, render_experiment_page, settings_table
+from llm_quest.experiments.rungs import TokenBudget
 from llm_quest.experiments.scaling_law import ScalingLaw
 from llm_quest.files import atomic_write_text
 from llm_quest.report.plots import Curve, plot_curves
@@ -34,18 +35,19 @@ def write_ladder_page(result: Mapping[str, Any], file: Path) -> None:
 
 
 def draw_law(result: Mapping[str, Any]) -> str:
-    """Measured losses, the law and the prediction; one curve for each number of tokens per parameter."""
+    """Measured losses, the law and the prediction; one curve for each budget."""
     law = ScalingLaw(**{key: value for key, value in result["law"].items() if key != "formula"})
     target, curves = result["target"], []
-    for color, ratio in enumerate(sorted({rung["tokens_per_parameter"] for rung in result["rungs"]})):
-        own = [rung for rung in result["rungs"] if rung["tokens_per_parameter"] == ratio]
+    for color, amount in enumerate(sorted({rung["budget"]["amount"] for rung in result["rungs"]})):
+        own = [rung for rung in result["rungs"] if rung["budget"]["amount"] == amount]
+        budget = TokenBudget(**own[0]["budget"])
         sizes = [math.log10(rung["multiplying"]) for rung in own for _ in rung["losses"]]
         losses = [loss for rung in own for loss in rung["losses"]]
-        curves.append(Curve(f"measured, {ratio:.3g} tokens each", sizes, losses, color, show_points=True))
+        curves.append(Curve(f"measured, {budget.words}", sizes, losses, color, show_points=True))
         begin, end = min(rung["multiplying"] for rung in own), target["multiplying"]
         along = [begin * (end / begin) ** (step / (CURVE_POINTS - 1)) for step in range(CURVE_POINTS)]
-        fitted = [law.predict(n, ratio * n) for n in along]
-        curves.append(Curve(f"law, {ratio:.3g}", [math.log10(n) for n in along], fitted, color + 2))
+        fitted = [law.predict(n, budget.tokens(n)) for n in along]
+        curves.append(Curve(f"law, {budget.words}", [math.log10(n) for n in along], fitted, color + 2))
     found, at = result["prediction"], math.log10(target["multiplying"])
     interval = [found["low"], found["loss"], found["high"]]
     curves.append(Curve("predicted", [at] * 3, interval, 4, show_points=True))

@@ -1,4 +1,4 @@
-"""The rungs of a ladder: smaller models of the recipe's family, each trained on as many tokens per parameter.
+"""The rungs of a ladder: smaller models of the recipe's family, each trained on the same budget of tokens.
 
 N, the size of a rung, is the number of parameters that multiply each token: all matrices and the output, of experts
 those that a token meets, without the embedding. It is counted, not estimated (`cost/flops.py`)."""
@@ -31,14 +31,39 @@ SHAPE_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
+class TokenBudget:
+    """The tokens that each size trains on: `amount` for each parameter that multiplies a token, or `amount` in all."""
+
+    amount: float
+    per_parameter: bool = True
+
+    def tokens(self, n: float) -> float:
+        """The tokens of a size of n parameters."""
+        return self.amount * n if self.per_parameter else self.amount
+
+    @property
+    def option(self) -> str:
+        return "--tokens-per-parameter" if self.per_parameter else "--tokens"
+
+    @property
+    def label(self) -> str:
+        """The part of a rung's name: 20, or 500k."""
+        return f"{self.amount:g}" if self.per_parameter else f"{self.amount / 1000:g}k"
+
+    @property
+    def words(self) -> str:
+        return f"{self.amount:.3g} tokens per parameter" if self.per_parameter else f"{self.amount:,.0f} tokens"
+
+
+@dataclass(frozen=True)
 class Rung:
-    """A size. n: parameters that multiply each token. ratio: tokens for each of them. pairs: its settings."""
+    """A size. n: parameters that multiply each token. pairs: its settings."""
 
     name: str
     config: Any
     parameters: int
     n: int
-    ratio: float
+    budget: TokenBudget
     steps: int
     tokens: int
     flops: float
@@ -117,15 +142,17 @@ def choose_shapes(config: Any, count: int, smallest: float, largest: float, scal
     return found
 
 
-def make_rung(config: Any, parameters: int, whole: Any, ratio: float, course: Course, n: int, row_flops: int) -> Rung:
+def make_rung(
+    config: Any, parameters: int, whole: Any, budget: TokenBudget, course: Course, n: int, row_flops: int
+) -> Rung:
     """The rung of a config. whole: the recipe's own, whose fields the rung changes."""
-    wanted = ratio * n / course.tokens_per_step
+    wanted = budget.tokens(n) / course.tokens_per_step
     steps = max(1, round(wanted))
     if abs(steps / wanted - 1) > TOLERANCE:
-        enough = ratio * 0.5 / TOLERANCE / wanted
+        enough = budget.amount * 0.5 / TOLERANCE / wanted
         raise UsageError(
-            f"{format_quantity(parameters)} parameters at {ratio:g} tokens each are {wanted:.1f} steps, so budgets "
-            f"can't be equal: give more tokens (--tokens-per-parameter {enough:.2g}) or a smaller batch_size"
+            f"{format_quantity(parameters)} parameters and {budget.words} are {wanted:.1f} steps, so budgets can't be "
+            f"equal: give more tokens ({budget.option} {enough:.2g}) or a smaller batch_size"
         )
     sizes = differing_sizes(whole, config)
     base = differing_sizes(config, replace_sizes(whole, course.base)) if course.base else {}
@@ -135,8 +162,8 @@ def make_rung(config: Any, parameters: int, whole: Any, ratio: float, course: Co
         pairs += [f"parametrization.name={course.kind}", *size_pairs("parametrization.base", base)]
     tokens = steps * course.tokens_per_step
     flops = float(row_flops) * tokens / course.sequence_length
-    name = f"{format_quantity(parameters).replace(' ', '')}-{ratio:g}".replace(",", "")
-    return Rung(name, config, parameters, n, ratio, steps, tokens, flops, tuple(pairs))
+    name = f"{format_quantity(parameters).replace(' ', '')}-{budget.label}".replace(",", "")
+    return Rung(name, config, parameters, n, budget, steps, tokens, flops, tuple(pairs))
 
 
 def size_pairs(key: str, sizes: Mapping[str, Any]) -> Iterator[str]:
@@ -155,13 +182,12 @@ def make_rungs(
     count: int,
     smallest: float,
     largest: float,
-    ratios: Sequence[float],
+    budgets: Sequence[TokenBudget],
     kind: str,
     scale: str,
 ) -> tuple[list[Rung], Rung]:
-    """(the rungs of each number of tokens per parameter, the recipe's own model as the target at the largest).
-    smallest, largest: parameters; 0: a 64th and a 4th of the model's. ratios: empty for the recipe's own. scale: of
-    SCALES."""
+    """(the rungs of each budget, the recipe's own model as the target at the largest). smallest, largest: parameters;
+    0: a 64th and a 4th of the model's. budgets: empty for the recipe's own tokens per parameter. scale: of SCALES."""
     found, config, settings = load_recipe(recipe, pairs)
     if found.name != "pretrain" or config.model.load is not None:
         raise UsageError(
@@ -180,11 +206,11 @@ def make_rungs(
     warmup = config.warmup_steps / config.max_steps
     base = differing_sizes(whole, shapes[0][0]) if kind != "standard" else {}
     course = Course(length, tokens_per_step, warmup, kind, base)
-    own = config.max_steps * tokens_per_step / target_n
-    used = sorted(ratios) or [own]
+    own = TokenBudget(config.max_steps * tokens_per_step / target_n)
+    used = sorted(budgets, key=lambda budget: budget.amount) or [own]
     rungs = [
-        make_rung(one, parameters, whole, ratio, course, n, flops)
-        for ratio in used
+        make_rung(one, parameters, whole, budget, course, n, flops)
+        for budget in used
         for (one, parameters), (n, flops) in zip(shapes, counts, strict=True)
     ]
     return rungs, make_rung(whole, total, whole, used[-1], course, target_n, target_flops)

@@ -1,6 +1,6 @@
 """Fits a scaling law to the losses of a ladder and predicts the loss of a larger model.
 
-      L(N)    = E + A N^-a               runs with the same number of tokens per parameter
+      L(N)    = E + A N^-a               runs with the same number of tokens per parameter, or of tokens
       L(N, D) = E + A N^-a + B D^-b      several of them (Hoffmann et al. 2022, arXiv:2203.15556)
 
 For given exponents the other numbers are a linear least-squares problem with numbers >= 0, so the fit is a search over
@@ -11,7 +11,11 @@ Intervals come from a parametric bootstrap: the law is fitted to means drawn wit
 pooled over all sizes, or that of the residuals where it is larger (a form that does not fit is an error too), and the
 noise of the new run is added.
 Commonly got wrong: drawing the seeds of each size again, of which there are three, gives intervals that cover 82 %
-where 95 % are promised."""
+where 95 % are promised.
+
+Where all sizes see the same tokens, runs with the same seed read the same batches, and their losses are high or low
+together (common random numbers). A new run with one of these seeds is predicted with that seed's effect, and only what
+is left of the noise counts: loss of size i and seed j = L(N_i) + b_j + e_ij."""
 
 from __future__ import annotations
 
@@ -84,9 +88,15 @@ class Prediction:
 
 
 def numbers_of_form(points: Sequence[LadderPoint]) -> int:
-    """The number of coefficients of the form that fits these points: 3, or 5 with several tokens per parameter."""
+    """The number of coefficients of the form that fits these points: 3, or 5 where neither the tokens per parameter
+    nor the tokens are the same in all."""
     ratios = {round(math.log(point.d / point.n), 1) for point in points}
-    return 5 if len(ratios) > 2 else 3
+    return 5 if len(ratios) > 2 and not equal_tokens(points) else 3
+
+
+def equal_tokens(points: Sequence[LadderPoint]) -> bool:
+    """Whether all sizes saw the same tokens. Runs with the same seed then read the same batches in the same order."""
+    return len({point.d for point in points}) == 1
 
 
 def fit_scaling_law(points: Sequence[LadderPoint], form: int = 0) -> ScalingLaw:
@@ -190,10 +200,25 @@ def nonnegative_least_squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return best, numbers
 
 
-def noise_of(points: Sequence[LadderPoint], law: ScalingLaw, form: int) -> tuple[float, int]:
-    """The standard deviation of one run and its degrees of freedom: pooled over sizes, or that of the residuals."""
-    freedom = sum(len(point.losses) - 1 for point in points)
+def seed_effects(points: Sequence[LadderPoint]) -> list[float]:
+    """b_j: how far the losses of each seed are from the mean of their size, over all sizes."""
+    deviations = [[loss - point.mean for loss in point.losses] for point in points]
+    return [statistics.fmean(column) for column in zip(*deviations, strict=True)]
+
+
+def has_paired_seeds(points: Sequence[LadderPoint]) -> bool:
+    """Whether seed effects can be told from noise: two seeds or more, the same batches for all sizes."""
+    counts = {len(point.losses) for point in points}
+    return equal_tokens(points) and len(counts) == 1 and counts != {1}
+
+
+def noise_of(points: Sequence[LadderPoint], law: ScalingLaw, form: int, *, paired: bool = False) -> tuple[float, int]:
+    """The standard deviation of one run and its degrees of freedom: pooled over sizes, or that of the residuals.
+    paired: without the effects of seeds."""
+    effects = seed_effects(points) if paired else [0.0]
+    freedom = sum(len(point.losses) - 1 for point in points) - (len(effects) - 1)
     within = sum((loss - point.mean) ** 2 for point in points for loss in point.losses)
+    within = max(0.0, within - len(points) * sum(b * b for b in effects))
     rest = len(points) - form
     misfit = sum(len(point.losses) * (point.mean - law.predict(point.n, point.d)) ** 2 for point in points)
     pooled = math.sqrt(within / freedom) if freedom else 0.0
@@ -202,19 +227,30 @@ def noise_of(points: Sequence[LadderPoint], law: ScalingLaw, form: int) -> tuple
 
 
 def predict_loss(
-    points: Sequence[LadderPoint], n: float, d: float, *, runs: int = 1, seed: int = 0, form: int = 0
+    points: Sequence[LadderPoint],
+    n: float,
+    d: float,
+    *,
+    runs: int = 1,
+    seed: int = 0,
+    form: int = 0,
+    paired: bool = False,
 ) -> Prediction:
-    """The loss of a size that is not among the points, with the 95 % interval of the mean of `runs` runs."""
+    """The loss of a size that is not among the points, with the 95 % interval of the mean of `runs` runs. paired: they
+    have the first seeds of the points and read the same batches."""
     form = form or numbers_of_form(points)
     law = fit_scaling_law(points, form)
-    sd, freedom = noise_of(points, law, form)
+    sd, freedom = noise_of(points, law, form, paired=paired)
+    shift = statistics.fmean(seed_effects(points)[:runs]) if paired else 0.0
     generator = torch.Generator().manual_seed(seed)
     fitted = torch.tensor([law.predict(point.n, point.d) for point in points], dtype=torch.float64)
     roots = torch.tensor([math.sqrt(len(point.losses)) for point in points], dtype=torch.float64)
     noise = torch.randn(len(points) + 1, DRAWS, generator=generator, dtype=torch.float64)
     drawn = fitted[:, None] + sd * noise[:-1] / roots[:, None]
-    draws = (predict_draws(points, drawn, n, d, form) + sd * noise[-1] / math.sqrt(runs)).sort().values
-    loss = law.predict(n, d)
+    of_shift = (1 / runs - 1 / len(points[0].losses)) / len(points) if paired else 0.0
+    new = sd * noise[-1] * math.sqrt(1 / runs + of_shift) + shift
+    draws = (predict_draws(points, drawn, n, d, form) + new).sort().values
+    loss = law.predict(n, d) + shift
     wider = student_quantile(freedom) / 1.96
     low, high = (float(draws[round(share * (DRAWS - 1))]) for share in (0.025, 0.975))
     return Prediction(loss, loss - wider * max(0.0, loss - low), loss + wider * max(0.0, high - loss), runs)
@@ -229,8 +265,8 @@ def student_quantile(freedom: int) -> float:
 
 def leave_one_out(points: Sequence[LadderPoint]) -> list[Prediction]:
     """Each size predicted from all others."""
-    form = numbers_of_form(points)
+    form, paired = numbers_of_form(points), has_paired_seeds(points)
     return [
-        predict_loss([*points[:i], *points[i + 1 :]], one.n, one.d, runs=len(one.losses), form=form)
+        predict_loss([*points[:i], *points[i + 1 :]], one.n, one.d, runs=len(one.losses), form=form, paired=paired)
         for i, one in enumerate(points)
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llm_quest.cli.ladder import LadderOptions, make_ladder_plan, parse_ratios
+from llm_quest.cli.ladder import LadderOptions, make_ladder_plan, parse_budgets
 from llm_quest.cli.ledger import list_experiments
 from llm_quest.cli.train import estimate_cost
 from llm_quest.errors import DataError, UsageError
@@ -18,12 +18,14 @@ from llm_quest.experiments.ladder import Ladder, LadderPlan, describe_rung
 from llm_quest.experiments.ladder_forecast import forecast_loss, read_ladder
 from llm_quest.experiments.ladder_page import write_ladder_page
 from llm_quest.experiments.ledger import Ledger, find_faults
-from llm_quest.experiments.rungs import choose_shapes, layer_period
+from llm_quest.experiments.rungs import TokenBudget, choose_shapes, layer_period
 from llm_quest.experiments.scaling_law import LadderPoint, fit_scaling_law, leave_one_out, predict_loss
 from llm_quest.experiments.worker import handle_request
 from llm_quest.formatting import parse_quantity
 from llm_quest.models.build import build_meta_model, count_parameters, preset
 from llm_quest.models.resize import resize_config
+from llm_quest.recipes.planning import open_job
+from llm_quest.recipes.recipe import load_recipe
 from tests.experiments.bench import write_text
 
 SIZES = (3e4, 6e4, 1.2e5, 2.5e5, 5e5)
@@ -66,6 +68,29 @@ def test_the_intervals_hold_what_comes():
     assert sum(left_out) >= 0.9 * len(left_out)
 
 
+def simulate_paired(rng: random.Random, sd: float, seed_sd: float, seeds: int = 2) -> tuple[list[LadderPoint], float]:
+    """Sizes with the same tokens, whose losses share an effect of each seed; and the target's with the first seed."""
+    effects = [rng.gauss(0, seed_sd) for _ in range(seeds)]
+    points = [LadderPoint(n, 1e6, tuple(law_of_n(n) + b + rng.gauss(0, sd) for b in effects)) for n in SIZES]
+    return points, law_of_n(2e6) + effects[0] + rng.gauss(0, sd)
+
+
+def test_the_effects_of_seeds_cancel_where_all_sizes_read_the_same_batches():
+    rng, inside, left_out, widths, worlds = random.Random(5), 0, [], [0.0, 0.0], 30
+    for seed in range(worlds):
+        points, measured = simulate_paired(rng, 0.003, 0.03)
+        paired = predict_loss(points, 2e6, 1e6, seed=seed, paired=True)
+        inside += paired.covers(measured)
+        assert abs(paired.loss - measured) < 0.05, "the seed's effect, which is 0.03, is part of the prediction"
+        if seed < 5:
+            left_out += [one.covers(p.mean) for one, p in zip(leave_one_out(points), points, strict=True)]
+            unpaired = predict_loss(points, 2e6, 1e6, seed=seed)
+            widths = [widths[0] + paired.high - paired.low, widths[1] + unpaired.high - unpaired.low]
+    assert inside >= 0.9 * worlds
+    assert sum(left_out) >= 0.9 * len(left_out)
+    assert widths[0] < 0.7 * widths[1]
+
+
 def test_losses_that_make_no_law_are_refused():
     flat = [LadderPoint(n, 10 * n, (2.0 + n / 1e7,)) for n in SIZES]
     with pytest.raises(DataError, match="don't fall with the number of parameters"):
@@ -85,7 +110,7 @@ def settings(text: Path) -> list[str]:
 
 
 OPTIONS: dict[str, Any] = {
-    "rungs": 4, "smallest": 4e3, "largest": 13e3, "ratios": (0.5,), "seeds": 1, "rates": 1, "run": 1,
+    "rungs": 4, "smallest": 4e3, "largest": 13e3, "budgets": (TokenBudget(0.5),), "seeds": 1, "rates": 1, "run": 1,
 }  # fmt: skip
 
 
@@ -152,6 +177,19 @@ def test_rungs_keep_shape_and_tokens_and_carry_the_rate(plan: LadderPlan):
     assert layer_period(preset("qwen3-next-tiny").config) == 4
 
 
+def test_sizes_with_equal_tokens_read_the_same_batches(text: Path, tmp_path: Path):
+    """As many steps for all, and the order follows from the seed alone."""
+    plan = plan_of(text, budgets=(TokenBudget(2_000, per_parameter=False),))
+    assert {rung.steps for rung in (*plan.rungs, plan.target)} == {31}
+    assert plan.target.name.endswith("-2k")
+    seen = []
+    for rung in (plan.rungs[0], plan.target):
+        recipe, config, whole = load_recipe("pretrain", [*plan.pairs, *rung.pairs, "seed=1"])
+        with open_job(recipe, config, whole, lambda line: None, tmp_path) as job:
+            seen.append([batch.input_ids.tolist() for batch in job.loader.batches(7)])
+    assert seen[0] == seen[1]
+
+
 @pytest.mark.parametrize("family", ["qwen3-tiny", "qwen3-next-tiny"])
 def test_rungs_of_equal_depth_differ_in_width_alone(family: str):
     """Five layers are no multiple of a pattern's period."""
@@ -169,7 +207,7 @@ def test_rungs_of_equal_depth_differ_in_width_alone(family: str):
     [
         ((), {"rungs": 1}, "at least 4 sizes"),
         ((), {"smallest": 5e4, "largest": 1e4}, "no ladder"),
-        ((), {"ratios": (0.21,)}, "can't be equal"),
+        ((), {"budgets": (TokenBudget(0.21),)}, "can't be equal"),
         ((), {"scale": "depth"}, "known are width, both"),
         ((), {"kind": "mean-field"}, "known are standard, mup, completep"),
         (("model.config.num_attention_heads=2", "model.config.num_key_value_heads=1"), {}, "more and narrower"),
@@ -183,11 +221,16 @@ def test_what_makes_no_ladder_is_said(text: Path, pairs: tuple[str, ...], option
 
 def test_numbers_of_the_command_line():
     assert [parse_quantity(one, "--smallest") for one in ("50k", "1.5M", "0", "2e9")] == [5e4, 1.5e6, 0, 2e9]
-    assert parse_ratios("5, 10") == (5.0, 10.0)
-    with pytest.raises(UsageError, match="--smallest 'many' is no number of parameters"):
+    assert parse_budgets("5, 10,20", "") == tuple(map(TokenBudget, (5, 10, 20)))
+    assert parse_budgets("", "500k") == (TokenBudget(5e5, per_parameter=False),)
+    assert parse_budgets("", "") == ()
+    for given in (("5,10", ""), ("", "0"), ("5", "1M")):
+        with pytest.raises(UsageError, match="--tokens"):
+            parse_budgets(*given)
+    with pytest.raises(UsageError, match="--smallest 'many' is no number"):
         parse_quantity("many", "--smallest")
-    with pytest.raises(UsageError, match="expected"):
-        parse_ratios("5;10")
+    with pytest.raises(UsageError, match="is no number"):
+        parse_budgets("5;10", "")
     with pytest.raises(UsageError, match="of the kind sft"):
         make_ladder_plan("sft", ["model.load=x", "data.source=y"], LadderOptions())
 
@@ -206,6 +249,11 @@ def test_a_plan_shows_the_loss_that_a_ladder_predicts(text: Path, plan: LadderPl
         forecast_loss(file, "pretrain", settings(text))
     with pytest.raises(UsageError, match="another batch_size"):
         forecast_loss(file, "pretrain", [*settings(text), steps, "batch_size=3"])
+    same = [rung | {"tokens": 64 * 500} for rung in rungs]
+    file.write_text(json.dumps(ladder | {"rungs": same}))
+    with pytest.raises(UsageError, match=r"saw 32,000 tokens.*set max_steps=500,.*quest ladder --tokens 1M"):
+        forecast_loss(file, "pretrain", [*settings(text), "max_steps=400"])
+    assert forecast_loss(file, "pretrain", [*settings(text), "max_steps=500"])["loss"] == loss["loss"]
     file.write_text(json.dumps(ladder | {"rungs": rungs[:2]}))
     with pytest.raises(DataError, match="fewer than four sizes"):
         read_ladder(file)
