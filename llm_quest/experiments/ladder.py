@@ -174,9 +174,9 @@ class Ladder:
         requests = [self.request(rung, seed, role) for rung in order for seed in range(1, seeds + 1)]
         records = iter(self.measurements.measure(requests, f"{len(rungs)} sizes" if len(rungs) > 1 else order[0].name))
         found = {rung.name: [next(records) for _ in range(seeds)] for rung in order}
-        return {rung.name: self.finished_losses(rung, found[rung.name]) for rung in rungs}
+        return {rung.name: self.losses_of_size(rung, found[rung.name]) for rung in rungs}
 
-    def finished_losses(self, rung: Rung, records: Sequence[Record]) -> list[float]:
+    def losses_of_size(self, rung: Rung, records: Sequence[Record]) -> list[float]:
         """The losses of a size, and a line of the live table. GuardStop if a run diverged."""
         losses = [self.value(record, rung.name) for record in records]
         if None in losses:

@@ -19,7 +19,13 @@ from llm_quest.experiments.ladder_forecast import forecast_loss, read_ladder
 from llm_quest.experiments.ladder_page import write_ladder_page
 from llm_quest.experiments.ledger import Ledger, find_faults
 from llm_quest.experiments.rungs import TokenBudget, choose_shapes, layer_period
-from llm_quest.experiments.scaling_law import LadderPoint, fit_scaling_law, leave_one_out, predict_loss
+from llm_quest.experiments.scaling_law import (
+    LadderPoint,
+    fit_scaling_law,
+    has_paired_seeds,
+    leave_one_out,
+    predict_loss,
+)
 from llm_quest.experiments.worker import handle_request
 from llm_quest.formatting import parse_quantity
 from llm_quest.models.build import build_meta_model, count_parameters, preset
@@ -89,6 +95,8 @@ def test_the_effects_of_seeds_cancel_where_all_sizes_read_the_same_batches():
     assert inside >= 0.9 * worlds
     assert sum(left_out) >= 0.9 * len(left_out)
     assert widths[0] < 0.7 * widths[1]
+    assert has_paired_seeds(points)
+    assert not has_paired_seeds(simulate(rng, 0.01)), "more tokens for larger sizes are other batches"
 
 
 def test_losses_that_make_no_law_are_refused():
