@@ -192,6 +192,8 @@ def make_plan(recipe: str, pairs: Sequence[str], options: AblateOptions, out: Pa
         raise UsageError(f"quest ablate runs single jobs on the CPU; {what} is not one: compare its runs by hand")
     claim = make_claim(recipe_spec.name, options)
     arms = resolve_arms(recipe, base, parse_arms(options.vary, options.arms, options.code, out / "code"), log)
+    if options.code and own_code().revision.endswith("+"):
+        log("the package has uncommitted changes: the control and every patch run with them (git status)")
     budget = options.budget or ("steps" if recipe_spec.name in POLICIES else "flops")
     return ExperimentPlan(
         recipe, tuple(base), tuple(arms), Arm(CONTROL, (), own_code()), claim, budget,

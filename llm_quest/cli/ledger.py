@@ -109,9 +109,7 @@ def resolved_lines(claim: Mapping[str, Any]) -> list[str]:
     """The control's settings, with those that nobody gave, and what each arm has instead."""
     lines = [f"settings of {name}: {words}" for name, own in claim.get("resolved", {}).items()
              if (words := " ".join(f"{key}={value}" for key, value in own.items()))]  # fmt: skip
-    derived = claim.get("derived", {})
-    return lines + [line for name, own in derived.items()
-                    for line in describe_derived(name, claim.get("recipe", ""), own)]  # fmt: skip
+    return [*lines, *describe_derived(claim.get("recipe", ""), claim.get("derived", {}))]
 
 
 def rate_of(row: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llm_quest.errors import UsageError
-from llm_quest.experiments.arms import DEV, FIXED, TEST, resolve_settings
+from llm_quest.experiments.arms import CONTROL, DEV, FIXED, TEST, resolve_settings
 from llm_quest.recipes.config import load_raw_config
 from llm_quest.recipes.recipe import load_recipe
 from llm_quest.recipes.yaml_io import flatten_tree
@@ -49,11 +49,14 @@ def plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def describe_derived(arm: str, recipe: str, derived: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each derived setting, but for those that are fixed for all arms."""
+def describe_derived(recipe: str, arms: Mapping[str, Derived]) -> list[str]:
+    """A line for each derived setting of the control, and of an arm where it has another; not for those that are fixed
+    for all arms."""
+    control = arms.get(CONTROL, {})
     return [
         f"{arm}: {key} is {one['value']}, not {recipe}'s {one['recipe']} ({one['why']}); give {key} to choose it"
-        for key, one in derived.items() if one["why"] != FIXED_FOR_ALL
+        for arm, derived in arms.items() for key, one in derived.items()
+        if one["why"] != FIXED_FOR_ALL and (arm == CONTROL or control.get(key) != one)
     ]  # fmt: skip
 
 

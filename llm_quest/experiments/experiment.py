@@ -53,6 +53,11 @@ from llm_quest.progress import phase
 UNIGRAM_MARGIN = 0.05
 """An arm whose loss is within so many nats of that of token frequencies alone has not used its context."""
 
+CONFIRMATION_ERRORS = (
+    "an effect that is not there is declared in at most 5 % of confirmations, and a difference of exactly delta is "
+    "called none in at most 5 %; an undecided one refutes nothing"
+)
+
 
 @dataclass(frozen=True)
 class RunCounts:
@@ -216,15 +221,11 @@ class Experiment:
 
     def announce_settings(self) -> None:
         """Say what no one gave and what is not the recipe's own, before the claim is written."""
-        recipe = Path(self.plan.recipe).stem
         for name, arm in self.arms.items():
             self.derived[name] = find_derived_settings(self.plan.recipe, (*self.plan.pairs, *arm.pairs))
-        control = self.derived[CONTROL]
-        for name, derived in self.derived.items():
-            own = {key: one for key, one in derived.items() if name == CONTROL or control.get(key) != one}
-            for line in describe_derived(name, recipe, own):
-                self.note(line)
-        if fixed := describe_fixed(control):
+        for line in describe_derived(Path(self.plan.recipe).stem, self.derived):
+            self.note(line)
+        if fixed := describe_fixed(self.derived[CONTROL]):
             self.log(fixed)
 
     def resolve_arms(self) -> dict[str, dict[str, Any]]:
@@ -280,7 +281,8 @@ class Experiment:
             for name, arm in self.arms.items()
         }
         with phase("looking at the arms, timing steps", len(futures)) as now:
-            self.descriptions = {}
+            self.descriptions: dict[str, dict[str, Any]] = {}
+            now.detail = lambda: ", ".join(name for name in futures if name not in self.descriptions)
             for name, future in futures.items():
                 self.descriptions[name] = future.result()
                 now.done += 1
@@ -477,6 +479,8 @@ class Experiment:
             same = one["before"] == one["again"]
             word = "the same verdict again" if same else "not the same verdict"
             self.note(f"{arm}: {word}: {one['before']} in {self.plan.confirms}, {one['again']} here")
+        if outcomes:
+            self.note(CONFIRMATION_ERRORS)
         return {arm: {**one, "same": one["before"] == one["again"]} for arm, one in outcomes.items()}
 
     def provenance(self, name: str) -> dict[str, Any]:

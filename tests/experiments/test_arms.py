@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import math
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from llm_quest.cli import ablate
 from llm_quest.cli.ablate import AblateOptions, AgentProtocol, make_claim, make_plan
 from llm_quest.errors import UsageError
 from llm_quest.experiments.arms import DEV, FIXED, default_pairs, parse_arm, parse_vary, split_values
@@ -315,6 +317,17 @@ def test_a_patch_whose_edit_is_still_in_the_package_is_refused_with_the_way_back
     patch.write_text("".join(difflib.unified_diff(before, now, f"a/{file}", f"b/{file}")), encoding="utf-8")
     with pytest.raises(UsageError, match=r"in this package already, so the control would run it too.*git apply -R"):
         open_edit(str(patch), tmp_path / "code")
+
+
+def test_a_control_with_uncommitted_changes_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    layers = "layers: Any = model.config"
+    edit = layers.replace("model", "4 * model")
+    patch = patch_package(tmp_path / "edit.patch", "layers/initialize.py", layers, edit)
+    for revision, told in (("abc", False), ("abc+", True)):
+        monkeypatch.setattr(ablate, "own_code", lambda revision=revision: replace(own_code(), revision=revision))
+        log: list[str] = []
+        plan(tmp_path, log, code=(patch,))
+        assert any("the control and every patch run with them" in line for line in log) is told
 
 
 def test_the_hash_of_the_code_is_of_what_a_run_computes():

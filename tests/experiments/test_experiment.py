@@ -275,6 +275,7 @@ def test_what_was_found_on_the_dev_half_is_asked_once_more_on_the_test_half(
     assert [(one["outcome"], one["seeds"][0]) for one in found["verdicts"]] == [("better", 401), ("worse", 401)]
     assert found["confirmed"]["slow"] == {"before": "worse", "again": "worse", "same": True}
     assert f"fast: the same verdict again: better in {plan.experiment}, better here" in found["notes"]
+    assert "an effect that is not there is declared in at most 5 %" in found["notes"][-1]
     again = plan_confirmation(ledger, plan.experiment, (), tmp_path / "code", "")
     assert again.experiment == asked.experiment, "once: the same seeds, whose runs are there"
     assert find_faults(ledger.rows()) == []
