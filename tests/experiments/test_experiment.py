@@ -36,7 +36,7 @@ from llm_quest.experiments.verdict_lines import describe_verdict
 from llm_quest.experiments.worker import describe_arm, run_arm
 from llm_quest.experiments.worker_pool import WorkerPool
 from llm_quest.progress import describe_phases, longest_silence, phase
-from tests.experiments.bench import SHORT, patch_package, plan_of, run_experiment, settings, write_text
+from tests.experiments.bench import SHORT, WIDE, patch_package, plan_of, run_experiment, settings, write_text
 from tests.recipes.tuned import base
 
 
@@ -198,6 +198,21 @@ def test_a_run_has_another_name_where_a_file_that_its_arm_reads_has_changed(text
     ends = model / "generation_config.json"
     ends.write_text(ends.read_text().replace("{", '{"temperature": 0.5,', 1))
     assert name_of_run() != before
+
+
+def test_what_the_model_and_the_data_change_of_the_settings_is_said(text: Path, pool: WorkerPool, tmp_path: Path):
+    """A context that is shorter than the recipe's rows shortens them, and a budget the warm-up of a dearer arm."""
+    pairs = [pair for pair in settings(text) if not pair.startswith("sequence_length")]
+    options = ablate.AblateOptions(arms=(WIDE,), aa_pairs=0, rates=1)
+    plan = ablate.make_plan("tiny", [*pairs, "model.config.max_position_embeddings=16"], options, tmp_path, print)
+    experiment = Experiment(plan, tmp_path, pool, Ledger(tmp_path / "ledger.jsonl"), print)
+    experiment.prepare()
+    length = experiment.derived["control"]["sequence_length"]
+    assert length["value"] == 16 < length["recipe"]
+    assert any(note.startswith("control: sequence_length is 16, not ") for note in experiment.notes)
+    steps = experiment.derived["wide"]["max_steps"]
+    assert steps["value"] < steps["recipe"] == 60
+    assert f"wide: max_steps is {steps['value']}, not 60 (equal flops)" in experiment.notes
 
 
 def test_of_two_experiments_that_want_one_run_the_second_waits_for_its_record(tmp_path: Path):
