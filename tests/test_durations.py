@@ -55,5 +55,5 @@ def test_a_worker_tells_one_report_of_a_test_and_those_that_did_not_pass(monkeyp
         assert conftest.pytest_runtest_protocol(item, None)
         assert told == wanted
         told.clear()
-    option.durations = 5
-    assert conftest.pytest_runtest_protocol(item, None) is None, "all are wanted"
+    slowest = SimpleNamespace(workerinput={}, option=SimpleNamespace(xmlpath=None, durations=5))
+    assert conftest.pytest_runtest_protocol(SimpleNamespace(config=slowest), None) is None, "all are wanted"

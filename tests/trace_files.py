@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llm_quest"
@@ -73,7 +74,8 @@ def quest(*arguments: str) -> int:
 
     sys.argv = ["quest", *arguments]
     try:
-        main()
+        with mock.patch("os._exit", sys.exit):  # how an interrupted command ends
+            main()
     except SystemExit as end:
         return int(end.code or 0)
     return 0

@@ -34,10 +34,11 @@ import numpy as np
 from llm_quest.experiments import sequential
 from llm_quest.experiments.sequential import FIRST_LOOK
 
-Outcome = Literal[
+Decided = Literal[
     "better", "worse", "no difference larger than delta", "not worse by delta", "worse by more than delta",
-    "better by more than delta", "undecided (cap)", "undecided (time)", "invalid", "open",
+    "better by more than delta",
 ]  # fmt: skip
+Outcome = Literal[Decided, "undecided (cap)", "undecided (time)", "invalid", "open"]
 Margin = Literal["", "not worse", "no difference"]
 STABILITY_THRESHOLD = 20.0
 

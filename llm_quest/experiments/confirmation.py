@@ -12,22 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from llm_quest.errors import DataError, UsageError
 from llm_quest.experiments.arms import CONTROL, DEV, TEST, Arm
 from llm_quest.experiments.code_tree import CodeTree, load_code_tree, open_edit, own_code
-from llm_quest.experiments.comparison import Claim
+from llm_quest.experiments.comparison import Claim, Decided
 from llm_quest.experiments.experiment import ExperimentPlan
 from llm_quest.experiments.ledger import Ledger, Row
 from llm_quest.recipes.recipe import load_recipe
 
 MAX_CONFIRMATIONS = 20
 FIRST_FRESH_SEED, SEEDS_EACH = 401, 100
-DECIDED = (
-    "better", "worse", "no difference larger than delta", "not worse by delta", "worse by more than delta",
-    "better by more than delta",
-)  # fmt: skip
+DECIDED = get_args(Decided)
 """Outcomes that can be asked once more."""
 
 

@@ -197,8 +197,8 @@ def test_models_are_searched_by_words_and_by_size():
     [
         (("lamma3.2",), None, "no model has 'lamma3.2'; near: llama"),
         (("gpt2",), "1K", "no model has 'gpt2' and at most 1K parameters"),
-        ((), "big", "'big' is no number of parameters; write 50k, 500M or 1.5B"),
-        ((), "1..5B", "'1..5B' is no number of parameters"),
+        ((), "big", "--max-parameters 'big' is no number; write 50k, 500M or 1.5B"),
+        ((), "1..5B", "--max-parameters '1..5B' is no number"),
     ],
 )
 def test_a_search_that_finds_nothing_says_what_is_near(words, most, said):

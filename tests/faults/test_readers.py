@@ -38,6 +38,8 @@ EXPLAINED = {
     "papers/paper.py:read_papers": "files of this package",
     "recipes/reference_model.py:load_state_dict": "a file whose sha256 is in the checkpoint",
     "recipes/rpt/evaluation.py:report_table": "load_json of an object, into which a key is put",
+    "experiments/experiment.py:same_but_seeds": "what this function has just written as JSON",
+    "experiments/measurements.py:describe_step": "whole lines that our own worker process logs",
     "experiments/worker.py:read_requests": "what its parent, this package, writes to its stdin",
     "experiments/worker_pool.py:read_answer": "what our own worker process writes",
     "eval/lm_eval_harness.py:render_contexts": "what this file wrote into lm-eval's requests",
