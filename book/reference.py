@@ -130,8 +130,8 @@ def read_metrics() -> dict[str, tuple[str, str]]:
 
 
 def is_explained(metric: str) -> bool:
-    """Whether the glossary has a number of a log: a held-out one by the name that it has in training or in the log, where
-    what an evaluator returns has `eval/` before it."""
+    """Whether the glossary has a number of a log: a held-out one by its name in training or in the log, where what an
+    evaluator returns has `eval/` before it."""
     names = (metric, metric.removeprefix("eval/"), f"eval/{metric}")
     return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in read_metrics())
 
