@@ -163,14 +163,21 @@ def per_layer(
     return dataclasses.field(default=default, metadata={"read": read, "write": write, "per_layer": kinds})
 
 
-def nested(part: type, *, when: Callable[[Json], bool] = lambda json: True, default: Any = MISSING) -> Any:
-    """A part of the Config whose fields stand in the same JSON object; None where `when` says that there is none."""
+def nested(
+    part: type,
+    *,
+    when: Callable[[Json], bool] = lambda json: True,
+    default: Any = MISSING,
+    absent: Callable[[Any], dict[str, Any]] = lambda config: {},
+) -> Any:
+    """A part of the Config whose fields stand in the same JSON object; None where `when` says that there is none.
+    absent: what is written for a Config without the part."""
 
     def read(values: Values, field: Any, kind: Any) -> Any:
         return read_config(part, values.json) if when(values.json) else None
 
     def write(value: Any, config: Any) -> dict[str, Any]:
-        return {} if value is None else publish_config(value)
+        return absent(config) if value is None else publish_config(value)
 
     return dataclasses.field(default=default, metadata={"read": read, "write": write})
 

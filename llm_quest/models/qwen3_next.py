@@ -53,6 +53,7 @@ from llm_quest.models.weight_names import (
 from llm_quest.models.windows import FULL, layer_pattern, require_type_of_each_layer
 
 LINEAR = "linear_attention"
+SPARSE = ("qwen3_next", "qwen3_5_moe_text")
 DENSE_WIDTHS = {"qwen3_next": 5632, "qwen3_5_text": 12_288}
 
 
@@ -124,7 +125,10 @@ class Config:
     rotary: RotaryEmbedding = rope_field(partial=0.25, extra=publish_mrope)
     tie_word_embeddings: bool = hf_default(False)
     moe: MoEConfig | None = nested(
-        MoEConfig, when=lambda json: json.get("model_type") in ("qwen3_next", "qwen3_5_moe_text"), default=None
+        MoEConfig,
+        when=lambda json: json.get("model_type") in SPARSE and json.get("num_experts") != 0,
+        default=None,
+        absent=lambda config: {"num_experts": 0} if config.delta_net.interleaved else {},
     )
     mrope_section: tuple[int, ...] = json_field(read_mrope_section, unwritten, default=MROPE_SECTION)
     rms_norm_eps: float = 1e-6

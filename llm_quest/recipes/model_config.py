@@ -10,6 +10,7 @@ is a group of keys; a pattern of layers (`layer_types`) is a list, by default th
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -163,13 +164,24 @@ def find_size_problems(plan: ModelSizes, settings: RawConfig) -> Iterator[Config
 
 def check_config(plan: ModelSizes) -> list[tuple[str, str]]:
     """The error of the family's own class for sizes that are valid by themselves, with the field that it names
-    first."""
+    first, or what of them config.json cannot hold."""
     try:
-        make_config(plan)
+        return list(check_saved(plan, make_config(plan)))
     except ValueError as error:
         named = [word for word in re.findall(r"\w+", str(error)) if word in plan.sizes]
         return [(named[0] if named else "num_hidden_layers", str(error))]
-    return []
+
+
+def check_saved(plan: ModelSizes, config: Any) -> Iterator[tuple[str, str]]:
+    """Find what was given and config.json cannot hold: the trained model would be saved, and read as another."""
+    published = json.loads(json.dumps(plan.family.publish(config)))
+    saved = plan.family.read(published)
+    for key in plan.own.keys() - set(rotary_fields(plan.family)):
+        if (given := getattr(config, key)) != (read := getattr(saved, key)):
+            yield key, (
+                f"{given!r} cannot be saved: config.json of model_type {published['model_type']} has no place for it, "
+                f"and is read with {read!r}"
+            )
 
 
 def recompute_derived(base: Any, changed: ConfigValues) -> dict[str, Any]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
+import torch
 
 from llm_quest.errors import UsageError
+from llm_quest.hub.load_save import load, save
 from llm_quest.models import FAMILIES
-from llm_quest.models.build import build, preset
+from llm_quest.models.build import build, family_of, preset
 from llm_quest.models.config_fields import per_layer_kinds
 from llm_quest.recipes import RECIPES
 from llm_quest.recipes.config import find_implausible_numbers, nested_schema, takes_number
@@ -104,3 +110,50 @@ def test_a_pattern_of_layers_of_another_length_or_of_unknown_kinds_is_told(name:
 def test_what_a_familys_own_class_refuses_is_told_with_its_key(name: str, pair: str, key: str):
     with pytest.raises(UsageError, match=rf"model\.config\.{key}: "):
         load_recipe("pretrain", [f"model.preset={name}", f"model.config.{pair}"])
+
+
+def switches(config: Any) -> Iterator[tuple[str, Any]]:
+    """Another value of each field that is true or false, or a part that may be absent."""
+    for key, kind in get_type_hints(type(config)).items():
+        value = getattr(config, key)
+        if isinstance(value, bool):
+            yield key, not value
+        elif value is not None and dataclasses.is_dataclass(value) and type(None) in get_args(kind):
+            yield key, None
+
+
+def refusal(pairs: list[str]) -> str:
+    """What the recipe of pretraining says against these settings; empty where it takes them."""
+    try:
+        load_recipe("pretrain", pairs)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_what_config_json_cannot_hold_is_refused_before_a_model_is_trained(name: str):
+    """A model that was saved without it would be read as another, whose weights have other names or shapes."""
+    family = family_of(preset(name).config)
+    for key, value in switches(preset(name).config):
+        pairs = [f"model.preset={name}", f"model.config.{key}={json.dumps(value)}"]
+        if refused := refusal(pairs):
+            assert f"model.config.{key}" in refused
+            continue
+        _, config, settings = load_recipe("pretrain", pairs)
+        made = build_model_config(config.model, settings, vocab=64, context=32)
+        saved = family.read(json.loads(json.dumps(family.publish(made))))
+        assert getattr(saved, key) == getattr(made, key) == value
+
+
+def test_a_dense_qwen3_next_is_read_as_it_was_saved(tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    pairs = ["model.preset=qwen3-next-tiny", "model.config.moe=null"]
+    _, config, settings = load_recipe("pretrain", pairs)
+    model = build(build_model_config(config.model, settings, vocab=64, context=32), seed=0).eval()
+    save(model, tmp_path)
+    tokens = torch.arange(24).reshape(2, 12)
+    assert torch.equal(load(tmp_path)(tokens), model(tokens))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").double()
+    difference = theirs(tokens).logits - model.double()(tokens)
+    assert difference.abs().max() < 1e-6, "their DeltaNet computes in float32 within a model of float64"
