@@ -36,6 +36,7 @@ EXPLAINED = {
     "papers/card.py:shipped_verdicts": "a file of this package",
     "papers/paper.py:read_benches": "files of this package",
     "papers/paper.py:read_papers": "files of this package",
+    "recipes/model_config.py:check_saved": "what this function has just written as JSON",
     "recipes/reference_model.py:load_state_dict": "a file whose sha256 is in the checkpoint",
     "recipes/rpt/evaluation.py:report_table": "load_json of an object, into which a key is put",
     "experiments/experiment.py:same_but_seeds": "what this function has just written as JSON",
