@@ -80,7 +80,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """What is left at the end of a process goes with it: five collections over all of it took ten seconds."""
+    """pytest collects garbage five times at the end of a process, over the objects of all tests: that takes seconds."""
     gc.freeze()
 
 

@@ -95,7 +95,7 @@ def show_rows(name: str, own: Sequence[Row]) -> LedgerView:
     lines = [
         str(claim.get("question") or name),
         *align_columns([(key, str(claim.get(key, ""))) for key in CLAIM_KEYS]),
-        *resolved_lines(claim),
+        *describe_settings(claim),
         *(line for verdict in latest_verdicts(own) for line in describe_verdict(verdict)),
         *(str(row["sentence"]) for row in own if row["kind"] in SENTENCE_KINDS),
         *align_columns([run_line(row) for row in runs]),
@@ -105,7 +105,7 @@ def show_rows(name: str, own: Sequence[Row]) -> LedgerView:
     return LedgerView(tuple(own), tuple(lines))
 
 
-def resolved_lines(claim: Mapping[str, Any]) -> list[str]:
+def describe_settings(claim: Mapping[str, Any]) -> list[str]:
     """The control's settings, with those that nobody gave, and what each arm has instead."""
     lines = [f"settings of {name}: {words}" for name, own in claim.get("resolved", {}).items()
              if (words := " ".join(f"{key}={value}" for key, value in own.items()))]  # fmt: skip

@@ -190,7 +190,7 @@ class Comparison:
             "pairing_gain": finite_or_none(sequential.pairing_gain(arm.arm, arm.control)) if enough else None,
             "diverged": arm.diverged, "control_diverged": arm.control_diverged,
             "divergence_bound": sequential.divergence_bound(arm.started) if arm.started and not arm.diverged else None,
-            "decided_by": decided_by(arm), "size": self.describe_effect_size(arm),
+            "decided_by": decisive_number(arm), "size": self.describe_effect_size(arm),
         }  # fmt: skip
 
     def describe_effect_size(self, arm: ArmProgress) -> str:
@@ -206,7 +206,7 @@ EVIDENCE_OUTCOMES = ("better", "worse")
 """Outcomes that E decides; those that name delta are decided by the 90 % interval."""
 
 
-def decided_by(arm: ArmProgress) -> str:
+def decisive_number(arm: ArmProgress) -> str:
     """The number that decided an arm: a key of its verdict, or empty."""
     if arm.outcome in EVIDENCE_OUTCOMES:
         return "diverged" if arm.reason else "evidence"

@@ -83,7 +83,7 @@ def describe_arm(request: dict[str, Any]) -> dict[str, Any]:
         open_job(recipe, config, settings, folder=Path(folder), **quiet) as job,
     ):
         description = describe_job(job)
-        description["changed_settings"] = changed_settings(config, job.config)
+        description["changed_settings"] = compare_settings(config, job.config)
     with tempfile.TemporaryDirectory() as folder:
         try:
             cost = plan_recipe(recipe, config, settings, Path(folder), measure=request.get("measure", False), **quiet)
@@ -97,7 +97,7 @@ def describe_arm(request: dict[str, Any]) -> dict[str, Any]:
     return description
 
 
-def changed_settings(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
+def compare_settings(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
     """The settings that opening a job has changed: key -> (before, after)."""
     one, other = (dict(flatten_tree(config.model_dump(mode="json"))) for config in (before, after))
     return {key: (one.get(key), other.get(key)) for key in {**one, **other} if one.get(key) != other.get(key)}

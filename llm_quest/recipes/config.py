@@ -253,11 +253,11 @@ def explain_validation_error(
         else:
             field = schema_field(schema, path)
             what = f"{short_repr(finding['input'])} is not {describe_field(field)}{suggest_choice(finding, field)}"
-        place = named_arguments(what, path, settings) if finding["type"] == "value_error" else ""
+        place = name_arguments(what, path, settings) if finding["type"] == "value_error" else ""
         yield ConfigProblem(place or settings.location(path), ".".join(path), what)
 
 
-def named_arguments(message: str, path: KeyPath, settings: RawConfig) -> str:
+def name_arguments(message: str, path: KeyPath, settings: RawConfig) -> str:
     """The arguments of the command line whose keys a message about several settings names; empty where a key of the
     settings' own file is at fault alone."""
     words = re.findall(r"[a-z][a-z0-9_]*", message)

@@ -176,12 +176,10 @@ def check_saved(plan: ModelSizes, config: Any) -> Iterator[tuple[str, str]]:
     """Find what was given and config.json cannot hold: the trained model would be saved, and read as another."""
     published = json.loads(json.dumps(plan.family.publish(config)))
     saved = plan.family.read(published)
-    for key in plan.own.keys() - set(rotary_fields(plan.family)):
+    for key in [key for key in plan.own if key not in rotary_fields(plan.family)]:
         if (given := getattr(config, key)) != (read := getattr(saved, key)):
-            yield key, (
-                f"{given!r} cannot be saved: config.json of model_type {published['model_type']} has no place for it, "
-                f"and is read with {read!r}"
-            )
+            place = f"config.json of model_type {published['model_type']} has no place for it"
+            yield key, f"{given!r} cannot be saved: {place}, and is read with {read!r}"
 
 
 def recompute_derived(base: Any, changed: ConfigValues) -> dict[str, Any]:
