@@ -379,7 +379,8 @@ class Experiment:
         self.try_rates(wanted)
         while needs_extension(self.searches, self.plan.rates):
             more = {name: [search.next_rate()] for name, search in self.searches.items()}
-            self.try_rates(more, "tuning: one more rate of each arm, as a best one is at an edge")
+            why = "a best one is at an edge, or the loss rises far more on one side of it"
+            self.try_rates(more, f"tuning: one more rate of each arm, as {why}")
         for name, search in self.searches.items():
             self.log(describe_search(name, search))
             if search.at_edge:

@@ -1,8 +1,9 @@
 """Tunes the learning rates of all arms equally: the same number of rates on the same seeds, which are never reported.
 
 The grid is wide (two octaves apart) and each rate is repeated; the rate that is used is the vertex of the parabola
-through the best point and its neighbors in log2(rate). While the best rate of any arm lies at the edge of its grid,
-every arm gets one more: beyond its edge, or beside its best one."""
+through the best point and its neighbors in log2(rate). Every arm gets one more rate, beyond the edge of its grid or
+beside its best one, while a best one lies at the edge, or the vertex far from the best one: then either the minimum is
+there, or one side is no parabola, as with a rate at which training collapses."""
 
 from __future__ import annotations
 
@@ -15,6 +16,10 @@ MAX_EXTENSIONS = 3
 STEEPEST_RATE = -0.5
 LARGEST_RATE = 1.0
 """What the recipes' `learning_rate` takes."""
+NEAR = 0.25
+"""How far from the best rate the vertex is believed: a quarter of the way to the neighbor."""
+OCTAVE = 1.1
+"""One octave, with room for rates of three digits."""
 
 
 @dataclass
@@ -32,26 +37,60 @@ class RateSearch:
         rates = sorted(self.losses)
         return len(rates) > 1 and self.best in (rates[0], rates[-1])
 
-    def next_rate(self) -> float:
-        """The rate to try next: beyond the edge, or between the best and the better of its neighbors."""
+    @property
+    def neighbors(self) -> list[float]:
+        """The rates below and above the best one: one of them at the edge, none of a single rate."""
         rates = sorted(self.losses)
         place = rates.index(self.best)
-        if place == 0:
+        return [rates[i] for i in (place - 1, place + 1) if 0 <= i < len(rates)]
+
+    def octaves(self, rate: float) -> float:
+        """The distance of a rate from the best one, in octaves."""
+        return abs(math.log2(rate / self.best))
+
+    @property
+    def vertex(self) -> float:
+        """The minimum of the parabola: log2 of a rate; the best rate's where a neighbor is missing or diverged."""
+        around = sorted([self.best, *self.neighbors])
+        if len(around) < 3 or not all(math.isfinite(self.losses[rate]) for rate in around):
+            return math.log2(self.best)
+        return parabola_vertex([math.log2(rate) for rate in around], [self.losses[rate] for rate in around])
+
+    @property
+    def believed(self) -> tuple[float, float]:
+        """Where a vertex is believed, in log2(rate)."""
+        ends = [math.log2(self.best) + NEAR * math.log2(rate / self.best) for rate in self.neighbors]
+        return min(ends), max(ends)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether one more rate would say where the best one is: beyond the edge, or between it and a neighbor that is
+        more than an octave away."""
+        if len(self.losses) < 2 or self.at_edge:
+            return self.at_edge
+        if max(map(self.octaves, self.neighbors)) <= OCTAVE:
+            return False
+        low, high = self.believed
+        return not low <= self.vertex <= high or any(math.isinf(self.losses[rate]) for rate in self.neighbors)
+
+    def next_rate(self) -> float:
+        """The rate to try next: beyond the edge, or between the best one and a neighbor: the farther one, of two at
+        the same distance the better one."""
+        rates = sorted(self.losses)
+        if self.best == rates[0]:
             return round_rate(rates[0] / GRID_FACTOR)
-        if place == len(rates) - 1 and rates[-1] * GRID_FACTOR <= LARGEST_RATE:
+        if self.best == rates[-1] and rates[-1] * GRID_FACTOR <= LARGEST_RATE:
             return round_rate(rates[-1] * GRID_FACTOR)
-        sides = [rates[i] for i in (place - 1, place + 1) if i < len(rates)]
-        return round_rate(math.sqrt(self.best * min(sides, key=lambda rate: self.losses[rate])))
+        side = min(self.neighbors, key=lambda rate: (-round(self.octaves(rate), 1), self.losses[rate]))
+        return round_rate(math.sqrt(self.best * side))
 
     def choose(self) -> float:
-        """The vertex of the parabola, within the neighbors of the best rate."""
-        rates = sorted(self.losses)
-        place = rates.index(self.best)
-        around = rates[max(0, place - 1) : place + 2]
-        if len(around) < 3 or not all(math.isfinite(self.losses[rate]) for rate in around):
+        """The vertex of the parabola, near the best rate; the best rate where there is none."""
+        if len(self.neighbors) < 2:
             return self.best
-        vertex = parabola_vertex([math.log2(rate) for rate in around], [self.losses[rate] for rate in around])
-        return round_rate(2.0 ** min(max(vertex, math.log2(around[0])), math.log2(around[-1])))
+        low, high = self.believed
+        vertex = min(max(self.vertex, low), high)
+        return self.best if vertex == math.log2(self.best) else round_rate(2.0**vertex)
 
 
 def parabola_vertex(x: Sequence[float], y: Sequence[float]) -> float:
@@ -76,7 +115,7 @@ def first_grid(center: float, count: int) -> list[float]:
 def needs_extension(searches: Mapping[str, RateSearch], count: int) -> bool:
     """Whether every arm gets one more rate. count: of the first grid."""
     tried = max(len(search.losses) for search in searches.values())
-    return tried < count + MAX_EXTENSIONS and any(search.at_edge for search in searches.values())
+    return tried < count + MAX_EXTENSIONS and any(search.is_open for search in searches.values())
 
 
 def describe_search(name: str, search: RateSearch) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,12 +191,28 @@ def search(losses: dict[float, float]) -> RateSearch:
     return RateSearch(losses)
 
 
-def test_the_chosen_rate_is_the_vertex_of_the_parabola():
-    """Losses of a parabola around 2^-7 in log2(rate): three wide points find it."""
-    found = search({2.0**x: (x + 7.0) ** 2 for x in (-10, -8, -6)})
-    assert found.choose() == pytest.approx(2.0**-7, rel=1e-2)
+def finish_search(center: float, loss: Callable[[float], float]) -> RateSearch:
+    """Three rates, and more while they say where the best one is."""
+    losses = {rate: loss(rate) for rate in first_grid(center, 3)}
+    while needs_extension({"arm": search(losses)}, 3):
+        rate = search(losses).next_rate()
+        assert rate not in losses, "each rate is another one"
+        losses[rate] = loss(rate)
+    return search(losses)
+
+
+@pytest.mark.parametrize("middle", np.linspace(-9.0, -5.0, 9).tolist())
+def test_the_chosen_rate_is_the_vertex_of_the_parabola(middle: float):
+    """Losses of a parabola around 2^-7 in log2(rate)."""
+    found = finish_search(2.0**middle, lambda rate: (math.log2(rate) + 7.0) ** 2)
+    assert abs(math.log2(found.choose()) + 7.0) <= 0.26, describe_search("arm", found)
+    assert len(found.losses) <= 5
+
+
+def test_a_search_without_a_parabola_takes_its_best_rate():
     assert search({1e-3: 3.0, 4e-3: 2.0, 16e-3: math.inf}).choose() == 4e-3, "a cliff on one side"
     assert search({1e-3: 2.0}).choose() == 1e-3
+    assert not search({1e-3: 2.0}).is_open
 
 
 def test_every_arm_gets_the_same_number_of_rates():
@@ -210,6 +227,19 @@ def test_every_arm_gets_the_same_number_of_rates():
     assert search({0.25: 2.0, 1.0: 1.0}).next_rate() <= 1.0, "what a recipe takes"
     assert first_grid(2e-3, 3) == [5e-4, 2e-3, 8e-3]
     assert first_grid(0.5, 3) == [0.125, 0.5]
+
+
+@pytest.mark.parametrize("height", [0.05, 0.5, 5.0, math.inf])
+@pytest.mark.parametrize("cliff", [-6.6, -5.5, -4.1])
+def test_a_rate_at_which_training_collapses_does_not_move_the_chosen_one(cliff: float, height: float):
+    """A parabola around 2^-7 until a rate from which on all is lost, whatever is lost there."""
+
+    def loss(rate: float) -> float:
+        return height if math.log2(rate) > cliff else 0.01 * (math.log2(rate) + 7.0) ** 2
+
+    for middle in (-8.0, -7.5, -7.0, -6.7):
+        found = finish_search(2.0**middle, loss)
+        assert abs(math.log2(found.choose()) + 7.0) <= 0.76, describe_search("arm", found)
 
 
 def test_a_run_that_does_not_report_a_finite_loss_has_diverged():
