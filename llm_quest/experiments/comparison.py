@@ -31,6 +31,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from llm_quest.errors import UsageError
 from llm_quest.experiments import sequential
 from llm_quest.experiments.sequential import FIRST_LOOK
 
@@ -40,15 +41,17 @@ Decided = Literal[
 ]  # fmt: skip
 Outcome = Literal[Decided, "undecided (cap)", "undecided (time)", "invalid", "open"]
 Margin = Literal["", "not worse", "no difference"]
+Scale = Literal["linear", "log"]
 STABILITY_THRESHOLD = 20.0
 
 
 @dataclass(frozen=True)
 class Claim:
     """The terms of a comparison, fixed before the first pair. metric: the name in a run's metrics. delta: the smallest
-    difference worth having, in the metric's units. cap: the largest number of pairs. normal: whether differences are
-    near enough to normal for the t statistic alone (losses); accuracies and rewards are not. margin: what is claimed
-    against delta; empty: an effect of either sign, or none larger than delta."""
+    difference worth having, on the scale. cap: the largest number of pairs. normal: whether differences are near enough
+    to normal for the t statistic alone (losses); accuracies and rewards are not. margin: what is claimed against delta;
+    empty: an effect of either sign, or none larger than delta. scale: log: the natural logarithm of the metric is
+    compared, so a difference is that of a ratio, for numbers of which a few runs have most of the sum."""
 
     metric: str
     delta: float
@@ -56,6 +59,20 @@ class Claim:
     greater_is_better: bool
     normal: bool
     margin: Margin = ""
+    scale: Scale = "linear"
+
+    @property
+    def measure(self) -> str:
+        """What is compared, in words."""
+        return self.metric if self.scale == "linear" else f"{self.scale} {self.metric}"
+
+    def rescale(self, value: float) -> float:
+        """A value of the metric on the scale. UsageError for one that has no logarithm."""
+        if self.scale == "linear":
+            return value
+        if value <= 0:
+            raise UsageError(f"{self.metric} is {value:g}, and only numbers above 0 have a logarithm (scale: log)")
+        return math.log(value)
 
 
 @dataclass
@@ -180,7 +197,7 @@ class Comparison:
         low, high = sequential.sequential_interval(d, claim.cap)
         enough = len(d) > 1
         return {
-            "arm": name, "outcome": arm.outcome, "reason": arm.reason, "metric": claim.metric, "delta": claim.delta,
+            "arm": name, "outcome": arm.outcome, "reason": arm.reason, "metric": claim.measure, "delta": claim.delta,
             "pairs": arm.started, "cap": claim.cap, "seeds": arm.seeds, "differences": d,
             "mean": float(np.mean(d)) if d else None, "median": float(np.median(d)) if d else None,
             "standard_deviation": float(np.std(d, ddof=1)) if enough else None,

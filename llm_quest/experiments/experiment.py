@@ -365,6 +365,11 @@ class Experiment:
         own = self.arms[name].metric or self.plan.claim.metric
         return read_metric(record, metric or own, name, vocab_size)
 
+    def compared(self, record: Record, name: str) -> float | None:
+        """The claim's metric of a run on the claim's scale; None if it diverged."""
+        value = self.value(record, name)
+        return None if value is None else self.plan.claim.rescale(value)
+
     def tune(self) -> None:
         """Give each arm its learning rate."""
         if self.plan.rates < 2:
@@ -399,8 +404,8 @@ class Experiment:
             self.searches[name].losses[rate] = statistics.fmean(self.loss(next(records), name) for _ in seeds)
 
     def loss(self, record: Record, name: str) -> float:
-        """The metric where less is better; infinite if the run diverged."""
-        value = self.value(record, name)
+        """What is compared, where less is better; infinite if the run diverged."""
+        value = self.compared(record, name)
         if value is None:
             return math.inf
         return -value if self.plan.claim.greater_is_better else value
@@ -434,7 +439,7 @@ class Experiment:
         if not comparison.open_arms:
             return
         names = comparison.open_arms
-        values = {name: self.value(records[name], name) for name in (CONTROL, *names)}
+        values = {name: self.compared(records[name], name) for name in (CONTROL, *names)}
         if values[CONTROL] is None and self.searches:
             raise GuardStop(
                 f"the control diverged with seed {seed} at its tuned learning rate, so the experiment is void: give a "
@@ -452,10 +457,11 @@ class Experiment:
         unigram = self.descriptions[CONTROL]["unigram_loss"]
         if unigram is None or self.plan.claim.metric != "eval/loss" or comparison.pairs < sequential.FIRST_LOOK:
             return
+        bound = comparison.claim.rescale(unigram - UNIGRAM_MARGIN)
         for name in names:
             arm = comparison.arms[name]
             for who, values in ((name, arm.arm), (CONTROL, arm.control)):
-                if values and min(values) > unigram - UNIGRAM_MARGIN:
+                if values and min(values) > bound:
                     arm.outcome = "invalid"
                     arm.reason = f"{who} never used its context: its loss is that of token frequencies, {unigram:.3f}"
 

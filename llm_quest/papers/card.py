@@ -7,7 +7,7 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from llm_quest.experiments.sequential import sequential_interval
 from llm_quest.experiments.verdict_lines import describe_verdict
 from llm_quest.files import atomic_write_json, atomic_write_text, damaged_file_errors, load_json
 from llm_quest.papers.paper import Paper, judge
-from llm_quest.papers.reproduce import SizeResult, reproduce_command
+from llm_quest.papers.reproduce import SizeResult, comparison_claim, reproduce_command
 
 COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2")
 VERDICTS = Path(__file__).with_name("verdicts.json")
@@ -52,7 +52,8 @@ class PaperCard:
     def as_json(self) -> dict[str, Any]:
         return {
             "paper": self.paper.name, "claim": self.paper.hash, "verdict": self.verdict, "trend": self.trend,
-            "metric": self.paper.metric, "delta": self.paper.delta, "cap": self.paper.cap, "sizes": dict(self.sizes),
+            "metric": self.paper.metric, "scale": self.paper.scale, "delta": self.paper.delta, "cap": self.paper.cap,
+            "sizes": dict(self.sizes),
         }  # fmt: skip
 
     def summary(self) -> dict[str, str]:
@@ -89,7 +90,8 @@ def size_verdict(paper: Paper, result: SizeResult) -> str:
 
 
 def describe_found(paper: Paper, verdict: Mapping[str, Any]) -> list[str]:
-    settings = {"metric": paper.metric, "delta": paper.delta, "divergence_bound": None}
+    claim = comparison_claim(paper)
+    settings = {"metric": claim.measure, "delta": claim.delta, "divergence_bound": None}
     return describe_verdict({**verdict, **settings})
 
 
@@ -120,7 +122,7 @@ def describe_trend(paper: Paper, sizes: Mapping[str, SizeResult]) -> str:
     elif abs(change) > half:
         word = "grows" if change * farther > 0 else "fades"
     else:
-        word = "holds" if abs(change) + half < paper.delta else "unclear"
+        word = "holds" if abs(change) + half < comparison_claim(paper).delta else "unclear"
     first, last = next(iter(sizes)), list(sizes)[-1]
     return f"{word} from {first} to {last}: arm - control moves by {change - half:+.3g} to {change + half:+.3g} (90 %)"
 
@@ -164,10 +166,12 @@ def card_parts(card: PaperCard) -> Iterator[str]:
     yield f"# {paper.title}\n\n[arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})"
     yield f"**Claim.** {paper.claim}"
     words = {"not worse": "not worse by delta", "no difference": "not different by more than delta"}
+    delta = f"{'log ' if paper.scale == 'log' else ''}{paper.delta:g}"
     yield (
-        f"**Experiment.** {paper.bench_spec.about} Arms: {', '.join(arm_words(paper))}. {paper.metric}, delta "
-        f"{paper.delta:g}, at most {paper.cap} pairs of runs with shared seeds. Confirmed if the first arm is "
-        f"{words.get(paper.expect, paper.expect)}. Predicted before the first run: {paper.prediction:.0%}."
+        f"**Experiment.** {paper.bench_spec.about} Arms: {', '.join(arm_words(paper))}. "
+        f"{comparison_claim(paper).measure}, delta {delta}, at most {paper.cap} pairs of runs with shared seeds. "
+        f"Confirmed if the first arm is {words.get(paper.expect, paper.expect)}. "
+        f"Predicted before the first run: {paper.prediction:.0%}."
     )
     yield f"## Verdict: {card.verdict}\n\n{verdict_words(card)}"
     yield f"![paired differences against the pair]({paper.name}.svg)"
@@ -205,7 +209,7 @@ def table_rows(card: PaperCard) -> Iterator[str]:
         for name, arm in result["arms"].items():
             values = [value for value in arm["values"] if value is not None]
             tried = f" ({', '.join(sorted(arm['rates'], key=float))})" if arm["rates"] else ""
-            mean = f"{statistics.fmean(values):.4f}" if values else "diverged"
+            mean = f"{average(card.paper, values):.4f}" if values else "diverged"
             verdict = verdicts.get(name)
             last = ("", "", "")
             if verdict:
@@ -213,6 +217,11 @@ def table_rows(card: PaperCard) -> Iterator[str]:
                 last = (describe_effect(verdict), str(verdict["pairs"]), evidence)
             cells = (size, name, f"{arm['parameters']:,}", f"{arm['steps']:,}", f"{arm['learning_rate']:g}{tried}")
             yield f"| {' | '.join((*cells, mean, *last))} |"
+
+
+def average(paper: Paper, values: Sequence[float]) -> float:
+    """The mean of the metric: of logarithms the geometric one."""
+    return statistics.geometric_mean(values) if paper.scale == "log" else statistics.fmean(values)
 
 
 def details(card: PaperCard) -> Iterator[str]:
@@ -247,11 +256,11 @@ def draw_differences(card: PaperCard) -> str:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    paper = card.paper
+    paper, claim = card.paper, comparison_claim(card.paper)
     with mpl.rc_context({"svg.hashsalt": paper.name, "svg.fonttype": "none", "font.size": 10}):
         figure = Figure(figsize=(7.2, 3.2), layout="tight")
         axes = figure.add_subplot()
-        axes.axhspan(-paper.delta, paper.delta, color="#eeeeee")
+        axes.axhspan(-claim.delta, claim.delta, color="#eeeeee")
         axes.axhline(0.0, color="#888888", linewidth=0.8)
         series = [(f"{one['arm']}, {size}", one) for size, result in card.sizes.items() for one in result["verdicts"]]
         for number, (label, verdict) in enumerate(series):
@@ -259,7 +268,7 @@ def draw_differences(card: PaperCard) -> str:
             color = COLORS[number % len(COLORS)]
             axes.plot(range(1, len(d) + 1), d, "o-", color=color, markersize=4, linewidth=0.8, label=label)
         axes.set_xlabel("pair")
-        axes.set_ylabel(f"{paper.metric}, arm - control")
+        axes.set_ylabel(f"{claim.measure}, arm - control")
         axes.legend(frameon=False)
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from llm_quest.data import generated_text
+from llm_quest.experiments.comparison import Scale
 
 FOLDER = Path(__file__).with_name("claims")
 BENCHES = "benches"
@@ -24,6 +25,9 @@ CONFIRMS: Mapping[str, str] = {
     "worse": "worse",
 }  # fmt: skip
 """What a claim expects of its arm -> the outcome that confirms it; the other decided ones refute it."""
+
+LATER_KEYS: Mapping[str, Any] = {"metrics": {}, "scale": "linear"}
+"""Keys of a claim that are younger than its card, with their defaults, which leave its hash as it was."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Bench:
 class Paper:
     """A claim. expect: of the first arm against the control. prediction: the probability, written before the first run,
     that it is confirmed. metrics: of arms that are another measure of the control's run, such as a vote of its samples.
-    sizes: of the bench's; empty: all. replication: what larger experiments of others found."""
+    scale: log: logarithms of the metric are compared, and delta is a ratio above 1. sizes: of the bench's; empty: all.
+    replication: what larger experiments of others found."""
 
     name: str
     title: str
@@ -57,6 +62,7 @@ class Paper:
     settings: Sequence[Any] = ()
     bases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     metric: str = "eval/loss"
+    scale: Scale = "linear"
     metrics: Mapping[str, str] = field(default_factory=dict)
     secondary: Sequence[str] = ()
     cap: int = 12
@@ -89,7 +95,7 @@ class Paper:
     def hash(self) -> str:
         """A hash of what decides numbers and verdict: words may change."""
         words = {"title", "claim", "prediction", "replication", "notes", "bench", "sizes"}
-        words |= set() if self.metrics else {"metrics"}
+        words |= {key for key, default in LATER_KEYS.items() if getattr(self, key) == default}
         content = {key: value for key, value in vars(self).items() if key not in words}
         bench = [
             self.bench_spec.recipe,

@@ -3,6 +3,7 @@ runs are kept below the folder of experiments, so the same command goes on."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,7 +57,9 @@ def comparison_claim(paper: Paper) -> Claim:
     """What is fixed before the first pair; by it a card's verdict follows from its differences."""
     greater = is_greater_better(paper.metric)
     margin = paper.expect if paper.expect in ("not worse", "no difference") else ""
-    return Claim(paper.metric, paper.delta, paper.cap, greater, not greater, margin)
+    delta = math.log(paper.delta) if paper.scale == "log" else paper.delta
+    assert delta > 0, f"{paper.name}: delta {paper.delta:g} is no difference (of scale: log, a ratio above 1)"
+    return Claim(paper.metric, delta, paper.cap, greater, not greater, margin, paper.scale)
 
 
 def reproduce_command(paper: Paper, size: str, first_seed: int = 1) -> str:

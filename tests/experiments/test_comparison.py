@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llm_quest.errors import UsageError
 from llm_quest.experiments.code_tree import PACKAGE, differing_files, open_edit, own_code
 from llm_quest.experiments.comparison import Claim, Comparison
 from llm_quest.experiments.verdict_lines import describe_verdict
@@ -93,6 +94,13 @@ def test_an_effect_below_delta_is_not_refuted():
     assert margins.count("worse by more than delta") <= 3
     assert margins.count("not worse by delta") > 150
     assert effects.count("worse") > 90
+
+
+def test_a_number_without_a_logarithm_is_refused_where_logarithms_are_compared():
+    ratios = replace(LOSS, scale="log")
+    assert ratios.rescale(2.0) - ratios.rescale(1.0) == pytest.approx(np.log(2.0))
+    with pytest.raises(UsageError, match=r"eval/loss is 0, and only numbers above 0 have a logarithm \(scale: log\)"):
+        ratios.rescale(0.0)
 
 
 def test_identical_runs_are_no_difference():

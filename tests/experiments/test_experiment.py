@@ -242,6 +242,19 @@ def test_an_arm_may_be_another_measure_of_the_controls_run(text: Path, pool: Wor
     assert verdict["differences"] == pytest.approx([math.exp(loss) - loss for loss in losses])
     assert verdict["secondary"]["eval/loss"]["mean"] == 0.0
     assert result["arms"]["perplexity"]["metric"] == "eval/perplexity"
+    plan = replace(plan, claim=replace(plan.claim, scale="log"))
+    check_logarithms(Experiment(plan, tmp_path, pool, Ledger(tmp_path / "ledger.jsonl", [].append), [].append))
+
+
+def check_logarithms(experiment: Experiment) -> None:
+    """On the scale of logarithms pairs and tuning compare ratios; the values and secondary metrics stay as they are."""
+    result = experiment.run()
+    (verdict,), losses = result["verdicts"], result["arms_measured"]["control"]["values"]
+    assert verdict["differences"] == pytest.approx([loss - math.log(loss) for loss in losses])
+    assert verdict["metric"] == "log eval/loss"
+    assert result["arms_measured"]["perplexity"]["values"] == pytest.approx([math.exp(loss) for loss in losses])
+    assert verdict["secondary"]["eval/loss"]["mean"] == 0.0
+    assert experiment.loss(experiment.reported["control"][0][1], "control") == pytest.approx(math.log(losses[0]))
 
 
 def test_a_metric_that_no_arm_reports_is_named_with_those_that_are(

@@ -105,7 +105,8 @@ def test_a_paper_that_is_not_there_is_told_with_the_nearest():
 def test_the_hash_follows_what_is_measured_and_not_the_words():
     paper = load_paper("muon")
     assert replace(paper, claim="Other words.", replication="").hash == paper.hash
-    for edit in ({"delta": 0.06}, {"cap": 20}, {"settings": [*paper.settings, "batch_size=4"]}, {"expect": "worse"}):
+    longer = [*paper.settings, "batch_size=4"]
+    for edit in ({"delta": 0.06}, {"cap": 20}, {"settings": longer}, {"expect": "worse"}, {"scale": "log"}):
         assert replace(paper, **edit).hash != paper.hash
 
 
@@ -146,6 +147,20 @@ def test_a_card_holds_verdict_tuning_interval_size_date_machine_and_replication(
     assert load_card(replace(paper, delta=0.1), tmp_path) is None, "a card of another claim"
     assert "<svg" in (tmp_path / "muon.svg").read_text()
     assert draw_differences(card) == draw_differences(card)
+
+
+def test_a_card_of_logarithms_has_a_ratio_for_delta_and_geometric_means(tmp_path: Path):
+    paper = replace(load_paper("muon"), scale="log", delta=1.25)
+    result = make_result(paper, "better", [-0.5, -0.51, -0.49, -0.5])
+    result["arms"]["muon"] = {**result["arms"]["muon"], "values": [1.0, 4.0]}
+    page = write_card(paper, {"0.3M": result}, tmp_path).file.read_text()
+    assert "log eval/loss, delta log 1.25, at most 12 pairs" in page
+    assert "; log eval/loss, arm - control: between -0.6 and -0.4" in page
+    assert "| 2.0000 | -0.6 to -0.4" in page
+    assert "log eval/loss, arm - control" in (tmp_path / "muon.svg").read_text()
+    assert comparison_claim(paper).delta == pytest.approx(0.2231, abs=1e-4)
+    with pytest.raises(AssertionError, match=r"muon: delta 0\.05 is no difference \(of scale: log, a ratio above 1\)"):
+        comparison_claim(replace(paper, delta=0.05))
 
 
 def test_a_second_size_joins_the_card_and_shows_the_trend(tmp_path: Path):
