@@ -180,10 +180,10 @@ class KVCache:
             and length == 1
             and max_seq_len <= min(self.num_slots, self.window or max_seq_len)
         ):
-            return {name: kept[:, 1:last] for name, kept in self.tensors.items()}, CausalMask.FULL
+            return {name: tensor[:, 1:last] for name, tensor in self.tensors.items()}, CausalMask.FULL
         keys = slot_write.positions_after[:, first:last]
         mask = scope.cached(("slots", self.num_slots, self.window), lambda: scope.build_mask(keys, None, self.window))
-        return {name: kept[:, first:last] for name, kept in self.tensors.items()}, mask
+        return {name: tensor[:, first:last] for name, tensor in self.tensors.items()}, mask
 
     def snapshot(self, positions: Sequence[int]) -> None:
         """Slots need no snapshot."""
@@ -223,7 +223,7 @@ class KVCache:
             self.tensors[name] = swap_head_dim(concat_rows([swap_head_dim(part) for part in parts], order))
 
     def nbytes(self) -> int:
-        return sum(kept.nbytes for kept in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 class NoCache:

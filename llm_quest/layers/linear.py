@@ -39,9 +39,9 @@ def set_few_row_products(rows: Mapping[str, tuple[int, int]], kernel: Mapping[st
     C++: dtype -> the first number and the first that is too many. A dtype that is missing takes the plain order.
     Returns why the loop cannot be had, empty if it can or is not wanted."""
     missing = native.Library.reason if kernel and not native.is_loaded() else ""
-    for table, given in ((FEW_ROWS, rows), (KERNEL_ROWS, {} if missing else kernel)):
+    for table, ranges in ((FEW_ROWS, rows), (KERNEL_ROWS, {} if missing else kernel)):
         table.clear()
-        table.update({getattr(torch, dtype): range(first, end) for dtype, (first, end) in given.items()})
+        table.update({getattr(torch, dtype): range(first, end) for dtype, (first, end) in ranges.items()})
     return missing
 
 

@@ -60,7 +60,9 @@ class RecurrentStateCache:
         """The latest place in the history, the snapshot, or the beginning."""
         candidates = [[0] * len(positions), *(moment.positions.tolist() for moment in self.history)]
         candidates += [self.snapshot_positions] if self.snapshot_positions is not None else []
-        return [max(place[row] for place in candidates if place[row] <= asked) for row, asked in enumerate(positions)]
+        return [
+            max(place[row] for place in candidates if place[row] <= position) for row, position in enumerate(positions)
+        ]
 
     def rewind(self, positions: Sequence[int]) -> None:
         if not self.tensors:
@@ -69,8 +71,8 @@ class RecurrentStateCache:
         snapshots += [(self.snapshot_positions, self.snapshot_tensors)] if self.snapshot_positions is not None else []
         snapshots.append(([0] * len(positions), {}))
         picked = [
-            next(number for number, (ends, _) in enumerate(snapshots) if ends[row] == asked)
-            for row, asked in enumerate(positions)
+            next(number for number, (ends, _) in enumerate(snapshots) if ends[row] == position)
+            for row, position in enumerate(positions)
         ]
         self.tensors = {
             name: select_rows([tensors.get(name) for _, tensors in snapshots], picked, now)
@@ -82,12 +84,12 @@ class RecurrentStateCache:
         )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.map_tensors(lambda kept: kept.repeat_interleave(repeats, dim=0))
+        self.map_tensors(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
         if self.snapshot_positions is not None:
             self.snapshot_positions = [at for at in self.snapshot_positions for _ in range(repeats)]
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.map_tensors(lambda kept: kept[indices.to(kept.device)])
+        self.map_tensors(lambda tensor: tensor[indices.to(tensor.device)])
         if self.snapshot_positions is not None:
             self.snapshot_positions = [self.snapshot_positions[row] for row in indices.tolist()]
 
@@ -105,15 +107,17 @@ class RecurrentStateCache:
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply a function to every tensor that is kept."""
-        self.tensors = {name: function(kept) for name, kept in self.tensors.items()}
-        self.snapshot_tensors = {name: function(kept) for name, kept in self.snapshot_tensors.items()}
+        self.tensors = {name: function(tensor) for name, tensor in self.tensors.items()}
+        self.snapshot_tensors = {name: function(tensor) for name, tensor in self.snapshot_tensors.items()}
         self.history = [
-            StateSnapshot(function(moment.positions), {name: function(kept) for name, kept in moment.tensors.items()})
+            StateSnapshot(
+                function(moment.positions), {name: function(tensor) for name, tensor in moment.tensors.items()}
+            )
             for moment in self.history
         ]
 
     def nbytes(self) -> int:
-        return sum(kept.nbytes for kept in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def concat_named(parts: Sequence[dict[str, Tensor]], order: Sequence[int]) -> dict[str, Tensor]:
