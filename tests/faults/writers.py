@@ -7,6 +7,7 @@ takes a few of them. A module that writes and is in none of the writers fails th
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -165,10 +167,10 @@ def write_tokens(folder: Path, version: int) -> None:
 
 @cache
 def split_text(version: int) -> Any:
-    folder = Path(tempfile.mkdtemp(prefix="faults-text-"))
-    for number in range(6):
-        (folder / f"{number}.txt").write_text(f"Document {number} of version {version}. " * 20)
-    return split_corpus(load_corpus(str(folder)), held_out=0.3)
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(6):
+            Path(folder, f"{number}.txt").write_text(f"Document {number} of version {version}. " * 20)
+        return split_corpus(load_corpus(folder), held_out=0.3)
 
 
 def read_tokens(folder: Path) -> object:
@@ -226,9 +228,17 @@ def read_conversations(folder: Path) -> object:
     return [json.loads(line)["messages"] for line in text.splitlines()] or None
 
 
+@cache
+def scratch_folder() -> Path:
+    """In place of the machine's temporary folder, for a file that nobody deletes."""
+    folder = Path(tempfile.mkdtemp(prefix="faults-scratch-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def write_crash(folder: Path, version: int) -> None:
     """The traceback of a command; a disk that fails has to fail nothing here."""
-    with chdir(folder):
+    with chdir(folder), patch.object(tempfile, "tempdir", str(scratch_folder())):
         write_crash_file(RuntimeError(f"version {version}"))
 
 

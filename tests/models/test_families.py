@@ -33,9 +33,9 @@ def tolerance(name: str) -> float:
 def pair(name: str):
     """The oracle and our model of the same files, in float32."""
     oracle = ORACLES[name]()
-    folder = Path(tempfile.mkdtemp())
-    save_published(oracle, folder)
-    return oracle, load(folder)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        save_published(oracle, Path(folder))
+        return oracle, load(folder)
 
 
 def tokens(rows: int = 2, length: int = LENGTH) -> torch.Tensor:
