@@ -140,7 +140,7 @@ def generate_batch(
 
 
 def tokenize_prompts(prompt_texts: Sequence[Document], tokenizer: Tokenizer, options: GenerationOptions) -> PromptSet:
-    ids = options.encode_prompts(tokenizer, [one.text for one in prompt_texts])
+    ids = options.encode_prompts(tokenizer, [prompt.text for prompt in prompt_texts])
     known, which = Counter[tuple[int, ...]](), []
     for tokens in ids:
         which.append(known[tuple(tokens)])
@@ -159,7 +159,7 @@ def select_fitting_prompts(work: PromptSet, model: Decoder, slide: bool, prompts
         )
     if len(fit) < len(work.ids):
         kept = set(fit)
-        first = next(one.source for row, one in enumerate(work.prompts) if row not in kept)
+        first = next(prompt.source for row, prompt in enumerate(work.prompts) if row not in kept)
         log(f"dropped: {len(work.ids) - len(fit):,} prompts that fill the context of {context:,} (first: {first})")
     return fit
 
@@ -174,8 +174,8 @@ def output_settings(
 ) -> dict[str, Any]:
     """The settings that the rows depend on, with hashes of the model, the tokenizer and the prompts."""
     digest = hashlib.sha256()
-    for one in prompt_texts:
-        digest.update(one.text.encode() + b"\0")
+    for prompt in prompt_texts:
+        digest.update(prompt.text.encode() + b"\0")
     kind = str(next(model.parameters()).dtype).removeprefix("torch.")
     settings_kept = {
         "model": name_or_path,
@@ -204,7 +204,8 @@ def generate_missing(
             model, [work.ids[row] for row in some], options, stopping_criteria, [work.occurrence[row] for row in some]
         )
         file.append([work.make_row(row, one) for row, one in zip(some, completions, strict=True)])
-        done, tokens, now = done + len(some), tokens + sum(len(one.tokens) for one in completions), time.perf_counter()
+        done, now = done + len(some), time.perf_counter()
+        tokens += sum(len(completion.tokens) for completion in completions)
         if now - reported > PROGRESS_SECONDS or done == len(missing):
             elapsed, reported = now - began, now
             speed = f"{done / elapsed:,.1f} rows/s, {tokens / elapsed:,.0f} tokens/s"

@@ -210,7 +210,7 @@ def layer_imports(module: ModuleType) -> dict[str, Any]:
 
 def parent_families(module: ModuleType) -> list[str]:
     """The families whose files a family's file imports: it is one of them with a difference."""
-    named = {inspect.getmodule(one.assemble): one.name for one in ALL_FAMILIES}
+    named = {inspect.getmodule(family.assemble): family.name for family in ALL_FAMILIES}
     return [named[value] for value in vars(module).values() if inspect.ismodule(value) and value in named]
 
 

@@ -113,7 +113,7 @@ def parse_budgets(tokens_per_parameter: str, tokens: str) -> tuple[TokenBudget, 
     if tokens_per_parameter and tokens:
         raise UsageError("--tokens gives every size the same tokens, and --tokens-per-parameter larger sizes more: one")
     option, given = ("--tokens", tokens) if tokens else ("--tokens-per-parameter", tokens_per_parameter)
-    amounts = sorted({parse_quantity(one, option) for one in given.split(",") if one.strip()})
+    amounts = sorted({parse_quantity(part, option) for part in given.split(",") if part.strip()})
     if len(amounts) == 2 or not all(amounts):
         raise UsageError(
             f"{option} {given}: give one number above 0, or at least three with commas, for a law of size and tokens"

@@ -69,7 +69,7 @@ def reproduce(
     from llm_quest.cli.papers import reproduce_paper
     from llm_quest.machine.hardware import usable_cores
 
-    sizes = [one.strip() for one in size.split(",") if one.strip()]
+    sizes = [part.strip() for part in size.split(",") if part.strip()]
     with show_progress(quiet):
         card = reproduce_paper(
             paper, sizes=sizes, out=out, jobs=jobs or usable_cores(), minutes=minutes, first_seed=first_seed,

@@ -48,10 +48,10 @@ class PaperList:
 
     def lines(self) -> list[str]:
         result = []
-        for one in self.entries:
-            result += [f"{one.name:<20}{one.title} (arXiv:{one.arxiv})", f"{'':<20}{one.claim}"]
-            here = f"; here: {one.here}" if one.here else ""
-            result += [f"{'':<20}{one.verdict or 'not measured yet'}{here}", f"{'':<20}{one.cost}", ""]
+        for entry in self.entries:
+            result += [f"{entry.name:<20}{entry.title} (arXiv:{entry.arxiv})", f"{'':<20}{entry.claim}"]
+            here = f"; here: {entry.here}" if entry.here else ""
+            result += [f"{'':<20}{entry.verdict or 'not measured yet'}{here}", f"{'':<20}{entry.cost}", ""]
         return [*result, "measure one: quest reproduce NAME"]
 
 

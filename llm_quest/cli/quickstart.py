@@ -222,8 +222,8 @@ def run_stages(context: QuickstartContext) -> tuple[dict[str, StageResult], list
     log(f"   {dpo.line()}")
     log("7. A conversation, with questions that it was not trained on:")
     answers = answer_held_out_questions(context, out / "dpo")
-    for one in answers:
-        print_quoted("\n".join(one.lines()), log)
+    for answer in answers:
+        print_quoted("\n".join(answer.lines()), log)
     log("8. Reinforcement learning (GRPO). A new, smaller model first imitates demonstrations of reversed words of")
     log("   which half are wrong; then its only signal is whether its own answers are right:")
     grpo = run_grpo_stage(context)

@@ -168,7 +168,7 @@ def answer_held_out_questions(context: QuickstartContext, folder: Path) -> list[
     """Answer the first held-out questions greedily, with the chat template."""
     questions: Sequence[Conversation] = context.conversations.questions[:NUM_QUESTIONS]
     tokenizer = load_tokenizer(folder)
-    prompts = ChatTemplate(tokenizer).encode_prompts([one.prompt for one in questions])
+    prompts = ChatTemplate(tokenizer).encode_prompts([question.prompt for question in questions])
     done = generate(
         context.model(folder), prompts, max_new_tokens=MAX_ANSWER_TOKENS, temperature=0.0, tokenizer=tokenizer
     )

@@ -48,7 +48,7 @@ class ScoreReport:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        rows = [(f"{one.score:+.4f}", one.where, " ".join(one.answer.split())[:60]) for one in self.scores]
+        rows = [(f"{line.score:+.4f}", line.where, " ".join(line.answer.split())[:60]) for line in self.scores]
         pairs = [] if self.accuracy is None else ["", f"the best answer has the highest score: {self.accuracy:.1%}"]
         return [*align_columns(rows, right=(0,)), *pairs]
 
@@ -102,8 +102,8 @@ def read_score_groups(file: str | None, prompt: str | None, answers: Sequence[st
     if file is not None or prompt is None or not answers:
         raise UsageError("give a FILE of conversations or preferences, or --prompt with one --answer or more")
     return [
-        [Conversation((Message("user", prompt), Message("assistant", one)), f"--answer {i}")]
-        for i, one in enumerate(answers, 1)
+        [Conversation((Message("user", prompt), Message("assistant", answer)), f"--answer {i}")]
+        for i, answer in enumerate(answers, 1)
     ]
 
 

@@ -57,7 +57,7 @@ def serve_models(
         if draft is not None:
             base = models[served_name]
             source = load_draft(draft, base.model, base.tokenizer, name_or_path, device, dtype, log)
-            models = {key: replace(one, draft=source) for key, one in models.items()}
+            models = {key: replace(model, draft=source) for key, model in models.items()}
         server = make_server(models, options, rules, log)
         host, port = listener.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host

@@ -59,7 +59,7 @@ class TechniqueList:
         for entry in self.entries:
             alone = " (in training alone)" if entry.in_training else ""
             result += [f"{entry.name}{alone}: {entry.summary}", f"    quest train {entry.command}"]
-            result += [f"    {one.name}: {one.takes}, default {one.default}" for one in entry.options]
+            result += [f"    {option.name}: {option.takes}, default {option.default}" for option in entry.options]
             result.append("")
         return [*result, "several, with options: techniques='[{name: lora, rank: 16}, qk_clip]'"]
 
@@ -71,7 +71,9 @@ def list_techniques(words: Sequence[str] = ()) -> TechniqueList:
         for table, in_training in ((TECHNIQUES, False), (TRAINING_TECHNIQUES, True))
         for name, technique in table.items()
     ]
-    matching = [one for one in entries if all(word.lower() in f"{one.name} {one.summary}".lower() for word in words)]
+    matching = [
+        entry for entry in entries if all(word.lower() in f"{entry.name} {entry.summary}".lower() for word in words)
+    ]
     if not matching:
         near = did_you_mean(words[0], [*TECHNIQUES, *TRAINING_TECHNIQUES])
         raise UsageError(f"no technique has {' and '.join(map(repr, words))}{near}")

@@ -52,7 +52,7 @@ class RecipeCommand(typer.core.TyperCommand):
     """A command about a recipe, whose help with a recipe's name is about that recipe: `quest train sft --help`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        names = [one for one in args if not one.startswith("-")]
+        names = [arg for arg in args if not arg.startswith("-")]
         if names and {"-h", "--help"} & set(args):
             from llm_quest.recipes.settings_reference import make_page
 

@@ -151,7 +151,7 @@ class AnswerLayout:
     def through_control_token(self, text: str) -> str:
         """The text up to and with its last control token; empty if it has none."""
         controls = self.program.settings.control_tokens
-        return text[: max((text.rfind(one) + len(one) for one in controls if one in text), default=0)]
+        return text[: max((text.rfind(control) + len(control) for control in controls if control in text), default=0)]
 
     @property
     def reads_reasoning(self) -> bool:

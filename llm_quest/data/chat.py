@@ -151,7 +151,8 @@ class ChatTemplate:
         where the template does not write the reply."""
         before: Messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY_MARK}]
         rendered = render_batch(
-            self.settings, [RenderJob(self.writer.write([*before, *one]), add_generation_prompt=True) for one in turns]
+            self.settings,
+            [RenderJob(self.writer.write([*before, *turn]), add_generation_prompt=True) for turn in turns],
         )
         texts = [one.text.rpartition(REPLY_MARK) for one in rendered]
         if any(not mark for _, mark, _ in texts):
@@ -164,7 +165,13 @@ class ChatTemplate:
         contents = list(dict.fromkeys((reply, reply.lstrip(), reply.strip())))
         conversations = [[*messages, {"role": "assistant", "content": content}] for content in contents]
         prompt_job = RenderJob(self.writer.write(messages), add_generation_prompt=True)
-        jobs = [prompt_job, *(RenderJob(self.writer.write(one), add_generation_prompt=False) for one in conversations)]
+        jobs = [
+            prompt_job,
+            *(
+                RenderJob(self.writer.write(conversation), add_generation_prompt=False)
+                for conversation in conversations
+            ),
+        ]
         prompt, *rendered = render_batch(self.settings, jobs)
         written = prompt.text + self.control_encoder.escape(reply)
         texts = zip(contents, rendered, strict=True)
@@ -172,7 +179,7 @@ class ChatTemplate:
 
     def encode_whole(self, conversations: Sequence[Conversation]) -> list[list[int]]:
         """The ids of whole conversations as the template writes them, as transformers' `apply_chat_template`."""
-        jobs = [self.render_job(one) for one in conversations]
+        jobs = [self.render_job(conversation) for conversation in conversations]
         return [self.encode(one.text) for one in render_batch(self.settings, jobs)]
 
     def encode_conversations(
@@ -184,11 +191,11 @@ class ChatTemplate:
         drop_report: counts what the template refuses, and is told what else was changed; DataError where there is none,
         and where nothing is left."""
         examples, refused, notes = list[ChatExample](), list[str](), Counter[str]()
-        for one, encoded in zip(conversations, self.examples_of(conversations, places_to_learn), strict=True):
+        for conversation, encoded in zip(conversations, self.examples_of(conversations, places_to_learn), strict=True):
             examples += encoded.examples
-            notes += self.count_losses(one, encoded)
+            notes += self.count_losses(conversation, encoded)
             if encoded.error:
-                refused.append(f"{one.where}: {encoded.error}")
+                refused.append(f"{conversation.where}: {encoded.error}")
                 if drop_report is not None:
                     drop_report.drop(f"refused by the chat template: {encoded.error}", 0)
         if refused and (drop_report is None or not examples):
@@ -221,7 +228,9 @@ class ChatTemplate:
         self, conversations: Sequence[Conversation], places: Callable[[Conversation], tuple[int, ...]]
     ) -> Iterator[EncodedConversation]:
         """The examples of each conversation. places: the messages that are learned."""
-        rendered = render_jobs(self.settings, (self.render_job(one, places(one)) for one in conversations))
+        rendered = render_jobs(
+            self.settings, (self.render_job(conversation, places(conversation)) for conversation in conversations)
+        )
         for batch in batch_by_size(zip(conversations, rendered, strict=True)):
             yield from self.encode_renderings(batch)
 

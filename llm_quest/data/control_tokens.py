@@ -55,7 +55,7 @@ class ControlTokenEncoder:
 
     def encode_escaped(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of texts in which words that spell control tokens are escaped."""
-        bounded = [self.pattern.sub(lambda match: boundary_name(match.group()), one) for one in texts]
+        bounded = [self.pattern.sub(lambda match: boundary_name(match.group()), text) for text in texts]
         encoded = self.boundary_backend.encode_batch_fast(
             [require_valid_unicode(one.replace(ESCAPE_MARK, "")) for one in bounded], add_special_tokens=False
         )
@@ -84,7 +84,7 @@ class ControlTokenEncoder:
             parts: list[list[np.ndarray]] = [[np.empty(0, np.int32)] for _ in pieces]
             for number, ids in zip(numbers, chain.from_iterable(encoded[one] for one in segments), strict=True):
                 parts[number].append(ids)
-            yield [np.concatenate(one) for one in parts]
+            yield [np.concatenate(part) for part in parts]
 
     def encode_segments(self, segments: Iterable[Segment]) -> dict[Segment, list[np.ndarray]]:
         """The ids of each piece of these segments."""

@@ -51,9 +51,9 @@ def join_turns(before: list[Message], turns: list[Message], where: str) -> list[
     systems = [one for one in (*before, *turns) if one.role == "system"]
     if len(systems) < 2 or not before:
         return [*before, *turns]
-    if len({one.content.strip() for one in systems}) > 1:
+    if len({system.content.strip() for system in systems}) > 1:
         raise RowError(where, "two system messages", "has a key system and another system message in its messages")
-    return [*before, *(one for one in turns if one.role != "system")]
+    return [*before, *(turn for turn in turns if turn.role != "system")]
 
 
 def instruction_text(row: Row, where: str) -> str:

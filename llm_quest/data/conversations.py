@@ -39,7 +39,7 @@ class Conversation:
     @property
     def message_dicts(self) -> Messages:
         """Messages as chat templates take them."""
-        return [one.as_dict() for one in self.messages]
+        return [message.as_dict() for message in self.messages]
 
     @property
     def prompt(self) -> Messages:
@@ -61,7 +61,7 @@ def read_conversations(records: Iterable[Record], drop_report: DropReport) -> li
     """The conversations that can be learned from; the report counts what was dropped."""
     kept = []
     for conversation in parse_rows(records, parse_conversation, drop_report):
-        size = sum(len(one.content.encode()) for one in conversation.messages)
+        size = sum(len(message.content.encode()) for message in conversation.messages)
         if not conversation.answer.strip() and "tool_calls" not in conversation.messages[-1].extra:
             drop_report.drop("empty answer", size)
         elif not any(one.is_learned for one in conversation.messages):
@@ -81,7 +81,7 @@ def parse_conversation(record: Record) -> Conversation:
 
 def build_conversation(messages: Sequence[Message], row: TrackedRow, record: Record) -> Conversation:
     """A conversation up to its last answer, with the tools of its row."""
-    last = max((n for n, one in enumerate(messages, start=1) if one.role == "assistant"), default=len(messages))
+    last = max((n for n, message in enumerate(messages, start=1) if message.role == "assistant"), default=len(messages))
     if last < len(messages):
         row.left_out.add("(messages after the last answer)")
     check_role_order(messages[:last], record.where)
@@ -95,7 +95,7 @@ TURN_ORDER = re.compile(r"s?(u(at+)*a)+")
 def check_role_order(messages: Sequence[Message], where: str) -> None:
     """Check the roles: perhaps a system message, then user and assistant in turn, the assistant last. Between them the
     assistant may call tools, whose answers it then continues from."""
-    roles = [one.role for one in messages]
+    roles = [message.role for message in messages]
     if not TURN_ORDER.fullmatch("".join(role[0] for role in roles)):
         raise RowError(
             where, "roles out of order",

@@ -189,8 +189,8 @@ def read_prompts(file: str | Path) -> list[Document]:
     file = Path(file)
     if row_suffix(file) in READERS:
         rows = read_records(file)
-        return [Document(text_column(one.row, "prompt", one.where), one.where) for one in rows]
+        return [Document(text_column(record.row, "prompt", record.where), record.where) for record in rows]
     documents = list(read_text(file, DropReport(), separator="\n"))
     if not documents:
         raise DataError(f"{file} holds no prompts: write one a line, or rows with 'prompt' in a .jsonl file")
-    return [Document(one.text, f"{one.source}:{one.line}", one.line) for one in documents]
+    return [Document(document.text, f"{document.source}:{document.line}", document.line) for document in documents]

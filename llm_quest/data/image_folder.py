@@ -90,7 +90,7 @@ def read_labeled_folder(
     else:
         names, problem_type = resolve_label_names(images, options)
         is_multi_label = problem_type == MULTI_LABEL
-    pixels = load_pixels([one.file for one in images], image_processor)
+    pixels = load_pixels([image.file for image in images], image_processor)
     return ImageDataset(pixels, encode_labels(images, names, is_multi_label=is_multi_label), names)
 
 
@@ -111,7 +111,7 @@ def list_labeled_folder(
 def list_table(table: Path, options: LabelOptions, drop_report: DropReport) -> list[LabeledImage]:
     """The images that the table names; those beside it that it does not name are counted."""
     images = read_label_table(table, options, drop_report)
-    named = {one.file.resolve() for one in images}
+    named = {image.file.resolve() for image in images}
     kept = DropReport()
     for file in find_images(table.parent, kept):
         if file.resolve() not in named:

@@ -64,8 +64,8 @@ def read_label_table(file: Path, options: LabelOptions, drop_report: DropReport)
     if not entries:
         raise DataError(f"{file} holds no rows")
     labels_of: dict[Path, set[tuple[str, ...]]] = defaultdict(set)
-    for one in entries:
-        labels_of[one.file].add(one.labels)
+    for entry in entries:
+        labels_of[entry.file].add(entry.labels)
     if twice := [image for image, labels in labels_of.items() if len(labels) > 1]:
         drop_report.note(f"{len(twice)} images have rows of different labels in {file.name}, such as {min(twice).name}")
     return entries
@@ -101,8 +101,8 @@ def encode_labels(images: Sequence[LabeledImage], names: Sequence[str], *, is_mu
     not."""
     number = {name: i for i, name in enumerate(names)}
     targets = np.zeros((len(images), len(names)), dtype=np.float32)
-    for row, one in enumerate(images):
-        if unknown := [label for label in one.labels if label not in number]:
-            raise DataError(f"{one.where}: has the label {unknown[0]!r}, which the training images have not")
-        targets[row, [number[label] for label in one.labels]] = 1
+    for row, image in enumerate(images):
+        if unknown := [label for label in image.labels if label not in number]:
+            raise DataError(f"{image.where}: has the label {unknown[0]!r}, which the training images have not")
+        targets[row, [number[label] for label in image.labels]] = 1
     return targets if is_multi_label else targets.argmax(axis=1)

@@ -29,7 +29,7 @@ from llm_quest.errors import DataError
 
 def drop_too_long(examples: Sequence[ChatExample], max_length: int, drop_report: DropReport) -> list[ChatExample]:
     """The conversations that fit into a row; the report counts the others. DataError if none does."""
-    kept = [one for one in examples if one.last_answer_span[1] - 1 <= max_length]
+    kept = [example for example in examples if example.last_answer_span[1] - 1 <= max_length]
     for one in examples:
         if one.last_answer_span[1] - 1 > max_length:
             drop_report.drop(f"longer than a row of {max_length} tokens", 0)
@@ -47,7 +47,7 @@ class PackedExamples:
 
     def __init__(self, examples: Sequence[ChatExample], sequence_length: int):
         self.examples, self.sequence_length = examples, sequence_length
-        self.packed_rows = pack_best_fit([one.last_answer_span[1] - 1 for one in examples], sequence_length)
+        self.packed_rows = pack_best_fit([example.last_answer_span[1] - 1 for example in examples], sequence_length)
         digest = hashlib.sha256()
         for one in examples:
             digest.update(one.input_ids.astype(np.int64).tobytes() + b"|" + one.assistant_mask.tobytes() + b"\n")

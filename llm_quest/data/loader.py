@@ -183,8 +183,8 @@ def repeat_by_weight(items: Iterable[Weighted]) -> list[Weighted]:
     one."""
     before: Counter[float] = Counter()
     repeated: list[Weighted] = []
-    for one in items:
-        number = before[one.weight]
-        before[one.weight] += 1
-        repeated += [one] * (math.floor((number + 1) * one.weight) - math.floor(number * one.weight))
+    for item in items:
+        number = before[item.weight]
+        before[item.weight] += 1
+        repeated += [item] * (math.floor((number + 1) * item.weight) - math.floor(number * item.weight))
     return repeated

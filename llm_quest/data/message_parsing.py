@@ -94,7 +94,7 @@ def parse_message(row: TrackedRow, where: str, extra: bool = True) -> Message:
         raise RowError(where, f"the role {written!r:.30}", f"has the role {written!r:.60}; known: {known}")
     fields = parse_extra_keys(row, where) if extra else {}
     if name == "function_call":
-        fields["tool_calls"] = [as_tool_call(one) for one in parse_calls(row.get(content_key), where)]
+        fields["tool_calls"] = [as_tool_call(call) for call in parse_calls(row.get(content_key), where)]
         return Message(role, "", parse_train(row, where), fields)
     if content_key not in row and "tool_calls" not in fields:
         raise RowError(where, f"a message without {content_key}", f"has no {content_key!r}, or null")
@@ -111,7 +111,7 @@ def parse_extra_keys(row: TrackedRow, where: str) -> dict[str, Any]:
         elif not isinstance(value, str | int) or (key == "reasoning_content" and not isinstance(value, str)):
             raise RowError(where, f"{key} that is no text", f"{key} is a {type(value).__name__}, expected text")
     if row.get("function_call"):
-        calls = [as_tool_call(one) for one in parse_calls(row["function_call"], where)]
+        calls = [as_tool_call(call) for call in parse_calls(row["function_call"], where)]
         if "tool_calls" in fields:
             raise RowError(where, "two kinds of calls", "has function_call and tool_calls; expected one of them")
         fields["tool_calls"] = calls
@@ -122,8 +122,11 @@ def parse_calls(value: Any, where: str) -> list[Mapping[str, Any]]:
     """Function calls in OpenAI's form, or their function alone; one or a list, also as JSON text."""
     calls = parse_json_cell(value, where) if isinstance(value, str) else value
     calls = [calls] if isinstance(calls, Mapping) else list(as_list(calls))
-    functions = [one.get("function", one) if isinstance(one, Mapping) else None for one in calls]
-    if not all(isinstance(one, Mapping) and isinstance(one.get("name"), str) for one in functions) or not functions:
+    functions = [call.get("function", call) if isinstance(call, Mapping) else None for call in calls]
+    if (
+        not all(isinstance(function, Mapping) and isinstance(function.get("name"), str) for function in functions)
+        or not functions
+    ):
         reason = f"its call is {value!r:.60}; expected a function with name and arguments, or a list of them"
         raise RowError(where, "a function call of another form", reason)
     return calls

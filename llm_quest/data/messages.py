@@ -33,4 +33,4 @@ class Message:
 
 def to_messages(turns: Iterable[Message | tuple[str, str]]) -> tuple[Message, ...]:
     """Messages from messages, or from pairs of role and content."""
-    return tuple(one if isinstance(one, Message) else Message(*one) for one in turns)
+    return tuple(turn if isinstance(turn, Message) else Message(*turn) for turn in turns)

@@ -88,7 +88,9 @@ def collate_preferences(
 ) -> PreferenceBatch:
     """A batch of these elements. reference_log_probs: of each element, a number for each answer. share_prompts: a
     question is read once for all of its answers, where that reads fewer tokens."""
-    rows = [(one.prompt.tolist(), answer.tolist()) for one in preferences for answer in one.answers]
+    rows = [
+        (preference.prompt.tolist(), answer.tolist()) for preference in preferences for answer in preference.answers
+    ]
     unshared, shared_rows = ([(prompt, len(answer) - less) for prompt, answer in rows] for less in (0, 1))
     share_prompts = share_prompts and shared_token_count(shared_rows) < full_token_count(unshared)
     padded = pad_with_shared_prefix(
@@ -127,9 +129,9 @@ class PreferenceDataset:
     def hash(self) -> str:
         """sha256 of all ids and margins."""
         digest = hashlib.sha256()
-        for one in self.preferences:
-            digest.update(repr((one.margin, len(one.prompt), *map(len, one.answers))).encode())
-            digest.update(b"".join(ids.astype(np.int64).tobytes() for ids in (one.prompt, *one.answers)))
+        for preference in self.preferences:
+            digest.update(repr((preference.margin, len(preference.prompt), *map(len, preference.answers))).encode())
+            digest.update(b"".join(ids.astype(np.int64).tobytes() for ids in (preference.prompt, *preference.answers)))
         return digest.hexdigest()
 
     def micro_batches(self, rows: range, micro_batch_size: int, seed: int) -> list[PreferenceBatch]:

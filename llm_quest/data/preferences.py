@@ -111,7 +111,11 @@ def tokenize_preferences(
     chat_template: ChatTemplate, preferences: Sequence[Preference], max_length: int, drop_report: DropReport
 ) -> list[TokenizedPreference]:
     """Preferences as ids, in rows of at most `max_length`. DataError where nothing is left."""
-    encoded = iter(chat_template.encode_last_answers([text for one in preferences for text in one.to_conversations()]))
+    encoded = iter(
+        chat_template.encode_last_answers(
+            [text for preference in preferences for text in preference.to_conversations()]
+        )
+    )
     kept, cut, refused = [], 0, ""
     for one in preferences:
         answers = [next(encoded) for _ in one.answers]
@@ -138,6 +142,6 @@ def split_at_shared_prompt(examples: Sequence[ChatExample]) -> tuple[np.ndarray,
     """The ids that all answers follow, and each answer's. Commonly got wrong: of a reasoning model one answer may
     follow `<think>` and another not; the prompt is then what both follow."""
     size = min(one.last_answer_span[0] for one in examples)
-    first, *others = (one.input_ids[:size] for one in examples)
+    first, *others = (example.input_ids[:size] for example in examples)
     size = min((int(np.argmin(np.append(first == other, False))) for other in others), default=size)
     return first[:size], tuple(one.input_ids[size : one.last_answer_span[1]] for one in examples)

@@ -29,7 +29,7 @@ def select_form(forms: Sequence[RowForm], row: Row, where: str) -> RowForm:
         if all(key in row for key in form.keys):
             return form
     known = "; ".join(", ".join(form.keys) for form in forms)
-    elsewhere = [kind for kind, others in ROW_FORMS.items() if any(set(one.keys) <= set(row) for one in others)]
+    elsewhere = [kind for kind, others in ROW_FORMS.items() if any(set(other.keys) <= set(row) for other in others)]
     meant = f" (such rows are for {elsewhere[0]})" if elsewhere else ""
     has = ", ".join(map(str, row)) or "(none)"
     reason = f"has the keys {has}; expected those of one form: {known}{meant}"
@@ -39,7 +39,7 @@ def select_form(forms: Sequence[RowForm], row: Row, where: str) -> RowForm:
 def parse_image_conversation(row: Row, where: str) -> tuple[tuple[str | None, str], ...]:
     """LLaVA's turns of human and gpt, without the placeholder `<image>` in them."""
     turns = parse_messages(row, "conversations", where)
-    texts = [one.content.replace("<image>", "").strip() for one in turns]
+    texts = [turn.content.replace("<image>", "").strip() for turn in turns]
     if [one.role for one in turns] != ["user", "assistant"] * (len(turns) // 2) or not turns:
         roles = ", ".join(one.role for one in turns)
         raise RowError(where, "roles out of order", f"the roles are {roles}; expected user and assistant in turn")
@@ -81,9 +81,11 @@ class StepParts(NamedTuple):
 def parse_steps(row: Row, where: str) -> StepParts:
     """Stepwise supervision (TRL): a label for each step."""
     steps, labels = (read_cell(row, key, where) for key in ("completions", "labels"))
-    if not isinstance(steps, list) or not all(isinstance(one, str) for one in steps):
+    if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
         raise RowError(where, "completions of another form", "'completions' is no list of texts, one for each step")
-    if not isinstance(labels, list) or not all(isinstance(one, bool | int | float) and 0 <= one <= 1 for one in labels):
+    if not isinstance(labels, list) or not all(
+        isinstance(label, bool | int | float) and 0 <= label <= 1 for label in labels
+    ):
         reason = f"'labels' is {labels!r:.60}, expected true, false or numbers from 0 to 1"
         raise RowError(where, "labels of another form", reason)
     if len(labels) != len(steps):

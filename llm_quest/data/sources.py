@@ -77,7 +77,7 @@ def iter_sources(
     columns: Mapping[str, str] | None = None,
 ) -> Iterator[Record]:
     """The rows of all sources, one after another. columns: see `map_columns`."""
-    records = chain.from_iterable(iter_source(one, drop_report, builtin) for one in sources)
+    records = chain.from_iterable(iter_source(source, drop_report, builtin) for source in sources)
     return map_columns(records, columns or {}, drop_report)
 
 
@@ -98,7 +98,7 @@ def load_rows(
     cannot be used, in place of leaving them out. limit: of rows. DataError where none is left, with the reasons."""
     records = iter_sources(sources, drop_report, builtin=builtin, columns=columns)
     rows = read(islice(records, limit), drop_report)
-    name = ", ".join(one.path for one in sources)
+    name = ", ".join(source.path for source in sources)
     drop_report.require_rows(len(rows), name, strict=strict)
     if not rows:
         reasons = "; ".join(f"{count:,} x {reason}" for reason, (count, _) in drop_report.dropped.items())

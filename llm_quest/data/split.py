@@ -123,7 +123,7 @@ def _without_common_text(runs: list[np.ndarray]) -> list[np.ndarray]:
     """The shingles of each document without those of the common text, where enough of its own are left."""
     hashes, counts = np.unique(np.concatenate(runs), return_counts=True)
     common = hashes[counts > COMMON_TEXT_DOCUMENTS]
-    own = [one[~_is_in(one, common)] for one in runs]
+    own = [run[~_is_in(run, common)] for run in runs]
     return [mine if len(mine) >= MIN_OWN_PART * len(one) else one for mine, one in zip(own, runs, strict=True)]
 
 
@@ -172,7 +172,7 @@ def _run_hashes(words: np.ndarray) -> np.ndarray:
 def _documents_per_shingle(runs: Sequence[np.ndarray]) -> Iterator[list[int]]:
     """For each shingle that is in several documents, their indices."""
     repeated = _shingles_of_several(runs)
-    runs = [one[_is_in(one, repeated)] for one in runs]
+    runs = [run[_is_in(run, repeated)] for run in runs]
     hashes = np.concatenate(runs)
     order = np.argsort(hashes, kind="stable")
     hashes, owners = hashes[order], np.repeat(np.arange(len(runs)), [len(one) for one in runs])[order]

@@ -135,7 +135,7 @@ class StepDataset:
     @cached_property
     def hash(self) -> str:
         """sha256 of all ids and labels."""
-        text = repr([(one.input_ids, one.ends, one.labels) for one in self.rows])
+        text = repr([(row.input_ids, row.ends, row.labels) for row in self.rows])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def micro_batches(self, rows: range, micro_batch_size: int, seed: int) -> list[StepBatch]:
@@ -150,7 +150,7 @@ class StepDataset:
     def collate(self, indices: Sequence[int]) -> StepBatch:
         """A batch of these rows."""
         rows = [self.rows[number] for number in indices]
-        tokens, positions = pad_with_positions([one.input_ids for one in rows])
+        tokens, positions = pad_with_positions([row.input_ids for row in rows])
         labels = np.full(tokens.shape, np.nan, np.float32)
         for number, one in enumerate(rows):
             labels[number, list(one.ends)] = one.labels

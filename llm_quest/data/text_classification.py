@@ -187,7 +187,7 @@ def parse_label(value: Any, key: str, where: str) -> str:
 def problem_type_of(texts: Sequence[Labeled], wanted: str | None = None) -> str:
     """transformers' `problem_type`: single_label_classification, or multi_label_classification where a row has a list
     of labels. DataError for lists where one label is wanted."""
-    lists = [one for one in texts if one.is_list]
+    lists = [text for text in texts if text.is_list]
     if wanted == SINGLE_LABEL and lists:
         raise DataError(
             f"{lists[0].where}: has a list of labels, and the problem type is {SINGLE_LABEL}: give one label, or "
@@ -198,7 +198,7 @@ def problem_type_of(texts: Sequence[Labeled], wanted: str | None = None) -> str:
 
 def split_labeled_texts(texts: Sequence[LabeledText], held_out: float) -> tuple[list[LabeledText], list[LabeledText]]:
     """(training, held out): about this share of the texts of each label; equal texts stay on one side."""
-    keys = [first_question_hash(one.prompt) for one in texts]
+    keys = [first_question_hash(text.prompt) for text in texts]
     chosen = set(choose_held_out(keys, [one.labels for one in texts], held_out))
     return [one for i, one in enumerate(texts) if i not in chosen], [texts[i] for i in sorted(chosen)]
 
@@ -208,7 +208,7 @@ def collect_label_names(texts: Sequence[Labeled]) -> tuple[str, ...]:
     fewer than two.
 
     Commonly got wrong: numbers sorted as text, where "10" comes before "2"."""
-    labels_found = {label for one in texts for label in one.labels}
+    labels_found = {label for text in texts for label in text.labels}
     names = (
         sorted(labels_found, key=lambda name: (int(name), name))
         if all(map(WHOLE_NUMBER.fullmatch, labels_found))
@@ -228,7 +228,7 @@ def encode_labeled_texts(
     is_multi_label: bool = False,
 ) -> TextClassificationDataset:
     """Texts as ids and labels as class indices."""
-    rows = [np.array(encode_truncated(tokenizer, one.text, max_length), dtype=np.int64) for one in texts]
+    rows = [np.array(encode_truncated(tokenizer, text.text, max_length), dtype=np.int64) for text in texts]
     cut = sum(len(tokenizer.encode(one.text)) > max_length for one in texts)
     if cut:
         drop_report.note(f"{cut} texts lost their end beyond {max_length} tokens")

@@ -112,7 +112,7 @@ def add_mismatched_answers(
 
 def repeat_answers(rows: Sequence[TokenizedPreference]) -> list[TokenizedPreference]:
     """Each row with its own answer in the place of the mismatched one, for losses that read none."""
-    return [replace(one, answers=one.answers * 2) for one in rows]
+    return [replace(row, answers=row.answers * 2) for row in rows]
 
 
 def own_rows(batch: PreferenceBatch, kl: Tensor) -> UnpairedBatch:

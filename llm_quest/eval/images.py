@@ -79,6 +79,6 @@ class ImageQuestionEvaluator:
             eos_token_id=ends,
         )
         return [
-            tokenizer.decode_continuation(prompt, [token for token in one.tokens if token not in ends])
-            for prompt, one in zip(prompts, answers, strict=True)
+            tokenizer.decode_continuation(prompt, [token for token in answer.tokens if token not in ends])
+            for prompt, answer in zip(prompts, answers, strict=True)
         ]

@@ -29,7 +29,7 @@ from llm_quest.scope import Scope
 DEFAULT_MAX_GEN_TOKS = 256
 LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """The names that tasks have for the length, the first of several counts."""
-SAMPLING_KEYS = tuple(one.name for one in fields(SamplingParams) if one.name != "logit_bias")
+SAMPLING_KEYS = tuple(field.name for field in fields(SamplingParams) if field.name != "logit_bias")
 OTHER_KEYS = ("until", "do_sample")
 CHAT_MARK = "\ufdd3"  # a noncharacter: no task's text begins with it
 

@@ -192,7 +192,9 @@ def evaluate_baselines(train: Sequence[Document], val: Sequence[Document], token
     """Bits per byte of the baselines by name: n-grams and compressors fitted to the training text, or, without one,
     compressors alone."""
     if train:
-        return {one.name: one.bits_per_byte for one in compute_baselines(train, val, tokenizer=tokenizer)}
+        return {
+            baseline.name: baseline.bits_per_byte for baseline in compute_baselines(train, val, tokenizer=tokenizer)
+        }
     return {
         f"{name}, without training text": compressor_bits_per_byte((), val, compress)
         for name, compress in COMPRESSORS.items()

@@ -139,7 +139,7 @@ class PolicyEvaluator:
         return PolicyScores(
             {name: mean for (name, _), mean in zip(self.rewards, means, strict=True)},
             *mean_with_interval(totals),
-            sum(len(one.completion_ids) for one in answers) / len(answers),
+            sum(len(answer.completion_ids) for answer in answers) / len(answers),
             sum(one.truncated for one in answers) / len(answers),
             measure_accuracy(
                 [answers[place] for place in checked],

@@ -91,7 +91,9 @@ class SelfRefinement:
     def refine(self, drafts: Sequence[Sample], complete: Complete) -> list[RefineRound]:
         """Refine one answer of each problem."""
         answers = list(drafts)
-        conversations = {n: [*self.messages(one.problem), assistant(one.text)] for n, one in enumerate(answers)}
+        conversations = {
+            n: [*self.messages(answer.problem), assistant(answer.text)] for n, answer in enumerate(answers)
+        }
         stopped, cramped, rounds = set[int](), set[int](), list[RefineRound]()
         for _ in track(range(self.rounds), "refining answers, round"):
             feedback = self.ask(conversations, self.prompts.feedback, answers, complete)

@@ -186,7 +186,7 @@ def add_techniques(config: dict[str, Any], techniques: Sequence[Technique]) -> d
 
 def classifier_config(config: Mapping[str, Any], techniques: Sequence[Technique]) -> dict[str, Any]:
     """The fields of transformers' ForSequenceClassification, if a score head is the only change; else empty."""
-    heads = [one for one in techniques if isinstance(one, ScoreHead)]
+    heads = [technique for technique in techniques if isinstance(technique, ScoreHead)]
     if not heads:
         return {}
     architecture = family_for(config).classifier(config["model_type"])
@@ -213,7 +213,7 @@ def split_techniques(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[An
             "edited"
         )
     techniques = extra.get("techniques") or [] if isinstance(extra, Mapping) else None
-    if not isinstance(techniques, list) or not all(isinstance(one, Mapping) for one in techniques):
+    if not isinstance(techniques, list) or not all(isinstance(technique, Mapping) for technique in techniques):
         raise DataError(f"config.json: {OUR_MODEL_TYPE}.techniques is no list of techniques")
     whole = dict(base) if isinstance(base, Mapping) else dict(config)
     whole.pop(OUR_MODEL_TYPE, None)

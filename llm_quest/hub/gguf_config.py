@@ -114,7 +114,7 @@ def export_keys(model: Any, layout: Layout) -> tuple[dict[str, Value], list[str]
 
 def read_layout(file: GGUFFile) -> Layout:
     """The layout of a file. DataError if no family of ours computes it."""
-    layouts = [one for one in LAYOUTS if one.architecture == file.architecture and one.reads]
+    layouts = [layout for layout in LAYOUTS if layout.architecture == file.architecture and layout.reads]
     if not layouts:
         known = ", ".join(sorted({one.architecture for one in LAYOUTS}))
         raise DataError(
@@ -236,8 +236,8 @@ def refuse_unknown_gguf_keys(file: GGUFFile, layout: Layout) -> None:
 def extra_keys(layout: Layout) -> frozenset[str]:
     """The keys that `more` writes and `back` reads."""
     config = next(
-        (one.config for family in all_families() for one in family.presets
-         if family.publish(one.config)["model_type"] == layout.model_type), None,
+        (preset.config for family in all_families() for preset in family.presets
+         if family.publish(preset.config)["model_type"] == layout.model_type), None,
     )  # fmt: skip
     return frozenset() if config is None else frozenset((*layout.more(config), "attention.q_lora_rank"))
 

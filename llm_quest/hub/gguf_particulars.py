@@ -191,7 +191,7 @@ def mimo_back(file: GGUFFile) -> Mapping[str, Any]:
     layers, counts, windowed = (file.get(f"mimo2.{key}") for key in MIMO_LISTS)
     if not all(isinstance(one, list) and len(one) == layers for one in (counts, windowed)):
         return {}
-    by_kind = dict(zip(map(bool, windowed), (one if type(one) is int else None for one in counts), strict=True))
+    by_kind = dict(zip(map(bool, windowed), (count if type(count) is int else None for count in counts), strict=True))
     kinds = ("sparse" if f"blk.{layer}.ffn_gate_inp.weight" in file.tensors else "dense" for layer in range(layers))
     return {
         "num_key_value_heads": by_kind.get(False),

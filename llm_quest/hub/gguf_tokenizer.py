@@ -147,7 +147,9 @@ def list_normalizers(normalizer: Any) -> list[Any]:
 
 
 def refuse_other_normalizers(content: Mapping[str, Any]) -> None:
-    others = [one["type"] for one in list_normalizers(content.get("normalizer")) if one["type"] != "NFC"]
+    others = [
+        normalizer["type"] for normalizer in list_normalizers(content.get("normalizer")) if normalizer["type"] != "NFC"
+    ]
     if others:
         raise UsageError(
             f"this tokenizer normalizes text by {', '.join(others)}, which llama.cpp does not: export a folder"
@@ -168,7 +170,7 @@ def space_form(content: Mapping[str, Any]) -> tuple[bool, bool, list[str]]:
     before = content.get("pre_tokenizer")
     if before is None and steps in ([replace], [prepend, replace]):
         return len(steps) == 2, False, []
-    charsmap = [one for one in steps if one["type"] == "Precompiled"]
+    charsmap = [step for step in steps if step["type"] == "Precompiled"]
     pieces = [one for one in pre_tokenizer_steps(before) if one["type"] != "WhitespaceSplit"]
     if len(charsmap) == len(steps) and len(pieces) == 1 and pieces[0]["type"] == "Metaspace":
         scheme, split = pieces[0].get("prepend_scheme", "always"), pieces[0].get("split", True)
@@ -226,7 +228,7 @@ def unigram_keys(content: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[di
     scores = [score for _, score in model["vocab"]]
     padded = [*scores, *[0.0] * max(0, len(vocabulary.tokens) - len(scores))][: len(vocabulary.tokens)]
     steps = pre_tokenizer_steps(content.get("pre_tokenizer"))
-    squeezes = any(one["type"] == "WhitespaceSplit" for one in steps)
+    squeezes = any(step["type"] == "WhitespaceSplit" for step in steps)
     keys = {
         "model": string("t5"),
         "scores": array(FLOAT32, padded),
@@ -234,7 +236,7 @@ def unigram_keys(content: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[di
         "remove_extra_whitespaces": boolean(squeezes),
         "unknown_token_id": uint32(model["unk_id"] or 0),
     }
-    charsmaps = [one["precompiled_charsmap"] for one in list_normalizers(content.get("normalizer"))]
+    charsmaps = [normalizer["precompiled_charsmap"] for normalizer in list_normalizers(content.get("normalizer"))]
     if charsmaps and charsmaps[0]:
         keys["precompiled_charsmap"] = array(0, base64.b64decode(charsmaps[0]))
     elif squeezes:

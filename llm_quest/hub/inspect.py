@@ -103,7 +103,9 @@ def inspect_folder(name_or_path: str | Path, *, check_weights: bool = False) -> 
     template = find_chat_template(report)
     if report.techniques:
         names = {kind: name for name, kind in TECHNIQUES.items()}
-        report.notes.append(f"techniques, in order: {', '.join(names[type(one)] for one in report.techniques)}")
+        report.notes.append(
+            f"techniques, in order: {', '.join(names[type(technique)] for technique in report.techniques)}"
+        )
     if "auto_map" in published:
         report.notes.append(
             "config.json names code of its own (auto_map), which is never run: our own family file computes"
@@ -116,7 +118,9 @@ def inspect_folder(name_or_path: str | Path, *, check_weights: bool = False) -> 
         config=published,
         generation_config=asdict(report.generation_config),
         files=files,
-        tensors=tuple(TensorInfo(name, dtype_name(one), tuple(one.shape)) for name, one in report.sources.items()),
+        tensors=tuple(
+            TensorInfo(name, dtype_name(source), tuple(source.shape)) for name, source in report.sources.items()
+        ),
         tokenizer=tokenizer_facts(report),
         chat_template=template,
         flags=content_conditions(template or ""),

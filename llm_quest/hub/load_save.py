@@ -194,7 +194,9 @@ def save(
         {n: t for n, t in stored.items() if n in technique_names},
         {n: t for n, t in stored.items() if n not in technique_names},
     )
-    tensors |= {copy: tensors[one] for copy, one in family.duplicate_weights(model.config).items() if one in tensors}
+    tensors |= {
+        copy: tensors[weight] for copy, weight in family.duplicate_weights(model.config).items() if weight in tensors
+    }
     total = sum(map(nbytes, stored.values()))
     dtype = max(tensors.values(), key=nbytes).dtype
     with atomic_dir(

@@ -63,7 +63,7 @@ def read_pooling(folder: Path) -> Pooling | None:
     modules = load_json(folder / MODULES, list)
     if not all(isinstance(one, dict) and isinstance(one.get("type"), str) for one in modules):
         raise DataError(f"{folder / MODULES}: a list of objects with a type each was expected")
-    kinds = [one["type"].rpartition(".")[2] for one in modules]
+    kinds = [module["type"].rpartition(".")[2] for module in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise UsageError(
             f"{folder / MODULES} names {', '.join(kinds)[:200]}: Transformer, Pooling, Normalize are computed"

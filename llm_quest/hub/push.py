@@ -66,7 +66,7 @@ def files_to_push(folder: Path) -> tuple[list[Path], list[str]]:
     if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         raise DataError(f"{folder} is no model folder (it has no config.json): quest export RUN FOLDER writes one")
     entries = sorted(folder.iterdir())
-    files = [one for one in entries if is_model_file(one.name) and one.is_file() and not one.is_symlink()]
+    files = [entry for entry in entries if is_model_file(entry.name) and entry.is_file() and not entry.is_symlink()]
     if not (folder / ADAPTER_CONFIG).is_file() and (problems := inspect_folder(str(folder)).problems):
         raise DataError(f"{folder} does not load: {problems[0]}")
     return files, [one.name for one in entries if one not in files]

@@ -113,7 +113,7 @@ def adapter_pairs(model: Any) -> dict[str, LoRAPair]:
 
 def whole_tensors(model: Any) -> dict[str, Tensor]:
     """The tensors that were trained whole beside the adapter, and a score head, by published names."""
-    modules = [name for one in model.spec.techniques for name in whole_modules(one)]
+    modules = [name for technique in model.spec.techniques for name in whole_modules(technique)]
     modules += ["head"] if find_score_head(model) is not None else []
     if not modules:
         return {}
@@ -211,7 +211,7 @@ def peft_config(model: Any, pairs: Mapping[str, LoRAPair], base: str | None) -> 
     """Build adapter_config.json."""
     technique: Any = next(one for one in model.spec.techniques if is_adapter(one))
     rank, use_rslora = technique.rank, isinstance(technique, RsLoRA)
-    rank_pattern = {module: one.rank for module, one in pairs.items() if one.rank != rank}
+    rank_pattern = {module: pair.rank for module, pair in pairs.items() if pair.rank != rank}
     modules, stacks = ([name for name, one in pairs.items() if one.A.dim() == dims] for dims in (2, 3))
     alpha = LORA_ALPHA[type(technique)](technique)
     root = math.sqrt if use_rslora else float
@@ -249,6 +249,10 @@ def shortest_names(config: Any, names: Sequence[str], *, stacked: bool) -> list[
     are adapted; else the full names."""
     places = base_matrices(config).values()
     parts = 3 if stacked else 1  # mlp.experts.down_proj
-    last = {one.module: ".".join(one.module.split(".")[-parts:]) for one in places if bool(one.num_experts) == stacked}
+    last = {
+        place.module: ".".join(place.module.split(".")[-parts:])
+        for place in places
+        if bool(place.num_experts) == stacked
+    }
     short = sorted({last[module] for module in names})
     return short if {module for module in last if last[module] in short} == set(names) else sorted(names)

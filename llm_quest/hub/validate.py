@@ -154,7 +154,7 @@ def match_names(report: FolderReport) -> None:
     )
     if not own_format:
         fused = fused_experts(names)
-        names = {ours: fused[ours] if fused.get(ours) in report.sources else one for ours, one in names.items()}
+        names = {ours: fused[ours] if fused.get(ours) in report.sources else name for ours, name in names.items()}
     compare_names(report, weight_views(report.model, names))
 
 

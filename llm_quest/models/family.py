@@ -90,7 +90,9 @@ class Family:
         """Is this config.json one of this family?"""
         kind, named = hf_config.get("model_type"), hf_config.get("architectures")
         classes = named if isinstance(named, list) else ()
-        return kind in self.model_types or (kind is None and any(one in classes for one in self.architectures.values()))
+        return kind in self.model_types or (
+            kind is None and any(architecture in classes for architecture in self.architectures.values())
+        )
 
     def read(self, hf_config: Mapping[str, Any]) -> Any:
         """A Config from the contents of config.json; DataError for what is missing or not computed."""

@@ -152,8 +152,8 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
 
 def reads_raw_stream(model: nn.Module) -> bool:
     """Whether norms stand behind the branches and not before them."""
-    branches = [one for one in model.modules() if isinstance(one, Sublayer)]
-    return bool(branches) and all(has_gain(one.post_norm) and not has_gain(one.norm) for one in branches)
+    branches = [module for module in model.modules() if isinstance(module, Sublayer)]
+    return bool(branches) and all(has_gain(branch.post_norm) and not has_gain(branch.norm) for branch in branches)
 
 
 def has_gain(norm: nn.Module) -> bool:
@@ -257,8 +257,8 @@ def require_equal_logits_scale(model: nn.Module, base: nn.Module) -> None:
     """UsageError unless attention logits are scaled alike: muP needs 1/head_dim where heads become wider, and a model
     of its family has 1/sqrt(head_dim). With normalized queries and keys both agree."""
     normed = any(
-        isinstance(one, GroupedQueryAttention) and has_gain(one.q_norm) and has_gain(one.k_norm)
-        for one in model.modules()
+        isinstance(module, GroupedQueryAttention) and has_gain(module.q_norm) and has_gain(module.k_norm)
+        for module in model.modules()
     )
     scales = [{one.scale for one in side.modules() if isinstance(one, ScaledDotProduct)} for side in (model, base)]
     if scales[0] != scales[1] and not normed:

@@ -82,7 +82,11 @@ def prepare_text_data(data: TextDataConfig, choice: TokenizerConfig, log: LogFn)
     if text is None or not text.tokens.path.is_dir():
         text = prepare_documents(data, choice, log)
         PREPARED.clear()
-        if choice.load is None and data.validation is None and all(is_builtin(one.path) for one in data_sources(data)):
+        if (
+            choice.load is None
+            and data.validation is None
+            and all(is_builtin(source.path) for source in data_sources(data))
+        ):
             PREPARED[key] = text
     facts = text.facts
     log(
@@ -129,7 +133,7 @@ def data_sources(data: RowsConfig) -> tuple[DataSource, ...]:
 
 def source_name(data: RowsConfig) -> str:
     """The sources in words."""
-    return ", ".join(one.path for one in data_sources(data))
+    return ", ".join(source.path for source in data_sources(data))
 
 
 def token_folder(data: RowsConfig) -> Path | None:
@@ -170,7 +174,7 @@ def load_split_rows(
             rows, held_out = split(rows, config.held_out) if config.held_out else (rows, [])
     else:
         held_out = load_config_rows(config.of_validation, read, drop_report, builtin=builtin)
-        known = {first_question_hash(one.prompt) for one in rows}
+        known = {first_question_hash(row.prompt) for row in rows}
         if shared := sum(first_question_hash(one.prompt) in known for one in held_out):
             drop_report.note(
                 f"{shared:,} of the {len(held_out):,} rows of data.validation: their prompt is trained on too"

@@ -53,7 +53,7 @@ class AuxiliaryLosses:
     def resolve(self, model: Decoder) -> AuxiliaryLosses:
         """Fill in the defaults of this model. UsageError for a coefficient that would have no effect."""
         self.require_effect(model)
-        by_softmax = [one.aux_loss_coef for one in model.modules() if isinstance(one, SoftmaxRouter)]
+        by_softmax = [module.aux_loss_coef for module in model.modules() if isinstance(module, SoftmaxRouter)]
         by_bias = any(isinstance(one, SigmoidRouter) for one in model.modules())
         balance, within, speed, mtp = (
             self.router_aux_loss_coef,
@@ -79,7 +79,7 @@ class AuxiliaryLosses:
         """Raise UsageError for a coefficient of a part that the model does not have."""
         family = family_of(model.config).name
         softmax, sigmoid = (
-            any(isinstance(one, kind) for one in model.modules()) for kind in (SoftmaxRouter, SigmoidRouter)
+            any(isinstance(module, kind) for module in model.modules()) for kind in (SoftmaxRouter, SigmoidRouter)
         )
         for key in ROUTER_COEFFICIENTS if not (softmax or sigmoid) else ():
             if getattr(self, key):

@@ -299,7 +299,7 @@ def recipe_name(schema: type[StrictModel]) -> str:
 
 def has_findings_below(place: tuple[int | str, ...], findings: Sequence[Any]) -> bool:
     """Whether one of pydantic's findings is about a part of the value at a place."""
-    return any(len(one["loc"]) > len(place) and one["loc"][: len(place)] == place for one in findings)
+    return any(len(finding["loc"]) > len(place) and finding["loc"][: len(place)] == place for finding in findings)
 
 
 def renamed_keys(path: KeyPath, value: Any, settings: RawConfig) -> Iterator[ConfigProblem]:

@@ -255,7 +255,7 @@ class RunConfig(StrictModel):
 
     @model_validator(mode="after")
     def check_training_mode(self) -> RunConfig:
-        named = [one["name"] for one in self.all_techniques if one["name"] in ACT_IN_TRAINING_MODE]
+        named = [technique["name"] for technique in self.all_techniques if technique["name"] in ACT_IN_TRAINING_MODE]
         if self.scores_without_dropout and named:
             raise ValueError(
                 f"techniques: {named[0]} has no effect on this recipe, whose passes are without dropout and noise, in "

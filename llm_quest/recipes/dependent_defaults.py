@@ -71,7 +71,7 @@ def replace_toy_settings(settings: RawConfig, given: Collection[KeyPath]) -> Non
     judges the answers."""
     rewards = settings.tree.get("rewards")
     judged = isinstance(rewards, list) and any(
-        isinstance(one, Mapping) and one.get("name") in ("model", "judge") for one in rewards
+        isinstance(reward, Mapping) and reward.get("name") in ("model", "judge") for reward in rewards
     )
     if settings.tree.get("recipe") != "grpo" or not judged or not any(path[0] == "data" for path in given):
         return

@@ -106,7 +106,7 @@ def check_environment_options(environment: str, options: Mapping[str, Any]) -> N
         functions = options.get("functions")
         if not isinstance(functions, list) or not functions:
             raise ValueError("environment_kwargs.functions: name the tools, [my_tools.py:FUNCTION]")
-        options["functions"] = [check_reference(str(one)) for one in functions]  # type: ignore[index]
+        options["functions"] = [check_reference(str(function)) for function in functions]  # type: ignore[index]
     if environment == "file_search" and isinstance(options.get("folder"), str):
         options["folder"] = absolute_path(options["folder"])  # type: ignore[index]
 
@@ -159,7 +159,7 @@ def game_problems(number: int, seed: int) -> ProblemSet:
 def reset_row(problem: Problem) -> dict[str, Any]:
     """The arguments of an environment's `reset`: the row's columns, or a task's prompt and answer."""
     if problem.columns:
-        messages = {"messages": [dict(one) for one in problem.messages]} if problem.messages else {}
+        messages = {"messages": [dict(message) for message in problem.messages]} if problem.messages else {}
         return {**messages, "prompt": problem.prompt, "answer": problem.answer, **problem.columns}
     return {"prompt": problem.prompt, "answer": problem.answer}
 
@@ -234,4 +234,4 @@ def draw_episodes(
     """Play n episodes of each problem."""
     ids = encode.encode_problems(problems)
     prompts = [PolicyPrompt(tuple(one), problem) for one, problem in zip(ids, problems, strict=True)]
-    return sampler.play(model, prompts, copy_numbers([one.prompt_ids for one in prompts]), sampling, n, seed)
+    return sampler.play(model, prompts, copy_numbers([prompt.prompt_ids for prompt in prompts]), sampling, n, seed)

@@ -163,7 +163,7 @@ def require_trained_token_rows(config: Any) -> None:
     if not (config.model.add_tokens or config.model.add_special_tokens):
         return
     for entry in config.techniques:
-        keys = {one.name for one in fields(TECHNIQUES[entry["name"]])} if entry["name"] in TECHNIQUES else set()
+        keys = {field.name for field in fields(TECHNIQUES[entry["name"]])} if entry["name"] in TECHNIQUES else set()
         if "targets" in keys and "embed.token" not in entry.get("modules_to_save", ()):
             raise UsageError(
                 f"techniques: {entry['name']} freezes the embedding, so the rows of model.add_tokens would not be "
@@ -195,7 +195,9 @@ def data_facts(
 def can_share_prompts(config: RunConfig) -> bool:
     """Whether rows may share a prompt that is read once into a cache. Not with gradient checkpointing, which would
     write the cache twice, nor compiled, where every shape would be another graph."""
-    return config.compile is not True and all(one["name"] != "checkpointing" for one in config.all_techniques)
+    return config.compile is not True and all(
+        technique["name"] != "checkpointing" for technique in config.all_techniques
+    )
 
 
 def apply_config_techniques(config: RunConfig, model: Decoder, log: LogFn, *, scores: bool = False) -> list[Callback]:
@@ -247,7 +249,7 @@ def prepare_preferences(config: PreferenceDataConfig, tokenizer: Tokenizer, leng
 def flip_labels(pairs: Sequence[Preference], fraction: float, seed: int) -> list[Preference]:
     """Swap chosen and rejected in a fraction of the pairs."""
     flipped = set(shuffle_indices(len(pairs), seed)[: round(fraction * len(pairs))].tolist())
-    return [replace(one, answers=one.answers[::-1]) if n in flipped else one for n, one in enumerate(pairs)]
+    return [replace(pair, answers=pair.answers[::-1]) if n in flipped else pair for n, pair in enumerate(pairs)]
 
 
 def pairs_loader(

@@ -117,7 +117,7 @@ def prepare_questions(config: GkdConfig, tokenizer: Tokenizer) -> PreferenceData
     parts = []
     for part in (repeat_by_weight(learned), held_out):
         rows = tokenize_preferences(chat, [last_turn(one) for one in part], config.sequence_length, drop_report)
-        parts.append([replace(one, prompt=one.prompt[-room:]) for one in rows])
+        parts.append([replace(row, prompt=row.prompt[-room:]) for row in rows])
     return PreferenceData(chat, parts[0], parts[1], drop_report)
 
 
@@ -157,7 +157,7 @@ class TeacherEvaluator:
 
     @torch.no_grad()
     def evaluate(self, model: Any, step: int) -> Mapping[str, float]:
-        given = [(one.prompt.tolist(), one.answers[0].tolist()) for one in self.examples]
+        given = [(example.prompt.tolist(), example.answers[0].tolist()) for example in self.examples]
         prompts = [PolicyPrompt(tuple(prompt)) for prompt, _ in given]
         groups = self.sampler(model, prompts, 1, self.seed)
         written = [(sample.prompt_ids, sample.completion_ids) for group in groups for sample in group]

@@ -261,7 +261,7 @@ def held_out_evaluator(
     return PolicyEvaluator(
         problems.held_out,
         draw_held_out(sampler, tokenizer, encode, config.max_new_tokens),
-        pipeline.compute_rewards, [(one.name, one.weight) for one in pipeline.rewards], config.eval_steps,
+        pipeline.compute_rewards, [(reward.name, reward.weight) for reward in pipeline.rewards], config.eval_steps,
         config.eval_num_samples, config.temperature, derive_seed(config.seed, "evaluation"), context.samples_dir,
         policy.whole_policy,
         refinement=make_refinement(

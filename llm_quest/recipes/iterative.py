@@ -176,7 +176,9 @@ def train_reward_model_stage(
         parallel.wait_for_main_process()
     new = read_comparisons(file)
     history = [
-        one for earlier in range(number) for one in read_comparisons(out / f"iteration-{earlier}" / "comparisons.json")
+        comparison
+        for earlier in range(number)
+        for comparison in read_comparisons(out / f"iteration-{earlier}" / "comparisons.json")
     ]
     if not new and reward_model is not None:
         log(f"reward model {number}: no question has both right and wrong answers any more; it stays what it was")
@@ -257,7 +259,7 @@ def read_comparisons(file: Path) -> list[TokenizedPreference]:
 
 def last_policy_dir(run_dir: Path) -> Path:
     """The run of the newest iteration's policy. DataError where no iteration has one yet."""
-    folders = [one.parent for one in run_dir.glob("iteration-*/policy/config.yaml")]
+    folders = [path.parent for path in run_dir.glob("iteration-*/policy/config.yaml")]
     if not folders:
         raise DataError(f"{run_dir} has no policy of an iteration yet; go on with it: quest train {run_dir}")
     return max(folders, key=lambda policy: int(policy.parent.name.removeprefix("iteration-")))

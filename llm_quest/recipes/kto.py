@@ -142,7 +142,7 @@ class UnpairedEvaluator:
         losses = [objective.loss_of(log_p, rows) for log_p, rows in zip(log_probs, batches, strict=True)]
         metrics = {"loss": sum(float(one.total) for one in losses) / len(self.rows)}
         for name in losses[0].metrics:
-            sums = [(float(one.metrics[name][0]), float(one.metrics[name][1])) for one in losses]
+            sums = [(float(loss.metrics[name][0]), float(loss.metrics[name][1])) for loss in losses]
             total, count = map(sum, zip(*sums, strict=True))
             if count:
                 metrics[name.removeprefix("rewards/")] = total / count
@@ -203,7 +203,7 @@ def prepare_unpaired(config: KtoConfig, tokenizer: Tokenizer, loss: UnpairedLoss
     parts = list[list[TokenizedPreference]]()
     for part in (repeat_by_weight(learned), held_out):
         rows = tokenize_preferences(chat, part, config.sequence_length, drop_report)
-        seed, before = derive_seed(config.seed, f"mismatched {len(parts)}"), [one for rows in parts for one in rows]
+        seed, before = derive_seed(config.seed, f"mismatched {len(parts)}"), [row for rows in parts for row in rows]
         parts.append(
             add_mismatched_answers(rows, config.sequence_length, seed, more=before)
             if loss.needs_kl

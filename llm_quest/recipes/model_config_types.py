@@ -17,7 +17,7 @@ def missing_inside(value: Any, kind: Any, before: Any) -> list[str]:
         return []
     known = {**({} if before is None else field_values(before)), **value}
     fields: Any = dataclasses.fields(part)  # type: ignore[arg-type]
-    return [one.name for one in fields if one.default is dataclasses.MISSING and one.name not in known]
+    return [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in known]
 
 
 def describe_type_error(value: Any, kind: Any, least: int = 1) -> str | None:

@@ -185,7 +185,7 @@ def reference_rows(job: Job) -> float:
 
 def frozen_models(job: Job) -> dict[str, nn.Module]:
     """Models that are held in memory and not trained."""
-    teachers = [one.teacher.model for one in job.objective.modules() if isinstance(one, DistillationLoss)]
+    teachers = [module.teacher.model for module in job.objective.modules() if isinstance(module, DistillationLoss)]
     frozen = {"teacher": teachers[0]} if teachers else {}
     return frozen | ({"reference": job.loader.model} if isinstance(job.loader, SyncedReference) else {})
 
@@ -234,7 +234,7 @@ def plan_policy(job: Job, context: Context, *, measure: bool) -> Plan:
 def reward_randomly(rollouts: Any, seed: int) -> None:
     """Replace the rewards by a random one and the reward models, and train on every row."""
     random = WeightedReward("random", RandomReward(derive_seed(seed, "random reward")))
-    models = [one for one in rollouts.reward_pipeline.rewards if isinstance(one.reward_fn, ModelReward)]
+    models = [reward for reward in rollouts.reward_pipeline.rewards if isinstance(reward.reward_fn, ModelReward)]
     rollouts.reward_pipeline = replace(rollouts.reward_pipeline, rewards=(random, *models))
     rollouts.read_all = True
 

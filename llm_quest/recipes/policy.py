@@ -221,7 +221,7 @@ class PolicyConfig(RunConfig):
                 "attention_coef has no effect where a rollout is learned from once: the policy does not "
                 "differ from itself; set num_iterations or num_mini_batches to 2 or more, or leave it out"
             )
-        named = {one["name"] for one in self.all_techniques} & {"taps", "checkpointing"}
+        named = {technique["name"] for technique in self.all_techniques} & {"taps", "checkpointing"}
         if named:
             raise ValueError(f"attention_coef taps the last layer, which {named.pop()} disturbs: leave one out")
         if self.compile is True:
@@ -263,7 +263,7 @@ class PolicyConfig(RunConfig):
                 "router_replay has no effect where a rollout is learned from once: the routers choose as they did; set "
                 "num_iterations or num_mini_batches to 2 or more, or leave it out"
             )
-        if any(one["name"] == "checkpointing" for one in self.all_techniques):
+        if any(technique["name"] == "checkpointing" for technique in self.all_techniques):
             raise ValueError("router_replay cannot be combined with checkpointing, which routes again: leave one out")
         if self.compile is True:
             raise ValueError("router_replay changes what routers give, which a compiled pass cannot: set compile=false")

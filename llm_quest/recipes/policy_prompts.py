@@ -158,7 +158,9 @@ class PromptEncoder:
         conversations = [(self.messages(problem), problem.tools) for problem in problems]
         if len(self.known) > MAX_CACHED_PROMPTS:
             self.known.clear()
-        new = {repr(one): one for one in conversations if repr(one) not in self.known}
+        new = {
+            repr(conversation): conversation for conversation in conversations if repr(conversation) not in self.known
+        }
         if new:
             messages, tools = zip(*new.values(), strict=True)
             self.known |= dict(zip(new, self.chat.encode_prompts(messages, tools), strict=True))
@@ -183,7 +185,7 @@ class PromptEncoder:
 
     def messages(self, problem: Problem) -> Messages:
         """The prompt as messages; the system prompt is appended to one that the row has."""
-        turns = [dict(one) for one in problem.messages] or [{"role": "user", "content": problem.prompt}]
+        turns = [dict(message) for message in problem.messages] or [{"role": "user", "content": problem.prompt}]
         wanted = answer_instruction(problem) if self.system_prompt is None else self.system_prompt
         if not wanted:
             return turns

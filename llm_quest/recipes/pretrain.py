@@ -271,7 +271,10 @@ def build_evaluators(config: PretrainConfig, text: TextData, context: Context, m
 
 def document_intervals(evaluators: Sequence[Evaluator], model: Decoder) -> dict[str, tuple[float, float]]:
     """The 95 % interval of bits per byte over all held-out documents."""
-    interval = next((one.bits_per_byte_interval(model) for one in evaluators if isinstance(one, LossEvaluator)), None)
+    interval = next(
+        (evaluator.bits_per_byte_interval(model) for evaluator in evaluators if isinstance(evaluator, LossEvaluator)),
+        None,
+    )
     return {} if interval is None else {"bits_per_byte": interval}
 
 
@@ -283,7 +286,7 @@ def baseline_bits_per_byte(text: TextData, log: LogFn) -> dict[str, float]:
     log("counting and compressing the same text, to compare")
     with phase("fitting n-grams and compressors"):
         baselines = compute_baselines(parts.train, parts.val, tokenizer=text.tokenizer)
-    return {one.name: one.bits_per_byte for one in baselines}
+    return {baseline.name: baseline.bits_per_byte for baseline in baselines}
 
 
 def resolve_model_config(config: PretrainConfig, settings: RawConfig) -> Any:
@@ -310,7 +313,7 @@ def check_pretrain(config: PretrainConfig, settings: RawConfig) -> PretrainConfi
         base = replace_sizes(numbers, config.parametrization.base)
         scale_parameters(build_meta_model(numbers), build_meta_model(base), config.parametrization.name)
     config = fit_sequence_length(config, settings, numbers.max_position_embeddings)
-    added = any(one["name"] == "multi_token" for one in config.techniques)
+    added = any(technique["name"] == "multi_token" for technique in config.techniques)
     losses = replace(config.auxiliary_losses, mtp_loss_weight=None) if added else config.auxiliary_losses
     losses.resolve(build_meta_model(numbers))
     return config

@@ -141,8 +141,8 @@ class StepEvaluator:
         objective, device = ProcessRewardLoss(model), next(model.parameters()).device
         batches = [self.rows.collate(numbers) for numbers in length_grouped_indices(self.rows, EVAL_BATCH_SIZE)]
         losses = [objective(batch.to(device)) for batch in batches]
-        pairs = [{"loss": (one.total, one.count), **one.metrics} for one in losses]
-        sums = {name: [sum(float(one[name][part]) for one in pairs) for part in (0, 1)] for name in pairs[0]}
+        pairs = [{"loss": (loss.total, loss.count), **loss.metrics} for loss in losses]
+        sums = {name: [sum(float(pair[name][part]) for pair in pairs) for part in (0, 1)] for name in pairs[0]}
         return {name: total / count for name, (total, count) in sums.items() if count}
 
 

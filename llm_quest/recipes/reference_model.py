@@ -101,7 +101,7 @@ def reference_log_probs(
                     model.to(parallel.device), PreferenceDataset(pairs, share_prompts=share_prompts), parallel.device
                 )
             )
-    ends = np.cumsum([len(one.answers) for one in pairs])[:-1]
+    ends = np.cumsum([len(pair.answers) for pair in pairs])[:-1]
     return CachedLogProbs(np.split(flat, ends), key, fresh)
 
 

@@ -259,7 +259,9 @@ def reward_file_hashes(specs: Sequence[RewardSpec]) -> dict[str, str]:
 
 def reward_failures(rewards: Sequence[WeightedReward]) -> list[str]:
     """A line for each reward that failed on some samples."""
-    counted = [(one.name, one.reward_fn.summary()) for one in rewards if isinstance(one.reward_fn, FailureSummary)]
+    counted = [
+        (reward.name, reward.reward_fn.summary()) for reward in rewards if isinstance(reward.reward_fn, FailureSummary)
+    ]
     return [f"the reward {name} failed, {summary}" for name, summary in counted if summary]
 
 

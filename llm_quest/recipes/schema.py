@@ -33,7 +33,9 @@ class Choice:
 
 def find_choices(annotation: Any, metadata: Iterable[Any] = ()) -> list[Choice]:
     """The choices of a field: among its own annotations, and among those of the parts of its type."""
-    parts = [one for part in get_args(annotation) for one in find_choices(part, getattr(part, "__metadata__", ()))]
+    parts = [
+        choice for part in get_args(annotation) for choice in find_choices(part, getattr(part, "__metadata__", ()))
+    ]
     return [one for one in metadata if isinstance(one, Choice)] + parts
 
 
@@ -52,7 +54,7 @@ def is_local_path(field: Any) -> bool:
     """Whether a field, or a part of its type, names a file, a folder or a hub id."""
     notes = *getattr(field, "metadata", ()), *getattr(field, "__metadata__", ())
     parts = get_args(field.annotation if isinstance(field, FieldInfo) else field)
-    named = any(isinstance(one, AfterValidator) and one.func is absolute_path for one in notes)
+    named = any(isinstance(note, AfterValidator) and note.func is absolute_path for note in notes)
     return named or any(map(is_local_path, parts))
 
 
@@ -67,7 +69,11 @@ def describe_field(field: FieldInfo | None) -> str:
 
 def bounds(constraints: Iterable[Any]) -> list[str]:
     """The bounds among what a type is annotated with, in words."""
-    return [BOUND_PHRASES[type(one).__name__](one) for one in constraints if type(one).__name__ in BOUND_PHRASES]
+    return [
+        BOUND_PHRASES[type(constraint).__name__](constraint)
+        for constraint in constraints
+        if type(constraint).__name__ in BOUND_PHRASES
+    ]
 
 
 BOUND_PHRASES: dict[str, Callable[[Any], str]] = {

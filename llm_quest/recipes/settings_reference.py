@@ -53,7 +53,11 @@ class SettingsPage:
     settings: tuple[Setting, ...]
 
     def as_json(self) -> dict[str, Any]:
-        return {"recipe": self.name, "summary": self.summary, "settings": [asdict(one) for one in self.settings]}
+        return {
+            "recipe": self.name,
+            "summary": self.summary,
+            "settings": [asdict(setting) for setting in self.settings],
+        }
 
     def lines(self) -> list[str]:
         """The settings as lines for the screen."""
@@ -62,15 +66,20 @@ class SettingsPage:
             "",
             "settings: KEY=VALUE on the command line, or in a YAML file",
         ]
-        for one in self.settings:
-            result += ["", f"{one.key}  ({one.takes}; default: {one.default})", f"    {one.description}"]
+        for setting in self.settings:
+            result += [
+                "",
+                f"{setting.key}  ({setting.takes}; default: {setting.default})",
+                f"    {setting.description}",
+            ]
         return result
 
     def markdown(self) -> str:
         """The settings as a page of docs/settings."""
         rows = [
-            f"| `{one.key}` | {escape_cell(one.takes)} | `{escape_cell(one.default)}` | {escape_cell(describe(one))} |"
-            for one in self.settings
+            f"| `{setting.key}` | {escape_cell(setting.takes)} | `{escape_cell(setting.default)}` | "
+            f"{escape_cell(describe(setting))} |"
+            for setting in self.settings
         ]
         head = [
             f"# Settings of `quest train {self.name}`", "", f"{self.summary}", "",

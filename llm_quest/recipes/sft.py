@@ -85,7 +85,9 @@ def build_sft(config: SftConfig, context: Context) -> Job:
     parallel, log = context.parallel, context.log
     config, model, tokenizer = begin_finetuning(config, context, builtin_instructions)
     data = prepare_conversations(config.data, tokenizer, config.sequence_length)
-    set_generation_eos(model, tokenizer, (one.input_ids[one.last_answer_span[1] - 1] for one in data.train.examples))
+    set_generation_eos(
+        model, tokenizer, (example.input_ids[example.last_answer_span[1] - 1] for example in data.train.examples)
+    )
     micro_rows = micro_batch_rows(config, parallel, config.sequence_length)
     config = count_epochs(config, context.settings, len(data.train), log)
     loader = make_sharded_loader(config, data.train, parallel, micro_rows)
@@ -170,12 +172,14 @@ class AnswerSampler:
         self.interval, self.part, self.tokenizer = samples.every_steps, samples, data.chat.tokenizer
         self.folder, self.seed = samples_dir, seed
         self.questions = list(data.questions[: samples.num_prompts])
-        self.prompts = data.chat.encode_prompts([one.prompt for one in self.questions])
+        self.prompts = data.chat.encode_prompts([question.prompt for question in self.questions])
 
     def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
         """Sample on every process (each may hold a part of the model); only one with a folder saves them."""
         room = model.config.max_position_embeddings
-        questions = [(one, ids) for one, ids in zip(self.questions, self.prompts, strict=True) if len(ids) < room]
+        questions = [
+            (question, ids) for question, ids in zip(self.questions, self.prompts, strict=True) if len(ids) < room
+        ]
         done = generate(
             model,
             [ids for _, ids in questions],

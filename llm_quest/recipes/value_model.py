@@ -41,7 +41,7 @@ def init_value_model(config: PolicyConfig, model: Decoder, tokenizer: Tokenizer)
     own = copy_module(model) if part.load is None else load_value_model(part.load, model, tokenizer)
     if has_adapter(own):
         merge_adapter(own)
-    if any(one["name"] == "checkpointing" for one in config.all_techniques):
+    if any(technique["name"] == "checkpointing" for technique in config.all_techniques):
         ActivationCheckpointing()(own)
     return own
 

@@ -123,7 +123,7 @@ def score_lines(records: Sequence[RunRecord]) -> Iterator[Curve]:
     """Curves of further held-out shares: all of a single run; of several runs the first of each, in the run's
     color."""
     for number, record in enumerate(records):
-        scores = {name: one for name, one in record.scores.items() if not is_plotted(f"eval/{name}")}
+        scores = {name: score for name, score in record.scores.items() if not is_plotted(f"eval/{name}")}
         for place, (name, (steps, values)) in enumerate(scores.items()):
             if len(records) == 1:
                 yield Curve(name, steps, values, place, show_points=True)
@@ -168,7 +168,7 @@ def comparison_table(records: Sequence[RunRecord]) -> tuple[TableRow, ...]:
 def differing_settings(records: Sequence[RunRecord]) -> tuple[TableRow, ...]:
     """Settings that differ between the runs."""
     settings = [dict(parse_settings(record.config)) for record in records]
-    keys = dict.fromkeys(key for one in settings for key in one)
+    keys = dict.fromkeys(key for setting in settings for key in setting)
     rows = [(key, *(one.get(key, "") for one in settings)) for key in keys]
     return tuple(row for row in rows if len(set(row[1:])) > 1)
 

@@ -46,7 +46,7 @@ def run_readme(folder: Path, license: str | None = None) -> Readme:
         title=record.name,
         license=license,
         base_model=base if isinstance(base, str) and is_hub_name(base) else None,
-        datasets=[one.removeprefix(HUB_SOURCE) for one in sources if one.startswith(HUB_SOURCE)],
+        datasets=[source.removeprefix(HUB_SOURCE) for source in sources if source.startswith(HUB_SOURCE)],
         data=describe_data(record, config, sources),
         training=describe_training(record, config, step, base),
         results=dict(describe_results(record, step)),
@@ -123,7 +123,9 @@ def describe_training(
     tokens = [row["tokens"] for row in record.rows if isinstance(row.get("tokens"), int) and row["step"] <= steps]
     facts |= {record.unit: f"{tokens[-1]:,}"} if tokens else {}
     techniques = config.get("techniques")
-    names = [str(one.get("name") if isinstance(one, Mapping) else one) for one in techniques or ()]
+    names = [
+        str(technique.get("name") if isinstance(technique, Mapping) else technique) for technique in techniques or ()
+    ]
     facts |= {"techniques": ", ".join(names)} if names else {}
     return facts | {key: value for key in RECIPE_KEYS if isinstance(value := config.get(key), str | int | float)}
 

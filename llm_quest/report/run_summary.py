@@ -81,7 +81,9 @@ def summarize_run(record: RunRecord, number: int) -> RunSummary:
         guessed=record.plan.get("measured") is False,
         events=tuple(event_rows(record)),
         env=tuple(flatten_rows({key: value for key, value in record.env.items() if key != "warnings"})),
-        warnings=tuple(": ".join(map(str, one)) if isinstance(one, list) else str(one) for one in warnings),
+        warnings=tuple(
+            ": ".join(map(str, warning)) if isinstance(warning, list) else str(warning) for warning in warnings
+        ),
         config=record.config,
     )
 
@@ -256,7 +258,7 @@ ROW_KEYS = {"train": "train", "val": "held_out"}
 def row_notes(record: RunRecord) -> list[str]:
     """What was noted about the rows."""
     notes = record.data.get("notes") or []
-    return [str(one) for one in notes] if isinstance(notes, list) else []
+    return [str(note) for note in notes] if isinstance(notes, list) else []
 
 
 def plan_rows(record: RunRecord) -> Iterator[TableRow]:

@@ -313,7 +313,7 @@ def sampling_metrics(
     samples = [sample for group in groups for sample in group]
     lengths = [sample.num_policy_tokens for sample in samples]
     ended = [length for sample, length in zip(samples, lengths, strict=True) if not sample.truncated]
-    known, total = ~rewards.isnan(), total_rewards(rewards, [one.weight for one in reward_pipeline.rewards])
+    known, total = ~rewards.isnan(), total_rewards(rewards, [reward.weight for reward in reward_pipeline.rewards])
     mixed = reward_pipeline.is_mixed(rewards) if rewards.shape[2] > 1 else []
     scored = [group[~group.isnan()] for group in total]
     deviations = [float(group.std()) for group in scored if len(group) > 1]

@@ -152,7 +152,7 @@ class EnvironmentClient:
         except WorkerFailure as failure:
             self.failures.count(failure.kind, failure.message)
             answers = {number: EpisodeFailure(failure.message) for number in numbers}
-        failed = [one for one in answers.values() if isinstance(one, EpisodeFailure)]
+        failed = [answer for answer in answers.values() if isinstance(answer, EpisodeFailure)]
         for one in failed:
             self.failures.count("exception", one.message)
         self.failures.end_batch(bool(failed) and len(failed) == len(answers), failed[0].message if failed else "")

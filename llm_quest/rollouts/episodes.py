@@ -40,7 +40,7 @@ class TurnEncoder:
 
     def __call__(self, turns: Sequence[Messages], last_ids: Sequence[int]) -> list[list[int]]:
         """The ids between a reply and the next. A template's end of the reply is left out where the policy wrote it."""
-        turns = [[self.with_known_role(one) for one in messages] for messages in turns]
+        turns = [[self.with_known_role(message) for message in messages] for messages in turns]
         if self.chat is None:
             return [
                 self.tokenizer.encode("".join(m["content"] for m in one), add_special_tokens=False) for one in turns
@@ -48,7 +48,7 @@ class TurnEncoder:
         new = list({repr(one): one for one in turns if repr(one) not in self.known}.values())
         if new:
             self.known |= dict(zip(map(repr, new), self.chat.encode_continuations(new), strict=True))
-        rewards = [self.known[repr(one)] for one in turns]
+        rewards = [self.known[repr(turn)] for turn in turns]
         return [ids[1:] if ids[:1] == [last] else ids for ids, last in zip(rewards, last_ids, strict=True)]
 
     def with_known_role(self, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class EpisodeSampler:
                     break
                 self.write_turn(policy, list(active.values()), sampling, seed)
                 self.answer_turn(policy, {number: one for number, one in active.items() if not one.ended})
-        samples = [one.to_sample() for one in trim_episodes(episodes)]
+        samples = [episode.to_sample() for episode in trim_episodes(episodes)]
         return [samples[first : first + num_generations] for first in range(0, len(samples), num_generations)]
 
     def begin(self, episodes: Sequence[Episode]) -> None:
@@ -234,8 +234,8 @@ class EpisodeSampler:
 
 def trim_episodes(episodes: Sequence[Episode]) -> Sequence[Episode]:
     """Without the environment's ids behind the last turn, which nothing is learned from."""
-    for one in episodes:
-        while one.is_policy_token and not one.is_policy_token[-1]:
-            for listed in (one.ids, one.logprobs, one.is_policy_token):
+    for episode in episodes:
+        while episode.is_policy_token and not episode.is_policy_token[-1]:
+            for listed in (episode.ids, episode.logprobs, episode.is_policy_token):
                 listed.pop()
     return episodes

@@ -117,7 +117,7 @@ def accepted_arguments(function: Callable[..., Any]) -> list[str] | None:
     parameters = inspect.signature(function).parameters.values()
     if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters):
         return None
-    return [one.name for one in parameters]
+    return [parameter.name for parameter in parameters]
 
 
 def plain_number(value: Any) -> Any:

@@ -161,7 +161,11 @@ class FileSearch:
         if query is None:
             return [], answer_reward(completion, self.gold), True
         matches = rank_paragraphs(self.paragraphs, query)[: self.num_results]
-        return tool_result("\n\n".join(one[: self.max_characters] for one in matches) or "nothing found"), 0.0, False
+        return (
+            tool_result("\n\n".join(passage[: self.max_characters] for passage in matches) or "nothing found"),
+            0.0,
+            False,
+        )
 
 
 PARAGRAPHS: dict[str, tuple[str, ...]] = {}
@@ -184,7 +188,7 @@ def rank_paragraphs(paragraphs: tuple[str, ...], query: str, k1: float = 1.5, b:
     """The paragraphs that share a word with the query, the best first: BM25 (Robertson and Zaragoza 2009), sum over
     words of idf f (k1 + 1) / (f + k1 (1 - b + b length / mean length)). Differs: idf is log(1 + (n - m + 0.5) /
     (m + 0.5)) for m of n paragraphs with the word, as in Lucene, which is never negative; theirs has no 1."""
-    counted = [Counter(WORD.findall(one.lower())) for one in paragraphs]
+    counted = [Counter(WORD.findall(paragraph.lower())) for paragraph in paragraphs]
     mean = sum(words.total() for words in counted) / max(1, len(counted))
     scores = [0.0] * len(paragraphs)
     for word in set(WORD.findall(query.lower())):
@@ -208,7 +212,7 @@ class FunctionTools:
 
     def __post_init__(self) -> None:
         self.tools = [load_user_object(reference) for reference in self.functions]
-        self.by_name = {one.__name__: one for one in self.tools}
+        self.by_name = {tool.__name__: tool for tool in self.tools}
 
     def reset(self, row: Mapping[str, Any]) -> Messages:
         self.gold = str(row.get("answer") or "")

@@ -69,7 +69,7 @@ class GKDLoader:
         else:
             local = self.batch_size // self.shard.world_size
             own_rows = picked[self.shard.rank * local : (self.shard.rank + 1) * local]
-            pairs = [(one.prompt.tolist(), one.answers[0].tolist()) for one in own_rows]
+            pairs = [(row.prompt.tolist(), row.answers[0].tolist()) for row in own_rows]
         pairs = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
         size = self.micro_batch_size
         return [collate_answers(pairs[first : first + size]) for first in range(0, len(pairs), size)]

@@ -19,7 +19,7 @@ SECTION = re.compile(r"^\s*(Args|Arguments|Returns|Raises|Example|Examples|Yield
 
 def tool_schemas(tools: Sequence[Any]) -> tuple[dict[str, Any], ...]:
     """The schema of each tool, which is a function or a schema already."""
-    return tuple(dict(one) if isinstance(one, Mapping) else function_schema(one) for one in tools)
+    return tuple(dict(tool) if isinstance(tool, Mapping) else function_schema(tool) for tool in tools)
 
 
 def function_schema(function: Callable[..., Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def top_level_names(tree: ast.Module) -> list[str]:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 defined.append(name)
             case ast.Assign(targets=targets):
-                defined += [one.id for one in targets if isinstance(one, ast.Name)]
+                defined += [target.id for target in targets if isinstance(target, ast.Name)]
             case ast.Import(names=names) | ast.ImportFrom(names=names):
                 defined += [one.asname or one.name for one in names]
     return defined
@@ -95,11 +95,11 @@ def iter_import_names(file: Path) -> Iterator[str]:
         return
     for node in nodes:
         if isinstance(node, ast.Import):
-            yield from (one.name for one in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
             yield module
-            yield from (module.removesuffix(".") + f".{one.name}" for one in node.names)
+            yield from (module.removesuffix(".") + f".{name.name}" for name in node.names)
 
 
 def module_files(root: Path, importer: Path, name: str) -> Iterator[Path]:
@@ -110,4 +110,4 @@ def module_files(root: Path, importer: Path, name: str) -> Iterator[Path]:
     for length in range(1, len(parts) + 1):
         place = home.joinpath(*parts[:length])
         candidates = place / "__init__.py", place.with_name(f"{place.name}.py")
-        yield from (one for one in candidates if one.is_file() and one.is_relative_to(root))
+        yield from (candidate for candidate in candidates if candidate.is_file() and candidate.is_relative_to(root))

@@ -55,7 +55,7 @@ class AnswerWriter:
         self.served, self.requests, self.form = served, requests, form
         self.id = f"{form.prefix}-{secrets.token_hex(16)}"
         self.created = int(time.time())
-        self.choices = [ChoiceText(number) for number in range(sum(one.n for one in requests))]
+        self.choices = [ChoiceText(number) for number in range(sum(request.n for request in requests))]
         self.cached = 0
 
     @property
@@ -108,15 +108,15 @@ class AnswerWriter:
 
     def whole(self) -> Part:
         """The answer to a request without a stream."""
-        return self.envelope(self.form.kind, [self.form.whole_choice(one) for one in self.choices]) | {
+        return self.envelope(self.form.kind, [self.form.whole_choice(choice) for choice in self.choices]) | {
             "usage": self.usage
         }
 
     @property
     def usage(self) -> Part:
         read, num_generated = (
-            sum(len(one.prompt) for one in self.requests),
-            sum(len(one.token_ids) for one in self.choices),
+            sum(len(request.prompt) for request in self.requests),
+            sum(len(choice.token_ids) for choice in self.choices),
         )
         return {
             "prompt_tokens": read,

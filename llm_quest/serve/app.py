@@ -205,7 +205,7 @@ class QuestServer:
             return
         line = f"{entry}, {sum(map(len, prompts))} tokens read, {time.monotonic() - began:.2f} s"
         if self.log_prompts:
-            line += "".join(f"\n  {served.tokenizer.decode(one)!r}" for one in prompts)
+            line += "".join(f"\n  {served.tokenizer.decode(prompt)!r}" for prompt in prompts)
         self.log(line)
 
 
@@ -229,7 +229,7 @@ class Work:
         """Queue the requests. ApiError 429 where too many wait, 503 where the engine has stopped."""
         engine, requests = self.server.engine, self.answer.requests
         require_alive(engine)
-        self.server.outbox.mailboxes |= {one.number: self.mailbox for one in requests}
+        self.server.outbox.mailboxes |= {request.number: self.mailbox for request in requests}
         try:
             for one in requests:
                 engine.submit(self.answer.served.name, one)
@@ -245,7 +245,7 @@ class Work:
                 self.server.engine.cancel(one)
         if self.server.inside and self.answer.is_finished:
             self.server.inside.keep(self.answer)
-        answer, prompts = self.answer, [one.prompt for one in self.answer.requests]
+        answer, prompts = self.answer, [request.prompt for request in self.answer.requests]
         line = f"{answer.id} {answer.served.name}: {status}, {answer.usage['completion_tokens']} tokens made"
         self.server.log_end(line, answer.served, prompts, self.began)
 

@@ -205,7 +205,7 @@ class RunningBatch:
 
     def read_fresh(self, requests: Sequence[GenerationRequest]) -> None:
         """Read whole prompts, those of like length in one pass."""
-        windows = [one.prompt for one in requests]
+        windows = [request.prompt for request in requests]
         for group in group_by_length([len(window) for window in windows]) if requests else ():
             cache = self.new_cache(len(group), max(len(windows[row]) for row in group))
             logits = prefill_group(self.model, windows, group, cache, self.device)

@@ -72,7 +72,7 @@ def read_row(cache: Cache, row: int, length: int) -> CacheRow:
         row_layer: Any = copy.copy(layer)
         if isinstance(row_layer, KVCache):
             filled = min(length, row_layer.num_slots) + 1
-            row_layer.tensors = {name: one[row : row + 1, :filled] for name, one in row_layer.tensors.items()}
+            row_layer.tensors = {name: tensor[row : row + 1, :filled] for name, tensor in row_layer.tensors.items()}
             row_layer.slot_index = slot_indices.get(row_layer.num_slots)
         else:
             row_layer.batch_select_indices(index)

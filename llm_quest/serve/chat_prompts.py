@@ -46,14 +46,14 @@ class ChatPrompts:
         settings = replace(self.template.settings, chat_template_kwargs=given)
         writer = self.template.writer
         write = message_for_template if self.writes_text and not images else message_with_parts
-        messages = writer.write([write(one, at) for at, one in enumerate(body.messages)])
+        messages = writer.write([write(message, at) for at, message in enumerate(body.messages)])
         tools = [writer.escape_value(tool) for tool in body.tools if body.tool_choice != "none"]
         if tools and "tools" not in self.template.template:
             raise ApiError(400, "this model's chat template takes no tools", param="tools")
         text = self.render(settings, messages, tools)
         if self.reader is None or not images:
             return EncodedChat(self.template.encode(text))
-        lengths = [self.reader.num_tokens(one) for one in images]
+        lengths = [self.reader.num_tokens(image) for image in images]
         return EncodedChat(self.reader.chat.encode_expanded(text, lengths), images)
 
     def render(self, settings: TemplateSettings, messages: Sequence[Any], tools: Sequence[Any] = ()) -> str:

@@ -51,7 +51,7 @@ def read_inputs(served: ServedModel, body: EmbeddingsBody) -> list[list[int]]:
     require_dimensions(served.pooling, body.dimensions, int(served.batch.model.config.hidden_size))
     given: Any = body.input
     texts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
-    ids = [served.tokenizer.encode(one) if isinstance(one, str) else list(one) for one in texts]
+    ids = [served.tokenizer.encode(text) if isinstance(text, str) else list(text) for text in texts]
     for number, one in enumerate(ids):
         param = "input" if len(ids) == 1 else f"input.{number}"
         check_length(served, one, 0, True, param)

@@ -55,7 +55,7 @@ class ImageReader:
 
     def prompt_model(self, images: Sequence[Pixels]) -> ImagePromptModel:
         """The decoder with the images of one prompt in view."""
-        return self.model.with_images([[self.preprocess.normalize(one[None])[0] for one in images]])
+        return self.model.with_images([[self.preprocess.normalize(image[None])[0] for image in images]])
 
 
 def is_image(part: Mapping[str, Any]) -> bool:

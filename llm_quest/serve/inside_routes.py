@@ -132,7 +132,7 @@ class InsideViews:
         cycles: list[DraftCycle] = []
         while not replay.is_finished:
             cycles.append(await self.compute(replay.run_cycle))
-        return JSONResponse({"cycles": [describe_cycle(served, one) for one in cycles]})
+        return JSONResponse({"cycles": [describe_cycle(served, cycle) for cycle in cycles]})
 
     def find(self, request: Request) -> tuple[ServedModel, WrittenText]:
         key = (request.path_params["id"], request.path_params["choice"])
@@ -158,7 +158,7 @@ def read_number(request: Request, name: str, default: int, low: int, high: int) 
 
 def describe_cycle(served: ServedModel, cycle: DraftCycle) -> dict[str, Any]:
     """A cycle with the texts of its tokens."""
-    proposals = [asdict(one) | {"text": spell(served, one.token)} for one in cycle.proposals]
+    proposals = [asdict(proposal) | {"text": spell(served, proposal.token)} for proposal in cycle.proposals]
     return {"place": cycle.place, "num_taken": cycle.num_taken, "proposals": proposals}
 
 
@@ -166,7 +166,11 @@ def describe_token(served: ServedModel, view: TokenView) -> dict[str, Any]:
     """A view with the texts of its tokens."""
     description = view.as_json() | {"text": spell(served, view.token)}
     description["alternatives"] = [
-        {"token": one.token, "text": spell(served, one.token), "probabilities": one.probabilities}
-        for one in view.alternatives
+        {
+            "token": alternative.token,
+            "text": spell(served, alternative.token),
+            "probabilities": alternative.probabilities,
+        }
+        for alternative in view.alternatives
     ]
     return description

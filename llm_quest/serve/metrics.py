@@ -95,8 +95,8 @@ def value_samples(kind: str, values: Mapping[str, float], label: str) -> Samples
 def render_metrics(models: Iterable[Samples]) -> str:
     """Prometheus' text: the samples of all models, each metric once."""
     merged: dict[tuple[str, str], list[str]] = {}
-    for one in models:
-        for key, lines in one.items():
+    for model in models:
+        for key, lines in model.items():
             merged.setdefault(key, []).extend(lines)
     return "".join(
         f"# TYPE {name} {kind}\n" + "".join(f"{line}\n" for line in lines) for (name, kind), lines in merged.items()

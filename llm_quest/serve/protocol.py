@@ -171,7 +171,7 @@ def parse_body(kind: type[Body], raw: bytes) -> Body:
 def most_specific(errors: Sequence[ErrorDetails]) -> ErrorDetails:
     """The error that says most of the first wrong field. A value that may be of several kinds has an error for each of
     them; that of the kind that was meant is no complaint about the kind itself, and lies deepest."""
-    same_field = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
+    same_field = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
     return max(same_field, key=lambda one: (not one["type"].endswith("_type"), len(field_path(one))))
 
 

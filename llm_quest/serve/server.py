@@ -94,7 +94,7 @@ def make_server(
     """A server of these models, by name; the first one answers requests that name none. Its engine is not started."""
     served = {name: serve_model(name, one, options) for name, one in models.items()}
     limits = options.limits
-    if any(one.images for one in models.values()):
+    if any(model.images for model in models.values()):
         limits = replace(limits, body_bytes=max(limits.body_bytes, BODY_BYTES))
     outbox = Outbox()
     engine = ServingEngine(

@@ -164,7 +164,7 @@ def encode_prompts(tokenizer: Tokenizer, body: CompletionBody) -> list[list[int]
     prompts: Any = body.prompt
     if isinstance(prompts, str) or isinstance(prompts[0], int):
         prompts = [prompts]
-    ids = [tokenizer.encode(one) if isinstance(one, str) else list(one) for one in prompts]
+    ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     return [one or [tokenizer.start_token_id] for one in ids]
 
 

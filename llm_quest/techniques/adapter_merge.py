@@ -24,7 +24,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Within this context the model is as it was before it was adapted, in the same memory: the reference of preference
     learning."""
     adapters = require_adapters(model)
-    if whole := [name for one in model.spec.techniques for name in whole_modules(one)]:  # type: ignore[union-attr]
+    if whole := [name for technique in model.spec.techniques for name in whole_modules(technique)]:  # type: ignore[union-attr]
         raise UsageError(
             f"without its adapter this model is not what it was before: {', '.join(whole[:3])} learned whole; load the "
             "base once more as the reference"
@@ -69,7 +69,9 @@ def merge_adapter(model: Any) -> MergeRecord:
             setattr(wrapper.base, name, nn.Parameter(getattr(wrapper, name).to(before.dtype)))
         replace_module(model, path, wrapper.base)
     record = MergeRecord(adapters, originals, model.spec, trainable)
-    model.spec = replace(model.spec, techniques=tuple(one for one in model.spec.techniques if not is_adapter(one)))
+    model.spec = replace(
+        model.spec, techniques=tuple(technique for technique in model.spec.techniques if not is_adapter(technique))
+    )
     restore_trainable(model)
     return record
 

@@ -58,7 +58,7 @@ def attention_layers(model: nn.Module, technique: Technique) -> list[Any]:
 def techniques_to_json(techniques: Iterable[Technique], table: Mapping[str, type]) -> list[dict[str, Any]]:
     """The techniques as JSON, each under its name in the table."""
     names = {kind: name for name, kind in table.items()}
-    return [{"name": names[type(one)], **asdict(one)} for one in techniques]  # type: ignore[call-overload]
+    return [{"name": names[type(technique)], **asdict(technique)} for technique in techniques]  # type: ignore[call-overload]
 
 
 def techniques_from_json(entries: Sequence[Mapping[str, Any]], table: Mapping[str, type]) -> list[Technique]:

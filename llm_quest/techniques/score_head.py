@@ -63,7 +63,7 @@ class ScoreHead:
 
 def find_score_head(model: Any) -> ScoreHead | None:
     """The ScoreHead in the model's spec."""
-    return next((one for one in model.spec.techniques if isinstance(one, ScoreHead)), None)
+    return next((technique for technique in model.spec.techniques if isinstance(technique, ScoreHead)), None)
 
 
 def read_length(model: Any, model_max_length: int | None) -> int:

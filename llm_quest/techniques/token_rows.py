@@ -30,7 +30,7 @@ def resize_token_embeddings(model: Decoder, vocab_size: int) -> None:
     if vocab_size == rows:
         return
     if model.spec.techniques:
-        names = ", ".join(type(one).__name__ for one in model.spec.techniques)
+        names = ", ".join(type(technique).__name__ for technique in model.spec.techniques)
         raise UsageError(f"rows for tokens are added before techniques are applied; this model has {names}")
     table, head = token_table(model), cast(LMHead, model.head)
     grown = nn.Parameter(append_mean_rows(table.weight, vocab_size), requires_grad=table.weight.requires_grad)

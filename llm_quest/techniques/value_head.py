@@ -64,7 +64,9 @@ def remove_output_head(model: Decoder) -> Decoder:
 def attach_value_model(model: Model, own: Decoder) -> Model:
     """The model with `own` as its value model, all of which is trained. A reward model's score is where the head
     begins. UsageError for a model whose config alone does not describe it."""
-    scores = [one for one in own.spec.techniques if isinstance(one, ScoreHead) and one.outputs == 1]
+    scores = [
+        technique for technique in own.spec.techniques if isinstance(technique, ScoreHead) and technique.outputs == 1
+    ]
     others = [one for one in own.spec.techniques if one not in scores and not one.exportable]
     if others:
         raise UsageError(
@@ -98,7 +100,7 @@ def add_value_head(model: Model, technique: ValueHead, own: Decoder | None) -> M
 
 def find_value_head(model: Any) -> ValueHead | None:
     """The ValueHead in the model's spec."""
-    return next((one for one in model.spec.techniques if isinstance(one, ValueHead)), None)
+    return next((technique for technique in model.spec.techniques if isinstance(technique, ValueHead)), None)
 
 
 def find_value_model(model: Any) -> Decoder | None:
@@ -118,5 +120,7 @@ def remove_value_head(model: Model) -> Model:
         del model.value_head
         if find_value_model(model) is not None:
             del model.value_model
-        model.spec = replace(model.spec, techniques=tuple(one for one in model.spec.techniques if one is not head))
+        model.spec = replace(
+            model.spec, techniques=tuple(technique for technique in model.spec.techniques if technique is not head)
+        )
     return model

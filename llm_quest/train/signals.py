@@ -137,7 +137,7 @@ class SignalHandler:
         self.stop_signal = self.stop_signal or number
         self._has_given_up = self._out_of_patience = True
         self.announce(number)
-        handled = [one for one in self._previous_handlers if one in STOP_SIGNALS][:1]
+        handled = [handler for handler in self._previous_handlers if handler in STOP_SIGNALS][:1]
         for one in handled:
             self._num_simulated += 1
             _thread.interrupt_main(signal.Signals(one))

@@ -54,8 +54,8 @@ class TerminalDisplay:
     def render(self) -> RenderableType:
         """The content of the live area."""
         phases, width = list(PHASES), self.console.width
-        runs = [one for one in phases if one.is_run]
-        lines: list[RenderableType] = [self.run_line(one, width) for one in runs[-1:]]
+        runs = [phase for phase in phases if phase.is_run]
+        lines: list[RenderableType] = [self.run_line(run, width) for run in runs[-1:]]
         if runs and self.metrics:
             lines.append(single_line("  ".join(items_that_fit(self.metrics, width))))
         inner = [one for one in phases if not one.is_run]

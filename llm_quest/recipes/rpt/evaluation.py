@@ -79,21 +79,21 @@ class BucketTable:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        return [one.line() for one in self.buckets]
+        return [bucket.line() for bucket in self.buckets]
 
     @property
     def accuracy(self) -> float:
         """The accuracy after reasoning over all places."""
-        right = sum(round(one.reasoned_accuracy.share * one.count) for one in self.buckets)
+        right = sum(round(bucket.reasoned_accuracy.share * bucket.count) for bucket in self.buckets)
         return right / sum(one.count for one in self.buckets)
 
     def metrics(self) -> dict[str, float]:
         """Metrics: the accuracy after reasoning, and both accuracies of each bucket."""
         metrics: dict[str, float] = {"accuracy": self.accuracy}
-        for one in self.buckets:
+        for bucket in self.buckets:
             metrics |= {
-                f"plain_{one.name}": one.direct_accuracy.share,
-                f"thought_{one.name}": one.reasoned_accuracy.share,
+                f"plain_{bucket.name}": bucket.direct_accuracy.share,
+                f"thought_{bucket.name}": bucket.reasoned_accuracy.share,
             }
         return metrics
 
@@ -142,7 +142,7 @@ class NextTokenReasoningEval:
             hits = (likeliest == batch.targets).cpu()
             for row, number in enumerate(some):
                 right |= {(number, place): bool(hits[row, place - 1]) for place in places[number]}
-        return [right[one.document, one.place] for one in self.positions]
+        return [right[position.document, position.place] for position in self.positions]
 
     def sample_reasoning(self, model: Decoder) -> list[Sample]:
         """Sample a greedy answer for each place."""
@@ -156,7 +156,8 @@ class NextTokenReasoningEval:
                     model, [each.prompt_ids for each in prompts], SamplingParams(temperature=0.0), until
                 )
             samples += [
-                self.sampler.make_sample(question, one) for question, one in zip(prompts, completions, strict=True)
+                self.sampler.make_sample(question, completion)
+                for question, completion in zip(prompts, completions, strict=True)
             ]
         return samples
 
@@ -165,7 +166,7 @@ def summarize_buckets(
     results: Sequence[PositionResult], thresholds: Sequence[float] = ENTROPY_THRESHOLDS
 ) -> BucketTable:
     """Summarize disjoint buckets and the paper's nested sets, without empty ones."""
-    placed = [(entropy_bucket(one.position.entropy, thresholds), one) for one in results]
+    placed = [(entropy_bucket(result.position.entropy, thresholds), result) for result in results]
     apart = [(name, [one for at, one in placed if at == number]) for number, name in enumerate(BUCKET_NAMES)]
     above = [
         (f"H > {limit:g}", [one for at, one in placed if at >= number]) for number, limit in enumerate(thresholds, 1)
@@ -205,7 +206,7 @@ class PositionEvaluator:
         results = self.evaluation.evaluate_positions(model)
         table = summarize_buckets(results)
         if self.samples is not None:
-            sample_rows = [self.sample_row(one) for one in results[:: max(1, len(results) // MAX_SAMPLES)]]
+            sample_rows = [self.sample_row(result) for result in results[:: max(1, len(results) // MAX_SAMPLES)]]
             save_samples(self.samples, step, sample_rows)
         return {**table.metrics(), "unread": sum(one.answer is None for one in results) / len(results)}
 

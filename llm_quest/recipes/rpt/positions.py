@@ -141,7 +141,7 @@ def require_positions(
 
 
 def positions_to_json(positions: Sequence[Position]) -> list[list[float]]:
-    return [[one.document, one.place, round(one.entropy, 6)] for one in positions]
+    return [[position.document, position.place, round(position.entropy, 6)] for position in positions]
 
 
 def positions_from_json(rows: Sequence[Sequence[float]]) -> list[Position]:
@@ -218,6 +218,6 @@ def sample_per_bucket(positions: Sequence[Position], number: int, seed: int) -> 
     """At most `number` places of each bucket, drawn evenly, in the order they had."""
     kept: list[int] = []
     for at in range(len(BUCKET_NAMES)):
-        some = [place for place, one in enumerate(positions) if entropy_bucket(one.entropy) == at]
+        some = [place for place, position in enumerate(positions) if entropy_bucket(position.entropy) == at]
         kept += make_rng("buckets", seed, at).sample(some, min(number, len(some)))
     return [positions[place] for place in sorted(kept)]

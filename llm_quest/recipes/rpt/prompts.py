@@ -91,7 +91,7 @@ class PromptBuilder:
         self, documents: Sequence[Sequence[int]], positions: Sequence[Position]
     ) -> tuple[list[Position], Counter[str]]:
         """The positions that can be answered, and how many of the others there are, by reason."""
-        reasons = [(one, self.skip_reason(documents[one.document], one.place)) for one in positions]
+        reasons = [(position, self.skip_reason(documents[position.document], position.place)) for position in positions]
         return [one for one, why in reasons if not why], Counter(why for _, why in reasons if why)
 
     @property
