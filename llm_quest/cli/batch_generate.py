@@ -203,7 +203,7 @@ def generate_missing(
         completions = complete_prompts(
             model, [work.ids[row] for row in some], options, stopping_criteria, [work.occurrence[row] for row in some]
         )
-        file.append([work.make_row(row, one) for row, one in zip(some, completions, strict=True)])
+        file.append([work.make_row(row, completion) for row, completion in zip(some, completions, strict=True)])
         done, now = done + len(some), time.perf_counter()
         tokens += sum(len(completion.tokens) for completion in completions)
         if now - reported > PROGRESS_SECONDS or done == len(missing):

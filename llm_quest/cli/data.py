@@ -122,7 +122,8 @@ def summarize_images(source: str, columns: Mapping[str, str] | None = None) -> I
     for one in track([image for part in parts.values() for image in part], "opening images"):
         load_image(one.file)
     counts = {
-        part: Counter(label for one in images_of_part for label in one.labels) for part, images_of_part in parts.items()
+        part: Counter(label for image in images_of_part for label in image.labels)
+        for part, images_of_part in parts.items()
     }
     labels = {part: {name: count[name] for name in known} for part, count in counts.items()}
     return ImageSummary(source, labels, {part: len(images_of_part) for part, images_of_part in parts.items()}, report)

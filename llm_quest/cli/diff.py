@@ -219,7 +219,7 @@ def layer_names_in(config: Any) -> set[str]:
     modules = list(build_meta_model(config).modules())
     parts = [part for module in modules for part in vars(module).values()]
     parts += [getattr(part, "scaling", None) for part in parts]
-    return {type(one).__name__ for one in (*modules, *parts)} | {getattr(one, "__name__", "") for one in parts}
+    return {type(module).__name__ for module in (*modules, *parts)} | {getattr(part, "__name__", "") for part in parts}
 
 
 def first_sentence(thing: Any) -> str:

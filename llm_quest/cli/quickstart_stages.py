@@ -173,6 +173,6 @@ def answer_held_out_questions(context: QuickstartContext, folder: Path) -> list[
         context.model(folder), prompts, max_new_tokens=MAX_ANSWER_TOKENS, temperature=0.0, tokenizer=tokenizer
     )
     return [
-        AnsweredQuestion(one.prompt[-1]["content"], (completion.text or "").strip(), one.answer)
-        for one, completion in zip(questions, done, strict=True)
+        AnsweredQuestion(question.prompt[-1]["content"], (completion.text or "").strip(), question.answer)
+        for question, completion in zip(questions, done, strict=True)
     ]

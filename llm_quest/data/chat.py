@@ -118,7 +118,9 @@ class ChatTemplate:
         if unread := find_unread_arguments(self.template, chat_template_kwargs or {}):
             raise UsageError(f"this chat template reads no {', '.join(unread)}: leave it out of chat_template_kwargs")
         self.control_encoder = ControlTokenEncoder(tokenizer)
-        names = {key: one[0] if isinstance(one, list) else one for key, one in tokenizer.special_token_names.items()}
+        names = {
+            key: name[0] if isinstance(name, list) else name for key, name in tokenizer.special_token_names.items()
+        }
         self.settings = TemplateSettings(
             self.template,
             special_tokens={key: name for key, name in names.items() if name},

@@ -82,7 +82,7 @@ class ControlTokenEncoder:
         encoded = self.encode_segments(dict.fromkeys(segment for _, segments in split for segment in segments))
         for pieces, (numbers, segments) in zip(texts, split, strict=True):
             parts: list[list[np.ndarray]] = [[np.empty(0, np.int32)] for _ in pieces]
-            for number, ids in zip(numbers, chain.from_iterable(encoded[one] for one in segments), strict=True):
+            for number, ids in zip(numbers, chain.from_iterable(encoded[segment] for segment in segments), strict=True):
                 parts[number].append(ids)
             yield [np.concatenate(part) for part in parts]
 

@@ -64,7 +64,7 @@ def read_conversations(records: Iterable[Record], drop_report: DropReport) -> li
         size = sum(len(message.content.encode()) for message in conversation.messages)
         if not conversation.answer.strip() and "tool_calls" not in conversation.messages[-1].extra:
             drop_report.drop("empty answer", size)
-        elif not any(one.is_learned for one in conversation.messages):
+        elif not any(message.is_learned for message in conversation.messages):
             drop_report.drop("no message is to be learned", size)
         else:
             drop_report.keep(size)

@@ -86,7 +86,7 @@ def read_labeled_folder(
     if like is not None:
         names, is_multi_label = like.names, like.is_multi_label
     elif find_label_table(path) is None:
-        names, is_multi_label = tuple(dict.fromkeys(one.labels[0] for one in images)), options.is_multi_label
+        names, is_multi_label = tuple(dict.fromkeys(image.labels[0] for image in images)), options.is_multi_label
     else:
         names, problem_type = resolve_label_names(images, options)
         is_multi_label = problem_type == MULTI_LABEL

@@ -34,7 +34,7 @@ def drop_too_long(examples: Sequence[ChatExample], max_length: int, drop_report:
         if one.last_answer_span[1] - 1 > max_length:
             drop_report.drop(f"longer than a row of {max_length} tokens", 0)
     if examples and not kept:
-        shortest = min(one.last_answer_span[1] - 1 for one in examples)
+        shortest = min(example.last_answer_span[1] - 1 for example in examples)
         raise DataError(
             f"no conversation fits into {max_length} tokens (the shortest has {shortest}); raise sequence_length"
         )
@@ -52,7 +52,7 @@ class PackedExamples:
         for one in examples:
             digest.update(one.input_ids.astype(np.int64).tobytes() + b"|" + one.assistant_mask.tobytes() + b"\n")
         self.hash = digest.hexdigest()
-        self.num_targets = sum(int(one.assistant_mask[1:].sum()) for one in examples)
+        self.num_targets = sum(int(example.assistant_mask[1:].sum()) for example in examples)
 
     def __len__(self) -> int:
         return len(self.packed_rows)

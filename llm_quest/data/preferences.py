@@ -141,7 +141,7 @@ def tokenize_preferences(
 def split_at_shared_prompt(examples: Sequence[ChatExample]) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """The ids that all answers follow, and each answer's. Commonly got wrong: of a reasoning model one answer may
     follow `<think>` and another not; the prompt is then what both follow."""
-    size = min(one.last_answer_span[0] for one in examples)
+    size = min(example.last_answer_span[0] for example in examples)
     first, *others = (example.input_ids[:size] for example in examples)
     size = min((int(np.argmin(np.append(first == other, False))) for other in others), default=size)
-    return first[:size], tuple(one.input_ids[size : one.last_answer_span[1]] for one in examples)
+    return first[:size], tuple(example.input_ids[size : example.last_answer_span[1]] for example in examples)

@@ -40,8 +40,8 @@ def parse_image_conversation(row: Row, where: str) -> tuple[tuple[str | None, st
     """LLaVA's turns of human and gpt, without the placeholder `<image>` in them."""
     turns = parse_messages(row, "conversations", where)
     texts = [turn.content.replace("<image>", "").strip() for turn in turns]
-    if [one.role for one in turns] != ["user", "assistant"] * (len(turns) // 2) or not turns:
-        roles = ", ".join(one.role for one in turns)
+    if [turn.role for turn in turns] != ["user", "assistant"] * (len(turns) // 2) or not turns:
+        roles = ", ".join(turn.role for turn in turns)
         raise RowError(where, "roles out of order", f"the roles are {roles}; expected user and assistant in turn")
     return tuple(zip(texts[::2], texts[1::2], strict=True))
 

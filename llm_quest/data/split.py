@@ -124,7 +124,7 @@ def _without_common_text(runs: list[np.ndarray]) -> list[np.ndarray]:
     hashes, counts = np.unique(np.concatenate(runs), return_counts=True)
     common = hashes[counts > COMMON_TEXT_DOCUMENTS]
     own = [run[~_is_in(run, common)] for run in runs]
-    return [mine if len(mine) >= MIN_OWN_PART * len(one) else one for mine, one in zip(own, runs, strict=True)]
+    return [mine if len(mine) >= MIN_OWN_PART * len(run) else run for mine, run in zip(own, runs, strict=True)]
 
 
 def shingle_overlap(train: Sequence[Document], val: Sequence[Document]) -> float:
@@ -175,7 +175,7 @@ def _documents_per_shingle(runs: Sequence[np.ndarray]) -> Iterator[list[int]]:
     runs = [run[_is_in(run, repeated)] for run in runs]
     hashes = np.concatenate(runs)
     order = np.argsort(hashes, kind="stable")
-    hashes, owners = hashes[order], np.repeat(np.arange(len(runs)), [len(one) for one in runs])[order]
+    hashes, owners = hashes[order], np.repeat(np.arange(len(runs)), [len(run) for run in runs])[order]
     begins = np.flatnonzero(hashes[1:] != hashes[:-1]) + 1
     return (owners[a:b].tolist() for a, b in pairwise([0, *begins.tolist(), len(hashes)]) if b > a)
 

@@ -199,8 +199,8 @@ def problem_type_of(texts: Sequence[Labeled], wanted: str | None = None) -> str:
 def split_labeled_texts(texts: Sequence[LabeledText], held_out: float) -> tuple[list[LabeledText], list[LabeledText]]:
     """(training, held out): about this share of the texts of each label; equal texts stay on one side."""
     keys = [first_question_hash(text.prompt) for text in texts]
-    chosen = set(choose_held_out(keys, [one.labels for one in texts], held_out))
-    return [one for i, one in enumerate(texts) if i not in chosen], [texts[i] for i in sorted(chosen)]
+    chosen = set(choose_held_out(keys, [text.labels for text in texts], held_out))
+    return [text for i, text in enumerate(texts) if i not in chosen], [texts[i] for i in sorted(chosen)]
 
 
 def collect_label_names(texts: Sequence[Labeled]) -> tuple[str, ...]:
@@ -229,14 +229,14 @@ def encode_labeled_texts(
 ) -> TextClassificationDataset:
     """Texts as ids and labels as class indices."""
     rows = [np.array(encode_truncated(tokenizer, text.text, max_length), dtype=np.int64) for text in texts]
-    cut = sum(len(tokenizer.encode(one.text)) > max_length for one in texts)
+    cut = sum(len(tokenizer.encode(text.text)) > max_length for text in texts)
     if cut:
         drop_report.note(f"{cut} texts lost their end beyond {max_length} tokens")
     number = {name: i for i, name in enumerate(label_names)}
     for one in texts:
         if unknown := [label for label in one.labels if label not in number]:
             raise DataError(f"{one.where}: the model has no label {unknown[0]!r}; it has {', '.join(label_names)}")
-    label_ids = [tuple(sorted(number[label] for label in one.labels)) for one in texts]
+    label_ids = [tuple(sorted(number[label] for label in text.labels)) for text in texts]
     return TextClassificationDataset(rows, label_ids, label_names, is_multi_label)
 
 

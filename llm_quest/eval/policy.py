@@ -140,7 +140,7 @@ class PolicyEvaluator:
             {name: mean for (name, _), mean in zip(self.rewards, means, strict=True)},
             *mean_with_interval(totals),
             sum(len(answer.completion_ids) for answer in answers) / len(answers),
-            sum(one.truncated for one in answers) / len(answers),
+            sum(answer.truncated for answer in answers) / len(answers),
             measure_accuracy(
                 [answers[place] for place in checked],
                 drawn,

@@ -103,7 +103,7 @@ class SelfRefinement:
             again = self.ask(conversations, self.prompts.refine, answers, complete)
             cramped |= conversations.keys() - again.keys()
             conversations = {n: conversations[n] for n in again}
-            before, answers = answers, [again.get(n, one) for n, one in enumerate(answers)]
+            before, answers = answers, [again.get(n, answer) for n, answer in enumerate(answers)]
             rounds.append(compare_answers(before, answers, len(stopped), len(cramped)))
         return rounds
 

@@ -194,7 +194,7 @@ def classifier_config(config: Mapping[str, Any], techniques: Sequence[Technique]
         architecture is None
         or len(heads) != 1
         or heads[0].readout != "last_token"
-        or not all_exportable([one for one in techniques if one is not heads[0]])
+        or not all_exportable([technique for technique in techniques if technique is not heads[0]])
     ):
         return {}
     names = heads[0].labels or tuple(f"LABEL_{i}" for i in range(heads[0].outputs))

@@ -116,12 +116,12 @@ def read_layout(file: GGUFFile) -> Layout:
     """The layout of a file. DataError if no family of ours computes it."""
     layouts = [layout for layout in LAYOUTS if layout.architecture == file.architecture and layout.reads]
     if not layouts:
-        known = ", ".join(sorted({one.architecture for one in LAYOUTS}))
+        known = ", ".join(sorted({layout.architecture for layout in LAYOUTS}))
         raise DataError(
             f"{file.file.name}: general.architecture is {file.architecture[:40]!r}, which is not computed here; known: "
             f"{known}"
         )
-    return next((one for one in layouts if one.matches(file)), layouts[0])
+    return next((layout for layout in layouts if layout.matches(file)), layouts[0])
 
 
 def read_hf_config(file: GGUFFile) -> dict[str, Any]:

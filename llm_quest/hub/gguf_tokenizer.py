@@ -171,7 +171,7 @@ def space_form(content: Mapping[str, Any]) -> tuple[bool, bool, list[str]]:
     if before is None and steps in ([replace], [prepend, replace]):
         return len(steps) == 2, False, []
     charsmap = [step for step in steps if step["type"] == "Precompiled"]
-    pieces = [one for one in pre_tokenizer_steps(before) if one["type"] != "WhitespaceSplit"]
+    pieces = [step for step in pre_tokenizer_steps(before) if step["type"] != "WhitespaceSplit"]
     if len(charsmap) == len(steps) and len(pieces) == 1 and pieces[0]["type"] == "Metaspace":
         scheme, split = pieces[0].get("prepend_scheme", "always"), pieces[0].get("split", True)
         squeezes = len(pieces) < len(pre_tokenizer_steps(before))

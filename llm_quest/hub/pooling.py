@@ -61,7 +61,7 @@ def read_pooling(folder: Path) -> Pooling | None:
     if not (folder / MODULES).is_file():
         return None
     modules = load_json(folder / MODULES, list)
-    if not all(isinstance(one, dict) and isinstance(one.get("type"), str) for one in modules):
+    if not all(isinstance(module, dict) and isinstance(module.get("type"), str) for module in modules):
         raise DataError(f"{folder / MODULES}: a list of objects with a type each was expected")
     kinds = [module["type"].rpartition(".")[2] for module in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):

@@ -69,7 +69,7 @@ def files_to_push(folder: Path) -> tuple[list[Path], list[str]]:
     files = [entry for entry in entries if is_model_file(entry.name) and entry.is_file() and not entry.is_symlink()]
     if not (folder / ADAPTER_CONFIG).is_file() and (problems := inspect_folder(str(folder)).problems):
         raise DataError(f"{folder} does not load: {problems[0]}")
-    return files, [one.name for one in entries if one not in files]
+    return files, [entry.name for entry in entries if entry not in files]
 
 
 def is_model_file(name: str) -> bool:

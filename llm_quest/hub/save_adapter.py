@@ -212,7 +212,7 @@ def peft_config(model: Any, pairs: Mapping[str, LoRAPair], base: str | None) -> 
     technique: Any = next(one for one in model.spec.techniques if is_adapter(one))
     rank, use_rslora = technique.rank, isinstance(technique, RsLoRA)
     rank_pattern = {module: pair.rank for module, pair in pairs.items() if pair.rank != rank}
-    modules, stacks = ([name for name, one in pairs.items() if one.A.dim() == dims] for dims in (2, 3))
+    modules, stacks = ([name for name, pair in pairs.items() if pair.A.dim() == dims] for dims in (2, 3))
     alpha = LORA_ALPHA[type(technique)](technique)
     root = math.sqrt if use_rslora else float
     return {

@@ -103,7 +103,7 @@ def compare_with_transformers(name_or_path: str | Path, *, seed: int = 0) -> Ver
         references = [kind.theirs(theirs, inputs) for inputs in several]
         difference = max_difference([kind.ours(ours, inputs) for inputs in several], references)
         padded = None if kind.pad is None else max(difference_with_padding(kind, ours, theirs, one) for one in several)
-        error = max_difference([one.double() for one in references], float64_outputs(kind, theirs, several))
+        error = max_difference([reference.double() for reference in references], float64_outputs(kind, theirs, several))
     largest = max(float(reference.abs().max()) for reference in references)
     allowed = max(MARGIN * error, ROUNDING * largest)
     missing, unexpected = (unread_keys(info[key]) for key in ("missing_keys", "unexpected_keys"))
@@ -128,7 +128,7 @@ def load_in_transformers(auto_class: Any, folder: Path) -> tuple[Any, dict[str, 
 
 def refuse_unpublished_techniques(model: Any, name: str) -> None:
     """Raise UsageError for a model that transformers does not compute."""
-    if not all_exportable(one for one in model.spec.techniques if not isinstance(one, ScoreHead)):
+    if not all_exportable(technique for technique in model.spec.techniques if not isinstance(technique, ScoreHead)):
         names = ", ".join(type(technique).__name__ for technique in model.spec.techniques)
         raise UsageError(
             f"{name} was made with {names}, which transformers does not compute: there is no one to compare"

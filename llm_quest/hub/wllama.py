@@ -124,5 +124,5 @@ def find_npm_reason(stderr: str) -> str:
     """The sentence of npm's error, among its codes and its advice; its last line where it is in another form."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["no reason given"]
     error_lines = [line.removeprefix("npm error ") for line in lines if line.startswith("npm error ")]
-    sentences = [one for one in error_lines if one.split()[0] not in NPM_FIELDS]
+    sentences = [line for line in error_lines if line.split()[0] not in NPM_FIELDS]
     return (sentences or error_lines or lines[-1:])[0][:200]

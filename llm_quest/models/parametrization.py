@@ -260,7 +260,9 @@ def require_equal_logits_scale(model: nn.Module, base: nn.Module) -> None:
         isinstance(module, GroupedQueryAttention) and has_gain(module.q_norm) and has_gain(module.k_norm)
         for module in model.modules()
     )
-    scales = [{one.scale for one in side.modules() if isinstance(one, ScaledDotProduct)} for side in (model, base)]
+    scales = [
+        {module.scale for module in side.modules() if isinstance(module, ScaledDotProduct)} for side in (model, base)
+    ]
     if scales[0] != scales[1] and not normed:
         raise UsageError(
             "parametrization.base has heads of another width, whose logits muP scales otherwise than this family: keep "

@@ -54,7 +54,7 @@ class AuxiliaryLosses:
         """Fill in the defaults of this model. UsageError for a coefficient that would have no effect."""
         self.require_effect(model)
         by_softmax = [module.aux_loss_coef for module in model.modules() if isinstance(module, SoftmaxRouter)]
-        by_bias = any(isinstance(one, SigmoidRouter) for one in model.modules())
+        by_bias = any(isinstance(module, SigmoidRouter) for module in model.modules())
         balance, within, speed, mtp = (
             self.router_aux_loss_coef,
             self.router_seq_aux_loss_coef,

@@ -152,7 +152,9 @@ def parse_config(schema: type[ConfigT], settings: RawConfig, more: Sequence[Conf
     except ValidationError as error:
         refuse_earlier_version(error, settings)
         all_problems = [*explain_validation_error(error, schema, settings), *more]
-        raise config_error([*problems, *(one for one in all_problems if one.key not in implausible)]) from None
+        raise config_error(
+            [*problems, *(problem for problem in all_problems if problem.key not in implausible)]
+        ) from None
     if problems := [*problems, *(one for one in more if one.key not in implausible)]:
         raise config_error(problems)
     return config

@@ -172,7 +172,7 @@ def train_reward_model_stage(
         comparisons = collect_comparisons(config, policy, number, parallel, log)
         if parallel.is_main_process:
             file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write_json(file, [comparison_to_json(one) for one in comparisons])
+            atomic_write_json(file, [comparison_to_json(comparison) for comparison in comparisons])
         parallel.wait_for_main_process()
     new = read_comparisons(file)
     history = [

@@ -140,7 +140,7 @@ class UnpairedEvaluator:
         log_probs = [sequence_log_probs(model, rows) for rows in batches]
         gains = [log_p - rows.reference_log_probs for log_p, rows in zip(log_probs, batches, strict=True)]
         losses = [objective.loss_of(log_p, rows) for log_p, rows in zip(log_probs, batches, strict=True)]
-        metrics = {"loss": sum(float(one.total) for one in losses) / len(self.rows)}
+        metrics = {"loss": sum(float(loss.total) for loss in losses) / len(self.rows)}
         for name in losses[0].metrics:
             sums = [(float(loss.metrics[name][0]), float(loss.metrics[name][1])) for loss in losses]
             total, count = map(sum, zip(*sums, strict=True))

@@ -164,7 +164,7 @@ class PromptEncoder:
         if new:
             messages, tools = zip(*new.values(), strict=True)
             self.known |= dict(zip(new, self.chat.encode_prompts(messages, tools), strict=True))
-        return [self.known[repr(one)] for one in conversations]
+        return [self.known[repr(conversation)] for conversation in conversations]
 
     def knows(self, problem: Problem) -> bool:
         """Whether nothing has to be rendered for this problem."""

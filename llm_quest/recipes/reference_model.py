@@ -94,7 +94,7 @@ def reference_log_probs(
     flat = parallel.broadcast(load_log_probs(folder / REFERENCE_FILE, key) if parallel.is_main_process else None)
     fresh = flat is None
     if fresh:
-        log(f"reference: log-probabilities of {sum(len(one.answers) for one in pairs):,} answers, once")
+        log(f"reference: log-probabilities of {sum(len(pair.answers) for pair in pairs):,} answers, once")
         with evaluation_mode(model), autocast(precision, parallel.device):
             flat = np.concatenate(
                 compute_log_probs(

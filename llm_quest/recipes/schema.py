@@ -115,7 +115,9 @@ def suggest_choice(finding: Any, field: FieldInfo | None) -> str:
     """The nearest of a field's choices, where it has choices and text came."""
     parts = (field.annotation, *get_args(field.annotation)) if field else ()
     choices = [str(choice) for part in parts if get_origin(part) is Literal for choice in get_args(part)]
-    choices += [name for one in find_choices(field.annotation, field.metadata) for name in one.names] if field else []
+    choices += (
+        [name for choice in find_choices(field.annotation, field.metadata) for name in choice.names] if field else []
+    )
     if finding["type"] in ("tuple_type", "list_type") and finding["input"] in choices:
         return f"; write [{finding['input']}]"
     return did_you_mean(str(finding["input"]), choices)

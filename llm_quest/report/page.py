@@ -169,7 +169,7 @@ def differing_settings(records: Sequence[RunRecord]) -> tuple[TableRow, ...]:
     """Settings that differ between the runs."""
     settings = [dict(parse_settings(record.config)) for record in records]
     keys = dict.fromkeys(key for setting in settings for key in setting)
-    rows = [(key, *(one.get(key, "") for one in settings)) for key in keys]
+    rows = [(key, *(setting.get(key, "") for setting in settings)) for key in keys]
     return tuple(row for row in rows if len(set(row[1:])) > 1)
 
 

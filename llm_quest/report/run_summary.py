@@ -218,7 +218,7 @@ def sample_histories(record: RunRecord) -> Iterator[SampleHistory]:
             if len(samples) > MAX_SAMPLES_SHOWN
             else range(len(samples))
         )
-        rest = tuple(one for i, one in enumerate(samples) if i not in chosen)
+        rest = tuple(sample for i, sample in enumerate(samples) if i not in chosen)
         yield SampleHistory(prompt, tuple(samples[i] for i in chosen), rest)
 
 

@@ -319,7 +319,7 @@ def sampling_metrics(
     deviations = [float(group.std()) for group in scored if len(group) > 1]
     sums: dict[str, tuple[Any, Any]] = {"reward": (total.nansum(), (~total.isnan()).sum())}
     if len(reward_pipeline.rewards) > 1:
-        each = {one.name: (rewards[r].nansum(), known[r].sum()) for r, one in enumerate(reward_pipeline.rewards)}
+        each = {reward.name: (rewards[r].nansum(), known[r].sum()) for r, reward in enumerate(reward_pipeline.rewards)}
         sums |= {f"rewards/{name}": pair for name, pair in each.items()}
     sums |= {
         "frac_reward_zero_std": (sum(not one for one in mixed), len(mixed)),

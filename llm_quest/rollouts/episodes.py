@@ -43,9 +43,9 @@ class TurnEncoder:
         turns = [[self.with_known_role(message) for message in messages] for messages in turns]
         if self.chat is None:
             return [
-                self.tokenizer.encode("".join(m["content"] for m in one), add_special_tokens=False) for one in turns
+                self.tokenizer.encode("".join(m["content"] for m in turn), add_special_tokens=False) for turn in turns
             ]
-        new = list({repr(one): one for one in turns if repr(one) not in self.known}.values())
+        new = list({repr(turn): turn for turn in turns if repr(turn) not in self.known}.values())
         if new:
             self.known |= dict(zip(map(repr, new), self.chat.encode_continuations(new), strict=True))
         rewards = [self.known[repr(turn)] for turn in turns]
@@ -160,7 +160,7 @@ class EpisodeSampler:
         self.begin(episodes)
         with eval_mode(policy), self.autocast_context():
             for _ in range(self.max_turns):
-                active = {number: one for number, one in enumerate(episodes) if not one.ended}
+                active = {number: episode for number, episode in enumerate(episodes) if not episode.ended}
                 if not active:
                     break
                 self.write_turn(policy, list(active.values()), sampling, seed)

@@ -115,7 +115,7 @@ def answer_reward_calls(reference: str) -> Callable[[RewardArguments], Any]:
 def accepted_arguments(function: Callable[..., Any]) -> list[str] | None:
     """The arguments that a function names; None where it takes all."""
     parameters = inspect.signature(function).parameters.values()
-    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters):
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return None
     return [parameter.name for parameter in parameters]
 

@@ -49,7 +49,7 @@ def top_level_names(tree: ast.Module) -> list[str]:
             case ast.Assign(targets=targets):
                 defined += [target.id for target in targets if isinstance(target, ast.Name)]
             case ast.Import(names=names) | ast.ImportFrom(names=names):
-                defined += [one.asname or one.name for one in names]
+                defined += [name.asname or name.name for name in names]
     return defined
 
 

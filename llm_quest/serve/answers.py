@@ -213,15 +213,17 @@ class TextForm:
         """The old form: parallel lists. text_offset: where each token begins, in characters."""
         if not logprobs:
             return None
-        tokens, offsets = [spell(self.served, one.token) for one in logprobs], []
+        tokens, offsets = [spell(self.served, logprob.token) for logprob in logprobs], []
         for token in tokens:
             offsets.append(offset)
             offset += len(token)
         tops = [{spell(self.served, token): finite(logprob) for token, logprob in one.top} for one in logprobs]
         return {
             "tokens": tokens,
-            "token_logprobs": [finite(one.logprob) for one in logprobs],
-            "top_logprobs": [top if one.logprob is not None else None for top, one in zip(tops, logprobs, strict=True)],
+            "token_logprobs": [finite(logprob.logprob) for logprob in logprobs],
+            "top_logprobs": [
+                top if logprob.logprob is not None else None for top, logprob in zip(tops, logprobs, strict=True)
+            ],
             "text_offset": offsets,
         }
 

@@ -115,7 +115,7 @@ class TextInside:
             entropy=float(-(own.exp() * own.clamp(min=torch.finfo(own.dtype).min)).sum()) / math.log(2),
             rank=int((own > own[token]).sum()) + 1,
             steps=tuple(name for name, _ in steps),
-            alternatives=tuple(Alternative(one, tuple(row)) for one, row in zip(names, table, strict=True)),
+            alternatives=tuple(Alternative(name, tuple(row)) for name, row in zip(names, table, strict=True)),
         )
 
     def sampling_steps(

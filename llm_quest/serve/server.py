@@ -92,7 +92,7 @@ def make_server(
     models: Mapping[str, LoadedModel], options: ServeOptions, rules: AccessRules, log: LogFn
 ) -> QuestServer:
     """A server of these models, by name; the first one answers requests that name none. Its engine is not started."""
-    served = {name: serve_model(name, one, options) for name, one in models.items()}
+    served = {name: serve_model(name, model, options) for name, model in models.items()}
     limits = options.limits
     if any(model.images for model in models.values()):
         limits = replace(limits, body_bytes=max(limits.body_bytes, BODY_BYTES))

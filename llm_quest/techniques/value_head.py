@@ -67,7 +67,7 @@ def attach_value_model(model: Model, own: Decoder) -> Model:
     scores = [
         technique for technique in own.spec.techniques if isinstance(technique, ScoreHead) and technique.outputs == 1
     ]
-    others = [one for one in own.spec.techniques if one not in scores and not one.exportable]
+    others = [technique for technique in own.spec.techniques if technique not in scores and not technique.exportable]
     if others:
         raise UsageError(
             f"value_model: a model with {type(others[0]).__name__} cannot be the value model; give value_model.load of "

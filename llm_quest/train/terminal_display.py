@@ -58,7 +58,7 @@ class TerminalDisplay:
         lines: list[RenderableType] = [self.run_line(run, width) for run in runs[-1:]]
         if runs and self.metrics:
             lines.append(single_line("  ".join(items_that_fit(self.metrics, width))))
-        inner = [one for one in phases if not one.is_run]
+        inner = [phase for phase in phases if not phase.is_run]
         if inner and (not runs or time.monotonic() - inner[-1].began > PATIENCE):
             lines.append(single_line(" · ".join(map(str, inner))))
         if not phases and time.monotonic() - LAST_OUTPUT[0] > PATIENCE:

@@ -85,7 +85,7 @@ class BucketTable:
     def accuracy(self) -> float:
         """The accuracy after reasoning over all places."""
         right = sum(round(bucket.reasoned_accuracy.share * bucket.count) for bucket in self.buckets)
-        return right / sum(one.count for one in self.buckets)
+        return right / sum(bucket.count for bucket in self.buckets)
 
     def metrics(self) -> dict[str, float]:
         """Metrics: the accuracy after reasoning, and both accuracies of each bucket."""
@@ -208,7 +208,7 @@ class PositionEvaluator:
         if self.samples is not None:
             sample_rows = [self.sample_row(result) for result in results[:: max(1, len(results) // MAX_SAMPLES)]]
             save_samples(self.samples, step, sample_rows)
-        return {**table.metrics(), "unread": sum(one.answer is None for one in results) / len(results)}
+        return {**table.metrics(), "unread": sum(result.answer is None for result in results) / len(results)}
 
     def sample_row(self, one: PositionResult) -> dict[str, Any]:
         ids = self.evaluation.documents[one.position.document][1 : one.position.place]
