@@ -17,10 +17,11 @@ from llm_quest.experiments.budgets import BUDGETS
 from llm_quest.experiments.code_tree import own_code
 from llm_quest.experiments.comparison import Claim
 from llm_quest.experiments.confirmation import has_halves, plan_confirmation
-from llm_quest.experiments.experiment import Experiment, ExperimentPlan, RunCounts
+from llm_quest.experiments.experiment import Experiment, ExperimentPlan
 from llm_quest.experiments.ledger import Ledger
 from llm_quest.experiments.measurements import require_reported_seeds
 from llm_quest.experiments.page import write_experiment_page
+from llm_quest.experiments.run_costs import RunCounts
 from llm_quest.experiments.sequential import FIRST_LOOK, THRESHOLDS
 from llm_quest.experiments.verdict_lines import describe_verdict
 from llm_quest.experiments.worker_pool import WorkerPool, exclusive_pool
@@ -101,7 +102,8 @@ def describe_noise_beside(result: Mapping[str, Any]) -> list[str]:
 @dataclass(frozen=True)
 class AblationPreview:
     """`quest ablate --dry-run`: what would run, and nothing that was written. resolved: all settings of the control,
-    and of an arm those that differ."""
+    and of an arm those that differ. run_seconds: of a run of the control; seconds: of all runs, at least and at most;
+    None where they cannot be timed beforehand."""
 
     experiment: str
     resolved: Mapping[str, Mapping[str, Any]]
@@ -109,6 +111,7 @@ class AblationPreview:
     messages: Sequence[str]
     runs: RunCounts
     run_seconds: float | None
+    seconds: tuple[float, float] | None
 
     def as_json(self) -> dict[str, Any]:
         runs = {"least": self.runs.least, "most": self.runs.most}
@@ -143,7 +146,7 @@ def preview_ablation(
             experiment.prepare()
         return AblationPreview(
             plan.experiment, experiment.resolve_arms(), experiment.derived, messages, plan.counts,
-            experiment.estimate_run_seconds(),
+            experiment.estimate_run_seconds(CONTROL), experiment.estimate_seconds(),
         )  # fmt: skip
 
 

@@ -98,7 +98,7 @@ def show_rows(name: str, own: Sequence[Row]) -> LedgerView:
         *describe_settings(claim),
         *(line for verdict in latest_verdicts(own) for line in describe_verdict(verdict)),
         *(str(row["sentence"]) for row in own if row["kind"] in SENTENCE_KINDS),
-        *align_columns([run_line(row) for row in runs]),
+        *align_columns([run_line(row, words) for row, words in zip(runs, tell_apart(runs), strict=True)]),
         *(f"started and not ended: {row['arm']}, seed {row['seed']}" for row in own
           if row["kind"] == "started" and row["run"] not in ended),
     ]  # fmt: skip
@@ -118,13 +118,25 @@ def rate_of(row: Mapping[str, Any]) -> str:
     return f"learning_rate {rates[-1]}  " if rates else ""
 
 
-def run_line(row: Mapping[str, Any]) -> tuple[str, str]:
+def tell_apart(runs: Sequence[Row]) -> list[str]:
+    """What an A/A run is beside the first one of its arm and seed: the same settings again, or its own ones."""
+    first: dict[tuple[str, int], list[str]] = {}
+    words = []
+    for row in runs:
+        settings = row.get("settings", [])
+        known = first.setdefault((row["arm"], row["seed"]), settings) if row["role"] == "aa" else settings
+        own = " ".join(pair for pair in settings if pair not in known)
+        words.append("" if known is settings else f"{own or 'identical rerun'}  ")
+    return words
+
+
+def run_line(row: Mapping[str, Any], words: str) -> tuple[str, str]:
     metrics = row.get("metrics", {})
     scores = "  ".join(
         f"{key} {value:.4g}" for key, value in metrics.items() if key.startswith("eval/") and value is not None
     )
     cost = f"{row['status']}  {row['cpu_seconds']:.1f} s"
-    return f"{row['role']} {row['arm']}", f"seed {row['seed']}  {rate_of(row)}{cost}  {scores}"
+    return f"{row['role']} {row['arm']}", f"seed {row['seed']}  {words}{rate_of(row)}{cost}  {scores}"
 
 
 def first_of(rows: Sequence[Row], kind: str) -> Row:

@@ -44,7 +44,8 @@ from llm_quest.experiments.measurements import (
     read_metric,
 )
 from llm_quest.experiments.noise import measure_noise
-from llm_quest.experiments.tuning import MAX_EXTENSIONS, RateSearch, describe_search, first_grid, needs_extension
+from llm_quest.experiments.run_costs import RunCounts, count_runs
+from llm_quest.experiments.tuning import RateSearch, describe_search, first_grid, needs_extension
 from llm_quest.experiments.verdict_lines import pair_line
 from llm_quest.experiments.worker_pool import WorkerPool
 from llm_quest.formatting import format_duration, format_duration_range
@@ -57,42 +58,6 @@ CONFIRMATION_ERRORS = (
     "an effect that is not there is declared in at most 5 % of confirmations, and a difference of exactly delta is "
     "called none in at most 5 %; an undecided one refutes nothing"
 )
-
-
-@dataclass(frozen=True)
-class RunCounts:
-    """Runs of an experiment, at most: the control and `arms` - 1 arms; tuning, tuning_more: of the first rates, and of
-    those that are added where a best rate lies at an edge; aa, aa_pairs: A/A runs and pairs; cap: pairs at most."""
-
-    arms: int
-    tuning: int
-    tuning_more: int
-    aa: int
-    aa_pairs: int
-    cap: int
-
-    @property
-    def least(self) -> int:
-        return self.tuning + self.aa + self.arms * sequential.FIRST_LOOK
-
-    @property
-    def most(self) -> int:
-        return self.tuning + self.tuning_more + self.aa + self.arms * self.cap
-
-    def __str__(self) -> str:
-        more = f" (up to {self.tuning + self.tuning_more} where a best rate is at an edge)" if self.tuning_more else ""
-        pairs = f"{sequential.FIRST_LOOK} to {self.cap} pairs"
-        return (
-            f"{self.arms} arms; {self.tuning} runs to tune{more}, {self.aa} runs for {self.aa_pairs} A/A pairs, "
-            f"{self.arms * sequential.FIRST_LOOK} to {self.arms * self.cap} runs in {pairs}: {self.least} to "
-            f"{self.most} runs"
-        )
-
-
-def count_runs(arms: int, rates: int, tuning_seeds: int, aa_pairs: int, cap: int) -> RunCounts:
-    """The runs of an experiment. arms: with the control. Each A/A pair has two runs, and one run is repeated."""
-    each = arms * tuning_seeds if rates > 1 else 0
-    return RunCounts(arms, rates * each, MAX_EXTENSIONS * each, 2 * aa_pairs + bool(aa_pairs), aa_pairs, cap)
 
 
 @dataclass(frozen=True)
@@ -250,19 +215,39 @@ class Experiment:
                 self.ledger.append("repetition", row["experiment"], {"sentence": sentence, "by": me})
 
     def announce_cost(self) -> None:
-        """The number of runs, and the time that they take by the control's measured step, or by its FLOPs."""
-        counts, jobs = self.plan.counts, self.pool.jobs
-        self.log(str(counts))
-        if run := self.estimate_run_seconds():
-            self.log(
-                f"estimate: {format_duration(run)} a run on one thread, without evaluation; "
-                f"{format_duration_range(run * counts.least / jobs, run * counts.most / jobs)} in all, {jobs} at once"
-            )
+        """The number of runs, and the time that they take by the control's measured step, start and evaluation."""
+        self.log(str(self.plan.counts))
+        run, total, jobs = self.estimate_run_seconds(CONTROL), self.estimate_seconds(), self.pool.jobs
+        if run is None or total is None:
+            self.log("estimate: none, as steps of this recipe can't be timed beforehand; the first run brings an ETA")
+            return
+        outside = self.descriptions[CONTROL]["outside_seconds"]
+        self.log(
+            f"estimate: {format_duration(run)} a run on one thread, {outside / run:.0%} of it start and evaluation; "
+            f"{format_duration_range(*total)} in all, {jobs} at once, at the present load of this machine"
+        )
 
-    def estimate_run_seconds(self) -> float | None:
-        """The seconds that a run of the control trains; None where its steps cannot be timed beforehand."""
-        about = self.descriptions[CONTROL]
-        return about["step_seconds"] * about["max_steps"] if about.get("step_seconds") else None
+    def estimate_run_seconds(self, name: str) -> float | None:
+        """The seconds of a run of an arm: the control's step, by the arm's FLOPs, and the control's start and
+        evaluations. None where steps cannot be timed beforehand."""
+        arm, control = self.descriptions[name], self.descriptions[CONTROL]
+        if "outside_seconds" not in control:
+            return None
+        relative = arm["flops_per_step"] / control["flops_per_step"]
+        return control["outside_seconds"] + control["step_seconds"] * relative * self.num_steps(name)
+
+    def estimate_seconds(self) -> tuple[float, float] | None:
+        """The seconds of the whole experiment, at least and at most."""
+        runs = {name: self.estimate_run_seconds(name) for name in self.arms}
+        each = [seconds for seconds in runs.values() if seconds is not None]
+        if len(each) < len(runs):
+            return None
+        low, high = self.plan.counts.estimate(runs[CONTROL] or 0.0, sum(each))
+        return low / self.pool.jobs, high / self.pool.jobs
+
+    def num_steps(self, name: str) -> int:
+        """The number of an arm's steps, which its budget gives."""
+        return next(int(p.partition("=")[2]) for p in reversed(self.arm_pairs[name]) if p.startswith("max_steps="))
 
     def describe(self) -> None:
         """Describe each arm before anything is trained: its data, first weights and cost."""
@@ -275,7 +260,8 @@ class Experiment:
                 {
                     **message,
                     "pairs": [*self.base_runs.fill_in((*self.plan.pairs, *arm.pairs), seed), f"seed={seed}"],
-                    "measure": self.plan.budget == "seconds" or (self.plan.budget == "flops" and name == CONTROL),
+                    "measure": self.plan.budget == "seconds",
+                    "estimate": name == CONTROL,
                 },
             )
             for name, arm in self.arms.items()
@@ -521,7 +507,7 @@ class Experiment:
     def summarize_arm(self, name: str) -> dict[str, Any]:
         """The settings, cost, tuned rate and values of an arm."""
         about, search = self.descriptions[name], self.searches.get(name)
-        steps = next(int(p.partition("=")[2]) for p in reversed(self.arm_pairs[name]) if p.startswith("max_steps="))
+        steps = self.num_steps(name)
         flops, losses = about.get("flops_per_step"), search.losses if search else {}
         return {
             "settings": list(self.arm_pairs[name]), "code": self.arms[name].code.hash,

@@ -43,7 +43,8 @@ def describe_verdict(verdict: Mapping[str, Any]) -> list[str]:
 
 
 def describe_deciding_interval(verdict: Mapping[str, Any]) -> list[str]:
-    """A line on the 90 % interval where it decided: two one-sided tests at 5 % (a card's verdict has none)."""
+    """A line on the 90 % interval where it decided: two one-sided tests at 5 % (cards from before December
+    2026 have none)."""
     interval = verdict.get("interval_90")
     if verdict.get("decided_by", "interval_90") != "interval_90" or not interval or "delta" not in verdict["outcome"]:
         return []

@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,22 @@ import torch
 from filelock import FileLock
 
 import llm_quest
+from llm_quest.cost.profile import time_call
 from llm_quest.errors import GuardStop, QuestError, UsageError, shorten_line
 from llm_quest.eval.evaluators import LossEvaluator
 from llm_quest.experiments.measurements import has_record, read_record
 from llm_quest.files import atomic_write_json
+from llm_quest.objectives.policy_gradient import PolicyGradientLoss
 from llm_quest.progress import utc_now
+from llm_quest.recipes.config_schema import RunConfig
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.planning import open_job, plan_recipe
-from llm_quest.recipes.recipe import Job, load_recipe
+from llm_quest.recipes.recipe import Job, Recipe, load_recipe
 from llm_quest.recipes.run_folder import run_identity
-from llm_quest.recipes.yaml_io import flatten_tree
+from llm_quest.recipes.yaml_io import RawConfig, flatten_tree
 from llm_quest.train.checkpoint import list_checkpoints
+from llm_quest.train.rng_state import evaluation_mode
+from llm_quest.train.step import autocast
 
 UNIGRAM_STEPS = 50
 """Steps whose targets say how frequent tokens are."""
@@ -74,7 +80,9 @@ def train_arm(request: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def describe_arm(request: dict[str, Any]) -> dict[str, Any]:
-    """Describe an arm without training it: its data, first weights and the cost of a step."""
+    """Describe an arm without training it: its data, first weights and the cost of a step. measure: time steps, also
+    those of a policy, which draw samples. estimate: time steps, and all of a run that is no step, but of a policy
+    nothing."""
     recipe, config, settings = load_recipe(request["recipe"], request["pairs"])
     recipe.check(config, settings)
     quiet: Any = {"log": lambda text: None}
@@ -84,9 +92,11 @@ def describe_arm(request: dict[str, Any]) -> dict[str, Any]:
     ):
         description = describe_job(job)
         description["changed_settings"] = compare_settings(config, job.config)
+        estimate = request.get("estimate", False) and not isinstance(job.objective, PolicyGradientLoss)
+    measure = request.get("measure", False) or estimate
     with tempfile.TemporaryDirectory() as folder:
         try:
-            cost = plan_recipe(recipe, config, settings, Path(folder), measure=request.get("measure", False), **quiet)
+            cost = plan_recipe(recipe, config, settings, Path(folder), measure=measure, **quiet)
             description |= {
                 "flops_per_step": cost.flops_per_step,
                 "units_per_step": cost.units_per_step,
@@ -94,7 +104,40 @@ def describe_arm(request: dict[str, Any]) -> dict[str, Any]:
             }
         except UsageError:  # a policy's samples cannot be counted beforehand
             pass
+    if estimate:
+        description["outside_seconds"] = time_outside_steps(recipe, config, settings)
     return description
+
+
+def time_outside_steps(recipe: Recipe, config: RunConfig, settings: RawConfig) -> float:
+    """Seconds of a run besides its steps: assembling it, a second time since the first one may train a tokenizer, what
+    comes before the first step, and its evaluations."""
+    quiet: Any = {"log": lambda text: None}
+    start = time.perf_counter()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_job(recipe, config, settings, folder=Path(folder), **quiet) as job,
+    ):
+        job.prepare()
+        job.before()
+        return time.perf_counter() - start + time_evaluations(job)
+
+
+def time_evaluations(job: Job) -> float:
+    """Seconds of all evaluations of a run, by one of each kind: between steps, and after the last, which is whole."""
+    device, last = next(job.model.parameters()).device, job.config.max_steps
+    seconds = 0.0
+    with evaluation_mode(job.model), autocast(job.config.precision, device):
+        for evaluator in job.evaluators:
+            for number, step in ((count_between(evaluator.interval, last), 1), (1, last)):
+                if number:
+                    seconds += number * time_call(partial(evaluator.evaluate, job.model, step), device)
+    return seconds
+
+
+def count_between(interval: int, steps: int) -> int:
+    """How often an evaluator runs before the last step."""
+    return (steps - 1) // interval if interval else 0
 
 
 def compare_settings(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:

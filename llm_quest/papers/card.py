@@ -14,7 +14,7 @@ from typing import Any
 
 from llm_quest.experiments.arms import CONTROL
 from llm_quest.experiments.sequential import sequential_interval
-from llm_quest.experiments.verdict_lines import describe_verdict
+from llm_quest.experiments.verdict_lines import describe_deciding_interval, describe_verdict
 from llm_quest.files import atomic_write_json, atomic_write_text, damaged_file_errors, load_json
 from llm_quest.papers.paper import Paper, judge
 from llm_quest.papers.reproduce import SizeResult, comparison_claim, reproduce_command
@@ -62,7 +62,7 @@ class PaperCard:
         sizes = ", ".join(self.sizes) + (f" ({trend})" if trend else "")
         return {
             "verdict": self.verdict, "sizes": sizes, "date": last["date"], "machine": last["machine"],
-            "effect": describe_effect(claim_verdict(self.paper, last)),
+            "effect": describe_deciding_effect(claim_verdict(self.paper, last)),
         }  # fmt: skip
 
     def lines(self) -> list[str]:
@@ -90,14 +90,26 @@ def size_verdict(paper: Paper, result: SizeResult) -> str:
 
 
 def describe_found(paper: Paper, verdict: Mapping[str, Any]) -> list[str]:
+    return describe_verdict(with_terms(paper, verdict))
+
+
+def with_terms(paper: Paper, verdict: Mapping[str, Any]) -> dict[str, Any]:
+    """A card's verdict with what is the claim's: metric and delta."""
     claim = comparison_claim(paper)
-    settings = {"metric": claim.measure, "delta": claim.delta, "divergence_bound": None}
-    return describe_verdict({**verdict, **settings})
+    return {**verdict, "metric": claim.measure, "delta": claim.delta, "divergence_bound": None}
 
 
 def describe_effect(verdict: Mapping[str, Any]) -> str:
     interval = verdict["interval_95"]
     return f"{interval[0]:+.3g} to {interval[1]:+.3g}" if interval else "not bounded"
+
+
+def describe_deciding_effect(verdict: Mapping[str, Any]) -> str:
+    """The 90 % interval where it decided and is kept (cards since December 2026); otherwise the 95 % one."""
+    interval = verdict.get("interval_90")
+    if verdict.get("decided_by") == "interval_90" and interval:
+        return f"{interval[0]:+.3g} to {interval[1]:+.3g}, 90 %"
+    return describe_effect(verdict)
 
 
 def describe_trend(paper: Paper, sizes: Mapping[str, SizeResult]) -> str:
@@ -196,8 +208,10 @@ def arm_words(paper: Paper) -> Iterator[str]:
 def verdict_words(card: PaperCard) -> str:
     parts = []
     for size, result in card.sizes.items():
-        lines = describe_found(card.paper, claim_verdict(card.paper, result))
-        parts.append(f"At {size} {lines[0]}; {lines[1].strip() if len(lines) > 1 else ''}")
+        verdict = claim_verdict(card.paper, result)
+        outcome, *rest = describe_found(card.paper, verdict)
+        lines = rest[: 1 + len(describe_deciding_interval(with_terms(card.paper, verdict)))]
+        parts.append("; ".join([f"At {size} {outcome}", *map(str.strip, lines)]))
     return ". ".join([*parts, *([card.trend] if card.trend else [])]) + "."
 
 

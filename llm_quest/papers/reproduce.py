@@ -17,10 +17,11 @@ from llm_quest.experiments.arms import CONTROL, Arm, default_pairs, resolve_arms
 from llm_quest.experiments.bases import Base
 from llm_quest.experiments.code_tree import own_code
 from llm_quest.experiments.comparison import Claim
-from llm_quest.experiments.experiment import Experiment, ExperimentPlan, count_runs
+from llm_quest.experiments.experiment import Experiment, ExperimentPlan
 from llm_quest.experiments.ledger import Ledger
 from llm_quest.experiments.measurements import OutOfTime
 from llm_quest.experiments.page import write_experiment_page
+from llm_quest.experiments.run_costs import count_runs
 from llm_quest.experiments.worker_pool import exclusive_pool
 from llm_quest.files import atomic_write_json
 from llm_quest.formatting import format_duration_range
@@ -109,7 +110,8 @@ def shorten_result(result: Mapping[str, Any], costs: Mapping[str, Sequence[Mappi
     runs = [record for records in costs.values() for record in records]
     verdict_keys = (
         "arm", "outcome", "size", "reason", "pairs", "seeds", "differences", "mean", "median", "standard_deviation",
-        "interval_95", "evidence", "threshold", "pairing_gain", "diverged", "control_diverged", "secondary",
+        "interval_95", "interval_90", "decided_by", "evidence", "threshold", "pairing_gain", "diverged",
+        "control_diverged", "secondary",
     )  # fmt: skip
     arm_keys = ("parameters", "steps", "flops", "shared_weights", "rates", "learning_rate", "values")
     code = result["arms"][CONTROL]["code"]

@@ -28,8 +28,8 @@ from llm_quest.experiments.code_tree import (
     source_content,
 )
 from llm_quest.experiments.derived_settings import default_settings, find_derived_settings, flat_settings
-from llm_quest.experiments.experiment import count_runs
 from llm_quest.experiments.measurements import read_metric, require_reported_seeds
+from llm_quest.experiments.run_costs import count_runs
 from llm_quest.experiments.tuning import RateSearch, describe_search, first_grid, needs_extension
 from llm_quest.experiments.verdict_lines import interval_bar
 from llm_quest.recipes.config import recipe_names

@@ -15,14 +15,16 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from filelock import FileLock
 
 from llm_quest.cli import ablate
-from llm_quest.cli.ledger import list_experiments
+from llm_quest.cli.ledger import list_experiments, show_experiment
 from llm_quest.errors import QuestError, UsageError
+from llm_quest.eval.evaluators import LossEvaluator
 from llm_quest.experiments import measurements, worker
 from llm_quest.experiments.arms import Arm
 from llm_quest.experiments.bases import Base
@@ -32,6 +34,7 @@ from llm_quest.experiments.experiment import Experiment
 from llm_quest.experiments.ledger import Ledger, find_faults
 from llm_quest.experiments.measurements import Measurements, OutOfTime, RunProgress, RunRequest, hash_inputs
 from llm_quest.experiments.page import write_experiment_page
+from llm_quest.experiments.tuning import MAX_EXTENSIONS
 from llm_quest.experiments.verdict_lines import describe_verdict
 from llm_quest.experiments.worker import describe_arm, run_arm
 from llm_quest.experiments.worker_pool import WorkerPool
@@ -104,6 +107,9 @@ def test_the_ledger_tells_everything_in_order(experiment_result: tuple[dict[str,
     assert set(started) == set(ended)
     reported = {run for runs in rows[-1]["runs"].values() for run in runs}
     assert reported <= {row["run"] for row in rows if row["kind"] == "run" and row["role"] == "report"}
+    shown = show_experiment(root / "ledger.jsonl", rows[0]["experiment"], print).lines()
+    heads = [line.partition("  finished  ")[0] for line in shown if "  finished  " in line]
+    assert len(heads) == len(set(heads)) == len(ended), "what a run is, without what it measured"
     tuned = {row["seed"] for row in rows if row["kind"] == "run" and row["role"] == "tune"}
     assert not tuned & set(rows[-1]["seeds"])
 
@@ -362,13 +368,48 @@ def test_a_dry_run_shows_settings_and_cost_and_writes_nothing(
     found = ablate.preview_ablation("tiny", pairs, options, out=tmp_path / "out", log=print)
     shown = found.as_json()
     assert shown["runs"]["most"] == 47
-    assert shown["run_seconds"] > 0
+    assert 0 < shown["run_seconds"] < shown["seconds"][0] < shown["seconds"][1]
     assert shown["derived"]["control"]["warmup_steps"]["value"] == shown["resolved"]["control"]["warmup_steps"]
     assert shown["resolved"]["none"] == {"warmup_steps": 0}
     assert any("warmup_steps is" in line for line in shown["messages"])
     assert any(line.startswith("estimate: ") for line in shown["messages"])
     assert list(tmp_path.iterdir()) == []
     json.dumps(shown, allow_nan=False)
+
+
+def test_the_estimate_counts_every_evaluation_of_a_run(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A clock that stands still but in evaluations: two seconds between steps, seven after the last one."""
+    pairs = [*settings(text, 8), "seed=1", "eval_steps=3"]
+    now, steps, evaluate = [0.0], list[int](), LossEvaluator.evaluate
+
+    def slow(self: LossEvaluator, model: Any, step: int) -> Any:
+        steps.append(step)
+        now[0] += 7.0 if step == 8 else 2.0
+        return evaluate(self, model, step)
+
+    monkeypatch.setattr(LossEvaluator, "evaluate", slow)
+    assert run_arm({"recipe": "tiny", "pairs": pairs, "folder": str(tmp_path / "run")})["status"] == "finished"
+    assert steps == [3, 6, 8]
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(worker, "time", clock)
+    monkeypatch.setattr(worker, "time_call", lambda run, device: -now[0] + (run(), now[0])[1])
+    about = describe_arm({"recipe": "tiny", "pairs": pairs, "estimate": True})
+    assert about["outside_seconds"] == 2 * 2.0 + 7.0
+    assert "outside_seconds" not in describe_arm({"recipe": "tiny", "pairs": pairs})
+
+
+def test_the_estimate_counts_the_steps_of_every_arm(text: Path, tmp_path: Path):
+    """At equal steps a dearer arm takes longer, by its FLOPs; start and evaluation are the control's."""
+    plan = plan_of(text, tmp_path, steps=10, arms=(WIDE,), rates=3, tuning_seeds=2, aa_pairs=2, cap=8, budget="steps")
+    experiment = Experiment(plan, tmp_path, SimpleNamespace(jobs=2), Ledger(tmp_path / "ledger.jsonl"), print)  # type: ignore[arg-type]
+    experiment.arm_pairs = {"control": ("max_steps=10",), "wide": ("max_steps=60", "max_steps=10")}
+    control = {"flops_per_step": 1e9, "step_seconds": 0.5, "outside_seconds": 1.0}
+    experiment.descriptions = {"control": control, "wide": {"flops_per_step": 3e9}}
+    assert [experiment.estimate_run_seconds(name) for name in experiment.arms] == [6.0, 16.0]
+    runs = {"least": 5 * 6 + (6 + 4) * (6 + 16), "most": 5 * 6 + (6 + 2 * MAX_EXTENSIONS + 8) * (6 + 16)}
+    assert experiment.estimate_seconds() == (runs["least"] / 2, runs["most"] / 2)
+    del control["outside_seconds"]
+    assert experiment.estimate_seconds() is None
 
 
 def test_pairs_are_shown_as_they_end_and_records_that_are_used_again_are_counted(

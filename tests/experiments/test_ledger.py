@@ -121,6 +121,23 @@ def test_an_experiment_is_shown_with_the_settings_of_its_arms_and_the_rates_of_i
     assert any("seed 101  learning_rate 0.004  finished" in line for line in shown)
 
 
+def test_every_run_that_is_shown_has_a_line_of_its_own(tmp_path: Path):
+    """Two A/A pairs, whose runs have one arm and few seeds: the line says what differs, before what was measured."""
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.append("claim", "one", {"recipe": "tiny"})
+    own = ["batch_size=6"]
+    runs = [("a", 301, own), ("b", 302, own), ("c", 301, own), ("d", 301, [*own, "micro_batch_size=2"])]
+    ended = {"arm": "control", "role": "aa", "status": "finished", "metrics": {}, "cpu_seconds": 2.0}
+    for name, seed, pairs in runs:
+        ledger.append("run", "one", {**ended, "run": name, "seed": seed, "settings": pairs})
+    ledger.append("run", "one", {**ended, "run": "e", "seed": 1, "role": "report", "settings": own})
+    shown = [line for line in show_experiment(ledger.file, "one", print).lines() if "finished" in line]
+    assert len(shown) == len(set(shown)) == 5
+    for line, words in zip(shown, ("seed 301  f", "seed 302  f", "seed 301  identical rerun  f",
+                                   "seed 301  micro_batch_size=2  f", "seed 1  f"), strict=True):  # fmt: skip
+        assert words in line
+
+
 def test_verdicts_are_exported_as_a_table_and_runs_to_a_tracker(file: Path, tmp_path: Path):
     assert export_ledger_rows(file, "csv", None, print).content["verdicts"] == 1
     head, row = file.with_suffix(".csv").read_text().splitlines()

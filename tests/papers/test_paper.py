@@ -20,7 +20,7 @@ from llm_quest.experiments.worker import run_arm
 from llm_quest.papers import PAPERS, Paper, load_paper
 from llm_quest.papers.card import describe_trend, draw_differences, load_card, shipped_verdicts, write_card
 from llm_quest.papers.paper import CONFIRMS, judge
-from llm_quest.papers.reproduce import SizeResult, comparison_claim, describe_cost, make_paper_plan
+from llm_quest.papers.reproduce import SizeResult, comparison_claim, describe_cost, make_paper_plan, shorten_result
 from llm_quest.recipes.model_config import build_model_config
 from llm_quest.recipes.recipe import get_recipe, load_recipe
 from tests.papers import directions
@@ -161,6 +161,33 @@ def test_a_card_of_logarithms_has_a_ratio_for_delta_and_geometric_means(tmp_path
     assert comparison_claim(paper).delta == pytest.approx(0.2231, abs=1e-4)
     with pytest.raises(AssertionError, match=r"muon: delta 0\.05 is no difference \(of scale: log, a ratio above 1\)"):
         comparison_claim(replace(paper, delta=0.05))
+
+
+def test_a_card_names_the_interval_that_decided_and_an_old_one_is_read_without_it(tmp_path: Path):
+    paper = load_paper("qk_norm")
+    comparison = Comparison(comparison_claim(paper), ["qk_norm"])
+    for seed, difference in enumerate((0.02, 0.03, 0.01, 0.02), 1):
+        comparison.add_pair(seed, 4.0, {"qk_norm": 4.0 + difference})
+    verdict = {**comparison.verdict("qk_norm"), "secondary": {}}
+    result = make_result(paper, verdict["outcome"], verdict["differences"])
+    whole = {
+        "experiment": "x", "verdicts": [verdict], "noise": {}, "notes": [],
+        "arms": {"control": {"code": "c"}}, "arms_measured": result["arms"],
+    }  # fmt: skip
+    kept = shorten_result(whole, {})
+    (low, high), wide = verdict["interval_90"], verdict["interval_95"]
+    card = write_card(paper, {"0.3M": kept}, tmp_path)
+    page = card.file.read_text()
+    assert verdict["outcome"] == "not worse by delta"
+    assert f"; decided by the 90 % interval, {low:+.4g} to {high:+.4g}, beside delta 0.05" in page
+    assert f"; eval/loss, arm - control: between {wide[0]:+.4g} and {wide[1]:+.4g} (95 %)" in page
+    assert card.summary()["effect"] == f"{low:+.3g} to {high:+.3g}, 90 %"
+    assert load_card(paper, tmp_path) == card
+    for key in ("interval_90", "decided_by"):
+        del kept["verdicts"][0][key]
+    old = write_card(paper, {"0.3M": kept}, tmp_path)
+    assert "90 % interval" not in old.file.read_text()
+    assert old.summary()["effect"] == f"{wide[0]:+.3g} to {wide[1]:+.3g}"
 
 
 def test_a_second_size_joins_the_card_and_shows_the_trend(tmp_path: Path):
