@@ -140,7 +140,8 @@ def preview_ablation(
             shutil.copyfile(out / "ledger.jsonl", root / "ledger.jsonl")
         ledger = Ledger(root / "ledger.jsonl", log)
         copies = root / "code" if options.code else out / "code"
-        plan = plan_ablation(recipe, pairs, options, ledger, copies, messages.append)
+        with phase("reading the settings and the package"):
+            plan = plan_ablation(recipe, pairs, options, ledger, copies, messages.append)
         with WorkerPool(options.jobs) as pool:
             experiment = Experiment(plan, root, pool, ledger, messages.append)
             experiment.prepare()

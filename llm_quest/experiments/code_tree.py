@@ -34,6 +34,14 @@ class CodeTree:
     def files(self) -> dict[str, Path]:
         return source_files(self.root / "llm_quest")
 
+    def require_unchanged(self) -> None:
+        """UsageError where the files are not those of the hash any more: a process that starts now would run others."""
+        if hash_source(self.root) != self.hash:
+            raise UsageError(
+                f"llm_quest in {self.root} was edited while its runs are measured; take the edit back (git stash), and "
+                "the same command goes on; edit in a worktree (git worktree add FOLDER -b BRANCH)"
+            )
+
 
 def source_files(package: Path) -> dict[str, Path]:
     """The files that decide what a run computes, by their path in the package."""
@@ -43,10 +51,15 @@ def source_files(package: Path) -> dict[str, Path]:
 
 def load_code_tree(root: Path, revision: str = "") -> CodeTree:
     """The tree in a folder, with the hash of its source."""
+    return CodeTree(root, hash_source(root), revision or describe_revision(root))
+
+
+def hash_source(root: Path) -> str:
+    """The hash of the files that decide what a run computes."""
     digest = hashlib.sha256()
     for name, file in source_files(root / "llm_quest").items():
         digest.update(f"{name}\0".encode() + file.read_bytes() + b"\0")
-    return CodeTree(root, digest.hexdigest()[:16], revision or describe_revision(root))
+    return digest.hexdigest()[:16]
 
 
 @functools.cache

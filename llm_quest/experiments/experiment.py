@@ -221,10 +221,11 @@ class Experiment:
         if run is None or total is None:
             self.log("estimate: none, as steps of this recipe can't be timed beforehand; the first run brings an ETA")
             return
-        outside = self.descriptions[CONTROL]["outside_seconds"]
+        outside, share = (self.descriptions[CONTROL][key] for key in ("outside_seconds", "cpu_share"))
         self.log(
             f"estimate: {format_duration(run)} a run on one thread, {outside / run:.0%} of it start and evaluation; "
-            f"{format_duration_range(*total)} in all, {jobs} at once, at the present load of this machine"
+            f"{format_duration_range(*total)} in all, {jobs} at once (at the present load, where a process has "
+            f"{share:.0%} of a core: {format_duration(run * share)} of CPU a run)"
         )
 
     def estimate_run_seconds(self, name: str) -> float | None:

@@ -93,7 +93,7 @@ def describe_arm(request: dict[str, Any]) -> dict[str, Any]:
         description = describe_job(job)
         description["changed_settings"] = compare_settings(config, job.config)
         estimate = request.get("estimate", False) and not isinstance(job.objective, PolicyGradientLoss)
-    measure = request.get("measure", False) or estimate
+    measure, start, cpu = request.get("measure", False) or estimate, time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         try:
             cost = plan_recipe(recipe, config, settings, Path(folder), measure=measure, **quiet)
@@ -106,6 +106,7 @@ def describe_arm(request: dict[str, Any]) -> dict[str, Any]:
             pass
     if estimate:
         description["outside_seconds"] = time_outside_steps(recipe, config, settings)
+        description["cpu_share"] = (time.process_time() - cpu) / (time.perf_counter() - start)
     return description
 
 

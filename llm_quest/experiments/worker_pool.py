@@ -120,7 +120,8 @@ class WorkerPool:
         return answer
 
     def take_worker(self, tree: CodeTree) -> Worker:
-        """An idle process of this code, or a new one, for which an idle one of other code makes room."""
+        """An idle process of this code, or a new one, for which an idle one of other code makes room. UsageError where
+        the code has been edited since it was hashed."""
         with self.lock:
             own = next((one for one in self.idle if one.tree.hash == tree.hash), None)
             other = self.idle[0] if own is None and self.idle and len(self.workers) >= 2 * self.jobs else None
@@ -132,6 +133,7 @@ class WorkerPool:
         if other is not None:
             other.close()
             self.workers.remove(other)
+        tree.require_unchanged()
         with self.lock:
             if self.closed:
                 raise ResourceError("the workers were closed")

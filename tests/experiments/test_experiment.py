@@ -28,7 +28,7 @@ from llm_quest.eval.evaluators import LossEvaluator
 from llm_quest.experiments import measurements, worker
 from llm_quest.experiments.arms import Arm
 from llm_quest.experiments.bases import Base
-from llm_quest.experiments.code_tree import own_code
+from llm_quest.experiments.code_tree import load_code_tree, own_code
 from llm_quest.experiments.confirmation import MAX_CONFIRMATIONS, plan_confirmation
 from llm_quest.experiments.experiment import Experiment
 from llm_quest.experiments.ledger import Ledger, find_faults
@@ -390,11 +390,12 @@ def test_the_estimate_counts_every_evaluation_of_a_run(text: Path, tmp_path: Pat
     monkeypatch.setattr(LossEvaluator, "evaluate", slow)
     assert run_arm({"recipe": "tiny", "pairs": pairs, "folder": str(tmp_path / "run")})["status"] == "finished"
     assert steps == [3, 6, 8]
-    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0] / 4)
     monkeypatch.setattr(worker, "time", clock)
     monkeypatch.setattr(worker, "time_call", lambda run, device: -now[0] + (run(), now[0])[1])
     about = describe_arm({"recipe": "tiny", "pairs": pairs, "estimate": True})
     assert about["outside_seconds"] == 2 * 2.0 + 7.0
+    assert about["cpu_share"] == 0.25, "a busy machine: seconds by the clock are four times those of the processor"
     assert "outside_seconds" not in describe_arm({"recipe": "tiny", "pairs": pairs})
 
 
@@ -445,6 +446,19 @@ def test_a_pool_that_closes_ends_a_process_that_is_still_starting():
             time.sleep(0.01)
     assert isinstance(future.exception(), QuestError | ValueError)
     assert all(worker.process.poll() is not None for worker in pool.workers)
+
+
+def test_no_process_starts_on_code_that_was_edited_since(tmp_path: Path):
+    """Its runs would be recorded under the hash of the code before."""
+    file = tmp_path / "llm_quest" / "layer.py"
+    file.parent.mkdir()
+    file.write_text("a = 1\n")
+    tree = load_code_tree(tmp_path)
+    tree.require_unchanged()
+    file.write_text("a = 2\n")
+    with WorkerPool(1) as pool, pytest.raises(UsageError, match="was edited while its runs are measured"):
+        pool.submit(tree, {"do": "describe"}).result()
+    assert not pool.workers
 
 
 def test_an_error_of_an_edited_package_is_told_with_its_place(monkeypatch: pytest.MonkeyPatch):
