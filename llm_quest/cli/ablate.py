@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from llm_quest.cli.output import command_line
 from llm_quest.contracts import LogFn
@@ -15,7 +15,7 @@ from llm_quest.errors import UsageError
 from llm_quest.experiments.arms import CONTROL, DEV, TEST, Arm, default_pairs, parse_arms, refuse_own_keys, resolve_arms
 from llm_quest.experiments.budgets import BUDGETS
 from llm_quest.experiments.code_tree import own_code
-from llm_quest.experiments.comparison import Claim
+from llm_quest.experiments.comparison import Claim, Scale, scale_delta
 from llm_quest.experiments.confirmation import has_halves, plan_confirmation
 from llm_quest.experiments.experiment import Experiment, ExperimentPlan
 from llm_quest.experiments.ledger import Ledger
@@ -55,6 +55,7 @@ class AblateOptions:
     question: str = ""
     jobs: int = 1
     confirm: str = ""
+    scale: str = "linear"
 
 
 @dataclass(frozen=True)
@@ -217,21 +218,28 @@ def check_ablate_options(options: AblateOptions) -> None:
         raise UsageError(f"--cap {options.cap}: thresholds are known for {', '.join(map(str, THRESHOLDS))} pairs")
     if options.budget and options.budget not in BUDGETS:
         raise UsageError(f"--budget {options.budget}: known are {', '.join(BUDGETS)}")
+    if options.scale not in get_args(Scale):
+        raise UsageError(f"--scale {options.scale}: known are {', '.join(get_args(Scale))}")
     if options.delta is not None and not options.delta > 0:
         raise UsageError(f"--delta {options.delta:g}: the smallest difference worth having is above 0")
+    if options.scale == "log" and not (options.delta or 0.0) > 1:
+        given = "--delta is missing" if options.delta is None else f"--delta {options.delta:g}"
+        raise UsageError(f"{given}: with --scale log it is the smallest ratio worth having, above 1 (1.05: 5 %)")
     require_reported_seeds(options.first_seed, options.cap)
 
 
 def make_claim(recipe: str, options: AblateOptions) -> Claim:
-    """Metric, direction, delta and cap."""
+    """Metric, direction, delta, cap and scale."""
     metric = options.metrics[0] if options.metrics else DEFAULT_METRICS.get(recipe, "eval/loss")
     greater = is_greater_better(metric)
     if options.delta is None and not metric.endswith(("loss", "accuracy", "bits_per_byte")):
         raise UsageError(f"--delta is missing: the smallest difference of {metric} that is worth having, in its units")
     normal = not greater and recipe not in POLICIES
-    return Claim(metric, DEFAULT_DELTA if options.delta is None else options.delta, options.cap, greater, normal)
+    scale = cast(Scale, options.scale)
+    delta = scale_delta(DEFAULT_DELTA if options.delta is None else options.delta, scale)
+    return Claim(metric, delta, options.cap, greater, normal, scale=scale)
 
 
 def describe_plan(plan: ExperimentPlan) -> str:
     """The plan in a line: metric, delta, budget."""
-    return f"{plan.claim.metric}, delta {plan.claim.delta:g}, equal {plan.budget}"
+    return f"{plan.claim.measure}, delta {plan.claim.delta:.3g}, equal {plan.budget}"

@@ -34,6 +34,9 @@ def ablate(
     delta: Annotated[
         float | None, typer.Option(help="The smallest difference worth having (losses, shares: 0.03).")
     ] = None,
+    scale: Annotated[
+        str, typer.Option(help="linear; log compares logarithms of the metric, and --delta is a ratio above 1.")
+    ] = "linear",
     cap: Annotated[int, typer.Option(help="The largest number of pairs: 8, 12, 16, 20, 30.")] = 12,
     budget: Annotated[
         str, typer.Option(help="What arms spend alike: flops (policies: steps), steps, tokens, seconds, parameters.")
@@ -67,7 +70,7 @@ def ablate(
             return
         options = commands.AblateOptions(
             vary or (), arm or (), code or (), metric or (), delta, cap, budget, rates, tuning_seeds, aa_pairs,
-            first_seed, question, jobs or usable_cores(), confirm,
+            first_seed, question, jobs or usable_cores(), confirm, scale,
         )  # fmt: skip
         action = commands.preview_ablation if dry_run else commands.run_ablation
         result = action(recipe, pairs or [], options, out=out, log=status_printer(quiet))

@@ -75,6 +75,11 @@ class Claim:
         return math.log(value)
 
 
+def scale_delta(delta: float, scale: Scale) -> float:
+    """delta on the scale: a ratio above 1 as its natural logarithm."""
+    return math.log(delta) if scale == "log" else delta
+
+
 @dataclass
 class ArmProgress:
     """The pairs of an arm so far. arm, control: values of pairs in which both finished. largest: the running maximum of

@@ -3,7 +3,6 @@ runs are kept below the folder of experiments, so the same command goes on."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from llm_quest.errors import UsageError
 from llm_quest.experiments.arms import CONTROL, Arm, default_pairs, resolve_arms
 from llm_quest.experiments.bases import Base
 from llm_quest.experiments.code_tree import own_code
-from llm_quest.experiments.comparison import Claim
+from llm_quest.experiments.comparison import Claim, scale_delta
 from llm_quest.experiments.experiment import Experiment, ExperimentPlan
 from llm_quest.experiments.ledger import Ledger
 from llm_quest.experiments.measurements import OutOfTime
@@ -58,7 +57,7 @@ def comparison_claim(paper: Paper) -> Claim:
     """What is fixed before the first pair; by it a card's verdict follows from its differences."""
     greater = is_greater_better(paper.metric)
     margin = paper.expect if paper.expect in ("not worse", "no difference") else ""
-    delta = math.log(paper.delta) if paper.scale == "log" else paper.delta
+    delta = scale_delta(paper.delta, paper.scale)
     assert delta > 0, f"{paper.name}: delta {paper.delta:g} is no difference (of scale: log, a ratio above 1)"
     return Claim(paper.metric, delta, paper.cap, greater, not greater, margin, paper.scale)
 

@@ -83,6 +83,9 @@ def test_what_decides_last_bits_is_fixed_unless_it_is_given():
         ({"vary": ("optim=adamw",), "cap": 13}, "thresholds are known for 8, 12"),
         ({"vary": ("optim=adamw",), "budget": "joules"}, "known are flops, steps"),
         ({"vary": ("optim=adamw",), "delta": 0.0}, "above 0"),
+        ({"vary": ("optim=adamw",), "scale": "square"}, "known are linear, log"),
+        ({"vary": ("optim=adamw",), "scale": "log"}, "--delta is missing: with --scale log .* ratio"),
+        ({"vary": ("optim=adamw",), "scale": "log", "delta": 0.03}, "--delta 0.03: with --scale log .* above 1"),
         ({"vary": ("optim=adamw",), "first_seed": 101}, "seeds 101 to 200 are for tuning"),
         ({"vary": ("optim=adamw",), "first_seed": 95}, "take 1 to 89, or 401"),
         ({"vary": ("optim=adamw",), "metrics": ("eval/perplexity",)}, "--delta is missing"),
@@ -149,6 +152,16 @@ def test_policies_are_judged_by_accuracy_with_the_sign_test():
     claim = make_claim("grpo", AblateOptions())
     assert (claim.metric, claim.greater_is_better, claim.normal) == ("eval/accuracy", True, False)
     assert make_claim("pretrain", AblateOptions()).normal
+
+
+def test_a_ratio_is_compared_on_the_log_scale(tmp_path: Path):
+    claim = make_claim("gkd", AblateOptions(metrics=("eval/loss",), delta=1.1, scale="log"))
+    assert claim.measure == "log eval/loss"
+    assert claim.delta == claim.rescale(1.1) == math.log(1.1)
+    assert (
+        plan(tmp_path, vary=("optim=adamw",), delta=1.1).experiment
+        != plan(tmp_path, vary=("optim=adamw",), delta=1.1, scale="log").experiment
+    )
 
 
 def description(**changed: Any) -> dict[str, Any]:
