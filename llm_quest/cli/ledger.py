@@ -65,13 +65,15 @@ def list_experiments(file: Path, log: LogFn) -> LedgerView:
 
 def list_rows(rows: Sequence[Row]) -> LedgerView:
     shown: list[tuple[str, str]] = []
-    for name, own in experiments(rows).items():
+    by_experiment = experiments(rows)
+    for name, own in by_experiment.items():
         claim = first_of(own, "claim")
         question = claim.get("question") or " ".join(arm for arm in claim.get("arms", {}) if arm != "control")
-        shown.append((name, f"{claim.get('time', '')[:10]}  {question}"))
+        once_more = f" (once more; first in {claim['confirms']})" if claim.get("confirms") else ""
+        shown.append((name, f"{claim.get('time', '')[:10]}  {question}{once_more}"))
         verdicts = latest_verdicts(own)
         shown += [("", describe_verdict(verdict)[0]) for verdict in verdicts]
-        sentences = [("", row["sentence"]) for row in own if row["kind"] in SENTENCE_KINDS]
+        sentences = [("", sentence) for sentence in describe_sentences(own, by_experiment)]
         shown += sentences or ([] if verdicts else [("", "not decided: the same command goes on")])
     kept = [row for row in rows if row["kind"] in ("claim", "verdict", *SENTENCE_KINDS)]
     return LedgerView(tuple(kept), tuple(align_columns(shown)))
@@ -85,10 +87,22 @@ def show_experiment(file: Path, name: str, log: LogFn) -> LedgerView:
         known = ", ".join(list(by_experiment)[-8:])
         raise UsageError(f"{len(matching)} experiments of {file} are called {name}; the newest are: {known}")
     with damaged_file_errors(file, EDITED):
-        return show_rows(matching[0], by_experiment[matching[0]])
+        return show_rows(matching[0], by_experiment)
 
 
-def show_rows(name: str, own: Sequence[Row]) -> LedgerView:
+def describe_sentences(own: Sequence[Row], by_experiment: Mapping[str, Sequence[Row]]) -> list[str]:
+    """The sentences of an experiment; of a confirmation with its verdicts, where there are any yet."""
+    lines = []
+    for row in own:
+        if row["kind"] in SENTENCE_KINDS:
+            verdicts = latest_verdicts(by_experiment.get(row.get("by", ""), []))
+            found = ", ".join(describe_verdict(one)[0] for one in verdicts if row["kind"] == "confirmation")
+            lines.append(row["sentence"] + (f" ({found})" if found else ""))
+    return lines
+
+
+def show_rows(name: str, by_experiment: Mapping[str, Sequence[Row]]) -> LedgerView:
+    own = by_experiment[name]
     claim = first_of(own, "claim")
     runs = [row for row in own if row["kind"] == "run"]
     ended = {row["run"] for row in runs}
@@ -97,7 +111,7 @@ def show_rows(name: str, own: Sequence[Row]) -> LedgerView:
         *align_columns([(key, str(claim.get(key, ""))) for key in CLAIM_KEYS]),
         *describe_settings(claim),
         *(line for verdict in latest_verdicts(own) for line in describe_verdict(verdict)),
-        *(str(row["sentence"]) for row in own if row["kind"] in SENTENCE_KINDS),
+        *describe_sentences(own, by_experiment),
         *align_columns([run_line(row, words) for row, words in zip(runs, tell_apart(runs), strict=True)]),
         *(f"started and not ended: {row['arm']}, seed {row['seed']}" for row in own
           if row["kind"] == "started" and row["run"] not in ended),

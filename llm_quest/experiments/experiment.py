@@ -371,12 +371,20 @@ class Experiment:
         self.try_rates(wanted)
         while needs_extension(self.searches, self.plan.rates):
             more = {name: [search.next_rate()] for name, search in self.searches.items()}
-            why = "a best one is at an edge, or the loss rises far more on one side of it"
-            self.try_rates(more, f"tuning: one more rate of each arm, as {why}")
+            self.log(
+                "one more rate of each arm: a best one is at an edge, or the loss rises far more on one side of it"
+            )
+            self.try_rates(more, "tuning one more rate")
         for name, search in self.searches.items():
             self.log(describe_search(name, search))
             if search.at_edge:
                 self.note(f"{name}: the best learning rate is at the edge of those tried")
+            if self.is_unlearned(min(search.losses.values())):
+                self.note(
+                    f"{name} uses its context at none of these rates: its loss is that of token frequencies, "
+                    f"{self.descriptions[CONTROL]['unigram_loss']:.3f}, and its pairs will be invalid; stop here, and "
+                    "give more steps (max_steps)"
+                )
             self.arm_pairs[name] = (*self.arm_pairs[name], f"learning_rate={search.choose():g}")
 
     def try_rates(self, wanted: Mapping[str, Sequence[float]], what: str = "tuning learning rates") -> None:
@@ -409,7 +417,7 @@ class Experiment:
             chosen = list(itertools.islice(seeds, wanted))
             requests = [self.request(name, seed, "report") for seed in chosen for name in names]
             try:
-                records = self.measure_each(requests, "pairs")
+                records = self.measure_each(requests, "runs of pairs")
                 for seed in chosen:
                     self.add_pair(comparison, seed, {name: next(records) for name in names})
                 next(records, None)
@@ -441,16 +449,23 @@ class Experiment:
 
     def refuse_unlearned(self, comparison: Comparison, names: Sequence[str]) -> None:
         """Void arms: those that predict no better than the frequencies of tokens after the first look."""
-        unigram = self.descriptions[CONTROL]["unigram_loss"]
-        if unigram is None or self.plan.claim.metric != "eval/loss" or comparison.pairs < sequential.FIRST_LOOK:
+        if comparison.pairs < sequential.FIRST_LOOK:
             return
-        bound = comparison.claim.rescale(unigram - UNIGRAM_MARGIN)
         for name in names:
             arm = comparison.arms[name]
             for who, values in ((name, arm.arm), (CONTROL, arm.control)):
-                if values and min(values) > bound:
+                if values and self.is_unlearned(min(values)):
+                    unigram = self.descriptions[CONTROL]["unigram_loss"]
                     arm.outcome = "invalid"
-                    arm.reason = f"{who} never used its context: its loss is that of token frequencies, {unigram:.3f}"
+                    arm.reason = (
+                        f"{who} never used its context: its loss is that of token frequencies, {unigram:.3f}; give "
+                        "more steps (max_steps)"
+                    )
+
+    def is_unlearned(self, value: float) -> bool:
+        """Whether a loss, on the claim's scale, is that of token frequencies alone, or worse."""
+        unigram, claim = self.descriptions[CONTROL]["unigram_loss"], self.plan.claim
+        return unigram is not None and claim.metric == "eval/loss" and value > claim.rescale(unigram - UNIGRAM_MARGIN)
 
     def result(self, comparison: Comparison, noise: Mapping[str, Any]) -> dict[str, Any]:
         """The whole result. Times are left to the records, so that a resumed experiment ends with the same bytes."""

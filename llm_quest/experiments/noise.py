@@ -40,7 +40,7 @@ def measure_noise(bench: ExperimentRuns) -> dict[str, Any]:
     repeat = bench.request(CONTROL, seeds[0], "aa", repeat=1)
     nuisance = nuisance_setting(bench)
     other = [replace(one, pairs=(*one.pairs, nuisance)) for one in plain] if nuisance else []
-    records = bench.measure([*plain, repeat, *other], "A/A pairs")
+    records = bench.measure([*plain, repeat, *other], "runs of A/A pairs")
     values = [bench.compared(record, CONTROL) for record in records]
     if values[0] != values[len(seeds)]:
         raise DataError(

@@ -413,17 +413,42 @@ def test_the_estimate_counts_the_steps_of_every_arm(text: Path, tmp_path: Path):
     assert experiment.estimate_seconds() is None
 
 
+@pytest.mark.parametrize(("metric", "worst", "told"), [("eval/loss", 5.99, True), ("eval/loss", 5.9, False),
+                                                      ("eval/bits_per_byte", 5.99, False)])  # fmt: skip
+def test_an_arm_that_no_rate_teaches_is_told_before_its_pairs(
+    text: Path, tmp_path: Path, metric: str, worst: float, told: bool
+):
+    plan = plan_of(text, tmp_path, arms=(WIDE,), metrics=(metric,))
+    experiment = Experiment(plan, tmp_path, SimpleNamespace(jobs=1), Ledger(tmp_path / "ledger.jsonl"), print)  # type: ignore[arg-type]
+    about = {"learning_rate": 0.01, "unigram_loss": 6.0}
+    experiment.descriptions = {"control": about, "wide": about}
+    experiment.arm_pairs = {"control": (), "wide": ()}
+
+    def try_rates(wanted: Any, what: str = "") -> None:
+        for name, rates in wanted.items():
+            best = 4.0 if name == "control" else worst
+            experiment.searches[name].losses |= {rate: best + abs(math.log(rate / 0.02)) for rate in rates}
+
+    experiment.try_rates = try_rates  # type: ignore[method-assign]
+    experiment.tune()
+    notes = [note for note in experiment.notes if "uses its context at none of these rates" in note]
+    assert [note.partition(" ")[0] for note in notes] == ["wide"] * told
+
+
 def test_pairs_are_shown_as_they_end_and_records_that_are_used_again_are_counted(
     experiment_result: tuple[dict[str, Any], list[str]], root: Path, text: Path, pool: WorkerPool
 ):
     lines = experiment_result[1]
     first = lines.index(next(line for line in lines if line.startswith("seed ")))
-    assert len([line for line in lines[:first] if line.startswith("pairs ")]) < 8, "not after all of the first four"
+    assert len([line for line in lines[:first] if line.startswith("runs of pairs ")]) < 8, (
+        "not after all of the first four"
+    )
     assert any(
-        re.match(r"pairs 1 of 8: control, seed 1: finished, eval/\w+ [\d.]+, [\d.]+ s, ETA", one) for one in lines
+        re.match(r"runs of pairs 1 of 8: control, seed 1: finished, eval/\w+ [\d.]+, [\d.]+ s, ETA", one)
+        for one in lines
     )
     again = run_experiment(plan_of(text, root), root, pool)[1]
-    assert "pairs: 8 of 8 runs are there already and are used again" in again
+    assert "runs of pairs: 8 of 8 runs are there already and are used again" in again
 
 
 def test_a_run_is_shown_with_its_step(tmp_path: Path):

@@ -13,13 +13,15 @@ from llm_quest.experiments.comparison import Claim, Comparison
 from llm_quest.experiments.ledger import Ledger, find_faults, read_rows
 
 
-def fill(file: Path, name: str, effect: float = -0.1) -> Ledger:
-    """An experiment of five pairs."""
+def fill(file: Path, name: str, effect: float = -0.1, **claim: str) -> Ledger:
+    """An experiment of five pairs. claim: further fields of its claim."""
     ledger = Ledger(file)
     comparison = Comparison(Claim("eval/loss", 0.03, 12, greater_is_better=False, normal=True), ["arm"])
     arms = {"control": {}, "arm": {}}
     ledger.append(
-        "claim", name, {"question": f"Is {name} true?", "recipe": "tiny", "arms": arms, "command": "quest ablate tiny"}
+        "claim",
+        name,
+        {"question": f"Is {name} true?", "recipe": "tiny", "arms": arms, "command": "quest ablate tiny"} | claim,
     )
     for seed in range(1, 6):
         run = {"run": f"{name}{seed}", "arm": "arm", "seed": seed, "role": "report"}
@@ -105,6 +107,16 @@ def test_experiments_are_listed_and_shown(file: Path):
     assert "no ledger yet" in nothing.lines()[0]
     with pytest.raises(UsageError, match="no ledger yet"):
         show_experiment(file.with_name("none.jsonl"), "one", print)
+
+
+def test_a_confirmation_is_shown_with_its_verdict_where_the_question_was_asked_first(file: Path):
+    row = {"sentence": "asked once more on the test half: two", "by": "two"}
+    Ledger(file).append("confirmation", "one", row)
+    assert list_experiments(file, print).lines()[-1].strip() == row["sentence"], "it has no verdict yet"
+    fill(file, "two", effect=0.0, confirms="one")
+    for shown in (list_experiments(file, print).lines(), show_experiment(file, "one", print).lines()):
+        assert any(f"{row['sentence']} (arm: no difference larger than 0.03)" in line for line in shown)
+    assert any("Is two true? (once more; first in one)" in line for line in list_experiments(file, print).lines())
 
 
 def test_an_experiment_is_shown_with_the_settings_of_its_arms_and_the_rates_of_its_runs(tmp_path: Path):
