@@ -36,7 +36,7 @@ class RunCounts:
         return self.aa * control + low, self.aa * control + high
 
     def __str__(self) -> str:
-        more = f" (up to {self.tuning + self.tuning_more} where a best rate is at an edge)" if self.tuning_more else ""
+        more = f" (up to {self.tuning + self.tuning_more} where an arm needs more rates)" if self.tuning_more else ""
         pairs = f"{sequential.FIRST_LOOK} to {self.cap} pairs"
         return (
             f"{self.arms} arms; {self.tuning} runs to tune{more}, {self.aa} runs for {self.aa_pairs} A/A pairs, "
