@@ -13,7 +13,7 @@ from typing import Any
 from llm_quest.contracts import LogFn
 from llm_quest.errors import UsageError
 from llm_quest.experiments.derived_settings import describe_derived
-from llm_quest.experiments.ledger import Row, experiments, find_faults, merge_ledgers, read_rows
+from llm_quest.experiments.ledger import Row, experiments, find_experiment, find_faults, merge_ledgers, read_rows
 from llm_quest.experiments.verdict_lines import describe_verdict
 from llm_quest.files import atomic_write_text, damaged_file_errors
 from llm_quest.formatting import align_columns
@@ -82,12 +82,9 @@ def list_rows(rows: Sequence[Row]) -> LedgerView:
 def show_experiment(file: Path, name: str, log: LogFn) -> LedgerView:
     """The claim, verdicts and runs of an experiment. name: or the beginning of one."""
     by_experiment = experiments(open_ledger(file, log))
-    matching = [one for one in by_experiment if one == name] or [one for one in by_experiment if one.startswith(name)]
-    if len(matching) != 1:
-        known = ", ".join(list(by_experiment)[-8:])
-        raise UsageError(f"{len(matching)} experiments of {file} are called {name}; the newest are: {known}")
+    whole = find_experiment(by_experiment, name, file)
     with damaged_file_errors(file, EDITED):
-        return show_rows(matching[0], by_experiment)
+        return show_rows(whole, by_experiment)
 
 
 def describe_sentences(own: Sequence[Row], by_experiment: Mapping[str, Sequence[Row]]) -> list[str]:

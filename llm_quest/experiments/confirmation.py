@@ -19,7 +19,7 @@ from llm_quest.experiments.arms import CONTROL, DEV, TEST, Arm
 from llm_quest.experiments.code_tree import CodeTree, load_code_tree, open_edit, own_code
 from llm_quest.experiments.comparison import Claim, Decided
 from llm_quest.experiments.experiment import ExperimentPlan
-from llm_quest.experiments.ledger import Ledger, Row
+from llm_quest.experiments.ledger import Ledger, Row, find_experiment
 from llm_quest.recipes.recipe import load_recipe
 
 MAX_CONFIRMATIONS = 20
@@ -38,12 +38,12 @@ def has_halves(recipe: str, pairs: Sequence[str]) -> bool:
 
 
 def plan_confirmation(ledger: Ledger, name: str, code: Sequence[str], copies: Path, command: str) -> ExperimentPlan:
-    """The plan of a confirmation, the same each time it is asked for; its row is added to the ledger. UsageError where
-    there is nothing to confirm."""
+    """The plan of a confirmation, the same each time it is asked for; its row is added to the ledger. name: or the
+    beginning of one. UsageError where there is nothing to confirm."""
     rows = ledger.rows()
-    claim = next((row for row in rows if row["experiment"] == name and row["kind"] == "claim"), None)
-    if claim is None:
-        raise UsageError(f"--confirm {name}: {ledger.file} has no such experiment; quest ledger list shows them")
+    claims = {row["experiment"]: row for row in reversed(rows) if row["kind"] == "claim"}
+    name = find_experiment([*claims][::-1], name, ledger.file)
+    claim = claims[name]
     try:
         plan = plan_of_claim(claim, find_decided_verdicts(rows, name), [*code], copies, command)
     except (KeyError, TypeError, AttributeError) as error:

@@ -141,3 +141,13 @@ def experiments(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for row in rows:
         by_experiment.setdefault(row["experiment"], []).append(row)
     return by_experiment
+
+
+def find_experiment(names: Iterable[str], name: str, file: Path) -> str:
+    """The experiment of this name, or the only one whose name begins so. UsageError for none and for several."""
+    known = list(names)
+    matching = [one for one in known if one == name] or [one for one in known if one.startswith(name)]
+    if len(matching) != 1:
+        newest = ", ".join(known[-8:]) or "none"
+        raise UsageError(f"{len(matching)} experiments of {file} are called {name}; the newest are: {newest}")
+    return matching[0]

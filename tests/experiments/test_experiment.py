@@ -294,7 +294,7 @@ def test_what_was_found_on_the_dev_half_is_asked_once_more_on_the_test_half(
     }
     plan = plan_of(text, tmp_path, **options, delta=0.2)
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    with pytest.raises(UsageError, match="no such experiment"):
+    with pytest.raises(UsageError, match=rf"0 experiments of .* are called {plan.experiment}; the newest are: none"):
         plan_confirmation(ledger, plan.experiment, (), tmp_path / "code", "")
     result, _ = run_experiment(plan, tmp_path, pool)
     assert [verdict["outcome"] for verdict in result["verdicts"]] == ["better", "worse"]
@@ -310,7 +310,7 @@ def test_what_was_found_on_the_dev_half_is_asked_once_more_on_the_test_half(
     assert found["confirmed"]["slow"] == {"before": "worse", "again": "worse", "same": True}
     assert f"fast: the same verdict again: better in {plan.experiment}, better here" in found["notes"]
     assert "an effect that is not there is declared in at most 5 %" in found["notes"][-1]
-    again = plan_confirmation(ledger, plan.experiment, (), tmp_path / "code", "")
+    again = plan_confirmation(ledger, plan.experiment[:-2], (), tmp_path / "code", "")
     assert again.experiment == asked.experiment, "once: the same seeds, whose runs are there"
     assert find_faults(ledger.rows()) == []
     with pytest.raises(UsageError, match="scored on all held-out data"):
