@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm_quest.layers.experts import Experts, run_experts_grouped_mm
@@ -30,6 +34,7 @@ from llm_quest.scope import Scope
 
 Shape = Sequence[int]
 T = TypeVar("T")
+Module = TypeVar("Module", bound=nn.Module)
 
 LINEAR_OPS = ("aten.mm", "aten.addmm", "aten._grouped_mm", "llm_quest.grouped_product")
 """Products of tokens with weights; all others are products of tokens with tokens."""
@@ -83,10 +88,75 @@ def make_flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=flop_formulas())
 
 
+class PassCounter(TorchDispatchMode):
+    """FLOPs of the operators inside, by the number of the block that they run in (None: outside of all) and operator.
+    FlopCounterMode tells every module apart and tries to decompose every operator, which takes most of its time."""
+
+    def __init__(self, blocks: Iterable[nn.Module] = ()) -> None:
+        super().__init__()
+        self.formulas = make_flop_counter().flop_registry
+        self.blocks, self.block = list(blocks), None
+        self.flops: Counter[tuple[int | None, str]] = Counter()
+
+    def __enter__(self) -> Self:
+        self.hooks = [block.register_forward_pre_hook(partial(self.move, n)) for n, block in enumerate(self.blocks)]
+        self.hooks += [block.register_forward_hook(partial(self.move, None)) for block in self.blocks]
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self.hooks:
+            hook.remove()
+
+    def move(self, block: Any, *_: Any) -> None:
+        """The next operators run in this block."""
+        self.block = block
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if formula := self.formulas.get(func._overloadpacket):
+            self.flops[self.block, str(func._overloadpacket)] += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+    def split(self, block_counts: Sequence[int] = ()) -> tuple[int, int]:
+        """(products with weights, products of tokens with tokens). block_counts: how many each block stands for."""
+        flops = {True: 0, False: 0}
+        for (block, operator), count in self.flops.items():
+            flops[operator in LINEAR_OPS] += count if block is None else count * block_counts[block]
+        return flops[True], flops[False]
+
+
 def fake_copy(module: T, mode: FakeTensorMode) -> T:
     """The same module or batch on tensors without memory, of the same shapes, types and devices."""
     with FakeCopyMode(mode):
         return copy.deepcopy(module)
+
+
+class ShapeCopyMode(TorchFunctionMode):
+    """Inside, `copy.deepcopy` copies a tensor's shape and type, and no values, to a device."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        if id(tensor) not in memo:
+            memo[id(tensor)] = self.copy_shape(tensor)
+        return memo[id(tensor)]
+
+    def copy_shape(self, tensor: Tensor) -> Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
+
+
+def shape_copy(module: Module, device: str = "meta") -> Module:
+    """The same module with tensors of the same shapes and types and any values, on a device. On the meta device
+    operators cost a third of what they cost on PyTorch's fake tensors; it has no autocast."""
+    with ShapeCopyMode(device) as mode:  # a parameter copies its data by other functions
+        memo = {id(p): nn.Parameter(mode.copy_shape(p), p.requires_grad) for p in module.parameters()}
+        return copy.deepcopy(module, memo)
 
 
 def use_grouped_experts(model: nn.Module) -> None:
@@ -110,8 +180,7 @@ class ModelCost:
     cached decoding, and bytes of the cache. The model is copied without memory, with one block of each kind."""
 
     def __init__(self, model: Any):
-        self.mode = FakeTensorMode()
-        self.model: Any = fake_copy(model, self.mode).eval()
+        self.model: Any = shape_copy(model).eval()
         use_grouped_experts(self.model)
         kinds: dict[Any, list[nn.Module]] = {}
         for block in self.model.blocks:
@@ -125,8 +194,7 @@ class ModelCost:
     @classmethod
     def from_config(cls, config: Any, dtype: torch.dtype = torch.bfloat16) -> ModelCost:
         """The cost of the model that a config describes, however large."""
-        with FakeTensorMode():
-            return cls(materialize(build_meta_model(config).eval(), "cpu", dtype))
+        return cls(materialize(build_meta_model(config), "meta", dtype))
 
     def forward(self, length: int) -> int:
         """One row of `length` tokens, forward."""
@@ -144,20 +212,15 @@ class ModelCost:
     def count_pass(self, length: int, start: int = 0) -> tuple[int, int]:
         """FLOPs of one pass over `length` tokens behind `start` cached ones: products with weights, products of tokens
         with tokens."""
-        with self.mode, torch.no_grad():
+        with torch.device("meta"), torch.no_grad():
             tokens = torch.zeros(1, start + length, dtype=torch.int64)
             cache = None
             if start:
                 cache = self.model.new_cache(1, start + length)
                 self.model(tokens[:, :start], Scope.unpadded(tokens[:, :start], cache=cache))
-            with make_flop_counter() as counter:
+            with PassCounter(self.model.blocks) as counter:
                 self.model(tokens[:, start:], Scope.unpadded(tokens[:, start:], cache=cache, start=start))
-        counts = counter.get_flop_counts()
-        name = type(self.model).__name__
-        parts = [(counts["Global"], 1)]
-        parts += [(counts[f"{name}.blocks.{kind}"], n - 1) for kind, n in enumerate(self.block_counts)]
-        linear = sum(n * count for part, n in parts for op, count in part.items() if str(op) in LINEAR_OPS)
-        return linear, sum(n * sum(part.values()) for part, n in parts) - linear
+        return counter.split(self.block_counts)
 
     def cache_bytes(self, context: int) -> tuple[int, int, int]:
         """(bytes that one more token adds, bytes that do not grow, bytes at `context` tokens), for one row."""
@@ -167,12 +230,13 @@ class ModelCost:
 
     def count_cache_bytes(self, capacity: int, *, bf16: bool = False) -> int:
         """Bytes of a cache for one row, after filing a token. (A slot cache has one spare slot, for padding.) bf16:
-        under autocast."""
-        device = next(self.model.parameters()).device.type
-        with self.mode, torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=bf16):
+        under autocast, which the meta device does not have."""
+        mode = FakeTensorMode() if bf16 else torch.device("meta")
+        with mode, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            model = shape_copy(self.model, "cpu") if bf16 else self.model
             token = torch.zeros(1, 1, dtype=torch.int64)
-            cache = self.model.new_cache(1, capacity)
-            self.model(token, Scope.unpadded(token, cache=cache))
+            cache = model.new_cache(1, capacity)
+            model(token, Scope.unpadded(token, cache=cache))
         return sum(n * layer.nbytes() for n, layer in zip(self.block_counts, cache.layers, strict=True))
 
 
@@ -252,8 +316,7 @@ def text_flops(config: Any) -> tuple[int, int]:
 
 
 def count_flops(config: Any, run: Callable[[Any], Any]) -> tuple[int, int]:
-    with FakeTensorMode(), make_flop_counter() as counter, torch.no_grad():
-        run(materialize(build_meta_model(config).eval(), "cpu", torch.bfloat16))
-    counts = counter.get_flop_counts()["Global"]
-    linear = sum(count for op, count in counts.items() if str(op) in LINEAR_OPS)
-    return linear, sum(counts.values()) - linear
+    model = materialize(build_meta_model(config).eval(), "meta", torch.bfloat16)
+    with torch.device("meta"), torch.no_grad(), PassCounter() as counter:
+        run(model)
+    return counter.split()

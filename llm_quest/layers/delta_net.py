@@ -21,7 +21,7 @@ from llm_quest.layers.delta_rule import (
     recurrent_with_states,
     single_state,
 )
-from llm_quest.layers.linear import PackedLinear
+from llm_quest.layers.linear import PackedLinear, disable_autocast
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.recurrent_cache import RecurrentStateCache, StateSnapshot
 from llm_quest.scope import Scope
@@ -126,7 +126,7 @@ class GatedDeltaNet(nn.Module):
         q, k = (self.repeat_key_heads(l2norm(part.to(wide).unflatten(-1, (self.num_k_heads, -1)))) for part in (q, k))
         keep_all_states = scope.layer_cache is not None and 0 < scope.layer_cache.max_rewind >= x.shape[1] - 1
         rule = self.delta_rule or (recurrent_gated_delta_rule if x.shape[1] == 1 else chunk_gated_delta_rule)
-        with torch.autocast(x.device.type, enabled=False):
+        with disable_autocast(x):
             v_heads = v.to(wide).unflatten(-1, (self.num_v_heads, -1))
             parts = (q * self.head_k_dim**-0.5, k, v_heads, g, beta)
             o, states = (

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm_quest.layers.grouped_mm import ExpertPermutation, GroupedLinear
+from llm_quest.layers.linear import autocast_dtype
 
 
 class ExpertBiases(NamedTuple):
@@ -102,8 +103,7 @@ def run_experts_grouped_mm(
     """The experts' outputs with tokens sorted by expert: two calls for all experts. The sum over K runs in the token's
     own order, so that a row does not depend on the others. Weights multiply the hidden layer, which is narrower than
     the output, and so the biases of the output by themselves."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype := autocast_dtype(x):
         x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
     permutation = ExpertPermutation.from_topk_ids(topk_ids, gate_up.shape[0])
     h = GroupedLinear.apply(permutation.permute(x), gate_up, permutation.offsets)  # type: ignore[no-untyped-call]

@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llm_quest.layers.linear import disable_autocast
 from llm_quest.layers.norm import RMSNorm
 
 StreamWeights = tuple[Tensor, Tensor, Tensor]
@@ -46,7 +47,7 @@ class HyperConnection(nn.Module):
         self.weights = weights
 
     def forward(self, x: Float[Tensor, "B T n D"], branch: Callable[[Tensor], Tensor]) -> Float[Tensor, "B T n D"]:
-        with torch.autocast(x.device.type, enabled=False):
+        with disable_autocast(x):
             read_weights, across, out = self.weights(x)
             layer_input = (read_weights[..., None] * x).sum(dim=2).to(x.dtype)
             mixed = across.to(x.dtype).mT @ x
@@ -83,7 +84,7 @@ class WeightedStreamSum(nn.Module):
         self.scale = nn.Parameter(torch.empty(1))
 
     def forward(self, x: Float[Tensor, "B T n D"]) -> Float[Tensor, "B T D"]:
-        with torch.autocast(x.device.type, enabled=False):
+        with disable_autocast(x):
             u = flatten_and_norm(x)
             weights = (F.linear(u, self.fn.to(u)) * self.scale.to(u) + self.base.to(u)).sigmoid() + self.eps
             return (weights[..., None] * x).sum(dim=2).to(x.dtype)

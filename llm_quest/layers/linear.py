@@ -18,7 +18,8 @@ gradients alone; a float32 bias does not set the dtype of a product under autoca
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol, runtime_checkable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -32,6 +33,17 @@ FEW_ROWS = {torch.bfloat16: range(1, 65), torch.float32: range(8, 49)}
 KERNEL_ROWS: dict[torch.dtype, range] = {}
 """The same for the loop in C++, which is taken before the other order; none until they are set."""
 NO_ROWS = range(0)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives the products of this tensor; None without autocast, as on the meta device."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def disable_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """No autocast for tensors on the device of this one."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
 def set_few_row_products(rows: Mapping[str, tuple[int, int]], kernel: Mapping[str, tuple[int, int]]) -> str:
@@ -63,7 +75,7 @@ def fastest_product(x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor, Tens
     few = rows in FEW_ROWS.get(dtype, NO_ROWS)
     if not (by_kernel or few) or dtype != weight.dtype or not weight.is_contiguous():
         return F.linear
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x):
         return F.linear
     if by_kernel and not torch.compiler.is_exporting():  # an exported program does not depend on the library
         return linear_by_kernel

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from llm_quest.layers.experts import Experts
 from llm_quest.layers.feed_forward import GatedMLP
+from llm_quest.layers.linear import disable_autocast
 from llm_quest.scope import Scope
 
 
@@ -154,7 +155,7 @@ class SigmoidRouter(nn.Module):
 
     def forward(self, x: Float[Tensor, "N D"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with disable_autocast(x):
             logits = F.linear(x.to(wide), self.weight.to(wide))
         scores = logits.sigmoid()
         topk_ids = self.mask_groups(scores.detach() + self.bias.to(wide)).topk(self.top_k, dim=-1).indices

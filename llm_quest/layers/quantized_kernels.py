@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llm_quest.layers import native
+from llm_quest.layers.linear import autocast_dtype
 from llm_quest.layers.weight_formats import FORMATS, WeightFormat, dequantize
 
 MAX_KERNEL_ROWS = 64
@@ -73,8 +74,7 @@ def quantized_linear(
     x: Float[Tensor, "*batch in"], q: Bytes[Tensor, "out packed"], scale: Tensor, form: WeightFormat
 ) -> Float[Tensor, "*batch out"]:
     """x W^T, by the kernel where it applies. Under autocast x has the autocast dtype, as for F.linear."""
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(autocast_dtype(x) or x.dtype)
     flat = x.reshape(-1, x.shape[-1])
     if takes_kernel(flat, q):
         y = native_rows(flat, q, scale, form)

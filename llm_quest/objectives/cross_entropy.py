@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from llm_quest.data.batch import IGNORE_INDEX
 from llm_quest.errors import UsageError
-from llm_quest.layers.linear import softcap_logits
+from llm_quest.layers.linear import autocast_dtype, disable_autocast, softcap_logits
 
 CHUNK_ROWS = 256
 MAX_FULL_LOGITS_BYTES = 64 * 2**20
@@ -100,13 +100,13 @@ def chunked_head_loss(
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
     """The sum of a loss of the head's logits, computed for CHUNK_ROWS rows at a time, and its gradients in x and weight
     where they are needed. Sums are in float32 or wider."""
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    dtype = autocast_dtype(x) or x.dtype
     sum_dtype = torch.promote_types(dtype, torch.float32)
     W = weight.to(dtype)
     dx = torch.empty_like(x) if needs_grad[0] else None
     dW = torch.zeros_like(weight, dtype=sum_dtype) if needs_grad[1] else None
     total = x.new_zeros((), dtype=sum_dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with disable_autocast(x):
         for first in range(0, x.shape[0], CHUNK_ROWS):
             rows = slice(first, first + CHUNK_ROWS)
             x_rows = x[rows].to(dtype)

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
 from llm_quest.errors import UsageError
-from llm_quest.layers.linear import softcap_logits
+from llm_quest.layers.linear import autocast_dtype, softcap_logits
 from llm_quest.objectives.cross_entropy import chunked_head_loss, scale_saved_gradients
 from llm_quest.objectives.next_token import batch_scope
 
@@ -127,8 +127,7 @@ class ChunkedDivergence(torch.autograd.Function):
         teacher_hidden: Tensor, teacher_weight: Tensor, teacher_softcap: float | None,
         is_target: Bool[Tensor, " N"], beta: float, temperature: float,
     ) -> Tensor:  # fmt: skip
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else teacher_hidden.dtype
+        dtype = autocast_dtype(x) or teacher_hidden.dtype
         W = teacher_weight.to(dtype)
 
         def teacher_log_probs(rows: slice, sum_dtype: torch.dtype) -> Tensor:

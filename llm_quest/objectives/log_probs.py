@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
-from llm_quest.layers.linear import softcap_logits
+from llm_quest.layers.linear import autocast_dtype, disable_autocast, softcap_logits
 from llm_quest.objectives.cross_entropy import CHUNK_ROWS, add_product_
 from llm_quest.objectives.next_token import batch_hidden_states
 
@@ -81,12 +81,11 @@ class ChunkedLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, temperature: float
     ) -> Tensor:
-        kind, on = x.device.type, torch.is_autocast_enabled(x.device.type)
-        ctx.dtype = torch.get_autocast_dtype(kind) if on else x.dtype
+        ctx.dtype = autocast_dtype(x) or x.dtype
         ctx.softcap, ctx.temperature = softcap, temperature
         ctx.save_for_backward(x, weight, targets)
         W = weight.to(ctx.dtype)
-        with torch.autocast(kind, enabled=False):
+        with disable_autocast(x):
             parts = [
                 full_log_probs(x_rows.to(ctx.dtype), W, t, softcap, temperature)
                 for x_rows, t in zip(x.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True)
