@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +12,9 @@ from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError, UsageError
 from llm_quest.models import gemma3, llava, qwen3_5
+from tests.data.test_published_templates import templates
 from tests.oracles import transformers
 
-trl = pytest.importorskip("trl")
-TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 CONTROL = (
     *("<start_of_image>", "<image_soft_token>", "<end_of_image>", "<start_of_turn>", "<end_of_turn>"),
     *("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<image>", "<think>", "</think>"),
@@ -72,7 +70,7 @@ TURNS = [
 
 
 def chat(name: str, **arguments: Any) -> ImageChat:
-    template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    template = templates()[name]
     tokenizer = Tokenizer(
         TOKENIZER.backend_tokenizer, eos_tokens=["<|im_end|>"], bos_token="<|im_start|>", chat_template=template
     )
@@ -88,7 +86,7 @@ def transformers_text(name: str, turns: list[ImageTurn], **arguments: Any) -> st
         {"role": turn.role, "content": [{"type": "image"}] * turn.num_images + [{"type": "text", "text": turn.text}]}
         for turn in turns
     ]
-    template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    template = templates()[name]
     return str(
         theirs.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=True, **arguments
@@ -97,7 +95,7 @@ def transformers_text(name: str, turns: list[ImageTurn], **arguments: Any) -> st
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if (TEMPLATES / f"{name}.jinja").exists()])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name in templates()])
 def test_a_conversation_with_images_in_several_turns_has_the_ids_of_transformers(name: str, system: str | None):
     turns = ([] if system is None else [ImageTurn("system", system)]) + TURNS
     counts = [2, 5, 3]

@@ -9,9 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from llm_quest.data.document import DropReport
@@ -19,6 +16,9 @@ from llm_quest.data.records import iter_records, read_records
 from llm_quest.data.row_files import READERS
 from llm_quest.data.sources import DataSource, iter_source
 from llm_quest.errors import DataError
+from tests.later import Later
+
+datasets, pyarrow, pq = Later("datasets"), Later("pyarrow"), Later("pyarrow.parquet")
 
 GOOD = {"prompt": "a", "completion": "b"}
 LINE = json.dumps(GOOD).encode()
@@ -38,7 +38,7 @@ def table(delimiter: str) -> Callable[[list[dict[str, Any]]], bytes]:
 
 def parquet(rows: list[dict[str, Any]]) -> bytes:
     sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    pq.write_table(pyarrow.Table.from_pylist(rows), sink)
     return sink.getvalue().to_pybytes()
 
 

@@ -6,13 +6,14 @@ import json
 import sys
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.eval.problems import ProblemEvalOptions, load_eval_problems
 from llm_quest.hub.gsm8k import FILES, is_gsm8k, load_gsm8k
+from tests.later import Later
+
+pyarrow, pq = Later("pyarrow"), Later("pyarrow.parquet")
 
 ROWS = [
     {"question": f"What is {n} + {n}?", "answer": f"It is <<{n}+{n}={2 * n}>>{2 * n}.\n#### {2 * n:,}"}
@@ -33,7 +34,7 @@ def write_cached_part(cache: Path, part: str, rows: list[dict[str, str]]) -> Non
     file.parent.mkdir(parents=True, exist_ok=True)
     (repo / "refs").mkdir(exist_ok=True)
     (repo / "refs" / "main").write_text("0" * 40)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    pq.write_table(pyarrow.Table.from_pylist(rows), file)
 
 
 def test_the_hubs_files_are_read_and_training_is_parted_by_the_questions(cache: Path) -> None:

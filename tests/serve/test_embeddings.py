@@ -12,7 +12,6 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
-import openai
 import pytest
 import torch
 
@@ -21,8 +20,11 @@ from llm_quest.errors import DataError, QuestError
 from llm_quest.hub.locate import locate_adapter
 from llm_quest.hub.pooling import Pooling, read_pooling
 from llm_quest.serve import embeddings
+from tests.later import Later
 from tests.serve.local_server import LocalServer, local_server
 from tests.serve.test_server import wait_until
+
+openai = Later("openai")
 
 TEXTS = ["The quick brown fox", "a", "Once upon a time there was a cat, and 12 dogs."]
 

@@ -10,11 +10,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import openai
 import pytest
 import torch
-from openai.types import Completion, Model
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from llm_quest.errors import DataError, UsageError
 from llm_quest.generation.generate import generate
@@ -25,7 +22,10 @@ from llm_quest.serve.errors import ApiError
 from llm_quest.serve.protocol import ChatBody, ChatMessage, CompletionBody, parse_body
 from llm_quest.serve.security import AccessRules, host_name, make_access_rules
 from llm_quest.serve.server import bind_socket
+from tests.later import Later
 from tests.serve.local_server import LocalServer, local_server, tiny_adapter
+
+openai, types, chat = Later("openai"), Later("openai.types"), Later("openai.types.chat")
 
 IMAGE_URLS = ("data:image/png;base64,iVBORw0KGgo=", "http://127.0.0.1:9/cat.png", "file:///etc/hostname")
 ASK: list[Any] = [{"role": "user", "content": "The quick brown fox"}]
@@ -64,7 +64,7 @@ def about_image(url: str) -> dict[str, Any]:
 def test_models_are_listed_and_found_by_name(client):
     listed = client.models.list().data
     assert [one.id for one in listed] == ["tiny", "adapted"]
-    assert Model.model_validate(client.models.retrieve("adapted").model_dump(), strict=True).id == "adapted"
+    assert types.Model.model_validate(client.models.retrieve("adapted").model_dump(), strict=True).id == "adapted"
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("gpt-7")
     assert caught.value.code == "model_not_found"
@@ -75,7 +75,7 @@ def test_models_are_listed_and_found_by_name(client):
 def test_a_completion_is_the_text_that_generate_writes(local, client, name, sampling):
     served = local.server.served[name]
     found = client.completions.create(model=name, prompt="The lazy dog. Once", max_tokens=20, n=2, **sampling)
-    Completion.model_validate(found.model_dump(), strict=True)
+    types.Completion.model_validate(found.model_dump(), strict=True)
     model = served.batch.model if name == "tiny" else tiny_adapter(served.tokenizer)
     ids = served.tokenizer.encode("The lazy dog. Once")
     expected = generate(
@@ -89,11 +89,11 @@ def test_a_completion_is_the_text_that_generate_writes(local, client, name, samp
 def test_a_chat_answer_has_openais_form_and_its_stream_the_same_text(client):
     options: dict[str, Any] = {"model": "tiny", "messages": ASK, "max_tokens": 12, "seed": 1, "n": 2}
     whole = client.chat.completions.create(**options, logprobs=True, top_logprobs=3)
-    ChatCompletion.model_validate(whole.model_dump(), strict=True)
+    chat.ChatCompletion.model_validate(whole.model_dump(), strict=True)
     texts, reasons, chunks = ["", ""], [None, None], []
     stream = client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
     for chunk in stream:
-        ChatCompletionChunk.model_validate(chunk.model_dump(), strict=True)
+        chat.ChatCompletionChunk.model_validate(chunk.model_dump(), strict=True)
         chunks.append(chunk)
         for choice in chunk.choices:
             assert reasons[choice.index] is None
