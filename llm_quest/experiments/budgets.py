@@ -46,12 +46,12 @@ def equal_steps(budget: str, arm: Description, control: Description, name: str) 
     if budget == "parameters":
         require_equal_parameters(arm, control, name)
         return steps
-    wanted = steps * control[key] / arm[key]
-    num_steps = max(1, round(wanted))
-    if abs(num_steps / wanted - 1) > TOLERANCE:
+    exact = steps * control[key] / arm[key]
+    num_steps = max(1, round(exact))
+    if abs(num_steps / exact - 1) > TOLERANCE:
         raise UsageError(
-            f"--budget {budget} can't be equal: {name} would need {wanted:.2f} steps for the control's {steps}\nmake "
-            f"max_steps larger (at least {minimum_steps(wanted / steps)}), or use --budget steps"
+            f"--budget {budget} can't be equal: {name} would need {exact:.2f} steps for the control's {steps}\nmake "
+            f"max_steps larger (at least {minimum_steps(exact / steps)}), or use --budget steps"
         )
     return num_steps
 

@@ -94,7 +94,10 @@ def code_content(code: types.CodeType) -> tuple[Any, ...]:
     """The content of compiled code, without line numbers and the names of local variables that are no arguments."""
     arguments = code.co_argcount + code.co_kwonlyargcount + sum(bool(code.co_flags & flag) for flag in (4, 8))
     names = code.co_varnames if set(NAME_READERS) & set(code.co_names) else code.co_varnames[:arguments]
-    constants = [code_content(one) if isinstance(one, types.CodeType) else repr(one) for one in code.co_consts]
+    constants = [
+        code_content(constant) if isinstance(constant, types.CodeType) else repr(constant)
+        for constant in code.co_consts
+    ]
     sizes = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_nlocals, code.co_flags)
     outer = (len(code.co_cellvars), len(code.co_freevars), code.co_exceptiontable)
     return code.co_name, code.co_code, code.co_names, names, *constants, sizes, outer

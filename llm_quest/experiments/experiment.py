@@ -98,8 +98,10 @@ class ExperimentPlan:
     def same_but_seeds(self, claim: Mapping[str, Any]) -> bool:
         """Whether a claim of the ledger asks the same of other seeds."""
         content = json.loads(json.dumps(self.content()))
-        own = {key: value for key, value in content.items() if key not in ("question", "first_seed")}
-        return claim.get("first_seed") != self.first_seed and all(claim.get(key) == own[key] for key in own)
+        fixed = {key: value for key, value in content.items() if key not in ("question", "first_seed")}
+        return claim.get("first_seed") != self.first_seed and all(
+            claim.get(key) == value for key, value in fixed.items()
+        )
 
     @property
     def counts(self) -> RunCounts:
@@ -198,7 +200,8 @@ class Experiment:
         resolved = {n: flat_settings(self.plan.recipe, (*self.plan.pairs, *arm.pairs)) for n, arm in self.arms.items()}
         control = resolved[CONTROL]
         return {
-            name: own if name == CONTROL else settings_unlike_control(own, control) for name, own in resolved.items()
+            name: settings if name == CONTROL else settings_unlike_control(settings, control)
+            for name, settings in resolved.items()
         }
 
     def link_repetitions(self) -> None:
@@ -314,19 +317,19 @@ class Experiment:
         """The settings of each arm with the number of steps that its budget gives."""
         arm_pairs, control = {}, self.descriptions[CONTROL]
         for name, arm in self.arms.items():
-            own = budget_pairs(self.plan.budget, self.descriptions[name], control, name)
-            arm_pairs[name] = (*self.plan.pairs, *arm.pairs, *own)
+            budget = budget_pairs(self.plan.budget, self.descriptions[name], control, name)
+            arm_pairs[name] = (*self.plan.pairs, *arm.pairs, *budget)
             flops = self.descriptions[name].get("flops_per_step")
-            steps, warmup = (int(pair.partition("=")[2]) for pair in own)
+            steps, warmup = (int(pair.partition("=")[2]) for pair in budget)
             counted = f", {flops * steps:.3g} FLOPs" if flops else ""
             parameters = self.descriptions[name]["parameters"]
             self.log(f"{name}: {parameters:,} parameters, {steps} steps, {warmup} of them warm-up{counted}")
             self.announce_budget(name, {"max_steps": steps, "warmup_steps": warmup})
         return arm_pairs
 
-    def announce_budget(self, name: str, given: Mapping[str, int]) -> None:
+    def announce_budget(self, name: str, lengths: Mapping[str, int]) -> None:
         """Say which lengths the budget has changed."""
-        for key, value in given.items():
+        for key, value in lengths.items():
             if value != (before := self.descriptions[name][key]):
                 why = f"equal {self.plan.budget}"
                 self.derived[name][key] = {"recipe": before, "value": value, "why": why}
@@ -349,8 +352,8 @@ class Experiment:
 
     def value(self, record: Record, name: str, metric: str = "") -> float | None:
         vocab_size = self.descriptions[name]["vocab_size"]
-        own = self.arms[name].metric or self.plan.claim.metric
-        return read_metric(record, metric or own, name, vocab_size)
+        compared = self.arms[name].metric or self.plan.claim.metric
+        return read_metric(record, metric or compared, name, vocab_size)
 
     def compared(self, record: Record, name: str) -> float | None:
         """The claim's metric of a run on the claim's scale; None if it diverged."""
@@ -367,8 +370,8 @@ class Experiment:
             self.note("learning_rate is what differs, so it is not tuned")
             return
         self.searches = {name: RateSearch() for name in self.arms}
-        wanted = {n: first_grid(d["learning_rate"], self.plan.rates) for n, d in self.descriptions.items()}
-        self.try_rates(wanted)
+        rates = {n: first_grid(d["learning_rate"], self.plan.rates) for n, d in self.descriptions.items()}
+        self.try_rates(rates)
         while needs_extension(self.searches, self.plan.rates):
             more = {name: [search.next_rate()] for name, search in self.searches.items()}
             self.log(
@@ -387,10 +390,10 @@ class Experiment:
                 )
             self.arm_pairs[name] = (*self.arm_pairs[name], f"learning_rate={search.choose():g}")
 
-    def try_rates(self, wanted: Mapping[str, Sequence[float]], what: str = "tuning learning rates") -> None:
+    def try_rates(self, rates_of: Mapping[str, Sequence[float]], what: str = "tuning learning rates") -> None:
         """The mean loss of each rate over the tuning seeds."""
         seeds = TUNING_SEEDS[: self.plan.tuning_seeds]
-        points = [(name, rate) for name, rates in wanted.items() for rate in rates]
+        points = [(name, rate) for name, rates in rates_of.items() for rate in rates]
         requests = [
             self.request(name, seed, "tune", [f"learning_rate={rate:g}"]) for name, rate in points for seed in seeds
         ]
@@ -413,8 +416,8 @@ class Experiment:
         seeds = iter(range(self.plan.first_seed, self.plan.first_seed + claim.cap))
         while comparison.open_arms and comparison.pairs < claim.cap:
             names = [CONTROL, *comparison.open_arms]
-            wanted = sequential.FIRST_LOOK if comparison.pairs == 0 else max(1, self.pool.jobs // len(names))
-            chosen = list(itertools.islice(seeds, wanted))
+            count = sequential.FIRST_LOOK if comparison.pairs == 0 else max(1, self.pool.jobs // len(names))
+            chosen = list(itertools.islice(seeds, count))
             requests = [self.request(name, seed, "report") for seed in chosen for name in names]
             try:
                 records = self.measure_each(requests, "runs of pairs")
@@ -490,7 +493,7 @@ class Experiment:
             self.note(f"{arm}: {word}: {one['before']} in {self.plan.confirms}, {one['again']} here")
         if outcomes:
             self.note(CONFIRMATION_ERRORS)
-        return {arm: {**one, "same": one["before"] == one["again"]} for arm, one in outcomes.items()}
+        return {arm: {**outcome, "same": outcome["before"] == outcome["again"]} for arm, outcome in outcomes.items()}
 
     def provenance(self, name: str) -> dict[str, Any]:
         """The runs that a verdict rests on, and the secondary metrics."""

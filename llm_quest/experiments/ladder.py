@@ -71,8 +71,8 @@ class LadderPlan:
     @property
     def rungs_to_tune(self) -> list[Rung]:
         """The rungs whose rate is tuned: the smallest and the middle one, of the largest budget."""
-        own = [rung for rung in self.rungs if rung.budget == self.target.budget]
-        return [own[0], own[len(own) // 2]][: self.tuned]
+        rungs = [rung for rung in self.rungs if rung.budget == self.target.budget]
+        return [rungs[0], rungs[len(rungs) // 2]][: self.tuned]
 
     @property
     def experiment(self) -> str:
@@ -153,14 +153,14 @@ class Ladder:
     def search_rate(self, rung: Rung, center: float) -> RateSearch:
         """The losses of a rung at several rates, on a seed that no rung reports."""
         search = self.searches[rung.name] = RateSearch()
-        wanted = first_grid(center, self.plan.rates)
-        while wanted:
-            requests = [self.request(rung, TUNING_SEEDS[0], "tune", rate) for rate in wanted]
+        rates = first_grid(center, self.plan.rates)
+        while rates:
+            requests = [self.request(rung, TUNING_SEEDS[0], "tune", rate) for rate in rates]
             records = self.measurements.measure(requests, f"tuning {rung.name} parameters")
-            for rate, record in zip(wanted, records, strict=True):
+            for rate, record in zip(rates, records, strict=True):
                 loss = self.value(record, rung.name)
                 search.losses[rate] = float("inf") if loss is None else loss
-            wanted = [search.next_rate()] if needs_extension({rung.name: search}, self.plan.rates) else []
+            rates = [search.next_rate()] if needs_extension({rung.name: search}, self.plan.rates) else []
         return search
 
     def note(self, text: str) -> None:
@@ -173,8 +173,8 @@ class Ladder:
         order = sorted(rungs, key=lambda rung: -rung.flops)
         requests = [self.request(rung, seed, role) for rung in order for seed in range(1, seeds + 1)]
         records = iter(self.measurements.measure(requests, f"{len(rungs)} sizes" if len(rungs) > 1 else order[0].name))
-        found = {rung.name: [next(records) for _ in range(seeds)] for rung in order}
-        return {rung.name: self.losses_of_size(rung, found[rung.name]) for rung in rungs}
+        records_of = {rung.name: [next(records) for _ in range(seeds)] for rung in order}
+        return {rung.name: self.losses_of_size(rung, records_of[rung.name]) for rung in rungs}
 
     def losses_of_size(self, rung: Rung, records: Sequence[Record]) -> list[float]:
         """The losses of a size, and a line of the live table. GuardStop if a run diverged."""
@@ -184,10 +184,10 @@ class Ladder:
                 f"{rung.name} diverged at the learning rate {self.rate_of(rung):g}, carried from the tuned sizes, so "
                 "no law goes through it: give a lower learning_rate with --rates 1, or --parametrization completep"
             )
-        found = [loss for loss in losses if loss is not None]
-        shown = "  ".join(f"{loss:.4f}" for loss in found)
+        finite = [loss for loss in losses if loss is not None]
+        shown = "  ".join(f"{loss:.4f}" for loss in finite)
         self.log(f"{rung.name:>10}  {rung.parameters:>10,} parameters  {rung.flops:.2e} FLOPs  loss {shown}")
-        return found
+        return finite
 
     def fit(self, points: Sequence[LadderPoint], losses: Mapping[str, list[float]]) -> dict[str, Any]:
         """Law, leave-one-out and prediction."""
@@ -236,9 +236,10 @@ class Ladder:
 
 def describe_prediction(result: Mapping[str, Any]) -> str:
     """The prediction in a sentence."""
-    found, target, sizes = result["prediction"], result["target"], len(result["rungs"])
+    prediction, target, sizes = result["prediction"], result["target"], len(result["rungs"])
     return (
-        f"{target['name']}: predicted {METRIC} {found['loss']:.4f} ({found['low']:.4f} to {found['high']:.4f}) after "
+        f"{target['name']}: predicted {METRIC} {prediction['loss']:.4f} "
+        f"({prediction['low']:.4f} to {prediction['high']:.4f}) after "
         f"{target['tokens']:,} tokens{describe_seeds(result)}; leave-one-out intervals hold {result['covered']} of "
         f"{sizes} sizes; the largest rung, predicted from the others, is {result['largest_error']:+.1%} off"
     )

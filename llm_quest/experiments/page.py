@@ -86,7 +86,7 @@ def mean_curve(name: str, runs: Sequence[str], color: int, root: Path) -> Curve:
     """The mean of the runs' training losses at the steps that all of them logged."""
     losses = [read_losses(root / "runs" / run / "metrics.jsonl") for run in runs]
     steps = sorted(set.intersection(*map(set, losses))) if losses else []
-    values = [statistics.fmean(one[step] for one in losses) for step in steps]
+    values = [statistics.fmean(loss[step] for loss in losses) for step in steps]
     return Curve(name, steps, values, color, smooth=True)
 
 

@@ -104,7 +104,7 @@ def layer_period(config: Any) -> int:
     patterns = [tuple(getattr(config, name)) for name in PATTERNS if getattr(config, name, ())]
     layers: int = config.num_hidden_layers
     for period in range(1, layers):
-        if all(one == (one[:period] * layers)[:layers] for one in patterns):
+        if all(pattern == (pattern[:period] * layers)[:layers] for pattern in patterns):
             return period
     return layers if patterns else 1
 
@@ -127,7 +127,11 @@ def choose_shapes(config: Any, count: int, smallest: float, largest: float, scal
         )
     for step in range(count):
         wanted = smallest * (largest / smallest) ** (step / (count - 1))
-        free = [one for one in candidates if one[1] not in [size for _, size in found] and one[1] < whole]
+        free = [
+            candidate
+            for candidate in candidates
+            if candidate[1] not in [size for _, size in found] and candidate[1] < whole
+        ]
         if not free:
             break
         best = min(free, key=lambda one: abs(math.log(one[1] / wanted)) + SHAPE_WEIGHT * one[2])

@@ -267,6 +267,8 @@ def leave_one_out(points: Sequence[LadderPoint]) -> list[Prediction]:
     """Each size predicted from all others."""
     form, paired = numbers_of_form(points), has_paired_seeds(points)
     return [
-        predict_loss([*points[:i], *points[i + 1 :]], one.n, one.d, runs=len(one.losses), form=form, paired=paired)
-        for i, one in enumerate(points)
+        predict_loss(
+            [*points[:i], *points[i + 1 :]], point.n, point.d, runs=len(point.losses), form=form, paired=paired
+        )
+        for i, point in enumerate(points)
     ]

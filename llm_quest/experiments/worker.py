@@ -181,7 +181,7 @@ def tensor_hash(value: torch.Tensor) -> str:
 def unigram_loss(job: Job) -> float | None:
     """The held-out loss of the frequencies of tokens alone, in nats: what a model reaches that uses no context. None
     for recipes that do not predict the next token of held-out text."""
-    held_out = next((one.whole for one in job.evaluators if isinstance(one, LossEvaluator)), None)
+    held_out = next((evaluator.whole for evaluator in job.evaluators if isinstance(evaluator, LossEvaluator)), None)
     if held_out is None:
         return None
     counts: Counter[int] = Counter()
