@@ -57,12 +57,13 @@ def test_pretraining_is_planned_without_its_data_and_without_memory_for_its_mode
     found = make_plan(
         "tiny",
         "data.source=nothere.txt",
-        "model={preset: mixtral-8x7b}",
+        "model={preset: mixtral-8x7b, config: {num_hidden_layers: 2, intermediate_size: 229376}}",
         "sequence_length=32",
         "batch_size=2",
         "optim=muon",
     )
-    assert found.parameters == pytest.approx(46.7e9, rel=0.01)
+    experts = 2 * 8 * 3 * 4096 * 229_376
+    assert found.parameters == pytest.approx(experts, rel=0.01)
     assert found.memory["optimizer"] == pytest.approx(found.memory["weights"], rel=0.01), "experts are Muon's too"
     assert not found.fits
     assert "micro_batch_size below 2" in found.warnings[0]
