@@ -35,15 +35,17 @@ constexpr int64_t GROUP = 32, TILE = 4, STREAMS = 4;
 constexpr float MOST_UNITS = 127 * 65536;  // of a group of x; three digits of 8 bits hold a little more
 constexpr float SMALLEST = 1e-30f;  // a group of x with no larger number is 0
 constexpr int64_t PREFETCH = 1024;  // bytes ahead: 1.5 times as fast with AVX512 here, level with AVX2
+constexpr int64_t RUN_BYTES = 16 << 10;  // of W that are multiplied with one row of x after the other
 constexpr int64_t MIN_WORK = 1 << 17;  // products that repay a thread
 
-enum Format : int64_t { INT8 = 0, INT4 = 1, NF4 = 2, FLOAT32 = 3, BFLOAT16 = 4 };
+enum Format : int64_t { INT8 = 0, INT4 = 1, NF4 = 2, FLOATS = 3 };
 
 inline void prefetch_ahead(const void* read, int64_t bytes) {
   for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(read) + PREFETCH + line);
 }
 
-// One product. q: the matrix. levels: what NF4's codes stand for. digits: x, where codes are multiplied as integers.
+// One product. q: the matrix; FLOATS are of the type Scale. levels: what NF4's codes stand for. digits: x, where codes are
+// multiplied as integers.
 struct Product {
   Format format;
   const float* x;
@@ -58,6 +60,12 @@ struct Product {
 template <class Scale>
 inline const Scale* scales_of(const Product& p) {
   return static_cast<const Scale*>(p.scale);
+}
+
+// The bytes of a row of W, without its scales.
+template <class Scale>
+inline int64_t row_bytes(const Product& p) {
+  return p.format == FLOATS ? p.width * sizeof(Scale) : p.format == INT8 ? p.width : p.width / 2;
 }
 
 namespace plain {
@@ -100,33 +108,33 @@ void multiply_with(const Product& p, int64_t isa, int64_t begin, int64_t end) {
 }
 
 // All rows of W, on as many threads as repay it.
-void multiply_rows(const Product& p, int64_t isa, bool narrow_scales) {
+void multiply_rows(const Product& p, int64_t isa, bool narrow) {
   const int64_t grain = std::max<int64_t>(1, MIN_WORK / std::max<int64_t>(1, p.width * p.rows));
   torch::stable::parallel_for(0, p.out, grain, [&](int64_t begin, int64_t end) {
-    narrow_scales ? multiply_with<BFloat16>(p, isa, begin, end) : multiply_with<float>(p, isa, begin, end);
+    narrow ? multiply_with<BFloat16>(p, isa, begin, end) : multiply_with<float>(p, isa, begin, end);
   });
 }
 
 // The same with x as digits.
 template <class Digits>
-void multiply_digits(Product p, const std::vector<Digits>& digits, int64_t isa, bool narrow_scales) {
+void multiply_digits(Product p, const std::vector<Digits>& digits, int64_t isa, bool narrow) {
   p.digits = digits.data();
-  multiply_rows(p, isa, narrow_scales);
+  multiply_rows(p, isa, narrow);
 }
 
-void multiply_all(const Product& p, int64_t isa, bool narrow_scales) {
+void multiply_all(const Product& p, int64_t isa, bool narrow) {
   static const int64_t best = best_byte_isa();
   const int64_t chosen = isa == BEST ? best : std::min(isa, best);
 #ifdef VECTORS
-  if (chosen == VNNI && p.format == INT8) return multiply_digits(p, vnni::to_bytes(p), chosen, narrow_scales);
+  if (chosen == VNNI && p.format == INT8) return multiply_digits(p, vnni::to_bytes(p), chosen, narrow);
 #endif
-  if (p.format != INT4) return multiply_rows(p, chosen, narrow_scales);
+  if (p.format != INT4) return multiply_rows(p, chosen, narrow);
 #ifdef VECTORS
-  if (chosen == VNNI) return multiply_digits(p, vnni::to_digits(p), chosen, narrow_scales);
-  if (chosen == AVX512) return multiply_digits(p, avx512::to_digits(p), chosen, narrow_scales);
-  if (chosen == AVX2) return multiply_digits(p, avx2::to_digits(p), chosen, narrow_scales);
+  if (chosen == VNNI) return multiply_digits(p, vnni::to_digits(p), chosen, narrow);
+  if (chosen == AVX512) return multiply_digits(p, avx512::to_digits(p), chosen, narrow);
+  if (chosen == AVX2) return multiply_digits(p, avx2::to_digits(p), chosen, narrow);
 #endif
-  multiply_digits(p, plain::to_digits(p), chosen, narrow_scales);
+  multiply_digits(p, plain::to_digits(p), chosen, narrow);
 }
 
 // x (N,K) float32, K a multiple of GROUP for 4 bits; q (O,K) or (O,K/2) int8; scale (O), (O,2,K/32) or (O,K/32);
@@ -155,10 +163,10 @@ Tensor float_rows(Tensor x, Tensor weight, int64_t isa) {
   for (int64_t axis = 0; axis + 1 < x.dim(); axis++) shape[axis] = x.size(axis);
   Tensor y = torch::stable::new_empty(x, shape);
   const int64_t N = y.numel() / std::max<int64_t>(1, weight.size(0));
-  const Product p{narrow ? BFLOAT16 : FLOAT32, static_cast<const float*>(x.data_ptr()), nullptr,
+  const Product p{FLOATS, static_cast<const float*>(x.data_ptr()), nullptr,
                   static_cast<const uint8_t*>(weight.data_ptr()), nullptr, nullptr, static_cast<float*>(y.data_ptr()),
                   N, weight.size(0), weight.size(1)};
-  multiply_all(p, isa, false);
+  multiply_all(p, isa, narrow);
   return y;
 }
 

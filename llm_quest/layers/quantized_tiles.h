@@ -3,10 +3,10 @@
 
 constexpr int64_t SPAN = LANES / 4;  // groups of 4-bit codes that are read at once
 
-// Numbers of x, SPAN groups, the first and the second half of each: unit * (digit 0 + 256 digit 1 + 65536 digit 2), with the
-// unit of a group in four lanes, and its sum in the first of them.
+// Numbers of x, LANES groups, SPAN groups after SPAN groups, the first and the second half of each group: unit * (digit 0 +
+// 256 digit 1 + 65536 digit 2). And the unit and the sum of each group.
 struct alignas(64) Digits {
-  int8_t low[3][4 * LANES], high[3][4 * LANES];
+  int8_t low[4][3][4 * LANES], high[4][3][4 * LANES];
   float unit[LANES], sum[LANES];
 };
 
@@ -84,18 +84,29 @@ inline void int8_tile(const Product& p, int64_t n, int64_t o, int64_t step) {
   const int64_t K = p.width, apart = (K + BYTES - 1) / BYTES;
   const int8_t* w = reinterpret_cast<const int8_t*>(p.q) + o * K;
   const ByteDigits* x = static_cast<const ByteDigits*>(p.digits) + n * apart;
+  int8_t last[R][BYTES];
+  int64_t row = step * K;
   Floats total[R][M];
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) total[r][m] = broadcast(0);
-  for (int64_t k = 0; k < K; k += BYTES, x++) {
+  for (int64_t left = K; left > 0; left -= BYTES, w += BYTES, x++) {
+    if (left < BYTES) {  // fewer codes than a vector has: the digits of the others are 0
+      std::memset(last, 0, sizeof last);
+      for (int r = 0; r < R; r++) std::memcpy(last[r], w + r * row, left);
+      w = last[0], row = BYTES;
+    }
+#pragma GCC unroll UNROLL
     for (int r = 0; r < R; r++) {
-      if (R == 1) prefetch_ahead(w + k, BYTES);
-      const Codes codes = load_unsigned(w + r * step * K + k, K - k);
+      if (R == 1) prefetch_ahead(w, BYTES);
+      const Codes codes = load_unsigned(w + r * row);
+#pragma GCC unroll UNROLL
       for (int m = 0; m < M; m++) total[r][m] = dot_digits(codes, x[m * apart], total[r][m]);
     }
   }
+#pragma GCC unroll UNROLL
   for (int r = 0; r < R; r++) {
     const float scale = widen_one(scales_of<Scale>(p)[o + r * step]);
+#pragma GCC unroll UNROLL
     for (int m = 0; m < M; m++) p.y[(n + m) * p.out + o + r * step] = sum_lanes(total[r][m]) * scale;
   }
 }
@@ -151,62 +162,71 @@ inline void nf4_tile(const Product& p, int64_t n, int64_t o, int64_t step) {
     for (int m = 0; m < M; m++) p.y[(n + m) * p.out + o + r * step] = sum_lanes(add(even[r][m], odd[r][m]));
 }
 
-// Codes of 4 bits that are numbers, SPAN groups at once: w = scale * code + minimum. The sum of codes times x is one of
-// integers, of x's three digits one after another (Horner), so it is exact; the minimum is multiplied with the sum of x.
-template <int M, class Scale>
-inline void add_groups(
-    const uint8_t* pairs, const Scale* scales, const Scale* minima, const Digits* x, int64_t apart, Floats* total) {
+// Codes of 4 bits that are numbers: w = scale * code + minimum. The sum of codes times x is one of integers, of x's three
+// digits one after another (Horner), so it is exact. weights: the scales of LANES groups times the units of x.
+template <int M>
+inline void add_groups(const uint8_t* pairs, const Digits* x, int64_t apart, int span, const Floats* weights, Floats* total) {
   Codes low, high;
   split(pairs, low, high);
-  const Floats scale = spread(scales), minimum = spread(minima);
+#pragma GCC unroll UNROLL
   for (int m = 0; m < M; m++, x += apart) {
-    Codes sum = dot_pairs(low, high, x->low[2], x->high[2], zero_codes());
-    sum = dot_pairs(low, high, x->low[1], x->high[1], next_digit(sum));
-    sum = dot_pairs(low, high, x->low[0], x->high[0], next_digit(sum));
-    total[m] = multiply_add(times(to_floats(sum), load(x->unit)), scale, total[m]);
-    total[m] = multiply_add(minimum, load(x->sum), total[m]);
+    Codes sum = dot_pairs(low, high, x->low[span][2], x->high[span][2], zero_codes());
+    sum = dot_pairs(low, high, x->low[span][1], x->high[span][1], next_digit(sum));
+    sum = dot_pairs(low, high, x->low[span][0], x->high[span][0], next_digit(sum));
+    total[m] = multiply_add(to_floats(sum), spread(weights[m], span), total[m]);
   }
 }
 
+// Scales and minima of LANES groups at once, of which `count` are there; the minimum is multiplied with the sum of x.
 template <int R, int M, class Scale>
 inline void int4_tile(const Product& p, int64_t n, int64_t o, int64_t step) {
-  const int64_t groups = p.width / GROUP, apart = (groups + SPAN - 1) / SPAN, bytes = GROUP / 2;
+  const int64_t groups = p.width / GROUP, apart = (groups + LANES - 1) / LANES, bytes = GROUP / 2;
   const uint8_t* pairs = p.q + o * groups * bytes;
   const Scale* scales = scales_of<Scale>(p) + o * groups * 2;
   const Digits* x = static_cast<const Digits*>(p.digits) + n * apart;
-  Floats total[R][M];
+  uint8_t last[R][SPAN * GROUP / 2];
+  int64_t row = step * groups * bytes;
+  Floats total[R][M], weights[R][M];
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) total[r][m] = broadcast(0);
-  int64_t g = 0;
-  for (; g + SPAN <= groups; g += SPAN, x++) {
-#pragma GCC unroll 4
+  for (int64_t left = groups; left > 0; left -= LANES, x++, scales += LANES) {
+    const int64_t count = std::min(LANES, left);
+#pragma GCC unroll UNROLL
     for (int r = 0; r < R; r++) {
-      const Scale* scale = scales + r * step * groups * 2 + g;
-      add_groups<M>(pairs + (r * step * groups + g) * bytes, scale, scale + groups, x, apart, total[r]);
+      const Scale* scale = scales + r * step * groups * 2;
+      const Floats each = load_first(scale, count), minimum = load_first(scale + groups, count);
+#pragma GCC unroll UNROLL
+      for (int m = 0; m < M; m++) {
+        weights[r][m] = times(each, load(x[m * apart].unit));
+        total[r][m] = multiply_add(minimum, load(x[m * apart].sum), total[r][m]);
+      }
+    }
+    for (int64_t g = 0; g < count; g += SPAN, pairs += SPAN * bytes) {
+      if (count - g < SPAN) {  // fewer groups than a vector has: the others' weights are 0
+        std::memset(last, 0, sizeof last);
+        for (int r = 0; r < R; r++) std::memcpy(last[r], pairs + r * row, (count - g) * bytes);
+        pairs = last[0], row = sizeof last[0];
+      }
+#pragma GCC unroll UNROLL
+      for (int r = 0; r < R; r++) add_groups<M>(pairs + r * row, x, apart, int(g / SPAN), weights[r], total[r]);
     }
   }
-  for (int r = 0; r < R && g < groups; r++) {  // fewer groups than a vector has: the others' scales are 0
-    uint8_t last[SPAN * GROUP / 2] = {};
-    Scale scale[SPAN] = {}, minimum[SPAN] = {};
-    std::memcpy(last, pairs + (r * step * groups + g) * bytes, (groups - g) * bytes);
-    std::memcpy(scale, scales + r * step * groups * 2 + g, (groups - g) * sizeof(Scale));
-    std::memcpy(minimum, scales + (r * step * 2 + 1) * groups + g, (groups - g) * sizeof(Scale));
-    add_groups<M>(last, scale, minimum, x, apart, total[r]);
-  }
+#pragma GCC unroll UNROLL
   for (int r = 0; r < R; r++)
+#pragma GCC unroll UNROLL
     for (int m = 0; m < M; m++) p.y[(n + m) * p.out + o + r * step] = sum_lanes(total[r][m]);
 }
 
 // The digits of x.
 inline std::vector<Digits> to_digits(const Product& p) {
-  const int64_t groups = p.width / GROUP, apart = (groups + SPAN - 1) / SPAN;
+  const int64_t groups = p.width / GROUP, apart = (groups + LANES - 1) / LANES;
   std::vector<Digits> made(p.rows * apart);  // zeros
   for (int64_t n = 0; n < p.rows; n++) {
     for (int64_t g = 0; g < groups; g++) {
-      Digits& to = made[n * apart + g / SPAN];
-      const int64_t place = g % SPAN * (GROUP / 2), lane = g % SPAN * 4;
+      Digits& to = made[n * apart + g / LANES];
+      const int64_t lane = g % LANES, span = lane / SPAN, place = lane % SPAN * (GROUP / 2);
       const float* group = p.x + n * p.width + g * GROUP;
-      std::fill_n(to.unit + lane, 4, write_digits(group, to.low[0] + place, to.high[0] + place, 4 * LANES));
+      to.unit[lane] = write_digits(group, to.low[span][0] + place, to.high[span][0] + place, 4 * LANES);
       to.sum[lane] = sum_group(group);
     }
   }
@@ -230,31 +250,37 @@ inline std::vector<ByteDigits> to_bytes(const Product& p) {
   }
   for (ByteDigits& one : made)
     for (int d = 0; d < 3; d++)
-      store_codes(one.less[d], subtract_codes(zero_codes(), dot_bytes(load_unsigned(nullptr, 0), one.digit[d], zero_codes())));
+      store_codes(one.less[d], subtract_codes(zero_codes(), dot_bytes(all_bytes(-128), one.digit[d], zero_codes())));
   return made;
 }
 #endif
 
-// R rows of W, `step` rows from each to the next, with M rows of x.
+// The rows of W from `o` up to `end`, with M rows of x: R rows of W at once, `step` rows from each to the next.
 template <int R, int M, class Scale>
-inline void tile(const Product& p, int64_t n, int64_t o, int64_t step) {
-  if (p.format == INT8) int8_tile<R, M, Scale>(p, n, o, step);
-  if (p.format == INT4) int4_tile<R, M, Scale>(p, n, o, step);
-  if (p.format == NF4) nf4_tile<R, M, Scale>(p, n, o, step);
-  if (p.format == FLOAT32) float_tile<R, M, float>(p, n, o, step);
-  if (p.format == BFLOAT16) float_tile<R, M, BFloat16>(p, n, o, step);
+void tiles(const Product& p, int64_t n, int64_t o, int64_t end, int64_t step) {
+  if (p.format == INT8)
+    for (; o < end; o++) int8_tile<R, M, Scale>(p, n, o, step);
+  if (p.format == INT4)
+    for (; o < end; o++) int4_tile<R, M, Scale>(p, n, o, step);
+  if (p.format == NF4)
+    for (; o < end; o++) nf4_tile<R, M, Scale>(p, n, o, step);
+  if (p.format == FLOATS)
+    for (; o < end; o++) float_tile<R, M, Scale>(p, n, o, step);
 }
 
-// The rows of W from `begin` up to `end`, with all rows of x: STREAMS parts at once, or in order where there are rows of
-// x enough for a tile.
+// The rows of W from `begin` up to `end`, with all rows of x: STREAMS parts at once, or in order where a tile of TILE rows
+// of x pays. Several rows of x take a run of rows of W one after the other, while it lies in the first cache.
 template <class Scale>
 void multiply(const Product& p, int64_t begin, int64_t end) {
-  const int64_t step = p.rows < TILE ? (end - begin) / STREAMS : 0;
-  for (int64_t o = begin; o < begin + step; o++)
-    for (int64_t n = 0; n < p.rows; n++) tile<STREAMS, 1, Scale>(p, n, o, step);
-  for (int64_t o = begin + STREAMS * step; o < end; o++) {
+  const bool by_bytes = p.format == INT8 && p.digits;  // a register has the digits of one row of x
+  const int64_t step = p.rows < TILE || by_bytes ? (end - begin) / STREAMS : 0, rest = begin + STREAMS * step;
+  const int64_t near = RUN_BYTES / std::max<int64_t>(1, row_bytes<Scale>(p));
+  const int64_t run = p.rows == 1 ? end : std::max(2 * STREAMS, near), part = p.rows == 1 ? end : run / (2 * STREAMS);
+  for (int64_t o = begin; o < begin + step; o += part)
+    for (int64_t n = 0; n < p.rows; n++) tiles<STREAMS, 1, Scale>(p, n, o, std::min(o + part, begin + step), step);
+  for (int64_t o = rest; o < end; o += run) {
     int64_t n = 0;
-    for (; n + TILE <= p.rows; n += TILE) tile<1, TILE, Scale>(p, n, o, 0);
-    for (; n < p.rows; n++) tile<1, 1, Scale>(p, n, o, 0);
+    for (; n + TILE <= p.rows; n += TILE) tiles<1, TILE, Scale>(p, n, o, std::min(o + run, end), 0);
+    for (; n < p.rows; n++) tiles<1, 1, Scale>(p, n, o, std::min(o + run, end), 0);
   }
 }

@@ -2,6 +2,7 @@
 // avx512 and vnni. A file with tiles is included once in each of them, between that set's pragmas (quantized_rows.cpp).
 //
 //   LANES, Floats, Codes                      8 or 16 float32, or int32
+//   UNROLL                                    for loops over the rows of a tile, whose vectors stay in registers
 //   load(const float*), store(float*, Floats), broadcast(float)
 //   widen(const int8_t*), widen(const BFloat16*)     LANES codes of 8 bits, LANES stored numbers
 //   unpack(const uint8_t*, Codes& low, Codes& high)    LANES pairs of 4-bit codes, a code a lane
@@ -10,11 +11,12 @@
 //   to_floats(Codes), look_up(Codes, const float* levels), zero_codes(), next_digit(Codes)    256 times as much
 //   to_codes(Floats)                          the nearest integers
 //   store_digit(Codes, int8_t*)               the lowest digit of 8 bits, a byte a lane; returns what is left
-//   spread(const Scale*)                      LANES / 4 scales, each in four lanes
+//   load_first(const Scale*, count)           the first of LANES scales, 0 in the lanes behind them
+//   spread(Floats, quarter)                   the lanes of one quarter, each in four lanes
 //   multiply_add(Floats a, Floats b, Floats c)         a * b + c
 //   times, add, larger (the second where it is NaN), absolute, sum_lanes, largest_lane
 //   nearest(Floats), times_power(Floats a, Floats n)    a * 2^n for integers n from -126 to 127
-//   vnni alone: load_codes, store_codes, add_codes, load_unsigned(const int8_t*, count), dot_bytes
+//   vnni alone: load_codes, store_codes, add_codes, all_bytes, load_unsigned(const int8_t*), dot_bytes
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -38,6 +40,7 @@ inline float widen_one(BFloat16 stored) {
 
 namespace plain {
 constexpr int64_t LANES = 8;
+constexpr int UNROLL = 1;
 struct Floats { float lane[8]; };
 struct Codes { int32_t lane[8]; };
 
@@ -91,9 +94,14 @@ inline Codes dot_pairs(const Codes& low, const Codes& high, const int8_t* x, con
   return sum;
 }
 template <class Scale>
-inline Floats spread(const Scale* scales) {
+__attribute__((noinline)) Floats load_first(const Scale* scales, int64_t count) {
+  Floats v{};
+  for (int64_t i = 0; i < count; i++) v.lane[i] = widen_one(scales[i]);
+  return v;
+}
+inline Floats spread(const Floats& from, int quarter) {
   Floats v;
-  for (int i = 0; i < 8; i++) v.lane[i] = widen_one(scales[i / 4]);
+  for (int i = 0; i < 8; i++) v.lane[i] = from.lane[2 * quarter + i / 4];
   return v;
 }
 inline Floats times(Floats a, const Floats& b) {
@@ -144,6 +152,7 @@ inline Codes store_digit(Codes codes, int8_t* to) {
 #pragma GCC target("avx2,fma")
 namespace avx2 {
 constexpr int64_t LANES = 8;
+constexpr int UNROLL = 4;
 using Floats = __m256;
 using Codes = __m256i;
 
@@ -183,9 +192,19 @@ inline Codes dot_pairs(Codes low, Codes high, const int8_t* x, const int8_t* y, 
   const Codes of_high = _mm256_maddubs_epi16(high, _mm256_load_si256(reinterpret_cast<const __m256i*>(y)));
   return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_add_epi16(of_low, of_high), _mm256_set1_epi16(1)));
 }
-template <class Scale>
-inline Floats spread(const Scale* scales) {
-  return _mm256_insertf128_ps(_mm256_set1_ps(widen_one(scales[0])), _mm_set1_ps(widen_one(scales[1])), 1);
+inline Floats load_first(const float* scales, int64_t count) {
+  const Codes lanes = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm256_maskload_ps(scales, _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), lanes));
+}
+inline Floats load_first(const BFloat16* scales, int64_t count) {
+  if (count >= LANES) return widen(scales);
+  BFloat16 first[LANES] = {};
+  std::copy_n(scales, count, first);
+  return widen(first);
+}
+inline Floats spread(Floats v, int quarter) {
+  const Codes lanes = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
+  return _mm256_permutevar8x32_ps(v, _mm256_add_epi32(lanes, _mm256_set1_epi32(2 * quarter)));
 }
 inline Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
@@ -223,6 +242,7 @@ inline Codes store_digit(Codes codes, int8_t* to) {
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl")
 namespace avx512 {
 constexpr int64_t LANES = 16;
+constexpr int UNROLL = 4;
 using Floats = __m512;
 using Codes = __m512i;
 
@@ -255,14 +275,16 @@ inline Codes dot_pairs(Codes low, Codes high, const int8_t* x, const int8_t* y, 
   const Codes of_low = _mm512_maddubs_epi16(low, _mm512_load_si512(x)), of_high = _mm512_maddubs_epi16(high, _mm512_load_si512(y));
   return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_add_epi16(of_low, of_high), _mm512_set1_epi16(1)));
 }
-inline Floats spread(__m128 scales) {
-  const Codes lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-  return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(scales));
+inline Floats load_first(const float* scales, int64_t count) {
+  return _mm512_maskz_loadu_ps(__mmask16((1 << count) - 1), scales);
 }
-inline Floats spread(const float* scales) { return spread(_mm_loadu_ps(scales)); }
-inline Floats spread(const BFloat16* scales) {
-  const __m128i low = _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales)));
-  return spread(_mm_castsi128_ps(_mm_slli_epi32(low, 16)));
+inline Floats load_first(const BFloat16* scales, int64_t count) {
+  const Codes low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16((1 << count) - 1), scales));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(low, 16));
+}
+inline Floats spread(Floats v, int quarter) {
+  const Codes lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+  return _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(4 * quarter)), v);
 }
 inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
@@ -290,11 +312,9 @@ inline Codes load_codes(const void* codes) { return _mm512_load_si512(codes); }
 inline void store_codes(void* to, Codes codes) { _mm512_store_si512(to, codes); }
 inline Codes add_codes(Codes a, Codes b) { return _mm512_add_epi32(a, b); }
 inline Codes subtract_codes(Codes a, Codes b) { return _mm512_sub_epi32(a, b); }
-// The next `count` codes, at most 64, each + 128.
-inline Codes load_unsigned(const int8_t* codes, int64_t count) {
-  const __mmask64 read = count >= 64 ? ~__mmask64(0) : (__mmask64(1) << count) - 1;
-  return _mm512_xor_si512(_mm512_maskz_loadu_epi8(read, codes), _mm512_set1_epi8(-128));
-}
+inline Codes all_bytes(int8_t byte) { return _mm512_set1_epi8(byte); }
+// Codes of 8 bits, each + 128.
+inline Codes load_unsigned(const int8_t* codes) { return _mm512_xor_si512(_mm512_loadu_si512(codes), all_bytes(-128)); }
 inline Codes dot_bytes(Codes w, const int8_t* x, Codes sum) { return _mm512_dpbusd_epi32(sum, w, _mm512_load_si512(x)); }
 inline Codes dot_pairs(Codes low, Codes high, const int8_t* x, const int8_t* y, Codes sum) {
   return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, low, _mm512_load_si512(x)), high, _mm512_load_si512(y));

@@ -123,11 +123,12 @@ def test_the_kernel_is_the_definition_for_every_width_and_number_of_rows(
 @every_format
 @pytest.mark.parametrize("isa", ["plain", "avx2", "avx512", "vnni"])
 def test_a_row_has_the_same_bits_whatever_rows_come_with_it(form: WeightFormat, isa: str):
-    q, scale = quantize(random_tensor(37, 96), form)
-    x = random_tensor(MAX_KERNEL_ROWS, 96, seed=1)
-    together = native_rows(x, q, scale, form, native.ISA[isa])
-    for rows in (1, 2, 3, 5):
-        assert torch.equal(native_rows(x[:rows], q, scale, form, native.ISA[isa]), together[:rows])
+    for out, width in ((37, 96), (70, 1024)):  # 70 rows are several runs
+        q, scale = quantize(random_tensor(out, width), form)
+        x = random_tensor(MAX_KERNEL_ROWS, width, seed=1)
+        together = native_rows(x, q, scale, form, native.ISA[isa])
+        for rows in (1, 2, 3, 5):
+            assert torch.equal(native_rows(x[:rows], q, scale, form, native.ISA[isa]), together[:rows])
 
 
 @needs_compiler
