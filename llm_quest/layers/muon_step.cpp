@@ -16,7 +16,7 @@
 #include <memory>
 #include <vector>
 
-#include "isa.h"
+#include "vectors.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -62,31 +62,14 @@ inline void transpose_one_by_one(const T* from, int64_t from_row, T* to, int64_t
 }
 
 namespace plain {
-constexpr int64_t LANES = 8, STEP = 1, MR = 3;
+constexpr int64_t STEP = 1, MR = 3;
 using Stored = float;
 using Word = float;
-struct Floats { float lane[8]; };
 using Words = Floats;
 
-inline Floats load(const float* x) {
-  Floats v;
-  std::memcpy(v.lane, x, sizeof v.lane);
-  return v;
-}
-inline void store(float* x, const Floats& v) { std::memcpy(x, v.lane, sizeof v.lane); }
-inline Floats broadcast(float value) {
-  Floats v;
-  for (float& lane : v.lane) lane = value;
-  return v;
-}
-inline Floats widen(const float* x) { return load(x); }
 inline void narrow(float* x, const Floats& v) { store(x, v); }
 inline Words load_words(const float* x) { return load(x); }
 inline Words broadcast_word(float x) { return broadcast(x); }
-inline Floats multiply_add(const Floats& a, const Floats& b, Floats c) {
-  for (int i = 0; i < 8; i++) c.lane[i] += a.lane[i] * b.lane[i];
-  return c;
-}
 inline Floats dot(const Floats& c, const Words& a, const Words& b) { return multiply_add(a, b, c); }
 inline void transpose32(const void* from, int64_t from_row, void* to, int64_t to_row) {
   transpose_one_by_one<8>(static_cast<const float*>(from), from_row, static_cast<float*>(to), to_row);
@@ -106,20 +89,14 @@ inline Floats subtract_at(Floats v, int64_t lane, float shift) {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
-constexpr int64_t LANES = 8, STEP = 1, MR = 6;
+constexpr int64_t STEP = 1, MR = 6;
 using Stored = float;
 using Word = float;
-using Floats = __m256;
 using Words = __m256;
 
-inline Floats load(const float* x) { return _mm256_loadu_ps(x); }
-inline void store(float* x, Floats v) { _mm256_storeu_ps(x, v); }
-inline Floats broadcast(float value) { return _mm256_set1_ps(value); }
-inline Floats widen(const float* x) { return load(x); }
 inline void narrow(float* x, Floats v) { store(x, v); }
 inline Words load_words(const float* x) { return load(x); }
 inline Words broadcast_word(float x) { return broadcast(x); }
-inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats dot(Floats c, Words a, Words b) { return multiply_add(a, b, c); }
 inline void transpose32(const void* from, int64_t from_row, void* to, int64_t to_row) {
   transpose_one_by_one<8>(static_cast<const float*>(from), from_row, static_cast<float*>(to), to_row);
@@ -139,9 +116,6 @@ inline Floats subtract_at(Floats v, int64_t lane, float shift) {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl")
 namespace avx512 {
-constexpr int64_t LANES = 16;
-using Floats = __m512;
-
 // The lanes of two rows r and r + s, s apart, exchanged: four such rounds transpose 16 x 16.
 inline void exchange(__m512i* rows, int s) {
   alignas(64) int32_t low[16], high[16];
@@ -158,10 +132,6 @@ inline void exchange(__m512i* rows, int s) {
   }
 }
 inline void transpose_rows(__m512i* rows) { exchange(rows, 1), exchange(rows, 2), exchange(rows, 4), exchange(rows, 8); }
-inline Floats load(const float* x) { return _mm512_loadu_ps(x); }
-inline void store(float* x, Floats v) { _mm512_storeu_ps(x, v); }
-inline Floats broadcast(float value) { return _mm512_set1_ps(value); }
-inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats subtract_at(Floats v, int64_t lane, float shift) {
   return _mm512_mask_sub_ps(v, __mmask16(1 << lane), v, broadcast(shift));
 }
@@ -178,7 +148,6 @@ using Stored = float;
 using Word = float;
 using Words = __m512;
 
-inline Floats widen(const float* x) { return load(x); }
 inline void narrow(float* x, Floats v) { store(x, v); }
 inline Words load_words(const float* x) { return load(x); }
 inline Words broadcast_word(float x) { return broadcast(x); }
@@ -203,7 +172,6 @@ using Words = __m512i;
 inline __m512i load_wide(const uint16_t* x) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
-inline Floats widen(const uint16_t* x) { return _mm512_castsi512_ps(_mm512_slli_epi32(load_wide(x), 16)); }
 inline void narrow(uint16_t* x, Floats v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), (__m256i)_mm512_cvtneps_pbh(v));
 }
