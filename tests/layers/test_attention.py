@@ -159,6 +159,8 @@ def test_the_operator_for_one_query_is_in_compiled_code_and_not_in_an_exported_p
         (*arguments[:3], arguments[3][:, 0], torch.zeros(4), 0.4, 0.0, 0),
         test_utils=("test_schema", "test_faketensor"),
     )
+    on_meta = query_attention(*(part.to("meta") for part in arguments), scale=0.4)
+    assert (on_meta.shape, on_meta.dtype, on_meta.device.type) == ((3, 1, 4, 5), torch.float32, "meta")
     two = torch.cat((arguments[0],) * 2, dim=1)
     with pytest.raises(RuntimeError, match="one query a row"):
         torch.ops.llm_quest.query_attention(two, *arguments[1:3], None, None, 0.4, 0.0, 0)
@@ -166,7 +168,7 @@ def test_the_operator_for_one_query_is_in_compiled_code_and_not_in_an_exported_p
 
 @needs_compiler
 def test_the_operator_for_one_query_leaves_the_rest_to_the_plain_forms(monkeypatch, generator: torch.Generator):
-    """Eager code, gradients, dropout, several queries, and dtypes that it cannot read."""
+    """Eager code, gradients, dropout, several queries, dtypes that it cannot read, and a library that was not built."""
     place, asked = "llm_quest.layers.scaled_dot_product", []
     monkeypatch.setattr(
         f"{place}.query_attention", lambda q, *rest, **how: asked.append(1) or query_attention(q, *rest, **how)
@@ -184,6 +186,9 @@ def test_the_operator_for_one_query_leaves_the_rest_to_the_plain_forms(monkeypat
     with torch.no_grad():
         attend_to_cache(q, needs_gradient, v, visible)
     fused_attention(q, k, v, visible, scale=0.4, softcap=2.0, sink=torch.zeros(4))
+    assert len(asked) == 2
+    monkeypatch.setattr(native.Library, "loaded", False)  # no compiler
+    torch.testing.assert_close(attend_to_cache(q, k, v, visible), explicit_attention(q, k, v, visible, scale=0.4))
     assert len(asked) == 2
 
 
