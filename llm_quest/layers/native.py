@@ -28,7 +28,7 @@ from llm_quest.cache_dirs import write_to_cache
 from llm_quest.errors import QuestWarning
 
 CPP_FILES = ("quantized_rows.cpp", "query_attention.cpp", "muon_step.cpp")
-HEADERS = ("quantized_tiles.h", "query_tiles.h", "muon_tiles.h", "vectors.h", "isa.h")
+HEADERS = ("quantized_tiles.h", "query_tiles.h", "muon_tiles.h", "vectors.h", "tensors.h", "isa.h")
 SOURCES = [Path(__file__).with_name(name) for name in (*CPP_FILES, *HEADERS)]
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-Wall", "-ffp-contract=off")
 ISA = {"best": 0, "plain": 1, "avx2": 2, "avx512": 3, "vnni": 4}

@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "tensors.h"
 #include "vectors.h"
 
 using torch::headeronly::ScalarType;
@@ -145,7 +146,7 @@ Tensor quantized_rows(Tensor x, Tensor q, Tensor scale, Tensor levels, int64_t f
                   "quantized_rows: x is float32, and x, q and scale are contiguous");
   STD_TORCH_CHECK(q.size(1) == (format == INT8 ? K : K / 2) && (format == INT8 || K % GROUP == 0),
                   "quantized_rows: x and q have different widths");
-  Tensor y = torch::stable::new_empty(x, {N, O});
+  Tensor y = empty_on_host(x, {N, O});
   const Product p{Format(format), static_cast<const float*>(x.data_ptr()), nullptr, static_cast<const uint8_t*>(q.data_ptr()),
                   scale.data_ptr(), static_cast<const float*>(levels.data_ptr()), static_cast<float*>(y.data_ptr()),
                   N, O, K};
@@ -161,7 +162,7 @@ Tensor float_rows(Tensor x, Tensor weight, int64_t isa) {
                   "float_rows: x is float32, W is float32 or bfloat16, of one width, and both are contiguous");
   std::vector<int64_t> shape(x.dim(), weight.size(0));
   for (int64_t axis = 0; axis + 1 < x.dim(); axis++) shape[axis] = x.size(axis);
-  Tensor y = torch::stable::new_empty(x, shape);
+  Tensor y = empty_on_host(x, shape);
   const int64_t N = y.numel() / std::max<int64_t>(1, weight.size(0));
   const Product p{FLOATS, static_cast<const float*>(x.data_ptr()), nullptr,
                   static_cast<const uint8_t*>(weight.data_ptr()), nullptr, nullptr, static_cast<float*>(y.data_ptr()),

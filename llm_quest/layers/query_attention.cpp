@@ -11,6 +11,7 @@
 #include <optional>
 #include <vector>
 
+#include "tensors.h"
 #include "vectors.h"
 
 using torch::headeronly::ScalarType;
@@ -101,7 +102,7 @@ Tensor query_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
                   "query_attention: the mask is (B or 1, S) of bool");
   STD_TORCH_CHECK(!sink || (sink->scalar_type() == ScalarType::Float && sink->is_contiguous() && sink->numel() == q.size(2)),
                   "query_attention: the sink is (H) of float32");
-  Tensor out = torch::stable::new_empty(q, {q.size(0), 1, q.size(2), v.size(3)});
+  Tensor out = empty_on_host(q, {q.size(0), 1, q.size(2), v.size(3)});
   const Strides of_mask = mask ? Strides{mask->size(0) == 1 ? 0 : mask->stride(0), mask->stride(1), 0} : Strides{};
   const Attention a{q.data_ptr(), k.data_ptr(), v.data_ptr(), mask ? static_cast<const bool*>(mask->data_ptr()) : nullptr,
                     sink ? static_cast<const float*>(sink->data_ptr()) : nullptr, out.data_ptr(), strides_of(q), strides_of(k),
