@@ -5,6 +5,7 @@ In float64, every tensor random: what should be equal is so to 1e-10, and a mist
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -56,6 +57,13 @@ def pad_rows(rows: Sequence[Tensor], slots: Sequence[Sequence[int]], length: int
     return tokens, positions
 
 
+@functools.cache
+def ragged_rows(name: str, more: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """Rows of three lengths, and the logits (T, V) of each alone: computed once for all paddings."""
+    rows = [random_tokens(shared(name), 1, length + more, seed=length)[0] for length in (5, 11, 8)]
+    return rows, [shared(name)(row[None])[0] for row in rows]
+
+
 def test_every_page_has_a_tiny_preset_so_that_no_page_is_skipped():
     for page in FAMILIES:
         assert any(preset.name in TINY for preset in page.presets), page.name
@@ -66,12 +74,14 @@ def test_a_later_token_never_changes_earlier_logits(name: str):
     model = shared(name)
     tokens = random_tokens(model, 2, 14)
     logits = model(tokens)
+    changed = tokens.repeat(14, 1, 1)
     for t in range(1, 14):
-        changed = tokens.clone()
-        changed[:, t:] = (changed[:, t:] + 1) % model.config.vocab_size
-        other = model(changed)
-        torch.testing.assert_close(other[:, :t], logits[:, :t], **EXACT)
-        assert (other[:, t] - logits[:, t]).abs().max() > 1e-3, "the token itself must matter, or this proves nothing"
+        changed[t, :, t:] = (changed[t, :, t:] + 1) % model.config.vocab_size
+    others = model(changed.flatten(0, 1)).unflatten(0, (14, 2))
+    for t in range(1, 14):
+        torch.testing.assert_close(others[t, :, :t], logits[:, :t], **EXACT)
+        moved = (others[t, :, t] - logits[:, t]).abs().max()
+        assert moved > 1e-3, "the token itself must matter, or this proves nothing"
 
 
 @everybody
@@ -123,33 +133,32 @@ def slots_of(padding: str, rows: Sequence[Tensor], total: int) -> list[list[int]
 @everybody
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_padding_anywhere_is_invisible(name: str, padding: str):
-    model = shared(name)
-    rows = [random_tokens(model, 1, length, seed=length)[0] for length in (5, 11, 8)]
+    rows, alone = ragged_rows(name)
     slots = slots_of(padding, rows, 13)
     tokens, positions = pad_rows(rows, slots, 13)
-    logits = model(tokens, Scope(positions))
-    for b, row in enumerate(rows):
-        torch.testing.assert_close(logits[b, slots[b]], model(row[None])[0], **EXACT)
+    logits = shared(name)(tokens, Scope(positions))
+    for b, expected in enumerate(alone):
+        torch.testing.assert_close(logits[b, slots[b]], expected, **EXACT)
 
 
 @everybody
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_padding_is_invisible_to_a_cache_and_to_what_is_decoded_after_it(name: str, padding: str):
     model = shared(name)
-    rows = [random_tokens(model, 1, length + 6, seed=length)[0] for length in (5, 11, 8)]
+    rows, alone = ragged_rows(name, more=6)
     prompts = [row[:-6] for row in rows]
     slots = slots_of(padding, prompts, 13)
     tokens, positions = pad_rows(prompts, slots, 13)
     cache = model.new_cache(3, 24)
     logits = model(tokens, Scope(positions, cache=cache))
-    for b, row in enumerate(rows):
-        torch.testing.assert_close(logits[b, slots[b]], model(row[None])[0, :-6], **EXACT)
+    for b, expected in enumerate(alone):
+        torch.testing.assert_close(logits[b, slots[b]], expected[:-6], **EXACT)
     for step in range(6):
         places = torch.tensor([[len(prompt) + step] for prompt in prompts])
         last = torch.stack([row[len(row) - 6 + step, None] for row in rows])
         logits = model(last, Scope(places, cache=cache))
-        for b, row in enumerate(rows):
-            torch.testing.assert_close(logits[b, 0], model(row[None])[0, len(prompts[b]) + step], **EXACT)
+        for b, expected in enumerate(alone):
+            torch.testing.assert_close(logits[b, 0], expected[len(prompts[b]) + step], **EXACT)
 
 
 @everybody
@@ -194,8 +203,8 @@ def test_packed_documents_equal_the_documents_alone(name: str, tail: int):
     torch.testing.assert_close(logits, torch.cat([model(d[None]) for d in documents], dim=1), **EXACT)
 
 
-def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    return F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten())
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten())
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -222,7 +231,8 @@ def test_every_parameter_receives_a_gradient(name: str):
 @everybody
 def test_every_part_of_a_stacked_projection_receives_a_gradient(name: str):
     model = own(name)
-    next_token_loss(model, random_tokens(model, 4, 16)).backward()
+    tokens = random_tokens(model, 4, 16)
+    next_token_loss(model(tokens), tokens).backward()
     gradients = {path: parameter.grad for path, parameter in model.named_parameters()}
     for path, sizes in model.row_splits().items():
         if path.startswith("mtp_modules."):
@@ -234,11 +244,19 @@ def test_every_part_of_a_stacked_projection_receives_a_gradient(name: str):
 @everybody
 def test_a_fresh_models_loss_is_near_ln_v(name: str):
     model = fresh(name)
-    loss = next_token_loss(model, random_tokens(model, 8, 32))
+    tokens = random_tokens(model, 8, 32)
+    loss = next_token_loss(model(tokens), tokens)
     assert abs(loss.item() - math.log(model.config.vocab_size)) < 0.05 * math.log(model.config.vocab_size)
 
 
 DTYPES = {torch.float64: 1e-6, torch.float32: 1e-6, torch.float16: 0.01, torch.bfloat16: 0.08}
+
+
+@functools.cache
+def tokens_and_logits(name: str) -> tuple[Tensor, Tensor]:
+    """Two rows and their logits in float64, for every dtype."""
+    tokens = random_tokens(shared(name), 2, 15)
+    return tokens, shared(name)(tokens)
 
 
 def relative(ours: Tensor, exact: Tensor) -> float:
@@ -256,14 +274,15 @@ def limit(model: Decoder, dtype: torch.dtype) -> float:
 @everybody
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_runs_forward_backward_and_cached(name: str, dtype: torch.dtype):
-    model, exact = own(name, dtype), shared(name)
-    tokens = random_tokens(model, 2, 15)
-    logits = model(tokens)
-    assert logits.dtype is dtype
-    assert model.hidden_states(tokens).dtype is dtype
-    assert relative(logits, exact(tokens)) < limit(model, dtype)
-    assert relative(in_chunks(model, tokens, (9, 1, 3, 1, 1)), exact(tokens)) < limit(model, dtype)
-    next_token_loss(model, tokens).backward()
+    model = own(name, dtype)
+    tokens, exact = tokens_and_logits(name)
+    hidden = model.hidden_states(tokens)
+    logits = model.head(hidden)
+    assert hidden.dtype is logits.dtype is dtype
+    assert relative(logits, exact) < limit(model, dtype)
+    with torch.no_grad():
+        assert relative(in_chunks(model, tokens, (9, 1, 3, 1, 1)), exact) < limit(model, dtype)
+    next_token_loss(logits, tokens).backward()
     assert all(
         parameter.grad.isfinite().all()
         for parameter in trainable_parameters(model).values()
@@ -273,15 +292,15 @@ def test_every_dtype_runs_forward_backward_and_cached(name: str, dtype: torch.dt
 
 @everybody
 def test_bfloat16_autocast_trains_and_keeps_float32_weights(name: str):
-    model, exact = own(name, torch.float32), shared(name)
-    tokens = random_tokens(model, 2, 15)
+    model = own(name, torch.float32)
+    tokens, exact = tokens_and_logits(name)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(tokens)
         cached = in_chunks(model, tokens, (9, 1, 5))
-        loss = next_token_loss(model, tokens)
+        loss = next_token_loss(logits, tokens)
     loss.backward()
-    assert relative(logits, exact(tokens)) < limit(model, torch.bfloat16)
-    assert relative(cached, exact(tokens)) < limit(model, torch.bfloat16)
+    assert relative(logits, exact) < limit(model, torch.bfloat16)
+    assert relative(cached, exact) < limit(model, torch.bfloat16)
     gradients = [p.grad for p in trainable_parameters(model).values() if p.grad is not None]
     assert gradients
     assert all(g.dtype is torch.float32 and g.isfinite().all() for g in gradients)
@@ -300,7 +319,7 @@ class Checkpointed(nn.Module):
 
 def loss_and_gradients(model: Decoder, tokens: Tensor) -> list[Tensor]:
     torch.manual_seed(3)  # dropout draws from the global generator
-    loss = next_token_loss(model, tokens)
+    loss = next_token_loss(model(tokens), tokens)
     reached = [
         parameter for path, parameter in trainable_parameters(model).items() if not path.startswith("mtp_modules.")
     ]
