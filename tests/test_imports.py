@@ -243,6 +243,11 @@ def test_no_process_is_started_through_a_shell():
     assert files_with(find) == {}
 
 
+def test_operators_are_defined_without_custom_op():
+    """Its first call imports torch._dynamo, over a second of processor time before a model's first token."""
+    assert not [file.name for file in FILES for name, _ in calls_in(file) if name.endswith("custom_op")]
+
+
 def test_library_files_have_no_main_block():
     def find(file: Path) -> list[str]:
         compared = [node for node in nodes_of(file) if isinstance(node, ast.Compare)]

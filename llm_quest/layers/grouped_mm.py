@@ -3,7 +3,8 @@ permutation of the tokens there and back.
 
 PyTorch's `grouped_mm` computes it. It is wrapped in operators of our own because its shape rule for compiled code takes
 bfloat16 only, while the kernel itself takes float32 too: eager and compiled code run the same kernel, forward and
-backward. The two permutations are each other's transpose, and neither adds into a place twice, so that the order of
+backward. (`torch.library.custom_op` would import torch._dynamo at the first product, over a second of processor time.)
+The two permutations are each other's transpose, and neither adds into a place twice, so that the order of
 additions is fixed on any device.
 
 Commonly got wrong: the offsets are where runs end, not where they begin; the way back is the inverse of the
@@ -18,27 +19,36 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+COMPILABLE = (torch.Tag.pt2_compliant_tag,)
+torch.library.define(
+    "llm_quest::grouped_product", "(Tensor x, Tensor weight, Tensor offsets) -> Tensor", tags=COMPILABLE
+)
+torch.library.define("llm_quest::grouped_outer", "(Tensor x, Tensor y, Tensor offsets) -> Tensor", tags=COMPILABLE)
 
-@torch.library.custom_op("llm_quest::grouped_product", mutates_args=())
-def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+
+@torch.library.impl("llm_quest::grouped_product", "default")
+def compute_grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """x (N,I), weight (E,I,O), ends (E,) int32: rows ends[e-1]..ends[e] of x belong to expert e -> (N,O)."""
     return F.grouped_mm(x, weight, offs=offsets)
 
 
-@grouped_product.register_fake
+@torch.library.register_fake("llm_quest::grouped_product")
 def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2])
 
 
-@torch.library.custom_op("llm_quest::grouped_outer", mutates_args=())
-def grouped_outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
+@torch.library.impl("llm_quest::grouped_outer", "default")
+def compute_grouped_outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     """The product of each expert's rows, x_e^T y_e: (N,I), (N,O) -> (E,I,O). An expert without rows gets zeros."""
     return F.grouped_mm(x.transpose(0, 1), y, offs=offsets)
 
 
-@grouped_outer.register_fake
+@torch.library.register_fake("llm_quest::grouped_outer")
 def _(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(ends.shape[0], x.shape[1], y.shape[1])
+
+
+grouped_product, grouped_outer = torch.ops.llm_quest.grouped_product, torch.ops.llm_quest.grouped_outer
 
 
 class GroupedLinear(Function):

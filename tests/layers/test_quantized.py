@@ -15,7 +15,6 @@ from llm_quest.layers.quantized_kernels import (
     MAX_KERNEL_ROWS,
     native_rows,
     quantized_linear,
-    quantized_linear_op,
     quantized_linear_reference,
 )
 from llm_quest.layers.weight_formats import (
@@ -205,7 +204,9 @@ def test_the_operator_has_a_gradient_and_a_shape(form: WeightFormat, width: int)
     q, scale = quantize(random_tensor(6, width).double(), form)
     x = random_tensor(3, width, seed=1).double().requires_grad_()
     assert gradcheck(lambda x: quantized_linear(x, q, scale, form), (x,))
-    torch.library.opcheck(quantized_linear_op, (x, q, scale, form.name, width), test_utils=OP_CHECKS)
+    torch.library.opcheck(
+        torch.ops.llm_quest.quantized_linear.default, (x, q, scale, form.name, width), test_utils=OP_CHECKS
+    )
     on_meta = quantized_linear(x.to("meta"), q.to("meta"), scale.to("meta"), form)
     assert (on_meta.shape, on_meta.dtype, on_meta.device.type) == ((3, 6), torch.float64, "meta")
 
