@@ -47,5 +47,5 @@ def call_and_print(stdout: str, stderr: str, function: Callable[..., Any], *argu
         os.close(opened)
     torch.set_num_threads(1)
     gc.freeze()
-    gc.set_threshold(50_000, 10, 40)  # tracing makes millions of objects that live as long as the graph
+    gc.set_threshold(1_000_000, 10, 40)  # tracing makes millions of objects that live as long as the graph
     sys.exit(function(*arguments))
