@@ -58,7 +58,7 @@ def pad_rows(rows: Sequence[Tensor], slots: Sequence[Sequence[int]], length: int
 
 
 @functools.cache
-def ragged_rows(name: str, more: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+def rows_and_logits(name: str, more: int = 0) -> tuple[list[Tensor], list[Tensor]]:
     """Rows of three lengths, and the logits (T, V) of each alone: computed once for all paddings."""
     rows = [random_tokens(shared(name), 1, length + more, seed=length)[0] for length in (5, 11, 8)]
     return rows, [shared(name)(row[None])[0] for row in rows]
@@ -133,7 +133,7 @@ def slots_of(padding: str, rows: Sequence[Tensor], total: int) -> list[list[int]
 @everybody
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_padding_anywhere_is_invisible(name: str, padding: str):
-    rows, alone = ragged_rows(name)
+    rows, alone = rows_and_logits(name)
     slots = slots_of(padding, rows, 13)
     tokens, positions = pad_rows(rows, slots, 13)
     logits = shared(name)(tokens, Scope(positions))
@@ -145,7 +145,7 @@ def test_padding_anywhere_is_invisible(name: str, padding: str):
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_padding_is_invisible_to_a_cache_and_to_what_is_decoded_after_it(name: str, padding: str):
     model = shared(name)
-    rows, alone = ragged_rows(name, more=6)
+    rows, alone = rows_and_logits(name, more=6)
     prompts = [row[:-6] for row in rows]
     slots = slots_of(padding, prompts, 13)
     tokens, positions = pad_rows(prompts, slots, 13)
