@@ -166,8 +166,7 @@ def test_every_public_method_is_called():
         for file, owner in classes()
         for node in owner.body
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
-        if node.name not in known
-        and "validator" not in "".join(map(ast.unparse, node.decorator_list))
+        if node.name not in known and "validator" not in "".join(map(ast.unparse, node.decorator_list))
     }
     assert not lost, "only tests call these: wire them, remove them or name them in CALLED_BY_OTHERS"
 
