@@ -18,7 +18,8 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
     [
         *("tests.forked", "tests.recipes.two", "tests.train.small", "torch.distributed.launcher.api", "torch._dynamo"),
-        *("llm_quest.recipes.pretrain", "llm_quest.recipes.vlm"),
+        *("torch.distributed.checkpoint", "matplotlib.figure"),  # of a run's checkpoint and of its report
+        *("llm_quest.recipes.pretrain", "llm_quest.recipes.vlm", "llm_quest.recipes.grpo"),
     ]
 )
 
