@@ -26,8 +26,7 @@ def describe_verdict(verdict: Mapping[str, Any]) -> list[str]:
         between = f"between {interval[0]:+.4g} and {interval[1]:+.4g} (95 %)" if interval else "not bounded yet"
         lines.append(
             f"  {verdict['metric']}, arm - control: {between}; mean {verdict['mean']:+.4g}, median "
-            f"{verdict['median']:+.4g}; {len(verdict['differences'])} pairs, E = {verdict['evidence'][-1]:.3g} of "
-            f"{verdict['threshold']:.3g}"
+            f"{verdict['median']:+.4g}; {len(verdict['differences'])} pairs, E = {describe_evidence(verdict)}"
         )
     if outcome == "undecided (time)":
         lines.append("  time ran out; the same command goes on")
@@ -40,6 +39,15 @@ def describe_verdict(verdict: Mapping[str, Any]) -> list[str]:
         )
     lines += [f"  {line}" for line in describe_stability(verdict)]
     return lines
+
+
+def describe_evidence(verdict: Mapping[str, Any]) -> str:
+    """The newest evidence beside its threshold; and the largest, which decides, where that alone reached it."""
+    evidence, threshold = verdict["evidence"], verdict["threshold"]
+    newest, largest = f"{evidence[-1]:.3g} of {threshold:.3g}", max(evidence)
+    if evidence[-1] < threshold <= largest:
+        return f"{newest}, which it had passed with {largest:.3g} after {evidence.index(largest) + 1} pairs"
+    return newest
 
 
 def describe_deciding_interval(verdict: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from llm_quest.experiments.arms import CONTROL
 from llm_quest.experiments.sequential import sequential_interval
-from llm_quest.experiments.verdict_lines import describe_deciding_interval, describe_verdict
+from llm_quest.experiments.verdict_lines import describe_deciding_interval, describe_evidence, describe_verdict
 from llm_quest.files import atomic_write_json, atomic_write_text, damaged_file_errors, load_json
 from llm_quest.papers.paper import Paper, judge
 from llm_quest.papers.reproduce import SizeResult, comparison_claim, reproduce_command
@@ -227,7 +227,7 @@ def table_rows(card: PaperCard) -> Iterator[str]:
             verdict = verdicts.get(name)
             last = ("", "", "")
             if verdict:
-                evidence = f"{verdict['evidence'][-1]:.3g} of {verdict['threshold']:.3g}" if verdict["evidence"] else ""
+                evidence = describe_evidence(verdict) if verdict["evidence"] else ""
                 last = (describe_effect(verdict), str(verdict["pairs"]), evidence)
             cells = (size, name, f"{arm['parameters']:,}", f"{arm['steps']:,}", f"{arm['learning_rate']:g}{tried}")
             yield f"| {' | '.join((*cells, mean, *last))} |"

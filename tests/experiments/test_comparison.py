@@ -12,7 +12,7 @@ import pytest
 from llm_quest.errors import UsageError
 from llm_quest.experiments.code_tree import PACKAGE, differing_files, open_edit, own_code
 from llm_quest.experiments.comparison import Claim, Comparison
-from llm_quest.experiments.verdict_lines import describe_verdict
+from llm_quest.experiments.verdict_lines import describe_evidence, describe_verdict
 from tests.experiments.edits import DRAWS, KINDS, edits, write_patch
 from tests.experiments.null_edits import simulate
 from tests.experiments.test_sequential import run_experiments, walks
@@ -147,6 +147,16 @@ def test_the_words_of_a_verdict():
     assert "4 pairs" in second
     assert "95 %" in second
     assert "undecided" in describe_verdict(compare([8.0, -8.0] * 6).verdict("arm"))[0]
+
+
+def test_evidence_that_had_passed_its_threshold_earlier_is_shown():
+    """Accuracies: the evidence of four pairs is enough, the signs are not before the fifth (gspo's pairs)."""
+    claim = Claim("eval/mean@8", 0.05, 12, greater_is_better=True, normal=False)
+    found = compare([0.01875, 0.0253125, 0.0159375, 0.0171875, 0.0484375], claim).verdict("arm")
+    assert found["outcome"] == "better"
+    assert found["evidence"][-1] < found["threshold"]
+    assert describe_evidence(found) == "6.86 of 7.05, which it had passed with 8.67 after 4 pairs"
+    assert describe_evidence(compare([-2.0, -2.1, -1.9, -2.05]).verdict("arm")).endswith("of 7.05")
 
 
 def test_a_verdict_names_the_interval_that_decided_it():
