@@ -11,7 +11,7 @@ from llm_quest.experiments.tuning import MAX_EXTENSIONS
 @dataclass(frozen=True)
 class RunCounts:
     """Runs of an experiment, at most: the control and `arms` - 1 arms; tuning, tuning_more: of the first rates, and of
-    those that are added where a best rate lies at an edge; aa, aa_pairs: A/A runs and pairs; cap: pairs at most."""
+    those that are added where they do not tell the best one; aa, aa_pairs: A/A runs and pairs; cap: pairs at most."""
 
     arms: int
     tuning: int
