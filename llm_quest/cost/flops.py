@@ -88,13 +88,26 @@ def make_flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=flop_formulas())
 
 
-class PassCounter(TorchDispatchMode):
-    """FLOPs of the operators inside, by the number of the block that they run in (None: outside of all) and operator.
-    FlopCounterMode tells every module apart and tries to decompose every operator, which takes most of its time."""
+class OperatorFlops(TorchDispatchMode):
+    """A dispatch mode that knows the FLOPs of operators. (FlopCounterMode tells every module apart, keeps the graph of
+    each alive and tries to decompose every operator, which takes most of its time.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.formulas = make_flop_counter().flop_registry
+
+    def count(self, func: Any, args: Any, kwargs: Any, out: Any) -> int:
+        """FLOPs of one call; 0 for an operator without products."""
+        formula = self.formulas.get(func._overloadpacket)
+        return formula(*args, **kwargs, out_val=out) if formula else 0
+
+
+class PassCounter(OperatorFlops):
+    """FLOPs of the operators inside, by the number of the block that they run in (None: outside of all) and the
+    operator."""
 
     def __init__(self, blocks: Iterable[nn.Module] = ()) -> None:
         super().__init__()
-        self.formulas = make_flop_counter().flop_registry
         self.blocks, self.block = list(blocks), None
         self.flops: Counter[tuple[int | None, str]] = Counter()
 
@@ -113,9 +126,9 @@ class PassCounter(TorchDispatchMode):
         self.block = block
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if formula := self.formulas.get(func._overloadpacket):
-            self.flops[self.block, str(func._overloadpacket)] += formula(*args, **(kwargs or {}), out_val=out)
+        out = func(*args, **(kwargs := kwargs or {}))
+        if flops := self.count(func, args, kwargs, out):
+            self.flops[self.block, str(func._overloadpacket)] += flops
         return out
 
     def split(self, block_counts: Sequence[int] = ()) -> tuple[int, int]:

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llm_quest.cost.flops import fake_copy, make_flop_counter, use_grouped_experts
+from llm_quest.cost.flops import OperatorFlops, fake_copy, use_grouped_experts
 from llm_quest.techniques.activation_checkpointing import CheckpointedForward, disable_checkpointing
 
 TIMED_STEPS = 3
@@ -90,13 +89,11 @@ def count_update(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
     return storage_bytes(state), tracker.peak(exclude=state)
 
 
-class StepTracker(TorchDispatchMode):
-    """Counts the FLOPs of the operators inside, and follows every storage that they make until it is freed. Not with
-    FlopCounterMode, which keeps the graph of every module alive."""
+class StepTracker(OperatorFlops):
+    """Counts the FLOPs of the operators inside, and follows every storage that they make until it is freed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.formulas = make_flop_counter().flop_registry
         self.alive: dict[int, tuple[Any, int]] = {}
         self.events: list[tuple[int, int]] = []
         self.flops = self.live_bytes = self.activations = 0
@@ -105,8 +102,7 @@ class StepTracker(TorchDispatchMode):
         for tensor in tree_leaves((args, kwargs)):
             self.note(tensor, made_here=False)
         out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in self.formulas:
-            self.flops += self.formulas[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        self.flops += self.count(func, args, kwargs or {}, out)
         for tensor in tree_leaves(out):
             self.note(tensor, made_here=True)
         return out

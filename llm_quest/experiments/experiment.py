@@ -352,10 +352,9 @@ class Experiment:
 
     def value(self, record: Record, name: str, metric: str = "") -> float | None:
         vocab_size = self.descriptions[name]["vocab_size"]
-        compared = self.arms[name].metric or self.plan.claim.metric
-        return read_metric(record, metric or compared, name, vocab_size)
+        return read_metric(record, metric or self.arms[name].metric or self.plan.claim.metric, name, vocab_size)
 
-    def compared(self, record: Record, name: str) -> float | None:
+    def value_on_scale(self, record: Record, name: str) -> float | None:
         """The claim's metric of a run on the claim's scale; None if it diverged."""
         value = self.value(record, name)
         return None if value is None else self.plan.claim.rescale(value)
@@ -403,7 +402,7 @@ class Experiment:
 
     def loss(self, record: Record, name: str) -> float:
         """What is compared, where less is better; infinite if the run diverged."""
-        value = self.compared(record, name)
+        value = self.value_on_scale(record, name)
         if value is None:
             return math.inf
         return -value if self.plan.claim.greater_is_better else value
@@ -437,7 +436,7 @@ class Experiment:
         if not comparison.open_arms:
             return
         names = comparison.open_arms
-        values = {name: self.compared(records[name], name) for name in (CONTROL, *names)}
+        values = {name: self.value_on_scale(records[name], name) for name in (CONTROL, *names)}
         if values[CONTROL] is None and self.searches:
             raise GuardStop(
                 f"the control diverged with seed {seed} at its tuned learning rate, so the experiment is void: give a "

@@ -29,7 +29,7 @@ class ExperimentRuns(Protocol):
 
     def request(self, name: str, seed: int, role: str, extra: Sequence[str] = (), repeat: int = 0) -> RunRequest: ...
     def measure(self, requests: Sequence[RunRequest], what: str) -> list[Record]: ...
-    def compared(self, record: Record, name: str) -> float | None: ...
+    def value_on_scale(self, record: Record, name: str) -> float | None: ...
     def note(self, text: str) -> None: ...
 
 
@@ -41,7 +41,7 @@ def measure_noise(bench: ExperimentRuns) -> dict[str, Any]:
     nuisance = nuisance_setting(bench)
     other = [replace(one, pairs=(*one.pairs, nuisance)) for one in plain] if nuisance else []
     records = bench.measure([*plain, repeat, *other], "runs of A/A pairs")
-    values = [bench.compared(record, CONTROL) for record in records]
+    values = [bench.value_on_scale(record, CONTROL) for record in records]
     if values[0] != values[len(seeds)]:
         raise DataError(
             f"the control's run isn't repeatable: with seed {seeds[0]} it gave {values[0]} and {values[len(seeds)]}\n"

@@ -17,9 +17,9 @@ STEEPEST_RATE = -0.5
 LARGEST_RATE = 1.0
 """What the recipes' `learning_rate` takes."""
 NEAR = 0.25
-"""How far from the best rate the vertex is believed: a quarter of the way to the neighbor."""
+"""The vertex is used within this share of the way from the best rate to its neighbor."""
 OCTAVE = 1.1
-"""One octave, with room for rates of three digits."""
+"""One octave, and what rounding to three digits may add."""
 
 
 @dataclass
@@ -57,8 +57,8 @@ class RateSearch:
         return parabola_vertex([math.log2(rate) for rate in around], [self.losses[rate] for rate in around])
 
     @property
-    def believed(self) -> tuple[float, float]:
-        """Where a vertex is believed, in log2(rate)."""
+    def vertex_range(self) -> tuple[float, float]:
+        """Where a vertex is used, in log2(rate)."""
         ends = [math.log2(self.best) + NEAR * math.log2(rate / self.best) for rate in self.neighbors]
         return min(ends), max(ends)
 
@@ -66,11 +66,11 @@ class RateSearch:
     def is_open(self) -> bool:
         """Whether one more rate would say where the best one is: beyond the edge, or between it and a neighbor that is
         more than an octave away."""
-        if len(self.losses) < 2 or self.at_edge:
-            return self.at_edge
-        if max(map(self.octaves, self.neighbors)) <= OCTAVE:
+        if self.at_edge:
+            return True
+        if not any(self.octaves(rate) > OCTAVE for rate in self.neighbors):
             return False
-        low, high = self.believed
+        low, high = self.vertex_range
         return not low <= self.vertex <= high or any(math.isinf(self.losses[rate]) for rate in self.neighbors)
 
     def next_rate(self) -> float:
@@ -88,7 +88,7 @@ class RateSearch:
         """The vertex of the parabola, near the best rate; the best rate where there is none."""
         if len(self.neighbors) < 2:
             return self.best
-        low, high = self.believed
+        low, high = self.vertex_range
         vertex = min(max(self.vertex, low), high)
         return self.best if vertex == math.log2(self.best) else round_rate(2.0**vertex)
 

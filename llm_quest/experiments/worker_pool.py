@@ -120,7 +120,7 @@ class WorkerPool:
         return answer
 
     def take_worker(self, tree: CodeTree) -> Worker:
-        """An idle process of this code, or a new one, for which an idle one of other code makes room. UsageError where
+        """An idle process of this code, or a new one, in place of an idle one of other code. UsageError where
         the code has been edited since it was hashed."""
         with self.lock:
             own = next((one for one in self.idle if one.tree.hash == tree.hash), None)
