@@ -3,11 +3,12 @@ that it waited for, by package, file and function; `make test` tells how long th
 machine that does something else too. Without options the whole suite runs, on two workers.
 
 As a plugin (`pytest -p tests.durations`) each process appends to a file of its own in the folder of
-LLM_QUEST_DURATIONS. Forked processes of multiprocessing's fork server are nobody's children and are not counted."""
+LLM_QUEST_DURATIONS. Processes of multiprocessing's fork server are counted where /proc tells what it has used."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing.forkserver
 import os
 import re
 import subprocess
@@ -34,7 +35,18 @@ class Spent(NamedTuple):
 
 def processor_seconds() -> float:
     times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    return times.user + times.system + times.children_user + times.children_system + fork_server_seconds()
+
+
+def fork_server_seconds() -> float:
+    """Of the fork server and of the processes that it has waited for: it is no child whose seconds os.times() adds.
+    0 where /proc is missing or no fork server runs."""
+    pid = getattr(multiprocessing.forkserver._forkserver, "_forkserver_pid", None)  # type: ignore[attr-defined]
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")  # utime, stime, cutime, cstime
 
 
 def append(spent: Spent) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from tests import conftest, durations
 from tests.durations import Spent
+from tests.forked import run_forked
 
 
 def use_processor(seconds: float) -> None:
@@ -40,6 +42,20 @@ def test_a_tests_seconds_are_summed_by_package_file_and_function(tmp_path: Path,
     assert lines[0] == "1 s of processor time in 3 tests"
     assert lines[1] == "collected in 2 s of processor time"
     assert lines[lines.index("by package:") + 1].endswith("s  tests/a")
+
+
+def use_own_processor(seconds: float) -> None:
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        pass
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the fork server's seconds stand in /proc")
+def test_a_forked_process_is_counted():
+    run_forked(use_own_processor, 0.0)  # starts the fork server
+    before = durations.processor_seconds()
+    run_forked(use_own_processor, 0.3)
+    assert durations.processor_seconds() - before >= 0.29
 
 
 def test_a_worker_tells_one_report_of_a_test_and_those_that_did_not_pass(monkeypatch: pytest.MonkeyPatch):
