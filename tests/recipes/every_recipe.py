@@ -135,13 +135,20 @@ def copy_up_to_step_1(source: Path, target: Path) -> None:
 NAMES = tuple(RECIPES)
 
 
-def run_all_by_two(folder: str) -> None:
-    """On each of two processes: every recipe by FSDP2, and by DDP from what one process left at step 1."""
-    here, parallel = Path(folder), DistributedContext.from_environment("cpu")
+def make_every_run(folder: Path) -> None:
+    """What the recipes begin with, and in `alone` the run of each on one process."""
+    prepare(folder)
     for name in NAMES:
-        run_tiny(name, here, here / "fsdp" / name, "parallel=fsdp")
+        run_tiny(name, folder, folder / "alone" / name)
+
+
+def run_all_by_two(folder: str, out: str) -> None:
+    """On each of two processes: every recipe by FSDP2, and by DDP from what one process left at step 1."""
+    here, two, parallel = Path(folder), Path(out), DistributedContext.from_environment("cpu")
+    for name in NAMES:
+        run_tiny(name, here, two / "fsdp" / name, "parallel=fsdp")
         if parallel.is_main_process:
-            copy_up_to_step_1(here / "alone" / name, here / "ddp" / name)
+            copy_up_to_step_1(here / "alone" / name, two / "ddp" / name)
         parallel.wait_for_main_process()
-        run_tiny(name, here, here / "ddp" / name, "parallel=ddp")
+        run_tiny(name, here, two / "ddp" / name, "parallel=ddp")
     parallel.destroy_process_group()

@@ -44,6 +44,7 @@ from llm_quest.rollouts.sampler import Sample
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.rng_state import derive_seed
 from tests.recipes.tuned import metrics, weights
+from tests.shared_folder import shared_folder
 
 RECIPE = """
 recipe: grpo
@@ -82,9 +83,8 @@ def run_grpo(out: Path, *pairs: str, say=lambda line: None):
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose teacher copied half of the words where it should have reversed them."""
-    out = tmp_path_factory.mktemp("runs") / "first"
-    run_grpo(out, "max_steps=1")
-    return out / "warmup"
+    made = shared_folder(tmp_path_factory, "policy", lambda folder: run_grpo(folder / "first", "max_steps=1"))
+    return made / "first/warmup"
 
 
 def from_(warm: Path, *pairs: str) -> list[str]:

@@ -12,7 +12,8 @@ import yaml
 from book.reference import unexplained_metrics, unknown_files
 from llm_quest.errors import DataError, UsageError
 from llm_quest.recipes.held_out import evaluate_run
-from tests.recipes.every_recipe import NAMES, prepare, run_tiny
+from tests.recipes.every_recipe import NAMES, make_every_run, run_tiny
+from tests.shared_folder import shared_folder
 
 
 def quiet(line: str) -> None:
@@ -21,13 +22,7 @@ def quiet(line: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    here = tmp_path_factory.mktemp("held out")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLM_QUEST_CACHE", str(here / "cache"))
-        prepare(here)
-        for name in NAMES:
-            run_tiny(name, here, here / "alone" / name)
-    return here
+    return shared_folder(tmp_path_factory, "runs", make_every_run)
 
 
 def files_of(run: Path) -> dict[str, bytes]:
@@ -65,33 +60,37 @@ def test_eval_measures_what_the_run_printed_and_writes_nothing(
     assert all(low < found.scores[name] < high for name, (low, high) in found.intervals.items())
 
 
-def test_a_checkpoint_is_measured_as_the_run_measured_it_there(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_checkpoint_is_measured_as_the_run_measured_it_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("LLM_QUEST_CACHE", str(folder / "cache"))
-    run_tiny("sft", folder, folder / "each step", "eval_steps=1")
-    rows = [json.loads(line) for line in (folder / "each step" / "metrics.jsonl").read_text().splitlines()]
-    found = evaluate_run(str(folder / "each step" / "checkpoints" / "step-00000001"), log=quiet)
+    run_tiny("sft", folder, tmp_path / "each step", "eval_steps=1")
+    rows = [json.loads(line) for line in (tmp_path / "each step" / "metrics.jsonl").read_text().splitlines()]
+    found = evaluate_run(str(tmp_path / "each step" / "checkpoints" / "step-00000001"), log=quiet)
     assert (found.step, found.scores["loss"]) == (1, rows[0]["eval/loss"])
     assert found.scores["loss"] != rows[1]["eval/loss"]
 
 
-def test_a_run_whose_data_changed_is_not_measured_on_other_data(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_whose_data_changed_is_not_measured_on_other_data(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("LLM_QUEST_CACHE", str(folder / "cache"))
-    run = folder / "moved"
+    run = tmp_path / "moved"
     shutil.copytree(folder / "alone" / "sft", run)
     rows = (folder / "pairs.jsonl").read_text().splitlines()[:-8]
-    (folder / "fewer.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "fewer.jsonl").write_text("\n".join(rows) + "\n")
     config = yaml.safe_load((run / "config.yaml").read_text())
-    config["data"]["source"] = str(folder / "fewer.jsonl")
+    config["data"]["source"] = str(tmp_path / "fewer.jsonl")
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(DataError, match="another data than there is now"):
         evaluate_run(str(run), log=quiet)
 
 
-def test_a_run_that_held_nothing_out_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_that_held_nothing_out_says_so(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LLM_QUEST_CACHE", str(folder / "cache"))
-    run_tiny("sft", folder, folder / "all of it", "data.held_out=0")
+    run_tiny("sft", folder, tmp_path / "all of it", "data.held_out=0")
     with pytest.raises(UsageError, match="held nothing out"):
-        evaluate_run(str(folder / "all of it"), log=quiet)
+        evaluate_run(str(tmp_path / "all of it"), log=quiet)
 
 
 def test_what_is_no_run_is_asked_for_a_text(folder: Path):

@@ -7,21 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.every_recipe import NAMES, copy_up_to_step_1, metric_rows, prepare, run_all_by_two, run_tiny
+from tests.recipes.every_recipe import (
+    NAMES,
+    copy_up_to_step_1,
+    make_every_run,
+    metric_rows,
+    run_all_by_two,
+    run_tiny,
+)
 from tests.recipes.two import together
+from tests.shared_folder import shared_folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every recipe as one process and as two processes run it."""
-    here = tmp_path_factory.mktemp("every")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLM_QUEST_CACHE", str(here / "cache"))
-        prepare(here)
-        for name in NAMES:
-            run_tiny(name, here, here / "alone" / name)
-        together(run_all_by_two, str(here))
-    return here
+    """Every recipe as one process runs it."""
+    return shared_folder(tmp_path_factory, "runs", make_every_run)
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every recipe as two processes run it."""
+    return shared_folder(tmp_path_factory, "two", lambda two: together(run_all_by_two, str(folder), str(two)))
 
 
 def assert_same_rows(found: Path, wanted: Path) -> None:
@@ -34,18 +41,18 @@ def assert_same_rows(found: Path, wanted: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", NAMES)
-def test_two_processes_lose_what_one_loses(recipe: str, folder: Path):
+def test_two_processes_lose_what_one_loses(recipe: str, folder: Path, two: Path):
     """By FSDP2; by DDP see below, and tests/train/test_one_law.py."""
-    assert_same_rows(folder / "fsdp" / recipe, folder / "alone" / recipe)
+    assert_same_rows(two / "fsdp" / recipe, folder / "alone" / recipe)
 
 
 @pytest.mark.parametrize("recipe", NAMES)
-def test_two_processes_go_on_where_one_was(recipe: str, folder: Path):
-    assert_same_rows(folder / "ddp" / recipe, folder / "alone" / recipe)
+def test_two_processes_go_on_where_one_was(recipe: str, folder: Path, two: Path):
+    assert_same_rows(two / "ddp" / recipe, folder / "alone" / recipe)
 
 
 @pytest.mark.parametrize("recipe", NAMES)
-def test_one_process_goes_on_where_two_were(recipe: str, folder: Path, tmp_path: Path):
-    copy_up_to_step_1(folder / "fsdp" / recipe, tmp_path / recipe)
+def test_one_process_goes_on_where_two_were(recipe: str, folder: Path, two: Path, tmp_path: Path):
+    copy_up_to_step_1(two / "fsdp" / recipe, tmp_path / recipe)
     run_tiny(recipe, folder, tmp_path / recipe)
     assert_same_rows(tmp_path / recipe, folder / "alone" / recipe)
