@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Optimizer
 
 from llm_quest.contracts import ParameterScale
 from llm_quest.errors import UsageError
 from llm_quest.layers.muon_kernel import MatrixUpdate, missing_kernel, update_matrices
 from llm_quest.train.newton_schulz import KERNEL_FORMS, default_form, orthogonalize, update_scale
+from llm_quest.train.parallel import is_sharded
 
 RowSplits = Mapping[str, Sequence[int]]
 Scales = Mapping[str, ParameterScale]
@@ -217,13 +217,15 @@ def scale_parts(update: Tensor, rows: Sequence[int], factors: Sequence[float]) -
 
 def gather_matrix(t: Tensor) -> Tensor:
     """The full matrix behind a sharded one."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    return t.full_tensor() if is_sharded(t) else t
 
 
 def shard_like(full: Tensor, p: Tensor) -> Tensor:
     """This process's part of a matrix that every process holds in full: no communication."""
-    if not isinstance(p, DTensor):
+    if not is_sharded(p):
         return full
+    from torch.distributed.tensor import DTensor, Replicate
+
     return DTensor.from_local(full, p.device_mesh, [Replicate()] * p.device_mesh.ndim).redistribute(
         placements=p.placements
     )
@@ -257,7 +259,7 @@ def weight_decay_groups(
     for name, p in named.items():
         scale = scales.get(name, UNSCALED)
         decay = weight_decay * scale.weight_decay if p.ndim >= 2 else 0.0
-        groups.setdefault((decay, isinstance(p, DTensor), scale.lr, scale.eps), []).append(p)
+        groups.setdefault((decay, is_sharded(p), scale.lr, scale.eps), []).append(p)
     listed = []
     for (decay, _, rate, epsilon), params in sorted(groups.items(), key=lambda item: item[0], reverse=True):
         group = {"params": params, "weight_decay": decay} | ({"eps": eps * epsilon} if scales else {})

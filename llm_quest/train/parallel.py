@@ -12,17 +12,15 @@ Commonly got wrong: FSDP2 communicates in every forward pass, so a schedule that
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llm_quest.contracts import DataShard
 from llm_quest.errors import MissingError, UsageError
@@ -31,6 +29,11 @@ from llm_quest.tensor_files import align
 from llm_quest.train.data_parallel import DataParallel
 from llm_quest.train.failures import ProcessStore, open_sockets, share_failures
 from llm_quest.train.signals import SignalHandler
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 PARALLEL_STRATEGIES = ("ddp", "fsdp")
 
@@ -88,19 +91,22 @@ class DistributedContext:
         for tensor in [*objective.parameters(), *objective.buffers()]:
             dist.broadcast(tensor.data, 0)
         if self.strategy == "fsdp":
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
             mesh = init_device_mesh(self.device.type, (self.world_size,))
             whole = unshardable_parameters(objective, blocks)
             for module in [*blocks, objective]:
                 fully_shard(module, mesh=mesh, ignored_params=whole)
             for module in objective.modules():
-                if isinstance(module, FSDPModule):
+                if is_fsdp_module(module):
                     module.set_gradient_divide_factor(1.0)
                     module.set_force_sum_reduction_for_comms(True)
         return objective
 
     def wrap_model(self, objective: nn.Module) -> nn.Module:
         """The module that the loop calls: the objective itself, or `DataParallel` around it."""
-        if self.strategy == "fsdp" and not isinstance(objective, FSDPModule):
+        if self.strategy == "fsdp" and not is_fsdp_module(objective):
             raise ValueError(
                 "FSDP2 shards before the optimizer is made: call parallel.parallelize(objective, blocks) first"
             )
@@ -111,10 +117,10 @@ class DistributedContext:
     @contextmanager
     def unshard_model(self, objective: nn.Module) -> Iterator[None]:
         """Gather what FSDP2 keeps with the root, so that the model can be called without the objective (evaluators)."""
-        if isinstance(objective, FSDPModule):
+        if is_fsdp_module(objective):
             objective.unshard()
         yield
-        if isinstance(objective, FSDPModule):
+        if is_fsdp_module(objective):
             objective.reshard()
 
     @contextmanager
@@ -122,8 +128,8 @@ class DistributedContext:
         """Gather a model that FSDP2 shards: inside it is whole in every process and its passes communicate nothing, so
         that each process may run another number of them (a policy that samples). Needs the memory of the whole
         model."""
-        shards = [module for module in objective.modules() if isinstance(module, FSDPModule)]
-        if isinstance(objective, FSDPModule):
+        shards = [module for module in objective.modules() if is_fsdp_module(module)]
+        if is_fsdp_module(objective):
             objective._get_fsdp_state()._lazy_init()  # else the first block that is called would become the root
         for module in shards:
             module.set_reshard_after_forward(False, recurse=False)
@@ -149,7 +155,7 @@ class DistributedContext:
         if self.strategy != "fsdp":
             return
         for p in parameters:
-            if not isinstance(p, DTensor) and p.grad is not None:
+            if not is_sharded(p) and p.grad is not None:
                 dist.all_reduce(p.grad)
 
     def require_equal_schedules(self, num_micro_batches: int, step: int) -> None:
@@ -282,7 +288,7 @@ def unshardable_parameters(objective: nn.Module, blocks: Sequence[nn.Module]) ->
 @contextmanager
 def gradient_accumulation(engine: nn.Module, sync_gradients: bool) -> Iterator[None]:
     """Synchronize gradients after the last micro-batch of a step only."""
-    if isinstance(engine, FSDPModule):
+    if is_fsdp_module(engine):
         engine.set_requires_gradient_sync(sync_gradients)
         yield
     elif isinstance(engine, DataParallel) and sync_gradients:
@@ -310,14 +316,27 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device(kind, index) if kind == "cuda" else torch.device(kind)
 
 
+def is_sharded(t: Tensor) -> TypeIs[DTensor]:
+    """Is it a DTensor, of which several processes hold a part each? Where nothing has imported DTensor there is none,
+    and the second that its import takes is not spent."""
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and isinstance(t, kind)
+
+
+def is_fsdp_module(module: nn.Module) -> TypeGuard[FSDPModule]:
+    """Has FSDP2 sharded it? As `is_sharded`, without the import."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return kind is not None and isinstance(module, kind)
+
+
 def local_tensor(t: Tensor) -> Tensor:
     """The local part of a tensor."""
-    return t.to_local() if isinstance(t, DTensor) else t
+    return t.to_local() if is_sharded(t) else t
 
 
 def full_tensor(t: Tensor) -> Tensor:
     """The whole tensor, gathered from every process; shares memory with `t` where it was whole already."""
-    return t.full_tensor().detach() if isinstance(t, DTensor) else t.detach()
+    return t.full_tensor().detach() if is_sharded(t) else t.detach()
 
 
 def copy_full_(t: Tensor, value: Tensor) -> None:
@@ -329,6 +348,8 @@ def copy_full_(t: Tensor, value: Tensor) -> None:
 def shard_as(t: Tensor, value: Tensor) -> Tensor:
     """A full tensor on the device and with the sharding of `t`."""
     value = value.to(t.device)
-    if isinstance(t, DTensor):
+    if is_sharded(t):
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(value, t.device_mesh, t.placements, src_data_rank=None)
     return value

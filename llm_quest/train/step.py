@@ -16,12 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from llm_quest.errors import ResourceError
-from llm_quest.train.parallel import DistributedContext, gradient_accumulation, local_tensor
+from llm_quest.train.parallel import (
+    DistributedContext,
+    gradient_accumulation,
+    is_fsdp_module,
+    is_sharded,
+    local_tensor,
+)
 
 OUT_OF_MEMORY_REMEDY = (
     "lower the micro-batch and raise accumulation, switch activation checkpointing on, or shorten the sequences"
@@ -110,8 +114,8 @@ def reduce_step_stats(
 @torch.no_grad()
 def norm_squared(tensors: Sequence[Tensor], parallel: DistributedContext) -> Tensor:
     """This process's part of the squared norm of all gradients, or of all parameters."""
-    sharded = [local_tensor(tensor) for tensor in tensors if isinstance(tensor, DTensor)]
-    whole = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+    sharded = [local_tensor(tensor) for tensor in tensors if is_sharded(tensor)]
+    whole = [tensor for tensor in tensors if not is_sharded(tensor)]
     parts, all_of_it = (
         torch.nn.utils.get_total_norm(gradients).to(parallel.device, sum_dtype(parallel.device))
         for gradients in (sharded, whole)
@@ -136,9 +140,9 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 def compile_objective(objective: nn.Module) -> nn.Module:
     """torch.compile in place, so that no name changes; under FSDP2 block by block, because its hooks are between
     them."""
-    blocks = [module for module in objective.modules() if isinstance(module, FSDPModule) and module is not objective]
+    blocks = [module for module in objective.modules() if module is not objective and is_fsdp_module(module)]
     for module in blocks or (objective,):
-        module.compile()  # type: ignore[attr-defined]
+        module.compile()  # type: ignore[union-attr]
     return objective
 
 
