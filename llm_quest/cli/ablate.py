@@ -21,7 +21,7 @@ from llm_quest.experiments.experiment import Experiment, ExperimentPlan
 from llm_quest.experiments.ledger import Ledger
 from llm_quest.experiments.measurements import require_reported_seeds
 from llm_quest.experiments.page import write_experiment_page
-from llm_quest.experiments.run_costs import RunCounts
+from llm_quest.experiments.run_costs import RunCounts, estimate_run_seconds, estimate_seconds
 from llm_quest.experiments.sequential import FIRST_LOOK, THRESHOLDS
 from llm_quest.experiments.verdict_lines import describe_verdict
 from llm_quest.experiments.worker_pool import WorkerPool, exclusive_pool
@@ -103,8 +103,8 @@ def describe_noise_beside(result: Mapping[str, Any]) -> list[str]:
 @dataclass(frozen=True)
 class AblationPreview:
     """`quest ablate --dry-run`: what would run, and nothing that was written. resolved: all settings of the control,
-    and of an arm those that differ. run_seconds: of a run of the control; seconds: of all runs, at least and at most;
-    None where they cannot be timed beforehand."""
+    and of an arm those that differ. run_seconds: of a run of the control; seconds: of all runs that are not there yet,
+    at least and at most; None where they cannot be timed beforehand."""
 
     experiment: str
     resolved: Mapping[str, Mapping[str, Any]]
@@ -144,11 +144,11 @@ def preview_ablation(
         with phase("reading the settings and the package"):
             plan = plan_ablation(recipe, pairs, options, ledger, copies, messages.append)
         with WorkerPool(options.jobs) as pool:
-            experiment = Experiment(plan, root, pool, ledger, messages.append)
+            experiment = Experiment(plan, root, pool, ledger, messages.append, records=out)
             experiment.prepare()
         return AblationPreview(
             plan.experiment, experiment.resolve_arms(), experiment.derived, messages, plan.counts,
-            experiment.estimate_run_seconds(CONTROL), experiment.estimate_seconds(),
+            estimate_run_seconds(experiment, CONTROL), estimate_seconds(experiment),
         )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from llm_quest.contracts import LogFn
 from llm_quest.errors import GuardStop, UsageError
 from llm_quest.experiments import sequential
+from llm_quest.experiments.arm_tuning import ArmTuning, why_untuned
 from llm_quest.experiments.arms import CONTROL, DEV, Arm
 from llm_quest.experiments.bases import Base, BaseRuns
 from llm_quest.experiments.budgets import budget_pairs, shared_weights
@@ -35,7 +36,6 @@ from llm_quest.experiments.derived_settings import (
 )
 from llm_quest.experiments.ledger import Ledger
 from llm_quest.experiments.measurements import (
-    TUNING_SEEDS,
     Measurements,
     OutOfTime,
     Record,
@@ -44,11 +44,10 @@ from llm_quest.experiments.measurements import (
     read_metric,
 )
 from llm_quest.experiments.noise import measure_noise
-from llm_quest.experiments.run_costs import RunCounts, count_runs
-from llm_quest.experiments.tuning import RateSearch, describe_search, first_grid, needs_extension
+from llm_quest.experiments.run_costs import FinishedRuns, RunCounts, announce_cost, count_runs, find_finished_runs
+from llm_quest.experiments.tuning import RateSearch
 from llm_quest.experiments.verdict_lines import pair_line
 from llm_quest.experiments.worker_pool import WorkerPool
-from llm_quest.formatting import format_duration, format_duration_range
 from llm_quest.progress import phase
 
 UNIGRAM_MARGIN = 0.05
@@ -122,7 +121,10 @@ def arm_to_json(arm: Arm) -> dict[str, Any]:
 
 class Experiment:
     """Runs a plan. root: the folder of all experiments and of their runs. deadline: of `time.monotonic`, after which no
-    run is begun: OutOfTime before the first pairs, "undecided (time)" after them."""
+    run is begun: OutOfTime before the first pairs, "undecided (time)" after them. records: the folder whose finished
+    runs the estimate leaves out; `root`, where it is not given.
+
+    command: the command line that began the experiment, which a resumed one keeps."""
 
     def __init__(
         self,
@@ -133,9 +135,11 @@ class Experiment:
         log: LogFn,
         *,
         deadline: float = math.inf,
+        records: Path | None = None,
     ):
         self.plan, self.root, self.pool, self.ledger, self.log = plan, root, pool, ledger, log
-        self.deadline = deadline
+        self.deadline, self.records, self.command = deadline, records or root, plan.command
+        self.finished = FinishedRuns()
         bases = Measurements(plan.recipe, root, pool, ledger, plan.experiment, "", deadline)
         self.base_runs = BaseRuns(plan.bases, bases, plan.control.code)
         self.folder = root / plan.experiment
@@ -153,7 +157,7 @@ class Experiment:
         comparison = self.compare()
         result = self.result(comparison, noise)
         for verdict in result["verdicts"]:
-            self.ledger.append("verdict", self.plan.experiment, {**verdict, "command": self.plan.command})
+            self.ledger.append("verdict", self.plan.experiment, {**verdict, "command": self.command})
         return result
 
     def prepare(self) -> None:
@@ -164,11 +168,12 @@ class Experiment:
     def write_claim(self) -> None:
         """Announce the settings and write the claim to the ledger."""
         self.announce_settings()
-        self.ledger.append(
+        claim = self.ledger.append(
             "claim", self.plan.experiment,
             {**self.plan.content(), "command": self.plan.command, "resolved": self.resolve_arms(),
              "derived": self.derived},
         )  # fmt: skip
+        self.command = claim["command"]
         self.link_repetitions()
 
     def prepare_runs(self) -> None:
@@ -179,7 +184,8 @@ class Experiment:
             hash_inputs(self.descriptions[CONTROL]), self.deadline,
         )  # fmt: skip
         self.arm_pairs = self.equal_budgets()
-        self.announce_cost()
+        self.finished = find_finished_runs(self)
+        announce_cost(self)
 
     def note(self, text: str) -> None:
         """A remark that the result keeps."""
@@ -216,38 +222,6 @@ class Experiment:
                 )
                 sentence = f"repeated with seeds from {self.plan.first_seed}, not confirmed: {me}"
                 self.ledger.append("repetition", row["experiment"], {"sentence": sentence, "by": me})
-
-    def announce_cost(self) -> None:
-        """The number of runs, and the time that they take by the control's measured step, start and evaluation."""
-        self.log(str(self.plan.counts))
-        run, total, jobs = self.estimate_run_seconds(CONTROL), self.estimate_seconds(), self.pool.jobs
-        if run is None or total is None:
-            self.log("estimate: none, as steps of this recipe can't be timed beforehand; the first run brings an ETA")
-            return
-        outside, share = (self.descriptions[CONTROL][key] for key in ("outside_seconds", "cpu_share"))
-        self.log(
-            f"estimate: {format_duration(run)} a run on one thread, {outside / run:.0%} of it start and evaluation; "
-            f"{format_duration_range(*total)} in all, {jobs} at once (at the present load, where a process has "
-            f"{share:.0%} of a core: {format_duration(run * share)} of CPU a run)"
-        )
-
-    def estimate_run_seconds(self, name: str) -> float | None:
-        """The seconds of a run of an arm: the control's step, by the arm's FLOPs, and the control's start and
-        evaluations. None where steps cannot be timed beforehand."""
-        arm, control = self.descriptions[name], self.descriptions[CONTROL]
-        if "outside_seconds" not in control:
-            return None
-        relative = arm["flops_per_step"] / control["flops_per_step"]
-        return control["outside_seconds"] + control["step_seconds"] * relative * self.num_steps(name)
-
-    def estimate_seconds(self) -> tuple[float, float] | None:
-        """The seconds of the whole experiment, at least and at most."""
-        runs = {name: self.estimate_run_seconds(name) for name in self.arms}
-        each = [seconds for seconds in runs.values() if seconds is not None]
-        if len(each) < len(runs):
-            return None
-        low, high = self.plan.counts.estimate(runs[CONTROL] or 0.0, sum(each))
-        return low / self.pool.jobs, high / self.pool.jobs
 
     def num_steps(self, name: str) -> int:
         """The number of an arm's steps, which its budget gives."""
@@ -361,51 +335,12 @@ class Experiment:
 
     def tune(self) -> None:
         """Give each arm its learning rate."""
-        if self.plan.rates < 2:
-            whose = f"those of {self.plan.confirms}" if self.plan.confirms else "not tuned"
-            self.note(f"learning rates are {whose}: the verdict holds for the rates that were given")
+        if reason := why_untuned(self):
+            self.note(reason)
             return
-        if any(arm.sets("learning_rate") for arm in self.arms.values()):
-            self.note("learning_rate is what differs, so it is not tuned")
-            return
-        self.searches = {name: RateSearch() for name in self.arms}
-        rates = {n: first_grid(d["learning_rate"], self.plan.rates) for n, d in self.descriptions.items()}
-        self.try_rates(rates)
-        while needs_extension(self.searches, self.plan.rates):
-            more = {name: [search.next_rate()] for name, search in self.searches.items()}
-            self.log(
-                "one more rate of each arm: a best one is at an edge, or the loss rises far more on one side of it"
-            )
-            self.try_rates(more, "tuning one more rate")
+        self.searches = ArmTuning(self).run()
         for name, search in self.searches.items():
-            self.log(describe_search(name, search))
-            if search.at_edge:
-                self.note(f"{name}: the best learning rate is at the edge of those tried")
-            if self.is_unlearned(min(search.losses.values())):
-                self.note(
-                    f"{name} uses its context at none of these rates: its loss is that of token frequencies, "
-                    f"{self.descriptions[CONTROL]['unigram_loss']:.3f}, and its pairs will be invalid; stop here, and "
-                    "give more steps (max_steps)"
-                )
             self.arm_pairs[name] = (*self.arm_pairs[name], f"learning_rate={search.choose():g}")
-
-    def try_rates(self, rates_of: Mapping[str, Sequence[float]], what: str = "tuning learning rates") -> None:
-        """The mean loss of each rate over the tuning seeds."""
-        seeds = TUNING_SEEDS[: self.plan.tuning_seeds]
-        points = [(name, rate) for name, rates in rates_of.items() for rate in rates]
-        requests = [
-            self.request(name, seed, "tune", [f"learning_rate={rate:g}"]) for name, rate in points for seed in seeds
-        ]
-        records = iter(self.measure(requests, what))
-        for name, rate in points:
-            self.searches[name].losses[rate] = statistics.fmean(self.loss(next(records), name) for _ in seeds)
-
-    def loss(self, record: Record, name: str) -> float:
-        """What is compared, where less is better; infinite if the run diverged."""
-        value = self.value_on_scale(record, name)
-        if value is None:
-            return math.inf
-        return -value if self.plan.claim.greater_is_better else value
 
     def compare(self) -> Comparison:
         """Pairs in the order of their seeds, until every arm is decided or the cap is reached."""
@@ -474,7 +409,7 @@ class Experiment:
         verdicts = [{**comparison.verdict(name), **self.provenance(name)} for name in comparison.arms]
         confirmed = self.compare_outcomes(comparison)
         return {
-            "experiment": self.plan.experiment, **self.plan.content(), "command": self.plan.command,
+            "experiment": self.plan.experiment, **self.plan.content(), "command": self.command,
             "verdicts": verdicts, "noise": dict(noise), "notes": self.notes, "derived": self.derived,
             "arms_measured": {name: self.summarize_arm(name) for name in self.arms},
             **({"confirmed": confirmed} if confirmed else {}),

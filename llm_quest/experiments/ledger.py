@@ -91,11 +91,12 @@ class Ledger:
 
     def append(self, kind: str, experiment: str, content: Mapping[str, Any]) -> Row:
         """Add a row, durable when this returns. A row of the same kind and content that is there already is not
-        written again."""
+        written again, whatever command line (`command`) it is of: that one is returned."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.file}.lock"):
             own_rows = self.of(experiment)
-            same = [row for row in own_rows if row["kind"] == kind and all(row.get(k) == v for k, v in content.items())]
+            fixed = {key: value for key, value in content.items() if key != "command"}
+            same = [row for row in own_rows if row["kind"] == kind and all(row.get(k) == v for k, v in fixed.items())]
             if same:
                 return same[0]
             parent = own_rows[-1]["id"] if own_rows else ""

@@ -36,11 +36,8 @@ class ExperimentRuns(Protocol):
 def measure_noise(bench: ExperimentRuns) -> dict[str, Any]:
     """The noise floor. DataError where a run is not repeatable."""
     seeds = AA_SEEDS[: bench.plan.aa_pairs]
-    plain = [bench.request(CONTROL, seed, "aa") for seed in seeds]
-    repeat = bench.request(CONTROL, seeds[0], "aa", repeat=1)
     nuisance = nuisance_setting(bench)
-    other = [replace(one, pairs=(*one.pairs, nuisance)) for one in plain] if nuisance else []
-    records = bench.measure([*plain, repeat, *other], "runs of A/A pairs")
+    records = bench.measure(aa_requests(bench, nuisance), "runs of A/A pairs")
     values = [bench.value_on_scale(record, CONTROL) for record in records]
     if values[0] != values[len(seeds)]:
         raise DataError(
@@ -50,6 +47,16 @@ def measure_noise(bench: ExperimentRuns) -> dict[str, Any]:
     single = [value for value in values[: len(seeds)] if value is not None]
     pairs = zip(values[: len(seeds)], values[len(seeds) + 1 :], strict=False)
     return describe_noise(bench, nuisance, single, [b - a for a, b in pairs if a is not None and b is not None])
+
+
+def aa_requests(bench: ExperimentRuns, nuisance: str, extra: Sequence[str] = ()) -> list[RunRequest]:
+    """The control with each seed, once more with the first one, and with the nuisance setting. extra: settings that it
+    does not have yet."""
+    seeds = AA_SEEDS[: bench.plan.aa_pairs]
+    plain = [bench.request(CONTROL, seed, "aa", extra) for seed in seeds]
+    repeat = [bench.request(CONTROL, seed, "aa", extra, repeat=1) for seed in seeds[:1]]
+    other = [replace(request, pairs=(*request.pairs, nuisance)) for request in plain] if nuisance else []
+    return [*plain, *repeat, *other]
 
 
 def nuisance_setting(bench: ExperimentRuns) -> str:

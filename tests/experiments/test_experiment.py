@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,6 +27,7 @@ from llm_quest.cli.ledger import list_experiments, show_experiment
 from llm_quest.errors import QuestError, UsageError
 from llm_quest.eval.evaluators import LossEvaluator
 from llm_quest.experiments import measurements, worker
+from llm_quest.experiments.arm_tuning import ArmTuning
 from llm_quest.experiments.arms import Arm
 from llm_quest.experiments.bases import Base
 from llm_quest.experiments.code_tree import load_code_tree, own_code
@@ -34,6 +36,13 @@ from llm_quest.experiments.experiment import Experiment
 from llm_quest.experiments.ledger import Ledger, find_faults
 from llm_quest.experiments.measurements import Measurements, OutOfTime, RunProgress, RunRequest, hash_inputs
 from llm_quest.experiments.page import write_experiment_page
+from llm_quest.experiments.run_costs import (
+    FinishedRuns,
+    count_runs,
+    estimate_run_seconds,
+    estimate_seconds,
+    find_finished_runs,
+)
 from llm_quest.experiments.tuning import MAX_EXTENSIONS
 from llm_quest.experiments.verdict_lines import describe_verdict
 from llm_quest.experiments.worker import describe_arm, run_arm
@@ -131,10 +140,36 @@ def test_the_same_command_again_runs_nothing(
     pool: WorkerPool,
     monkeypatch: pytest.MonkeyPatch,
 ):
+    """Another command line of the same experiment goes on with it as well."""
     before = (root / "ledger.jsonl").read_bytes()
     monkeypatch.setattr(Measurements, "run_message", lambda *given: pytest.fail("a run was repeated"))
-    assert run_experiment(plan_of(text, root), root, pool)[0] == experiment_result[0]
+    other = replace(plan_of(text, root), command="quest ablate --another line")
+    result, lines = run_experiment(other, root, pool)
+    assert result == experiment_result[0]
     assert (root / "ledger.jsonl").read_bytes() == before
+    assert any(line.startswith("estimate: ") and " 0 s to " in line for line in lines), lines
+
+
+def test_runs_that_are_there_already_are_not_in_the_estimate(
+    experiment_result: tuple[dict[str, Any], list[str]], root: Path, text: Path, pool: WorkerPool
+):
+    plan, ledger = plan_of(text, root), Ledger(root / "ledger.jsonl")
+    experiment = Experiment(plan, root, pool, ledger, print)
+    experiment.prepare()
+    least = count_runs(len(experiment.arms), plan.rates, plan.tuning_seeds, plan.aa_pairs, plan.claim.cap).least
+    runs = {row["run"]: row["role"] for row in ledger.of(plan.experiment) if row["kind"] == "run"}
+    finished = experiment.finished
+    assert finished.certain.total() == least
+    assert finished.certain.total() + finished.possible.total() == len(runs)
+    removed = root / "runs" / next(run for run, role in runs.items() if role == "tune") / "record.json"
+    kept = removed.read_bytes()
+    removed.unlink()
+    try:
+        without = find_finished_runs(experiment)
+    finally:
+        removed.write_bytes(kept)
+    assert without.certain.total() == plan.rates * plan.tuning_seeds * len(experiment.arms) - 1
+    assert not without.possible, "rates and pairs are not known"
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bytes(
@@ -151,7 +186,9 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(
     assert len(list(tmp_path.glob("runs/*/record.json"))) in (3, 4)
     result, lines = run_experiment(plan_of(text, tmp_path, **SHORT), tmp_path, pool)
     whole, _ = run_experiment(plan_of(text, root, **SHORT), root, pool)
-    assert json.dumps(result) == json.dumps(whole)
+    assert result["command"] == f"quest {tmp_path} {text} 3", "of the process that began it"
+    assert json.dumps(result) == json.dumps({**whole, "command": result["command"]})
+    assert [row["kind"] for row in Ledger(ledger).rows()].count("claim") == 1
     (verdict,) = result["verdicts"]
     assert (verdict["outcome"], verdict["pairs"]) == ("invalid", 4)
     assert "token frequencies" in verdict["reason"]
@@ -260,7 +297,9 @@ def check_logarithms(experiment: Experiment) -> None:
     assert verdict["metric"] == "log eval/loss"
     assert result["arms_measured"]["perplexity"]["values"] == pytest.approx([math.exp(loss) for loss in losses])
     assert verdict["secondary"]["eval/loss"]["mean"] == 0.0
-    assert experiment.loss(experiment.reported["control"][0][1], "control") == pytest.approx(math.log(losses[0]))
+    assert ArmTuning(experiment).loss(experiment.reported["control"][0][1], "control") == pytest.approx(
+        math.log(losses[0])
+    )
 
 
 def test_a_metric_that_no_arm_reports_is_named_with_those_that_are(
@@ -406,17 +445,19 @@ def test_the_estimate_counts_the_steps_of_every_arm(text: Path, tmp_path: Path):
     experiment.arm_pairs = {"control": ("max_steps=10",), "wide": ("max_steps=60", "max_steps=10")}
     control = {"flops_per_step": 1e9, "step_seconds": 0.5, "outside_seconds": 1.0}
     experiment.descriptions = {"control": control, "wide": {"flops_per_step": 3e9}}
-    assert [experiment.estimate_run_seconds(name) for name in experiment.arms] == [6.0, 16.0]
+    assert [estimate_run_seconds(experiment, name) for name in experiment.arms] == [6.0, 16.0]
     runs = {"least": 5 * 6 + (6 + 4) * (6 + 16), "most": 5 * 6 + (6 + 2 * MAX_EXTENSIONS + 8) * (6 + 16)}
-    assert experiment.estimate_seconds() == (runs["least"] / 2, runs["most"] / 2)
+    assert estimate_seconds(experiment) == (runs["least"] / 2, runs["most"] / 2)
+    experiment.finished = FinishedRuns(Counter(control=3, wide=2), Counter(wide=1))
+    assert estimate_seconds(experiment) == ((runs["least"] - 3 * 6 - 2 * 16) / 2, (runs["most"] - 3 * 6 - 3 * 16) / 2)
     del control["outside_seconds"]
-    assert experiment.estimate_seconds() is None
+    assert estimate_seconds(experiment) is None
 
 
 @pytest.mark.parametrize(("metric", "worst", "told"), [("eval/loss", 5.99, True), ("eval/loss", 5.9, False),
                                                       ("eval/bits_per_byte", 5.99, False)])  # fmt: skip
 def test_an_arm_that_no_rate_teaches_is_told_before_its_pairs(
-    text: Path, tmp_path: Path, metric: str, worst: float, told: bool
+    text: Path, tmp_path: Path, metric: str, worst: float, told: bool, monkeypatch: pytest.MonkeyPatch
 ):
     plan = plan_of(text, tmp_path, arms=(WIDE,), metrics=(metric,))
     experiment = Experiment(plan, tmp_path, SimpleNamespace(jobs=1), Ledger(tmp_path / "ledger.jsonl"), print)  # type: ignore[arg-type]
@@ -424,12 +465,12 @@ def test_an_arm_that_no_rate_teaches_is_told_before_its_pairs(
     experiment.descriptions = {"control": about, "wide": about}
     experiment.arm_pairs = {"control": (), "wide": ()}
 
-    def try_rates(wanted: Any, what: str = "") -> None:
+    def try_rates(self: ArmTuning, wanted: Any, what: str = "") -> None:
         for name, rates in wanted.items():
             best = 4.0 if name == "control" else worst
-            experiment.searches[name].losses |= {rate: best + abs(math.log(rate / 0.02)) for rate in rates}
+            self.searches[name].losses |= {rate: best + abs(math.log(rate / 0.02)) for rate in rates}
 
-    experiment.try_rates = try_rates  # type: ignore[method-assign]
+    monkeypatch.setattr(ArmTuning, "try_rates", try_rates)
     experiment.tune()
     notes = [note for note in experiment.notes if "uses its context at none of these rates" in note]
     assert [note.partition(" ")[0] for note in notes] == ["wide"] * told

@@ -52,6 +52,8 @@ def test_the_same_row_is_written_once(file: Path):
     before = file.read_bytes()
     Ledger(file).append("claim", "one", {"question": "Is one true?"})
     assert file.read_bytes() == before
+    first = Ledger(file).append("claim", "one", {"question": "Once?", "command": "quest ablate"})
+    assert Ledger(file).append("claim", "one", {"question": "Once?", "command": "quest ablate --jobs 1"}) == first
 
 
 def test_an_edited_row_and_a_missing_one_are_found(file: Path):
