@@ -1,7 +1,7 @@
 """Texts and answers that a program writes, for experiments whose best loss is known: rows of `data.source
 FILE.py:FUNCTION`. Letters stand apart, so that a byte-pair tokenizer of 300 has one token for each.
 
-    copies(), long_copies()   random letters, a bar, the same letters again: the second half can only be retrieved
+    copies()                  random letters, a bar, the same letters again: the second half can only be retrieved
     sums()                    sums of two numbers of two digits
     reversals()               `reverse(abc)=` and the answer, as the task `reverse` has them
     few_reversals()           the first 600 of them
@@ -24,15 +24,11 @@ Row = dict[str, Any]
 ROWS = 6000
 
 
-def copies(shortest: int = 8, longest: int = 28, rows: int = ROWS) -> Iterator[Row]:
-    rng = random.Random(f"copies {longest}")
-    for _ in range(rows):
-        text = " ".join(rng.choices(string.ascii_lowercase[:16], k=rng.randint(shortest, longest)))
+def copies() -> Iterator[Row]:
+    rng = random.Random("copies 28")
+    for _ in range(ROWS):
+        text = " ".join(rng.choices(string.ascii_lowercase[:16], k=rng.randint(8, 28)))
         yield {"text": f" {text} | {text}"}
-
-
-def long_copies() -> Iterator[Row]:
-    return copies(100, 120, 400)
 
 
 def sums() -> Iterator[Row]:

@@ -352,7 +352,7 @@ def test_directions_that_one_pair_of_runs_shows_are_asked_again_others_every_day
 
 
 def test_generated_rows_are_what_they_say():
-    for row in list(generated_text.copies())[:50] + list(generated_text.long_copies())[:5]:
+    for row in list(generated_text.copies())[:50]:
         first, second = row["text"].split(" |")
         assert first == second
     a, b = next(generated_text.sums())["text"].split(" = ")
