@@ -21,7 +21,7 @@ from llm_quest.experiments.experiment import Experiment, ExperimentPlan
 from llm_quest.experiments.ledger import Ledger
 from llm_quest.experiments.measurements import require_reported_seeds
 from llm_quest.experiments.page import write_experiment_page
-from llm_quest.experiments.run_costs import RunCounts, estimate_run_seconds, estimate_seconds
+from llm_quest.experiments.run_costs import RunCounts, estimate_arm_seconds, estimate_seconds
 from llm_quest.experiments.sequential import FIRST_LOOK, THRESHOLDS
 from llm_quest.experiments.verdict_lines import describe_verdict
 from llm_quest.experiments.worker_pool import WorkerPool, exclusive_pool
@@ -148,7 +148,7 @@ def preview_ablation(
             experiment.prepare()
         return AblationPreview(
             plan.experiment, experiment.resolve_arms(), experiment.derived, messages, plan.counts,
-            estimate_run_seconds(experiment, CONTROL), estimate_seconds(experiment),
+            estimate_arm_seconds(experiment, CONTROL), estimate_seconds(experiment),
         )  # fmt: skip
 
 

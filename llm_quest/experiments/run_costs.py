@@ -119,7 +119,7 @@ def count_finished(bench: PlannedRuns, requests: Sequence[RunRequest], counter: 
 def announce_cost(bench: PlannedRuns) -> None:
     """Log the number of runs, and the time that they take by the control's measured step, start and evaluation."""
     bench.log(f"{bench.plan.counts}{bench.finished}")
-    run, total, jobs = estimate_run_seconds(bench, CONTROL), estimate_seconds(bench), bench.pool.jobs
+    run, total, jobs = estimate_arm_seconds(bench, CONTROL), estimate_seconds(bench), bench.pool.jobs
     if run is None or total is None:
         bench.log("estimate: none, as steps of this recipe can't be timed beforehand; the first run brings an ETA")
         return
@@ -131,7 +131,7 @@ def announce_cost(bench: PlannedRuns) -> None:
     )
 
 
-def estimate_run_seconds(bench: PlannedRuns, name: str) -> float | None:
+def estimate_arm_seconds(bench: PlannedRuns, name: str) -> float | None:
     """The seconds of a run of an arm: the control's step, by the arm's FLOPs, and the control's start and evaluations.
     None where steps cannot be timed beforehand."""
     arm, control = bench.descriptions[name], bench.descriptions[CONTROL]
@@ -143,7 +143,7 @@ def estimate_run_seconds(bench: PlannedRuns, name: str) -> float | None:
 
 def estimate_seconds(bench: PlannedRuns) -> tuple[float, float] | None:
     """The seconds of all runs that are not there yet, at least and at most."""
-    runs = {name: seconds for name in bench.arms if (seconds := estimate_run_seconds(bench, name)) is not None}
+    runs = {name: seconds for name in bench.arms if (seconds := estimate_arm_seconds(bench, name)) is not None}
     if len(runs) < len(bench.arms):
         return None
     low, high = bench.plan.counts.estimate(runs[CONTROL], sum(runs.values()))

@@ -39,7 +39,7 @@ from llm_quest.experiments.page import write_experiment_page
 from llm_quest.experiments.run_costs import (
     FinishedRuns,
     count_runs,
-    estimate_run_seconds,
+    estimate_arm_seconds,
     estimate_seconds,
     find_finished_runs,
 )
@@ -445,7 +445,7 @@ def test_the_estimate_counts_the_steps_of_every_arm(text: Path, tmp_path: Path):
     experiment.arm_pairs = {"control": ("max_steps=10",), "wide": ("max_steps=60", "max_steps=10")}
     control = {"flops_per_step": 1e9, "step_seconds": 0.5, "outside_seconds": 1.0}
     experiment.descriptions = {"control": control, "wide": {"flops_per_step": 3e9}}
-    assert [estimate_run_seconds(experiment, name) for name in experiment.arms] == [6.0, 16.0]
+    assert [estimate_arm_seconds(experiment, name) for name in experiment.arms] == [6.0, 16.0]
     runs = {"least": 5 * 6 + (6 + 4) * (6 + 16), "most": 5 * 6 + (6 + 2 * MAX_EXTENSIONS + 8) * (6 + 16)}
     assert estimate_seconds(experiment) == (runs["least"] / 2, runs["most"] / 2)
     experiment.finished = FinishedRuns(Counter(control=3, wide=2), Counter(wide=1))
