@@ -14,6 +14,7 @@ import lm_eval
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
 
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.tokenizer import Tokenizer
@@ -249,6 +250,8 @@ def run_lm_eval(
     """Run tasks of the harness. Their data come from the hub or its cache. chat_template: what questions are asked
     through, None: as plain text. system_instruction: before every question. num_fewshot: examples before each; None: as
     the task has it. fewshot_as_multiturn: with a chat template, examples are turns of the conversation."""
+    # The harness lists its own tasks from 14,000 files: only if one of them may be meant.
+    are_own = all(isinstance(task, Mapping) and "dataset_path" in task for task in tasks)
     results = lm_eval.simple_evaluate(
         model=LmEvalModel(model, tokenizer, seed=seed, chat=chat_template),
         tasks=list(tasks),
@@ -258,6 +261,7 @@ def run_lm_eval(
         system_instruction=system_instruction,
         apply_chat_template=chat_template is not None,
         fewshot_as_multiturn=fewshot_as_multiturn and chat_template is not None,
+        task_manager=TaskManager(include_defaults=not are_own),
     )
     assert results is not None, "this process is the only one"
     return HarnessResults({name: dict(metrics) for name, metrics in results["results"].items()})

@@ -20,15 +20,12 @@ class Float64(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        double_func = torch.Tensor.double if func is torch.Tensor.float else func
-        return double_func(
-            *map(to_float64, args), **{name: to_float64(value) for name, value in (kwargs or {}).items()}
-        )
-
-
-def to_float64(value: Any) -> Any:
-    """float64 for float32; anything else as it is."""
-    return torch.float64 if value is torch.float32 else value
+        double_func: Callable[..., Any] = torch.Tensor.double if func is torch.Tensor.float else func
+        single, double = torch.float32, torch.float64
+        args = tuple([double if value is single else value for value in args])
+        if not kwargs:  # most calls; to read a shape is one too
+            return double_func(*args)
+        return double_func(*args, **{name: double if value is single else value for name, value in kwargs.items()})
 
 
 @contextmanager

@@ -7,7 +7,7 @@ nothing of what is computed. Any other field may change the computation, and sto
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from typing import Any
 
@@ -138,10 +138,13 @@ def fields_read(family: Family, hf_config: Mapping[str, Any]) -> set[str]:
     return tracker.seen
 
 
-def known_fields(family: Family, hf_config: Mapping[str, Any]) -> set[str]:
-    """The fields that the family reads, now or in the absence of another one."""
+def known_fields(family: Family, hf_config: Mapping[str, Any], wanted: Set[str] | None = None) -> set[str]:
+    """The fields that the family reads, now or in the absence of another one. Where it reads all of `wanted` now, those
+    that it reads now: each absence would be another reading."""
     read = fields_read(family, hf_config)
     read |= {"rope_theta"} if read & {*ROPE_FIELDS} else set()  # which yields to rope_parameters
+    if wanted is not None and wanted <= read:
+        return read
     without = ({name: value for name, value in hf_config.items() if name != absent} for absent in sorted(read))
     return read.union(*(fields_read(family, fewer) for fewer in without))
 
@@ -167,7 +170,7 @@ def unknown_fields(family: Family, hf_config: Mapping[str, Any], config: Any = N
     unread = {name: value for name, value in unread.items() if not matches_config(config, name, value)}
     rope = {path: (key, value) for path, key, value in rope_parameter_items(hf_config) if value is not None}
     asks = any(key == PARTIAL and value != 1 for key, value in rope.values())
-    known = known_fields(family, hf_config) if unread or asks else set()
+    known = known_fields(family, hf_config, {*unread, *([PARTIAL] if asks else [])}) if unread or asks else set()
     unknown = {name: value for name, value in unread.items() if name not in known}
     keys = KNOWN_ROPE_KEYS | OF_FAMILY.get(family.name, frozenset())
     keys -= {PARTIAL} if asks and not known & {PARTIAL, "rotary_pct"} else set()

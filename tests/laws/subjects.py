@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,7 @@ from llm_quest.layers.block import Block, ParallelLayers, SingleBlock, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.experts import Experts, relu_squared
 from llm_quest.layers.feed_forward import GatedMLP
-from llm_quest.layers.initialize import init_normal_
+from llm_quest.layers.initialize import copy_module, init_normal_
 from llm_quest.layers.linear import LMHead
 from llm_quest.layers.moe import LatentMoE, SigmoidRouter
 from llm_quest.layers.norm import RMSNorm
@@ -155,9 +155,15 @@ def fresh(name: str) -> Decoder:
     return VARIANTS[name]() if name in VARIANTS else build(name)
 
 
+@functools.cache
+def random_original(name: str) -> Decoder:
+    """What `own` copies, which takes half of building it."""
+    return randomize_(fresh(name))
+
+
 def own(name: str, dtype: torch.dtype = torch.float64) -> Decoder:
     """A model of one's own with every tensor random: free to be changed."""
-    return randomize_(fresh(name)).to(dtype)
+    return copy_module(random_original(name)).to(dtype)
 
 
 @functools.cache
@@ -180,3 +186,12 @@ def block_kind(block: nn.Module) -> str:
 
 def random_tokens(model: Decoder, batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits_of_rows(model: Decoder, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The logits (T,V) of each row, without a cache. One pass reads all, each from the first column on: what is behind
+    a row's end changes nothing before it, nor does another row (test_decoder.py)."""
+    tokens = torch.zeros(len(rows), max(1, *map(len, rows)), dtype=torch.int64)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = torch.as_tensor(ids)
+    return [logits[: len(ids)] for logits, ids in zip(model(tokens), rows, strict=True)]

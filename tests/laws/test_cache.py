@@ -14,7 +14,16 @@ from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.kv_cache import Cache, KVCache, NoCache
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
-from tests.laws.subjects import EVERYBODY, RINGS, Windowed, random_tokens, randomize_, shared, window_decoder
+from tests.laws.subjects import (
+    EVERYBODY,
+    RINGS,
+    Windowed,
+    logits_of_rows,
+    random_tokens,
+    randomize_,
+    shared,
+    window_decoder,
+)
 
 everybody = pytest.mark.parametrize("name", EVERYBODY)
 EXACT = {"rtol": 0.0, "atol": 1e-10}
@@ -54,12 +63,10 @@ class Program:
             tokens[b, places] = torch.tensor(part, dtype=torch.int64)
             positions[b, places] = torch.arange(len(self.rows[b]), len(self.rows[b]) + len(part))
         logits = self.model(tokens, Scope(positions, cache=self.cache))
-        for b, (part, places) in enumerate(zip(new, columns, strict=True)):
-            self.rows[b] = self.rows[b] + part
-            self.tops[b] = max(self.tops[b], len(self.rows[b]))
-            if part:
-                alone = self.model(torch.tensor([self.rows[b]]))[0, -len(part) :]
-                torch.testing.assert_close(logits[b, places], alone, **EXACT)
+        self.rows = [row + part for row, part in zip(self.rows, new, strict=True)]
+        self.tops = [max(top, len(row)) for top, row in zip(self.tops, self.rows, strict=True)]
+        for b, expected in enumerate(logits_of_rows(self.model, self.rows)):
+            torch.testing.assert_close(logits[b, columns[b]], expected[len(expected) - len(new[b]) :], **EXACT)
 
     def new_tokens(self, row: list[int]) -> list[int]:
         count = min(self.dice.randint(0, 7), self.capacity - len(row))

@@ -11,7 +11,7 @@ from llm_quest.generation.decoding import MAX_PADDING, group_by_length, prefill
 from llm_quest.layers.scaled_dot_product import ScaledDotProduct, dense_mask, explicit_attention
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import BlockDiagonalMask, Scope, split_into_blocks
-from tests.laws.subjects import EVERYBODY, own, random_tokens, shared
+from tests.laws.subjects import EVERYBODY, logits_of_rows, own, random_tokens, shared
 
 everybody = pytest.mark.parametrize("name", EVERYBODY)
 EXACT = {"rtol": 0.0, "atol": 1e-10}
@@ -135,12 +135,13 @@ def test_caches_that_are_joined_give_every_row_its_own_past(name: str, max_rewin
 
 def decode(model: Decoder, cache: object, rows: list[Tensor], starts: list[int], steps: int) -> None:
     """Every row's next tokens give the logits of that row alone."""
+    alone = logits_of_rows(model, rows)
     for step in range(steps):
         positions = torch.tensor(starts)[:, None] + step
         tokens = torch.stack([row[place] for row, place in zip(rows, positions, strict=True)])
         logits = model(tokens, Scope(positions, cache=cache))
-        for b, row in enumerate(rows):
-            torch.testing.assert_close(logits[b, 0], model(row[None, : starts[b] + step + 1])[0, -1], **EXACT)
+        for b, expected in enumerate(alone):
+            torch.testing.assert_close(logits[b, 0], expected[starts[b] + step], **EXACT)
 
 
 @everybody
@@ -150,8 +151,8 @@ def test_prompts_read_in_groups_give_the_logits_of_each_alone(name: str, monkeyp
     prompts = [random_tokens(model, 1, length, seed=length)[0].tolist() for length in (3, 12, 1, 11, 12, 2)]
     cache, logits = prefill(model, prompts, 16, torch.device("cpu"))
     assert cache.batch_size == 6
-    for b, prompt in enumerate(prompts):
-        torch.testing.assert_close(logits[b], model(torch.tensor([prompt]))[0, -1], **EXACT)
+    for b, alone in enumerate(logits_of_rows(model, prompts)):
+        torch.testing.assert_close(logits[b], alone[-1], **EXACT)
 
 
 def test_rows_of_like_length_are_one_group_and_padding_never_costs_more_than_a_pass():

@@ -4,10 +4,10 @@ under which a wrong constant hides; here nothing hides."""
 
 from __future__ import annotations
 
-import copy
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -77,23 +77,27 @@ def packed_documents(ours: Decoder, theirs: Any) -> tuple[Tensor, Tensor]:
 
 def gradients(ours: Decoder, theirs: Any) -> tuple[Tensor, Tensor]:
     """Of a cross-entropy, for every weight, matched by published names: both save a model whose weights they are."""
-    with tempfile.TemporaryDirectory() as folder:
-        got = load_file(save(gradients_for_weights(ours), f"{folder}/ours") / "model.safetensors")
-        expected = load_file(save_published(gradients_for_weights(theirs), f"{folder}/theirs") / "model.safetensors")
+    with tempfile.TemporaryDirectory() as folder, gradients_for_weights(ours), gradients_for_weights(theirs):
+        got = load_file(save(ours, f"{folder}/ours") / "model.safetensors")
+        expected = load_file(save_published(theirs, f"{folder}/theirs") / "model.safetensors")
     assert got.keys() == expected.keys()
     return tuple(torch.cat([tensors[name].flatten() for name in got]) for tensors in (got, expected))
 
 
-def gradients_for_weights(model: Any) -> Any:
-    """A copy whose every learned weight is its gradient, zero where no token chose it (an expert). A router's bias,
-    which has none, stays."""
-    model = copy.deepcopy(model)
+@contextmanager
+def gradients_for_weights(model: Any) -> Iterator[None]:
+    """Inside, every learned weight is its gradient, zero where no token chose it (an expert). A router's bias, which
+    has none, stays."""
     output = model(tokens())
     logits = output if isinstance(output, Tensor) else output.logits
-    F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten()).backward()
-    for parameter in filter(lambda one: one.requires_grad, model.parameters()):
-        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    return model
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten())
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = [parameter.data for parameter in learned]
+    for parameter, gradient in zip(learned, torch.autograd.grad(loss, learned, allow_unused=True), strict=True):
+        parameter.data = torch.zeros_like(parameter) if gradient is None else gradient
+    yield
+    for parameter, weight in zip(learned, weights, strict=True):
+        parameter.data = weight
 
 
 @pytest.mark.parametrize("compare", [whole_ragged_rows, logits_in_chunks, packed_documents, gradients])

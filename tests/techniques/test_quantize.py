@@ -23,7 +23,7 @@ from llm_quest.techniques.adapter_merge import merge_adapter
 from llm_quest.techniques.lora import LoRA
 from llm_quest.techniques.quantize import Quantize
 from llm_quest.tensor_files import SLAB_BYTES, map_huge_pages
-from tests.laws.subjects import TINY, own, random_tokens
+from tests.laws.subjects import TINY, own, random_tokens, shared
 
 every_page = pytest.mark.parametrize("page", TINY)
 every_format = pytest.mark.parametrize("name", FORMATS)
@@ -61,9 +61,10 @@ def test_the_model_is_the_one_whose_matrices_were_rounded(page: str, name: str):
                 path if path.endswith(("experts.gate_up", "experts.down")) else f"{path}.weight"
             )
             target.copy_(weight)
-    tokens = random_tokens(plain, 2, 9)
-    torch.testing.assert_close(small(tokens), plain(tokens), rtol=0, atol=1e-10)
-    assert (small(tokens) - own(page)(tokens)).abs().max() > 1e-4
+        tokens = random_tokens(plain, 2, 9)
+        logits = small(tokens)
+        torch.testing.assert_close(logits, plain(tokens), rtol=0, atol=1e-10)
+        assert (logits - shared(page)(tokens)).abs().max() > 1e-4
 
 
 @every_page

@@ -33,6 +33,7 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
 from llm_quest.techniques.multi_token_prediction import MultiTokenPrediction
 from tests.later import Later
+from tests.laws.subjects import logits_of_rows
 
 stats = Later("scipy.stats")
 
@@ -60,8 +61,9 @@ def target(name: str, dtype: str = "float32") -> Decoder:
     return model.to(getattr(torch, dtype)).requires_grad_(False)
 
 
+@functools.cache
 def perturb(model: Decoder, by: float = 0.1) -> Decoder:
-    """A draft that often, and not always, agrees."""
+    """A draft that often, and not always, agrees, which no test changes."""
     draft, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in draft.parameters():
@@ -375,7 +377,7 @@ def test_after_guesses_are_taken_back_the_cache_is_that_of_a_fresh_prefill(name)
         ]
         side.rewind_to(texts)
         assert side.cached_lengths == [len(text) - 1 for text in texts], "nothing has to be read twice"
-        fresh = [model(torch.tensor([text]))[0, -1] for text in texts]
+        fresh = [logits[-1] for logits in logits_of_rows(model, texts)]
         probe = copy.deepcopy(side, {id(model): model})
         _, logits = probe.score_drafts(texts, [[] for _ in texts])
         torch.testing.assert_close(logits[:, 0], torch.stack(fresh), rtol=0, atol=1e-9)
