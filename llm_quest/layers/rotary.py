@@ -10,7 +10,9 @@ whole turns.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,7 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from llm_quest.scope import Scope
 
 
-class RopeScaling(Protocol):
+class RopeScaling(Hashable, Protocol):
     """A scaling of the frequencies; `attention_factor` multiplies cos and sin (so the scores by its square)."""
 
     @property
@@ -202,6 +204,18 @@ def yarn_by_wavelength(
     return LongRoPEScaling(factor, original, divisors, divisors, yarn_mscale(factor, 1.0))
 
 
+@functools.lru_cache(maxsize=1024, typed=True)
+def compute_frequencies(
+    dim: int, theta: float, scaling: RopeScaling | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The frequencies of all pairs, and those of LongRoPE beyond the original length (the same where there is another
+    scaling). Kept, because a config.json is read many times while a folder is validated."""
+    with _disable_current_modes():  # while a plan counts FLOPs on fake tensors, which have no values
+        scaled = scaling.inv_freq(dim, theta) if scaling else default_inv_freq(dim, theta)
+        longer = scaling.long_inv_freq(dim, theta) if isinstance(scaling, LongRoPEScaling) else scaled
+        return tuple(scaled.tolist()), tuple(longer.tolist())
+
+
 @dataclass(frozen=True)
 class RotaryEmbedding:
     """Rotates the first `dim` numbers of each head (B,T,H,d); the rest is unchanged. One object may serve many layers.
@@ -219,11 +233,9 @@ class RotaryEmbedding:
     def __post_init__(self) -> None:
         if self.dim % 2 or self.dim <= 0:
             raise ValueError(f"rotary width {self.dim} is not a positive even number: pairs of numbers are rotated")
-        scaled = self.scaling.inv_freq if self.scaling else default_inv_freq
-        longer = self.scaling.long_inv_freq if isinstance(self.scaling, LongRoPEScaling) else scaled
-        with _disable_current_modes():  # while a plan counts FLOPs on fake tensors, which have no values
-            object.__setattr__(self, "inv_freq", tuple(scaled(self.dim, self.rope_theta).tolist()))
-            object.__setattr__(self, "long_inv_freq", tuple(longer(self.dim, self.rope_theta).tolist()))
+        frequencies, long_frequencies = compute_frequencies(self.dim, self.rope_theta, self.scaling)
+        object.__setattr__(self, "inv_freq", frequencies)
+        object.__setattr__(self, "long_inv_freq", long_frequencies)
 
     def __call__(self, x: Float[Tensor, "B T H d"], scope: Scope) -> Float[Tensor, "B T H d"]:
         cos, sin = scope.cached((self, x.dtype), lambda: widen_tables(*self.cos_sin(scope, x.dtype)))
