@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 from unittest import mock
 
@@ -40,15 +40,17 @@ class FileTrace:
 
     def __init__(self) -> None:
         self.files: dict[str, str] = {}
+        self.seen: set[CodeType] = set()
         self.importing = 0
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
         if code.co_name == "<module>":
             self.importing += {"call": 1, "return": -1}.get(event, 0)
-        elif event == "call" and not self.importing and code.co_flags & inspect.CO_OPTIMIZED:  # not a class body
+        elif event == "call" and not self.importing and code not in self.seen:
+            self.seen.add(code)
             file = Path(code.co_filename)
-            if file.is_relative_to(PACKAGE):
+            if code.co_flags & inspect.CO_OPTIMIZED and file.is_relative_to(PACKAGE):  # not a class body
                 self.files.setdefault(str(file.relative_to(ROOT)), code.co_qualname)
 
     def open(self) -> None:

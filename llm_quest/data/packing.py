@@ -66,14 +66,20 @@ class PackedDocuments:
 
     def collate(self, rows: range, seed: int) -> TokenBatch:
         """Rows by their number since the beginning of training."""
-        columns = zip(*(self._make_row(number, seed) for number in rows), strict=True)
-        tokens, targets, positions, segments = (torch.from_numpy(np.stack(column)) for column in columns)
+        shape = (len(rows), self.sequence_length)
+        fills = (int(self.tokens.ids[0]), IGNORE_INDEX, -1, 0)
+        columns = [np.full(shape, fill, dtype=np.int64) for fill in fills]
+        for b, number in enumerate(rows):
+            for column, values in zip(columns, self._make_row(number, seed), strict=True):
+                column[b, : len(values)] = values
+        tokens, targets, positions, segments = (torch.from_numpy(column) for column in columns)
         if self.tokens.num_documents > 1:
             return TokenBatch(tokens, targets, positions, segments)
         # Padding stands at the row's end, where no token of a plain causal row can see it.
         return TokenBatch(tokens, targets, token_count=int((positions >= 0).sum()))
 
     def _make_row(self, number: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, targets, positions and segments of a row, without its padding."""
         epoch, place = divmod(number, self.rows_per_epoch)
         order = self._epoch(seed, epoch)
         start = int(order.rows[place]) * self.sequence_length
@@ -81,14 +87,7 @@ class PackedDocuments:
         which = np.searchsorted(order.document_starts, inputs, side="right") - 1
         begins = order.document_starts[which]
         ids = self.tokens.offsets[order.documents[which]] + (inputs - begins)
-        columns = (self.tokens.ids[ids], self.tokens.ids[ids + 1], inputs - np.maximum(begins, start), which - which[0])
-        short = self.sequence_length - len(inputs)
-        fill = (int(self.tokens.ids[0]), IGNORE_INDEX, -1, 0)
-        tokens, targets, positions, segments = (
-            np.pad(column.astype(np.int64), (0, short), constant_values=value)
-            for column, value in zip(columns, fill, strict=True)
-        )
-        return tokens, targets, positions, segments
+        return self.tokens.ids[ids], self.tokens.ids[ids + 1], inputs - np.maximum(begins, start), which - which[0]
 
     def _make_epoch_order(self, seed: int, epoch: int) -> EpochOrder:
         documents = shuffle_indices(self.tokens.num_documents, seed, epoch, 0)

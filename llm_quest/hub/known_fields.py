@@ -139,14 +139,15 @@ def fields_read(family: Family, hf_config: Mapping[str, Any]) -> set[str]:
 
 
 def known_fields(family: Family, hf_config: Mapping[str, Any], wanted: Set[str] | None = None) -> set[str]:
-    """The fields that the family reads, now or in the absence of another one. Where it reads all of `wanted` now, those
-    that it reads now: each absence would be another reading."""
-    read = fields_read(family, hf_config)
-    read |= {"rope_theta"} if read & {*ROPE_FIELDS} else set()  # which yields to rope_parameters
-    if wanted is not None and wanted <= read:
-        return read
-    without = ({name: value for name, value in hf_config.items() if name != absent} for absent in sorted(read))
-    return read.union(*(fields_read(family, fewer) for fewer in without))
+    """The fields that the family reads, now or in the absence of another one. Each absence is another reading: there
+    are no more of them than it takes to find all of `wanted`."""
+    known = fields_read(family, hf_config)
+    known |= {"rope_theta"} if known & {*ROPE_FIELDS} else set()  # which yields to rope_parameters
+    for absent in sorted(known & hf_config.keys()):
+        if wanted is not None and wanted <= known:
+            break
+        known |= fields_read(family, {name: value for name, value in hf_config.items() if name != absent})
+    return known
 
 
 def is_harmless(family: Family, name: str, value: Any) -> bool:
