@@ -99,7 +99,22 @@ inline Words load_words(const float* x) { return load(x); }
 inline Words broadcast_word(float x) { return broadcast(x); }
 inline Floats dot(Floats c, Words a, Words b) { return multiply_add(a, b, c); }
 inline void transpose32(const void* from, int64_t from_row, void* to, int64_t to_row) {
-  transpose_one_by_one<8>(static_cast<const float*>(from), from_row, static_cast<float*>(to), to_row);
+  __m256 rows[8], pairs[8];
+  for (int r = 0; r < 8; r++) {  // four columns of rows r and r + 4; then the other four
+    const float* first = static_cast<const float*>(from) + r % 4 * from_row + r / 4 * 4;
+    const __m256 upper = _mm256_castps128_ps256(_mm_loadu_ps(first));
+    rows[r] = _mm256_insertf128_ps(upper, _mm_loadu_ps(first + 4 * from_row), 1);
+  }
+  for (int r = 0; r < 8; r += 2) {
+    pairs[r] = _mm256_unpacklo_ps(rows[r], rows[r + 1]);
+    pairs[r + 1] = _mm256_unpackhi_ps(rows[r], rows[r + 1]);
+  }
+  float* column = static_cast<float*>(to);
+  for (int pair : {0, 1, 4, 5}) {
+    _mm256_storeu_ps(column, _mm256_shuffle_ps(pairs[pair], pairs[pair + 2], 0x44));
+    _mm256_storeu_ps(column + to_row, _mm256_shuffle_ps(pairs[pair], pairs[pair + 2], 0xee));
+    column += 2 * to_row;
+  }
 }
 inline void transpose_stored(const float* from, int64_t from_row, float* to, int64_t to_row) {
   transpose32(from, from_row, to, to_row);

@@ -177,6 +177,31 @@ inline void add_groups(const uint8_t* pairs, const Digits* x, int64_t apart, int
   }
 }
 
+// `count` groups of one row of W, at most LANES. With 16 registers (LANES 8) int4_tile takes one row of W after the other,
+// so that weights and sums stay in registers.
+template <int M, class Scale>
+inline void add_row(const uint8_t* pairs, const Scale* scale, int64_t groups, const Digits* x, int64_t apart, int64_t count,
+                    Floats* total) {
+  constexpr int64_t BYTES_AT_ONCE = SPAN * GROUP / 2;
+  Floats weights[M];
+  const Floats each = load_first(scale, count), minimum = load_first(scale + groups, count);
+#pragma GCC unroll UNROLL
+  for (int m = 0; m < M; m++) {
+    weights[m] = times(each, load(x[m * apart].unit));
+    total[m] = multiply_add(minimum, load(x[m * apart].sum), total[m]);
+  }
+#pragma GCC unroll UNROLL
+  for (int span = 0; span < 4; span++) {
+    if (count < (span + 1) * SPAN) {
+      if (count <= span * SPAN) return;
+      uint8_t last[BYTES_AT_ONCE] = {};  // fewer groups than a vector has: the others' weights are 0
+      std::memcpy(last, pairs + span * BYTES_AT_ONCE, (count - span * SPAN) * (GROUP / 2));
+      return add_groups<M>(last, x, apart, span, weights, total);
+    }
+    add_groups<M>(pairs + span * BYTES_AT_ONCE, x, apart, span, weights, total);
+  }
+}
+
 // Scales and minima of LANES groups at once, of which `count` are there; the minimum is multiplied with the sum of x.
 template <int R, int M, class Scale>
 inline void int4_tile(const Product& p, int64_t n, int64_t o, int64_t step) {
@@ -191,6 +216,13 @@ inline void int4_tile(const Product& p, int64_t n, int64_t o, int64_t step) {
     for (int m = 0; m < M; m++) total[r][m] = broadcast(0);
   for (int64_t left = groups; left > 0; left -= LANES, x++, scales += LANES) {
     const int64_t count = std::min(LANES, left);
+    if constexpr (LANES == 8) {
+#pragma GCC unroll UNROLL
+      for (int r = 0; r < R; r++)
+        add_row<M>(pairs + r * row, scales + r * step * groups * 2, groups, x, apart, count, total[r]);
+      pairs += LANES * bytes;
+      continue;
+    }
 #pragma GCC unroll UNROLL
     for (int r = 0; r < R; r++) {
       const Scale* scale = scales + r * step * groups * 2;

@@ -68,6 +68,7 @@ def amx() -> MachineProfile:
 
 
 KERNELS = {"muon__kernel_float32": 440.0, "muon__kernel_bfloat16": 720.0}
+SLOW_PRODUCTS = {"products__float32__small": 120.0}
 
 
 @pytest.mark.parametrize(
@@ -78,9 +79,11 @@ KERNELS = {"muon__kernel_float32": 440.0, "muon__kernel_bfloat16": 720.0}
         (machine("avx512_bf16"), "bf16", "bfloat16", ["float32"]),
         (amx(), "bf16", "bfloat16", ["float32"]),
         (machine("avx2", muon__kernel_float32=1000.0), "fp32", "kernel_float32", ["float32"]),
+        (machine("avx2", **SLOW_PRODUCTS, muon__kernel_float32=199.0), "fp32", "kernel_float32", ["float32"]),
+        (machine("avx2", **SLOW_PRODUCTS, muon__kernel_float32=170.0), "fp32", "eigenvalues", ["float32"]),
         (machine("avx512_bf16", **KERNELS), "bf16", "kernel_bfloat16", ["float32"]),
     ],
-    ids=["avx2", "many cores", "avx512_bf16", "amx", "avx2 with a kernel", "avx512_bf16 with kernels"],
+    ids=["avx2", "many cores", "avx512_bf16", "amx", "kernel", "even kernel", "slow kernel", "bf16 kernel"],
 )
 def test_each_machine_has_its_choices_and_says_why(profile, precision, muon, few):
     assert choose_precision(profile).value == precision
