@@ -68,6 +68,14 @@ def test_the_forms_on_the_gram_matrix_are_the_same_polynomial(generator, shape, 
         assert (single - exact).norm() <= 2e-3 * exact.norm()
 
 
+def test_a_small_matrix_is_not_decomposed(generator):
+    large, small = torch.randn(65, 66, generator=generator), torch.randn(64, 66, generator=generator)
+    form = MUON_FORMS["eigenvalues"]
+    assert torch.equal(form(large, 5), newton_schulz_by_eigenvalues(large, 5))
+    assert torch.equal(form(small, 5), newton_schulz(small, 5))
+    assert not torch.equal(newton_schulz_by_eigenvalues(small, 5), newton_schulz(small, 5))
+
+
 @pytest.mark.parametrize("form", MUON_FORMS)
 def test_every_form_of_muon_is_within_its_bound_of_the_definition(generator, form):
     for gradient in torch.randn(3, 40, 20, generator=generator), torch.randn(40, 20, generator=generator):
