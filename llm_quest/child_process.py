@@ -18,9 +18,12 @@ def end_with_parent(parent: int, by_signal: bool = True) -> None:
     Commonly got wrong: the signal comes when the *thread* that started the child ends, so a child that was started by a
     thread that may end first goes without it; and a thread of the child does not run while a call in C (a regular
     expression) holds the interpreter."""
-    if not (by_signal and _request_death_signal()):
+    if by_signal and _request_death_signal():
+        gone = os.getppid() != parent  # where there is such a signal, a child that has lost its parent gets another
+    else:
         threading.Thread(target=_watch_parent, args=(parent,), daemon=True, name="parent").start()
-    if is_gone(parent):  # it ended before we asked
+        gone = is_gone(parent)
+    if gone:  # it ended before we asked
         os._exit(1)
 
 

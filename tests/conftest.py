@@ -47,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def prepare_process() -> None:
     """Everything that holds for all tests of a process, before the first of them is imported."""
     from tests.machine import use_kept_profile
+    from tests.rendered import render_once
     from tests.shapes import check_imports
 
     gc.disable()  # until the tests are collected: what they import stays
@@ -82,26 +83,6 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """pytest collects garbage five times at the end of a process, over the objects of all tests: that takes seconds."""
     gc.freeze()
-
-
-RENDERED: dict[str, Any] = {}
-"""What templates made of conversations in this process."""
-
-
-def render_once() -> None:
-    """A chat template is rendered in a process of its own, a fifth of a second each time: here the same conversations
-    are rendered once by the same template under the same limits. (An error is never kept.)"""
-    from llm_quest.data import template_sandbox
-
-    render = template_sandbox.run_batch
-
-    def run_once(settings: Any, jobs: Any) -> Any:
-        key = f"{template_sandbox.WORKER_COMMAND} {template_sandbox.CPU_SECONDS} {settings} {jobs}"
-        if key not in RENDERED:
-            RENDERED[key] = render(settings, jobs)
-        return RENDERED[key]
-
-    template_sandbox.run_batch = run_once
 
 
 LONG = ("test_experiment.py", "test_compiled.py", "test_option_grid.py", "test_engine_grid.py", "test_one_law.py")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.forked import processes
+from tests.rendered import render_once
 
 
 def by_two(base: str, pairs: Sequence[str], out: Path) -> None:
@@ -104,3 +105,4 @@ def join(rank: int, port: int) -> None:
     import torch
 
     torch.set_num_threads(1)
+    render_once()
