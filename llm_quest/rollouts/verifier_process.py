@@ -6,13 +6,15 @@ from __future__ import annotations
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm_quest.data.problems.problem import Problem
 from llm_quest.errors import MissingError, import_extra, install_command
-from llm_quest.rollouts.sampler import Sample
 from llm_quest.rollouts.verifiers import UNSCORABLE
 from llm_quest.rollouts.worker_process import WorkerFailure, WorkerProcess, describe_counts
+
+if TYPE_CHECKING:
+    from llm_quest.rollouts.sampler import Sample  # which has torch: three seconds to import in the verifier's process
 
 CheckFunction = Callable[[Problem, str], float]
 

@@ -208,7 +208,8 @@ def test_a_module_beside_the_file_that_it_imports_is_part_of_its_hash(said: str,
     assert hash_user_code(f"{tmp_path}/r.py:score") != before
 
 
-def test_the_process_of_a_users_code_imports_no_torch():
-    code = "import sys, llm_quest.rollouts.function_reward; print('torch' in sys.modules)"
+def test_the_processes_of_a_users_code_and_of_a_verifier_import_no_torch():
+    modules = "llm_quest.rollouts.function_reward, llm_quest.rollouts.verifier_process"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 
 import pytest
 
@@ -12,6 +11,7 @@ from llm_quest.rollouts.function_reward import FailureSummary
 from llm_quest.rollouts.rewards import CorrectnessReward, FormatReward, RandomReward, SafeReward
 from llm_quest.rollouts.sampler import Sample
 from llm_quest.rollouts.verifier_process import MathVerifyReward, VerifierProcess, verify_with_math_verify
+from tests.rollouts.verifier_functions import hanging, slow_to_load
 
 PROBLEM = Problem("47+85=", "132", "number", "")
 
@@ -58,14 +58,6 @@ def test_values_that_are_not_finite_are_unscorable_and_nothing_is_zero_in_silenc
     assert [math.isnan(value) for value in values] == [True, True, True, False]
 
 
-def hanging(problem: Problem, text: str) -> float:
-    if text == "hang":
-        time.sleep(1000)
-    if text == "raise":
-        raise ValueError(text)
-    return float(text == problem.answer)
-
-
 def test_a_verifier_that_hangs_is_killed_and_the_next_answer_is_judged() -> None:
     with VerifierProcess(hanging, timeout_seconds=0.2) as worker:
         assert worker(PROBLEM, "132") == 1.0
@@ -76,16 +68,6 @@ def test_a_verifier_that_hangs_is_killed_and_the_next_answer_is_judged() -> None
         assert hung == "hang (it took longer than 0.2 s and was stopped)"
         assert raised.endswith("ValueError: raise)")
         assert set(worker.failures.values()) == {1}
-
-
-LOADED: list[str] = []
-
-
-def slow_to_load(problem: Problem, text: str) -> float:
-    if not LOADED:
-        time.sleep(3)
-    LOADED.append(text)
-    return float(text == problem.answer)
 
 
 def test_what_a_verifier_imports_is_not_in_the_time_of_an_answer() -> None:
