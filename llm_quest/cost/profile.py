@@ -6,14 +6,13 @@ from __future__ import annotations
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils._pytree import tree_leaves
 
 from llm_quest.cost.flops import OperatorFlops, fake_copy, use_grouped_experts
 from llm_quest.techniques.activation_checkpointing import CheckpointedForward, disable_checkpointing
@@ -99,18 +98,17 @@ class StepTracker(OperatorFlops):
         self.flops = self.live_bytes = self.activations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tree_leaves((args, kwargs)):
+        kwargs = kwargs or {}
+        for tensor in (*tensors_in(args), *tensors_in(kwargs.values())):
             self.note(tensor, made_here=False)
-        out = func(*args, **(kwargs or {}))
-        self.flops += self.count(func, args, kwargs or {}, out)
-        for tensor in tree_leaves(out):
+        out = func(*args, **kwargs)
+        self.flops += self.count(func, args, kwargs, out)
+        for tensor in tensors_in((out,)):
             self.note(tensor, made_here=True)
         return out
 
-    def note(self, tensor: Any, *, made_here: bool) -> None:
+    def note(self, tensor: Tensor, *, made_here: bool) -> None:
         """A storage is seen; one that is an argument before any operator here made it was there already."""
-        if not isinstance(tensor, Tensor):
-            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.alive:
@@ -134,6 +132,15 @@ class StepTracker(OperatorFlops):
             now += 0 if number in left_out else size
             most = max(most, now)
         return most
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments or results of an operator, which may be in lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
 
 
 def storage_bytes(tensors: list[Tensor]) -> int:
