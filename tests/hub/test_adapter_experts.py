@@ -38,6 +38,14 @@ def wholly_in_float64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_model_cards() -> Iterator[None]:
+    """PEFT compiles a template for the README of every adapter, which nothing here reads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peft.PeftModel, "create_or_update_model_card", lambda *given: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("bases")
