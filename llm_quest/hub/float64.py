@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from llm_quest.layers.rotary import compute_frequencies
-
 
 class Float64(TorchFunctionMode):
     """Mode that replaces float32 by float64 in every call, `Tensor.float` included."""
@@ -36,10 +34,8 @@ def computing_in_float64() -> Iterator[None]:
     files of float64: frequencies and embedding scales are computed then."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    compute_frequencies.cache_clear()  # they are kept in the precision in which they were first wanted
     try:
         with Float64():
             yield
     finally:
         torch.set_default_dtype(before)
-        compute_frequencies.cache_clear()

@@ -206,10 +206,11 @@ def yarn_by_wavelength(
 
 @functools.lru_cache(maxsize=1024, typed=True)
 def compute_frequencies(
-    dim: int, theta: float, scaling: RopeScaling | None
+    dim: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The frequencies of all pairs, and those of LongRoPE beyond the original length (the same where there is another
-    scaling). Kept, because a config.json is read many times while a folder is validated."""
+    scaling). Kept, because a config.json is read many times while a folder is validated. dtype: in which they are
+    computed, so that those of `computing_in_float64` are kept apart."""
     with _disable_current_modes():  # while a plan counts FLOPs on fake tensors, which have no values
         scaled = scaling.inv_freq(dim, theta) if scaling else default_inv_freq(dim, theta)
         longer = scaling.long_inv_freq(dim, theta) if isinstance(scaling, LongRoPEScaling) else scaled
@@ -233,7 +234,8 @@ class RotaryEmbedding:
     def __post_init__(self) -> None:
         if self.dim % 2 or self.dim <= 0:
             raise ValueError(f"rotary width {self.dim} is not a positive even number: pairs of numbers are rotated")
-        frequencies, long_frequencies = compute_frequencies(self.dim, self.rope_theta, self.scaling)
+        dtype = torch.empty(0, dtype=torch.float32, device="cpu").dtype  # float64 inside of `computing_in_float64`
+        frequencies, long_frequencies = compute_frequencies(self.dim, self.rope_theta, self.scaling, dtype)
         object.__setattr__(self, "inv_freq", frequencies)
         object.__setattr__(self, "long_inv_freq", long_frequencies)
 

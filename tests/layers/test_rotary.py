@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from llm_quest.hub.float64 import computing_in_float64
 from llm_quest.layers.kv_cache import Cache
 from llm_quest.layers.rotary import (
     LinearScaling,
@@ -34,6 +35,26 @@ every_scaling = pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALIN
 def rotate_at(rotary: RotaryEmbedding, x: torch.Tensor, position: int) -> torch.Tensor:
     """One head's vector (d,) turned as at this position."""
     return rotary(x[None, None, None], Scope(torch.tensor([[position]])))[0, 0, 0]
+
+
+@every_scaling
+def test_frequencies_are_those_of_the_precision_that_is_computed_in(scaling: RopeScaling | None):
+    """Also where the other one was wanted before, with PyTorch's default dtype of either."""
+
+    def frequencies() -> tuple[float, ...]:
+        return RotaryEmbedding(8, 3e5, scaling=scaling).inv_freq
+
+    single = frequencies()
+    with computing_in_float64():
+        double = frequencies()
+    assert double != single == frequencies()
+    assert double == pytest.approx(single, rel=1e-6)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert frequencies() == single
+    finally:
+        torch.set_default_dtype(before)
 
 
 @every_scaling
