@@ -5,29 +5,23 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-from llm_quest.contracts import LogFn
 from llm_quest.experiments.arms import CONTROL, Arm
 from llm_quest.experiments.measurements import TUNING_SEEDS, Record, RunRequest
+from llm_quest.experiments.noise import ExperimentRuns
 from llm_quest.experiments.tuning import RateSearch, describe_search, first_grid, needs_extension
 
 RatesOfArms = Mapping[str, Sequence[float]]
 
 
-class TunableRuns(Protocol):
-    """The part of an experiment that tuning needs: its plan, arms with their descriptions, and runs."""
+class TunableRuns(ExperimentRuns, Protocol):
+    """What tuning needs of an experiment besides what A/A pairs need: its arms, and whether a loss is that of a model
+    that has learned nothing."""
 
-    plan: Any
     arms: dict[str, Arm]
-    descriptions: dict[str, dict[str, Any]]
-    log: LogFn
 
-    def request(self, name: str, seed: int, role: str, extra: Sequence[str] = (), repeat: int = 0) -> RunRequest: ...
-    def measure(self, requests: Sequence[RunRequest], what: str) -> list[Record]: ...
-    def value_on_scale(self, record: Record, name: str) -> float | None: ...
     def is_unlearned(self, value: float) -> bool: ...
-    def note(self, text: str) -> None: ...
 
 
 def why_untuned(bench: TunableRuns) -> str:

@@ -24,6 +24,7 @@ from tests.later import Later
 from tests.oracles import save_published, transformers
 
 peft = Later("peft")
+pytestmark = pytest.mark.usefixtures("without_model_cards")
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 BASES = ("gpt_oss", "qwen3_moe", "mixtral", "deepseek_v2", "qwen2_moe", "olmoe", "mimo_v2_flash", "qwen3_next")
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -35,14 +36,6 @@ def wholly_in_float64() -> Iterator[None]:
     generator."""
     torch.manual_seed(0)
     with computing_in_float64():
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def without_model_cards() -> Iterator[None]:
-    """PEFT compiles a template for the README of every adapter, which nothing here reads."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peft.PeftModel, "create_or_update_model_card", lambda *given: None)
         yield
 
 

@@ -7,7 +7,6 @@ import copy
 import functools
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from tests.later import Later
 from tests.oracles import ATOL, RTOL, randomize_, save_published, tiny_gpt2, tiny_llama, transformers
 
 peft = Later("peft")
+pytestmark = pytest.mark.usefixtures("without_model_cards")
 BASES = {
     "tied": lambda: tiny_llama(attention_bias=True),
     "untied": lambda: tiny_llama(tie_word_embeddings=False),
@@ -33,14 +33,6 @@ BASES = {
 TARGETS = {"tied": ["q_proj", "k_proj", "down_proj"], "untied": ["q_proj", "v_proj"], "gpt2": ["c_attn", "c_fc"]}
 EMBEDDING = {"tied": "embed_tokens", "untied": "embed_tokens", "gpt2": "wte"}
 NEW = {"tied": "k_proj", "untied": "v_proj", "gpt2": "c_fc"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def without_model_cards() -> Iterator[None]:
-    """PEFT compiles a template for the README of every adapter, which nothing here reads."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peft.PeftModel, "create_or_update_model_card", lambda *given: None)
-        yield
 
 
 @pytest.fixture(scope="module")
