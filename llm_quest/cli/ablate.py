@@ -147,7 +147,7 @@ def preview_ablation(
             experiment = Experiment(plan, root, pool, ledger, messages.append, records=out)
             experiment.prepare()
         return AblationPreview(
-            plan.experiment, experiment.resolve_arms(), experiment.derived, messages, plan.counts,
+            plan.experiment, experiment.resolve_arms(), experiment.derived, messages, experiment.counts,
             estimate_arm_seconds(experiment, CONTROL), estimate_seconds(experiment),
         )  # fmt: skip
 

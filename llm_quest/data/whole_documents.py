@@ -3,6 +3,7 @@ texts, every one once an epoch and in another order each epoch, or a task's prob
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError
 
 TokenIds = Sequence[int]
+MAX_CACHED_TEXTS = 8192
+"""Prompts with their answers whose ids are kept: a small task draws the same ones again and again."""
 
 
 class WholeDocuments:
@@ -83,6 +86,7 @@ class Demonstrations:
     def __init__(self, task: Task, tokenizer: Tokenizer, *, num_examples: int | None = None):
         self.task, self.tokenizer, self.num_examples = task, tokenizer, num_examples
         self.problems = TaskSplit(task)
+        self.encode_pieces = functools.lru_cache(MAX_CACHED_TEXTS)(tokenizer.encode_pieces)
 
     def micro_batches(self, rows: range, micro_batch_size: int, seed: int) -> list[TokenBatch]:
         return [
@@ -95,9 +99,8 @@ class Demonstrations:
         index = index % self.num_examples if self.num_examples else index
         problem = self.problems(seed, index)
         answer = teacher_demonstration(self.task, problem, index, seed)
-        tokenizer = self.tokenizer
-        prompt, completion = tokenizer.encode_pieces(problem.prompt, answer)
-        return [tokenizer.start_token_id, *prompt], [*completion, tokenizer.eos_token_id]
+        prompt, completion = self.encode_pieces(problem.prompt, answer)
+        return [self.tokenizer.start_token_id, *prompt], [*completion, self.tokenizer.eos_token_id]
 
     def fingerprint(self) -> dict[str, Any]:
         return {"loader": "demonstrations", "data": repr(self.task), "num_examples": self.num_examples}

@@ -104,8 +104,12 @@ class ExperimentPlan:
 
     @property
     def counts(self) -> RunCounts:
-        """How many runs the plan has."""
-        return count_runs(1 + len(self.arms), self.rates, self.tuning_seeds, self.aa_pairs, self.claim.cap)
+        """How many runs the plan has, if no arm is equal to the control."""
+        return self.count_runs(1 + len(self.arms))
+
+    def count_runs(self, arms: int) -> RunCounts:
+        """The runs of so many arms, the control among them."""
+        return count_runs(arms, self.rates, self.tuning_seeds, self.aa_pairs, self.claim.cap, len(self.bases))
 
     @property
     def experiment(self) -> str:
@@ -270,6 +274,11 @@ class Experiment:
                 why = "changed when its data and model were read"
                 self.derived[name][key] = {"recipe": before, "value": after, "why": why}
                 self.note(f"{name}: {key} is {after}, not {before} ({why})")
+
+    @property
+    def counts(self) -> RunCounts:
+        """How many runs there are, without those of arms that were dropped."""
+        return self.plan.count_runs(len(self.arms))
 
     @property
     def open_names(self) -> list[str]:

@@ -21,7 +21,8 @@ from llm_quest.formatting import format_duration, format_duration_range
 @dataclass(frozen=True)
 class RunCounts:
     """Runs of an experiment, at most: the control and `arms` - 1 arms; tuning, tuning_more: of the first rates, and of
-    those that are added where they do not tell the best one; aa, aa_pairs: A/A runs and pairs; cap: pairs at most."""
+    those that are added where they do not tell the best one; aa, aa_pairs: A/A runs and pairs; cap: pairs at most.
+    bases: runs that arms begin from, each once a seed; other_seeds: seeds that no pair has."""
 
     arms: int
     tuning: int
@@ -29,6 +30,8 @@ class RunCounts:
     aa: int
     aa_pairs: int
     cap: int
+    bases: int = 0
+    other_seeds: int = 0
 
     @property
     def least(self) -> int:
@@ -37,6 +40,11 @@ class RunCounts:
     @property
     def most(self) -> int:
         return self.tuning + self.tuning_more + self.aa + self.arms * self.cap
+
+    @property
+    def start_seeds(self) -> tuple[int, int]:
+        """Seeds for which each base is trained, at least and at most."""
+        return self.other_seeds + sequential.FIRST_LOOK, self.other_seeds + self.cap
 
     def estimate(self, control: float, together: float) -> tuple[float, float]:
         """The seconds of all runs one after another, at least and at most. control: seconds of a run of the control;
@@ -48,17 +56,20 @@ class RunCounts:
     def __str__(self) -> str:
         more = f" (up to {self.tuning + self.tuning_more} where an arm needs more rates)" if self.tuning_more else ""
         pairs = f"{sequential.FIRST_LOOK} to {self.cap} pairs"
+        low, high = (self.bases * seeds for seeds in self.start_seeds)
+        starts = f" and {low} to {high} that they begin from" if self.bases else ""
         return (
             f"{self.arms} arms; {self.tuning} runs to tune{more}, {self.aa} runs for {self.aa_pairs} A/A pairs, "
             f"{self.arms * sequential.FIRST_LOOK} to {self.arms * self.cap} runs in {pairs}: {self.least} to "
-            f"{self.most} runs"
+            f"{self.most} runs{starts}"
         )
 
 
-def count_runs(arms: int, rates: int, tuning_seeds: int, aa_pairs: int, cap: int) -> RunCounts:
+def count_runs(arms: int, rates: int, tuning_seeds: int, aa_pairs: int, cap: int, bases: int = 0) -> RunCounts:
     """The runs of an experiment. arms: with the control. Each A/A pair has two runs, and one run is repeated."""
-    each = arms * tuning_seeds if rates > 1 else 0
-    return RunCounts(arms, rates * each, MAX_EXTENSIONS * each, 2 * aa_pairs + bool(aa_pairs), aa_pairs, cap)
+    tuned = tuning_seeds if rates > 1 else 0
+    tuning, more = rates * arms * tuned, MAX_EXTENSIONS * arms * tuned
+    return RunCounts(arms, tuning, more, 2 * aa_pairs + bool(aa_pairs), aa_pairs, cap, bases, aa_pairs + tuned)
 
 
 @dataclass
@@ -82,6 +93,9 @@ class PlannedRuns(TunableRuns, Protocol):
     pool: WorkerPool
     records: Path
     finished: FinishedRuns
+
+    @property
+    def counts(self) -> RunCounts: ...
 
     def num_steps(self, name: str) -> int: ...
 
@@ -118,7 +132,7 @@ def count_finished(bench: PlannedRuns, requests: Sequence[RunRequest], counter: 
 
 def announce_cost(bench: PlannedRuns) -> None:
     """Log the number of runs, and the time that they take by the control's measured step, start and evaluation."""
-    bench.log(f"{bench.plan.counts}{bench.finished}")
+    bench.log(f"{bench.counts}{bench.finished}")
     run, total, jobs = estimate_arm_seconds(bench, CONTROL), estimate_seconds(bench), bench.pool.jobs
     if run is None or total is None:
         bench.log("estimate: none, as steps of this recipe can't be timed beforehand; the first run brings an ETA")
@@ -146,7 +160,7 @@ def estimate_seconds(bench: PlannedRuns) -> tuple[float, float] | None:
     runs = {name: seconds for name in bench.arms if (seconds := estimate_arm_seconds(bench, name)) is not None}
     if len(runs) < len(bench.arms):
         return None
-    low, high = bench.plan.counts.estimate(runs[CONTROL], sum(runs.values()))
+    low, high = bench.counts.estimate(runs[CONTROL], sum(runs.values()))
     certain, possible = (
         sum(runs[name] * count for name, count in counter.items())
         for counter in (bench.finished.certain, bench.finished.possible)

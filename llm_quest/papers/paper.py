@@ -34,7 +34,7 @@ LATER_KEYS: Mapping[str, Any] = {"metrics": {}, "scale": "linear"}
 class Bench:
     """What the arms of a claim have in common. about: in words. settings: the control's. sizes: name -> the numbers of
     the settings' $names, and `seconds`, the CPU seconds of a run. bases: name -> recipe and settings of a run that arms
-    begin from."""
+    begin from, and its `seconds` at each size."""
 
     recipe: str
     about: str
@@ -97,18 +97,20 @@ class Paper:
         words = {"title", "claim", "prediction", "replication", "notes", "bench", "sizes"}
         words |= {key for key, default in LATER_KEYS.items() if getattr(self, key) == default}
         content = {key: value for key, value in vars(self).items() if key not in words}
+        content["bases"] = without_seconds(self.bases)
         bench = [
             self.bench_spec.recipe,
             list(flatten_pairs(self.bench_spec.settings)),
-            dict(self.bench_spec.bases),
+            without_seconds(self.bench_spec.bases),
             without_seconds(self.bench_spec.sizes),
         ]
         text = json.dumps([content, bench], sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def without_seconds(sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {name: {key: x for key, x in numbers.items() if key != "seconds"} for name, numbers in sizes.items()}
+def without_seconds(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Sizes or bases, without what they cost."""
+    return {name: {key: x for key, x in row.items() if key != "seconds"} for name, row in rows.items()}
 
 
 def flatten_pairs(pairs: Sequence[Any]) -> Iterator[str]:

@@ -76,11 +76,15 @@ def make_base(paper: Paper, name: str, size: str) -> Base:
 
 
 def describe_cost(paper: Paper, size: str) -> str:
-    """What a claim costs at most at a size, and at least, from the measured CPU seconds of a run."""
+    """What a claim costs at most at a size, and at least, from the measured CPU seconds of a run and of its bases."""
     arms, seconds = len(paper.arms) + 1, float(paper.bench_spec.sizes[size]["seconds"])
-    counts = count_runs(arms, paper.rates, paper.tuning_seeds, AA_PAIRS, paper.cap)
-    cost = format_duration_range(seconds * counts.least, seconds * counts.most)
-    return f"{size}: {counts}; {cost} of one core"
+    counts = count_runs(arms, paper.rates, paper.tuning_seeds, AA_PAIRS, paper.cap, len(paper.all_bases))
+    of_bases = sum(float(base["seconds"][size]) for base in paper.all_bases.values())
+    low, high = (
+        seconds * runs + of_bases * seeds
+        for runs, seeds in zip((counts.least, counts.most), counts.start_seeds, strict=True)
+    )
+    return f"{size}: {counts}; {format_duration_range(low, high)} of one core"
 
 
 def measure_paper(

@@ -135,6 +135,10 @@ def test_the_runs_of_a_plan_are_counted_in_one_way(tmp_path: Path):
     assert (counts.tuning, counts.tuning_more, counts.aa, counts.least, counts.most) == (12, 12, 7, 27, 47)
     assert "7 runs for 3 A/A pairs" in str(counts)
     assert count_runs(2, 1, 2, 0, 8).least == 8
+    begun = count_runs(2, 3, 2, 2, 8, bases=2)
+    assert begun.start_seeds == (2 + 2 + 4, 2 + 2 + 8), "tuning seeds, A/A seeds, pairs"
+    assert str(begun).endswith("25 to 45 runs and 16 to 24 that they begin from")
+    assert count_runs(2, 1, 2, 2, 8, bases=1).start_seeds == (6, 10), "one rate needs no tuning seeds"
 
 
 def test_a_rate_between_those_tried_is_explained():

@@ -76,6 +76,7 @@ def experiment_result(root: Path, text: Path, pool: WorkerPool) -> tuple[dict[st
 def test_an_experiment_ends_with_a_verdict(experiment_result: tuple[dict[str, Any], list[str]]):
     result, lines = experiment_result
     assert any("same changes nothing" in note for note in result["notes"]), "tiny's own width, spelled out"
+    assert any(line.startswith("2 arms; ") for line in lines), "an arm that is dropped has no runs"
     (verdict,) = result["verdicts"]
     assert verdict["outcome"] in ("better", "worse", "no difference larger than delta", "undecided (cap)")
     assert 4 <= verdict["pairs"] <= 8

@@ -68,7 +68,8 @@ def test_every_claim_is_a_plan_at_its_smallest_and_largest_size(name: str, size:
         resolve_settings(base.recipe, base.pairs)
         assert f"<{base.name}>" in named
     assert "$" not in named
-    assert "runs; about " in describe_cost(paper, size)
+    cost = describe_cost(paper, size)
+    assert (" that they begin from; about " if plan.bases else " runs; about ") in cost
 
 
 def test_arms_have_equal_budgets_unless_learning_rates_are_what_differs():
@@ -108,6 +109,12 @@ def test_the_hash_follows_what_is_measured_and_not_the_words():
     longer = [*paper.settings, "batch_size=4"]
     for edit in ({"delta": 0.06}, {"cap": 20}, {"settings": longer}, {"expect": "worse"}, {"scale": "log"}):
         assert replace(paper, **edit).hash != paper.hash
+    countdown = load_paper("countdown")
+    costly = {name: {**base, "seconds": {"0.1M": 1e4}} for name, base in countdown.bases.items()}
+    assert replace(countdown, bases=costly).hash == countdown.hash, "what a base costs is no part of it"
+    assert describe_cost(replace(countdown, bases=costly), "0.1M").endswith(
+        "; about 16 h 41 min to 38 h 57 min of one core"
+    )
 
 
 @pytest.mark.parametrize(
