@@ -22,8 +22,8 @@ from llm_quest.recipes.recipe import load_recipe
 CONTROL = "control"
 FIXED = {
     "threads": "1", "compile": "false", "precision": "fp32", "few_row_products": "{}", "few_row_kernel": "{}",
-    "muon_form": "float32", "save_steps": "0", "report_to": "[]", "eval_steps": "0", "eval_baselines": "false",
-    "samples.every_steps": "0", "seed_per_module": "true",
+    "training_kernels": "false", "muon_form": "float32", "save_steps": "0", "report_to": "[]", "eval_steps": "0",
+    "eval_baselines": "false", "samples.every_steps": "0", "seed_per_module": "true",
 }  # fmt: skip
 """Settings of all arms unless they are given: those that decide last bits, that pair first weights, or that cost time
 and change no result. Keys that a recipe does not have are left out."""

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llm_quest.layers import training_kernels
 from llm_quest.layers.linear import Linear, PackedLinear
 from llm_quest.scope import Scope
 
@@ -50,5 +51,7 @@ class GatedMLP(nn.Module):
         self.down = Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Float[Tensor, "B T D"], scope: Scope | None = None) -> Float[Tensor, "B T D"]:
+        if self.activation is F.silu and type(self.gate_up) is PackedLinear and training_kernels.takes_kernel(x):
+            return self.down(training_kernels.silu_product_by_kernel(self.gate_up.stacked(x)))
         gate, up = self.gate_up(x)
         return self.down(self.activation(gate) * up)

@@ -144,6 +144,10 @@ class PackedLinear(Linear):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         return super().forward(x).split_with_sizes(list(self.parts.values()), dim=-1)  # type: ignore[no-any-return]
 
+    def stacked(self, x: Tensor) -> Tensor:
+        """The parts side by side, as one tensor."""
+        return super().forward(x)
+
     def row_slice(self, name: str) -> slice:
         """The rows of one part."""
         return find_row_slice(self.parts, name)

@@ -1,4 +1,4 @@
-"""The package's operators in C++ (quantized_rows.cpp, query_attention.cpp, muon_step.cpp): compiled once per source,
+"""The package's operators in C++ (`CPP_FILES`): compiled once per source,
 torch version and compiler, on first use, and kept in the cache folder.
 
 Without a working compiler, on another operating system than Linux and macOS, or with LLM_QUEST_NATIVE=0 everything is
@@ -27,8 +27,17 @@ from torch import Tensor
 from llm_quest.cache_dirs import write_to_cache
 from llm_quest.errors import QuestWarning
 
-CPP_FILES = ("quantized_rows.cpp", "query_attention.cpp", "muon_step.cpp")
-HEADERS = ("quantized_tiles.h", "query_tiles.h", "muon_tiles.h", "vectors.h", "tensors.h", "isa.h")
+CPP_FILES = ("quantized_rows.cpp", "query_attention.cpp", "muon_step.cpp", "training_kernels.cpp")
+HEADERS = (
+    "quantized_tiles.h",
+    "query_tiles.h",
+    "muon_tiles.h",
+    "training_tiles.h",
+    "exponential.h",
+    "vectors.h",
+    "tensors.h",
+    "isa.h",
+)
 SOURCES = [Path(__file__).with_name(name) for name in (*CPP_FILES, *HEADERS)]
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-Wall", "-ffp-contract=off")
 ISA = {"best": 0, "plain": 1, "avx2": 2, "avx512": 3, "vnni": 4}

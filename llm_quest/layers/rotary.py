@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from llm_quest.layers import training_kernels
 from llm_quest.scope import Scope
 
 
@@ -274,6 +275,8 @@ def widen_tables(cos: Float[Tensor, "B T 1 pairs"], sin: Float[Tensor, "B T 1 pa
 def apply_rotary_emb(x: Float[Tensor, "B T H d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B T H d"]:
     """Half-split pairs: (a, b) -> (a cos - b sin, b cos + a sin), as (a, b) (cos, cos) + (b, a) (-sin, sin): five
     operators in place of eight. cos, sin: from `widen_tables`."""
+    if training_kernels.takes_kernel(x, cos, sin):
+        return training_kernels.rotate_by_kernel(x, cos, sin)
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((b, a), dim=-1) * sin
 

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llm_quest.layers import native
+from llm_quest.layers import native, training_kernels
 from llm_quest.scope import BlockDiagonalMask, CausalMask, MaskSpec, Scope, SlidingWindow
 
 AttentionMask = Bool[Tensor, "B T S"] | CausalMask | SlidingWindow | BlockDiagonalMask
@@ -128,6 +128,8 @@ def fused_attention(
         return explicit_attention(q, k, v, attention_mask, scale=scale, dropout=dropout, sink=sink, softcap=softcap)
     if isinstance(attention_mask, SlidingWindow):
         return sliding_window_attention(q, k, v, attention_mask.window, scale=scale, dropout=dropout, sink=sink)
+    if takes_causal_kernel(q, k, v, attention_mask, sink, dropout):
+        return training_kernels.causal_attention_by_kernel(q, k, v, scale)
     if sink is not None:
         return sink_attention(q, k, v, attention_mask, sink, scale=scale, dropout=dropout)
     batch_size, length, num_attention_heads, head_dim = q.shape
@@ -151,6 +153,19 @@ def fused_attention(
         enable_gqa=num_key_value_heads != num_attention_heads,
     )
     return out.transpose(1, 2)
+
+
+def takes_causal_kernel(
+    q: Tensor, k: Tensor, v: Tensor, attention_mask: AttentionMask, sink: Tensor | None, dropout: float
+) -> bool:
+    """Whether this is a causal pass over whole short rows for the training kernels."""
+    return (
+        attention_mask is CausalMask.CAUSAL
+        and not dropout
+        and sink is None
+        and 1 < q.shape[1] == k.shape[1] <= training_kernels.MAX_LENGTH
+        and training_kernels.takes_kernel(q, k, v)
+    )
 
 
 def takes_query_operator(

@@ -14,7 +14,7 @@
 //   load_first(const Scale*, count)           the first of LANES scales, 0 in the lanes behind them
 //   spread(Floats, quarter)                   the lanes of one quarter, each in four lanes
 //   multiply_add(Floats a, Floats b, Floats c)         a * b + c
-//   times, add, larger (the second where it is NaN), absolute, sum_lanes, largest_lane
+//   times, add, divide, larger (the second where it is NaN), absolute, sum_lanes, largest_lane
 //   nearest(Floats), times_power(Floats a, Floats n)    a * 2^n for integers n from -126 to 127
 //   vnni alone: load_codes, store_codes, add_codes, all_bytes, load_unsigned(const int8_t*), dot_bytes
 #pragma once
@@ -116,6 +116,10 @@ inline Floats add(Floats a, const Floats& b) {
   for (int i = 0; i < 8; i++) a.lane[i] += b.lane[i];
   return a;
 }
+inline Floats divide(Floats a, const Floats& b) {
+  for (int i = 0; i < 8; i++) a.lane[i] /= b.lane[i];
+  return a;
+}
 inline float sum_lanes(const Floats& v) {
   return ((v.lane[0] + v.lane[4]) + (v.lane[2] + v.lane[6])) + ((v.lane[1] + v.lane[5]) + (v.lane[3] + v.lane[7]));
 }
@@ -209,6 +213,7 @@ inline Floats spread(Floats v, int quarter) {
 inline Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+inline Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
 inline float sum_lanes(Floats v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -289,6 +294,7 @@ inline Floats spread(Floats v, int quarter) {
 inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 inline float sum_lanes(Floats v) { return _mm512_reduce_add_ps(v); }
 inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Floats absolute(Floats v) { return _mm512_abs_ps(v); }

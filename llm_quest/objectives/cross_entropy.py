@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from llm_quest.data.batch import IGNORE_INDEX
 from llm_quest.errors import UsageError
+from llm_quest.layers import training_kernels
 from llm_quest.layers.linear import autocast_dtype, disable_autocast, softcap_logits
 
 CHUNK_ROWS = 256
@@ -50,8 +51,11 @@ def linear_cross_entropy(
 
 
 def choose_form(x: Tensor, weight: Tensor, softcap: float | None = None) -> str:
-    """The form for this size and device: full where the logits are small; on CUDA PyTorch's own, which has no soft cap;
-    else ours, because on a CPU the built-in one takes ten times as long (docs/benchmarks.md)."""
+    """The form for this size and device: full where the logits are small and no training kernel computes them; on CUDA
+    PyTorch's own, which has no soft cap; else ours, because on a CPU the built-in one takes ten times as long
+    (docs/benchmarks.md)."""
+    if training_kernels.takes_kernel(x, weight):
+        return "chunked"
     if x.shape[0] * weight.shape[0] * 4 <= MAX_FULL_LOGITS_BYTES:
         return "full"
     return "fused" if x.is_cuda and softcap is None and "linear_cross_entropy" in vars(F) else "chunked"
@@ -73,15 +77,18 @@ def fused_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: flo
 
 def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
     """Chunked cross-entropy; it differs from the definition in rounding only."""
-    return ChunkedCrossEntropy.apply(x, weight, targets, softcap)  # type: ignore[no-any-return, no-untyped-call]
+    by_kernel = training_kernels.takes_kernel(x, weight)
+    return ChunkedCrossEntropy.apply(x, weight, targets, softcap, by_kernel)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Computes both gradients in the forward pass; backward multiplies them by the incoming scalar gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, by_kernel: bool) -> Tensor:
         def loss_and_grad(logits: Tensor, rows: slice, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+            if by_kernel and needs_grad:
+                return training_kernels.cross_entropy_by_kernel_(logits, targets[rows], IGNORE_INDEX).sum(), logits
             log_p, t = logits.log_softmax(dim=-1), targets[rows]
             loss = F.nll_loss(log_p, t, ignore_index=IGNORE_INDEX, reduction="sum")
             return loss, softmax_minus_onehot_(log_p, t) if needs_grad else None
@@ -91,8 +98,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        return *scale_saved_gradients(ctx, *upstream), None, None
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        return *scale_saved_gradients(ctx, *upstream), None, None, None
 
 
 def chunked_head_loss(

@@ -18,6 +18,7 @@ import torch
 from llm_quest.contracts import LogFn
 from llm_quest.layers.linear import set_few_row_products
 from llm_quest.layers.muon_kernel import missing_kernel
+from llm_quest.layers.training_kernels import set_training_kernels
 from llm_quest.machine import choices
 from llm_quest.machine.choices import Resolved
 from llm_quest.machine.hardware import (
@@ -78,6 +79,8 @@ def resolve_auto(config: ConfigT, context: Context, flops: float | None = None) 
     torch.set_num_threads(chosen["threads"])
     if missing := set_few_row_products(chosen["few_row_products"], chosen["few_row_kernel"]):
         context.log(f"the loop in C++ for few rows cannot be had ({missing}): the last bits of sampled text may differ")
+    if missing := set_training_kernels(chosen["training_kernels"]):
+        context.log(f"the training kernels cannot be had ({missing}): layers are computed by their plain forms, slower")
     return config.model_copy(update=chosen)
 
 
@@ -222,6 +225,15 @@ def resolve_few_row_kernel(given: Resolved[Any], machine: Machine, config: RunCo
     return Resolved({}, "") if machine.profile is None else choices.choose_few_row_kernel(machine.profile)
 
 
+def resolve_training_kernels(given: Resolved[bool | str], machine: Machine, config: RunConfig) -> Resolved[bool]:
+    """Resolve the key `training_kernels`, after precision and compilation, which leave them without use."""
+    if given.value != "auto":
+        return Resolved(bool(given.value), given.reason if given.value else "")
+    if machine.profile is None or config.compile is True:
+        return Resolved(False, "")
+    return choices.choose_training_kernels(machine.profile, machine.flops or 0.0, config.precision)
+
+
 Resolver = Callable[[Resolved[Any], Machine, Any], Resolved[Any]]
 RESOLVERS: dict[str, tuple[str, Resolver]] = {
     "threads": ("threads", resolve_threads),
@@ -230,6 +242,7 @@ RESOLVERS: dict[str, tuple[str, Resolver]] = {
     "muon_form": ("Muon's iterations", resolve_muon_form),
     "few_row_products": ("products of few rows in the other order", resolve_few_rows),
     "few_row_kernel": ("products of few rows in C++", resolve_few_row_kernel),
+    "training_kernels": ("layers in C++", resolve_training_kernels),
 }
 """Key -> its label in the log and its resolver, in the order of resolving."""
 

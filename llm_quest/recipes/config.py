@@ -129,7 +129,7 @@ def load_run_config(run: File) -> RawConfig:
     return settings
 
 
-BEFORE_THE_KEY: dict[str, Any] = {"few_row_kernel": {}}
+BEFORE_THE_KEY: dict[str, Any] = {"few_row_kernel": {}, "training_kernels": False}
 """Key -> its value in a run from before the key existed, where the default would be another."""
 
 

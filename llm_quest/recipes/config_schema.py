@@ -187,6 +187,11 @@ class RunConfig(StrictModel):
         default="auto",
         description="the same for products by the loop in C++; auto: where `quest doctor` has measured it to be faster",
     )
+    training_kernels: bool | Literal["auto"] = Field(
+        default="auto",
+        description="layers of a training step in float32 on the CPU by operators in C++; auto: where the run is long "
+        "enough to repay building them",
+    )
     parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp", description="how processes started by torchrun share the work"
     )

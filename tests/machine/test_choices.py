@@ -18,6 +18,7 @@ from llm_quest.machine.choices import (
     choose_muon_form,
     choose_precision,
     choose_threads,
+    choose_training_kernels,
     choose_weight_kernel,
     rough_duration,
     slow_bf16_warning,
@@ -157,6 +158,15 @@ def test_a_run_is_compiled_where_it_repays(hours, precision, seconds, compiled):
     choice = choose_compile(profile, GCC, hours * HOUR * (2 if precision == "bf16" else 1), precision)
     assert choice.value == compiled
     assert ("measured by a run before" if seconds else "estimated") in choice.reason
+
+
+def test_layers_in_cpp_are_taken_in_float32_where_building_them_repays():
+    assert not choose_training_kernels(machine("avx2"), HOUR / 60, "fp32").value
+    assert "40 s" in choose_training_kernels(machine("avx2"), HOUR / 60, "fp32").reason
+    assert choose_training_kernels(machine("avx2"), HOUR, "fp32").value
+    assert not choose_training_kernels(machine("avx2"), HOUR, "bf16").value
+    without = replace(machine("avx2"), machine={**machine("avx2").machine, "instructions": "DEFAULT"})
+    assert not choose_training_kernels(without, HOUR, "fp32").value
 
 
 def test_without_a_compiler_no_run_is_compiled():

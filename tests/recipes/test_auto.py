@@ -83,6 +83,24 @@ KERNEL = {"few_rows/float32/1/kernel": 90.0}
 """A rate with which the loop in C++ is taken for one row."""
 
 
+def test_a_run_keeps_the_training_kernels_and_says_where_they_cannot_be_had(text, tmp_path, machine, monkeypatch):
+    """Whether layers are computed in C++ decides the last bits, so a resumed run goes on as it began."""
+    with monkeypatch.context() as patch:
+        patch.delenv("LLM_QUEST_CACHE")
+        native.is_loaded()  # as below
+    machine("avx2")
+    run(text, tmp_path / "run", "training_kernels=true", callbacks=(CtrlC(4),))
+    assert read_config(tmp_path / "run")["training_kernels"] is True
+    said: list[str] = []
+    monkeypatch.setattr(native.Library, "loaded", False)
+    monkeypatch.setattr(native.Library, "reason", "no g++ here")
+    run(text, tmp_path / "run", log=said.append)
+    assert any(line.startswith("layers in C++: yes (as when this run began") for line in said)
+    assert any("cannot be had (no g++ here)" in line for line in said)
+    run(text, tmp_path / "new")
+    assert read_config(tmp_path / "new")["training_kernels"] is False, "a short run does not repay building them"
+
+
 def test_a_run_keeps_the_loop_in_cpp_and_one_from_before_it_goes_on_without(text, tmp_path, machine, monkeypatch):
     """A config.yaml without the key is that of a run that began before there was the loop."""
     with monkeypatch.context() as patch:
