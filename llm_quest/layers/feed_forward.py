@@ -51,7 +51,11 @@ class GatedMLP(nn.Module):
         self.down = Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Float[Tensor, "B T D"], scope: Scope | None = None) -> Float[Tensor, "B T D"]:
-        if self.activation is F.silu and type(self.gate_up) is PackedLinear and training_kernels.takes_kernel(x):
+        if (
+            self.activation is F.silu
+            and type(self.gate_up) is PackedLinear
+            and training_kernels.takes_training_kernel(x)
+        ):
             return self.down(training_kernels.silu_product_by_kernel(self.gate_up.stacked(x)))
         gate, up = self.gate_up(x)
         return self.down(self.activation(gate) * up)

@@ -43,7 +43,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         dtype = x.dtype
         weight: Tensor = self.weight
-        if training_kernels.takes_kernel(x, weight):
+        if training_kernels.takes_training_kernel(x, weight):
             return training_kernels.rms_norm_by_kernel(x, weight, self.eps)
         weight = weight if weight.dtype == dtype else weight.to(dtype)
         if dtype in (torch.float32, torch.float64):

@@ -164,7 +164,7 @@ def takes_causal_kernel(
         and not dropout
         and sink is None
         and 1 < q.shape[1] == k.shape[1] <= training_kernels.MAX_LENGTH
-        and training_kernels.takes_kernel(q, k, v)
+        and training_kernels.takes_training_kernel(q, k, v)
     )
 
 

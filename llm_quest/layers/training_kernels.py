@@ -39,7 +39,7 @@ def set_training_kernels(enabled: bool) -> str:
     return missing
 
 
-def takes_kernel(*tensors: Tensor) -> bool:
+def takes_training_kernel(*tensors: Tensor) -> bool:
     """Whether the operators compute a layer with these inputs."""
     return (
         TrainingKernels.enabled

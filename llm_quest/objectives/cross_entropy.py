@@ -54,7 +54,7 @@ def choose_form(x: Tensor, weight: Tensor, softcap: float | None = None) -> str:
     """The form for this size and device: full where the logits are small and no training kernel computes them; on CUDA
     PyTorch's own, which has no soft cap; else ours, because on a CPU the built-in one takes ten times as long
     (docs/benchmarks.md)."""
-    if training_kernels.takes_kernel(x, weight):
+    if training_kernels.takes_training_kernel(x, weight):
         return "chunked"
     if x.shape[0] * weight.shape[0] * 4 <= MAX_FULL_LOGITS_BYTES:
         return "full"
@@ -77,7 +77,7 @@ def fused_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: flo
 
 def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
     """Chunked cross-entropy; it differs from the definition in rounding only."""
-    by_kernel = training_kernels.takes_kernel(x, weight)
+    by_kernel = training_kernels.takes_training_kernel(x, weight)
     return ChunkedCrossEntropy.apply(x, weight, targets, softcap, by_kernel)  # type: ignore[no-any-return, no-untyped-call]
 
 
