@@ -162,7 +162,7 @@ def test_a_run_is_compiled_where_it_repays(hours, precision, seconds, compiled):
 
 def test_layers_in_cpp_are_taken_in_float32_where_building_them_repays():
     assert not choose_training_kernels(machine("avx2"), HOUR / 60, "fp32").value
-    assert "40 s" in choose_training_kernels(machine("avx2"), HOUR / 60, "fp32").reason
+    assert "25 s" in choose_training_kernels(machine("avx2"), HOUR / 60, "fp32").reason
     assert choose_training_kernels(machine("avx2"), HOUR, "fp32").value
     assert not choose_training_kernels(machine("avx2"), HOUR, "bf16").value
     without = replace(machine("avx2"), machine={**machine("avx2").machine, "instructions": "DEFAULT"})
