@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -197,20 +197,42 @@ def shared_token_cost(rows: Sequence[PolicyRow]) -> int:
     return shared_token_count([(row.prompt_ids, len(row.completion_ids) - 1) for row in rows])
 
 
+class GroupCost:
+    """The tokens of a group that grows by one row at a time: `full_token_cost` of its rows, or `shared_token_cost`.
+    (Asking those two for every row would read the whole group each time.)"""
+
+    def __init__(self, *, share_prompts: bool):
+        self.share_prompts = share_prompts
+        self.rows = self.longest = self.longest_prompt = 0
+        self.prompts: set[tuple[int, ...]] = set()
+
+    def add(self, row: PolicyRow) -> int:
+        """Count one more row; the tokens of all."""
+        self.rows += 1
+        if not self.share_prompts:
+            self.longest = max(self.longest, row.length)
+            return self.rows * self.longest
+        self.longest = max(self.longest, len(row.completion_ids))
+        self.longest_prompt = max(self.longest_prompt, len(row.prompt_ids))
+        self.prompts.add(tuple(row.prompt_ids))
+        return self.rows * self.longest + len(self.prompts) * (self.longest_prompt - 1)
+
+
 def group_by_token_budget(
-    rows: Sequence[PolicyRow],
-    max_tokens: int,
-    cost: Callable[[Sequence[PolicyRow]], int] = full_token_cost,
-    size: Callable[[PolicyRow], int] = lambda row: row.length,
+    rows: Sequence[PolicyRow], max_tokens: int, *, share_prompts: bool = False
 ) -> list[list[PolicyRow]]:
     """Groups of rows, the longest first (equal ones in their order), so that rows of similar length are together and
-    little is padding; no group costs more than `max_tokens`, except a single row that does."""
+    little is padding; no group costs more than `max_tokens`, except a single row that does. share_prompts: prompts are
+    read once, so a row is as long as its completion."""
     groups: list[list[PolicyRow]] = []
-    for row in sorted(rows, key=lambda row: -size(row)):
-        if groups and cost([*groups[-1], row]) <= max_tokens:
+    cost = GroupCost(share_prompts=share_prompts)
+    for row in sorted(rows, key=lambda row: -(len(row.completion_ids) if share_prompts else row.length)):
+        if groups and cost.add(row) <= max_tokens:
             groups[-1].append(row)
         else:
             groups.append([row])
+            cost = GroupCost(share_prompts=share_prompts)
+            cost.add(row)
     return groups
 
 
@@ -221,7 +243,7 @@ def plan_micro_batches(
     plain = group_by_token_budget(rows, max_tokens)
     if not share_prompts:
         return plain, False
-    shared = group_by_token_budget(rows, max_tokens, shared_token_cost, lambda row: len(row.completion_ids))
+    shared = group_by_token_budget(rows, max_tokens, share_prompts=True)
     return (shared, True) if sum(map(shared_token_cost, shared)) < sum(map(full_token_cost, plain)) else (plain, False)
 
 

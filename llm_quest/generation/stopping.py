@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from llm_quest.errors import UsageError
@@ -58,7 +59,7 @@ class StoppingCriteria:
     def stop_strings(self) -> tuple[str, ...]:
         return tuple(stop for stop in self.stop if isinstance(stop, str))
 
-    @property
+    @cached_property
     def stop_tokens(self) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(stop) for stop in self.stop if not isinstance(stop, str))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from llm_quest.data.policy_batch import (
     PolicyBatch,
     PolicyRow,
     collate_policy_rows,
+    full_token_cost,
+    group_by_token_budget,
     micro_batches,
     plan_micro_batches,
     shared_token_cost,
@@ -104,6 +107,18 @@ def test_prompts_are_shared_where_that_reads_fewer_tokens_and_never_otherwise():
         groups, shared = plan_micro_batches(long, budget, share_prompts=True)
         assert all(shared_token_cost(group) <= budget or len(group) == 1 for group in groups) or not shared
         assert sorted(id(row) for group in groups for row in group) == sorted(map(id, long))
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_a_group_takes_rows_as_long_as_its_whole_cost_allows(share_prompts: bool):
+    cost = shared_token_cost if share_prompts else full_token_cost
+    two = [*rows(), *(dataclasses.replace(row, prompt_ids=(*row.prompt_ids, 7)) for row in rows())]
+    for budget in range(1, 400, 7):
+        groups = group_by_token_budget(two, budget, share_prompts=share_prompts)
+        assert all(cost(group) <= budget or len(group) == 1 for group in groups)
+        for group, behind in itertools.pairwise(groups):
+            assert cost([*group, behind[0]]) > budget
+    assert len(groups) == 1
 
 
 def test_micro_batches_of_shared_prompts_add_up():
