@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import functools
 import html
 import json
 import re
@@ -123,6 +124,7 @@ def place_of(place: str) -> str:
     return f"[[api/{file}|{name}]]"
 
 
+@functools.cache
 def read_metrics() -> dict[str, tuple[str, str]]:
     """The name of a number, with * for a part that varies -> (unit, meaning)."""
     read = yaml.safe_load((ROOT / "book/metrics.yaml").read_text(encoding="utf-8"))

@@ -3,8 +3,10 @@ script, and checks that every link inside it leads somewhere."""
 
 from __future__ import annotations
 
+import functools
 import html
 import json
+import os
 import re
 import shutil
 import time
@@ -337,17 +339,19 @@ def check_links(out: Path) -> None:
         read[file.resolve()] = LinkReader()
         read[file.resolve()].feed(COLORED.sub("", file.read_text(encoding="utf-8")))
     problems = []
+    is_file = functools.cache(Path.is_file)
+    headings = {file: set(page.ids) for file, page in read.items()}
     for file, page in read.items():
         problems += [f"{file.name}: loads {one}" for one in page.loaded if "//" in one]
-        problems += [f"{file.name}: the id {one} twice" for one in set(page.ids) if page.ids.count(one) > 1]
+        problems += [f"{file.name}: the id {one} twice" for one, times in Counter(page.ids).items() if times > 1]
         for link in page.links:
             if "//" in link or link.startswith("mailto:"):
                 continue
             path, _, name = link.partition("#")
-            target = (file.parent / path).resolve() if path else file
-            if not target.is_file():
+            target = Path(os.path.normpath(file.parent / path)) if path else file
+            if not is_file(target):
                 problems.append(f"{file.name}: {link} leads nowhere")
-            elif name and target in read and name not in read[target].ids:
+            elif name and target in headings and name not in headings[target]:
                 problems.append(f"{file.name}: {link}: no such heading")
     if problems:
         raise BookError("the book has bad links:\n" + "\n".join(problems[:20]))
