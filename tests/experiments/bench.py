@@ -31,6 +31,9 @@ SHORT: dict[str, Any] = {
 """Few and short runs."""
 
 
+STEPS = 40
+
+
 def write_text(file: Path) -> Path:
     """Sentences of a small grammar, 30 KB."""
     nouns, verbs = ("bird", "stone", "river", "lamp", "cloud", "horse"), ("sees", "carries", "follows", "leaves")
@@ -49,7 +52,7 @@ def patch_package(patch: Path, name: str, before: str, after: str) -> str:
     return str(write_patch(Edit("", "", {name: old.replace(before, after)}), PACKAGE, patch))
 
 
-def settings(text: Path, steps: int = 60) -> list[str]:
+def settings(text: Path, steps: int = STEPS) -> list[str]:
     return [
         f"data.source={text}", "data.separator='\\n\\n'", "tokenizer.vocab_size=300", "sequence_length=32",
         "batch_size=6", "optim=adamw", f"max_steps={steps}", "warmup_steps=3", "model.config.num_hidden_layers=1",
@@ -57,7 +60,7 @@ def settings(text: Path, steps: int = 60) -> list[str]:
     ]  # fmt: skip
 
 
-def plan_of(text: Path, root: Path, steps: int = 60, extra: Sequence[str] = (), **options: Any) -> Any:
+def plan_of(text: Path, root: Path, steps: int = STEPS, extra: Sequence[str] = (), **options: Any) -> Any:
     given = {**vars(OPTIONS), "arms": (WIDE, SAME), **options}
     return make_plan("tiny", [*settings(text, steps), *extra], AblateOptions(**given), root, lambda line: None)
 

@@ -44,7 +44,8 @@ BATCH = "batch_size: 4\nsequence_length: 40\neval_steps: 0\n"
 EASY = "reverse:shortest=1,longest=1,letters=26"
 ROLLOUTS = "prompts_per_rollout: 4\nnum_generations: 4\nmax_new_tokens: 5\nmicro_batch_tokens: 60\neval_steps: 0\n"
 TEXTS: dict[str, str] = {
-    "pretrain": "data: {source: FOLDER/text.jsonl}\ntokenizer: {load: FOLDER/base}\nmodel: {preset: deepseek-v3-tiny}\n"
+    "pretrain": "data: {source: FOLDER/text.jsonl}\ntokenizer: {load: FOLDER/base}\n"
+    + "model: {preset: deepseek-v3-tiny, config: {num_hidden_layers: 2}}\n"
     + "samples: {every_steps: 0}\neval_baselines: false\ntechniques: [qk_clip]\n" + BATCH,
     "sft": "model: {load: FOLDER/base}\ndata: {source: FOLDER/pairs.jsonl}\nsamples: {every_steps: 0}\n" + BATCH,
     "classify": "model: {load: FOLDER/modules}\ndata: {source: FOLDER/labels.jsonl}\n" + BATCH,
@@ -76,7 +77,7 @@ def prepare(folder: Path) -> None:
     base(folder / "base")
     base(folder / "taller", num_hidden_layers=3)
     base(folder / "short", max_position_embeddings=64, num_hidden_layers=1)
-    base(folder / "modules", "deepseek-v3-tiny")
+    base(folder / "modules", "deepseek-v3-tiny", num_hidden_layers=2, num_nextn_predict_layers=1)  # one of each kind
     tokenizer = character_tokenizer(parse_task(TASK).alphabet)
     numbers = replace(preset("llama3.2-tiny").config, vocab_size=tokenizer.vocab_size)
     save(build(numbers, seed=1), folder / "policy", tokenizer=tokenizer)

@@ -98,12 +98,12 @@ def rewards(out: Path) -> list[float]:
 def test_the_reward_rises_and_not_by_chance(warm: Path, tmp_path: Path):
     """Held-out accuracy rises with it; under a reward that knows nothing, neither does."""
     said: list[str] = []
-    run_grpo(tmp_path / "true", *from_(warm, "max_steps=60"), say=said.append)
+    run_grpo(tmp_path / "true", *from_(warm, "max_steps=30"), say=said.append)
     told = [float(line.split("accuracy ")[1].split()[0]) for line in said if line.startswith("held out")]
     found = rewards(tmp_path / "true")
     assert sum(found[-5:]) / 5 - sum(found[:5]) / 5 >= 0.2
     assert told[1] - told[0] >= 0.2
-    run_grpo(tmp_path / "random", *from_(warm, "max_steps=60", "rewards=[{name: random}]"), say=said.append)
+    run_grpo(tmp_path / "random", *from_(warm, "max_steps=30", "rewards=[{name: random}]"), say=said.append)
     told = [float(line.split("accuracy ")[1].split()[0]) for line in said if line.startswith("held out")]
     assert told[3] - told[2] < 0.1
 

@@ -30,7 +30,7 @@ PPO = ["loss_type=ppo", "num_generations=1", "prompts_per_rollout=64", "num_mini
 
 def test_ppo_learns_the_task_and_its_values(warm: Path, tmp_path: Path):  # noqa: F811
     out = tmp_path / "run"
-    run_grpo(out, *from_(warm, *PPO, "max_steps=60", "learning_rate=2e-3"))
+    run_grpo(out, *from_(warm, *PPO, "max_steps=36", "learning_rate=2e-3"))
     found, rows = rewards(out), metrics(out)
     assert sum(found[-5:]) / 5 - sum(found[:5]) / 5 >= 0.2
     assert rows[0]["value/mean"] == 0.0

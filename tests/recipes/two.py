@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.forked import processes
-from tests.rendered import render_once
+from tests.rendered import RENDERED, render_once
 
 
 def by_two(base: str, pairs: Sequence[str], out: Path) -> None:
@@ -34,7 +34,7 @@ def both_exit_codes(target: Callable[..., None], *args: Any) -> list[int | None]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    both = [processes.Process(target=join_and_call, args=(rank, port, target, *args)) for rank in range(2)]
+    both = [processes.Process(target=join_and_call, args=(rank, port, RENDERED, target, *args)) for rank in range(2)]
     for process in both:
         process.start()
     for process in both:
@@ -71,7 +71,9 @@ def worker_main(pids: str, target: Callable[..., None], *args: Any) -> None:
     target(*args)
 
 
-def join_and_call(rank: int, port: int, target: Callable[..., None], *args: Any) -> None:
+def join_and_call(rank: int, port: int, rendered: dict[str, Any], target: Callable[..., None], *args: Any) -> None:
+    """rendered: the conversations that the tests' process has rendered, which are not rendered again."""
+    RENDERED.update(rendered)
     join(rank, port)
     target(*args)
 
