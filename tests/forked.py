@@ -47,6 +47,16 @@ def call_and_print(stdout: str, stderr: str, function: Callable[..., Any], *argu
         os.dup2(opened, number)
         os.close(opened)
     torch.set_num_threads(1)
+    skip_reports_of_tracing()
     gc.freeze()
     gc.set_threshold(1_000_000, 10, 40)  # tracing makes millions of objects that live as long as the graph
     sys.exit(function(*arguments))
+
+
+def skip_reports_of_tracing() -> None:
+    """For its log torch.compile times the guards of each graph (35 ms) and tokenizes each file that it traces (0.7 s a
+    process), to name functions."""
+    from torch._dynamo import guards, symbolic_convert
+
+    guards.profile_guard_manager = lambda *given: 0.0
+    symbolic_convert.get_funcname = lambda *given: None

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given
@@ -50,49 +51,70 @@ def test_json_never_holds_what_json_does_not_have(capsys: pytest.CaptureFixture[
 
 QUEST = (sys.executable, "-c", "from llm_quest.cli.main import main; main()")
 ONE_AFTER_ANOTHER = """
-import os, sys
-import llm_quest.models.build
+import json, os, sys
+import llm_quest.models.build, torch._dynamo  # `show` needs both: seconds once, and not for each command
 from llm_quest.cli.main import main
-folder, output, *commands = sys.argv[1:]
-for number, words in enumerate(commands):
+folder = sys.argv[1]
+for number, (words, output, encoding) in enumerate(json.loads(sys.argv[2])):
     if (pid := os.fork()) == 0:
         os.dup2(os.open(output or f"{folder}/{number}.out", os.O_WRONLY | os.O_CREAT), 1)
         os.dup2(os.open(f"{folder}/{number}.err", os.O_WRONLY | os.O_CREAT), 2)
-        sys.argv = ["quest", *words.split()]
+        if encoding:
+            sys.stdout.reconfigure(encoding=encoding, errors="strict")
+            sys.stderr.reconfigure(encoding=encoding, errors="backslashreplace")
+        sys.argv = ["quest", *(words if encoding else os.fsdecode(words.encode())).split()]  # as this locale reads it
         main()
         sys.exit()
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 PLAIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+STREAMS = {"ascii": "", "cp1252": "cp1252"}
+"""Name -> the encoding that PYTHONIOENCODING would give, or that of the interpreter itself."""
+TOO_FULL = {"show gpt2-tiny": 5, "models --json": 5, "show nonsense --json": 2}
+"""Command -> its exit code where its output is full."""
 
 
-def run_commands(
-    folder: Path, *commands: str, output: str = "", variables: dict[str, str] | None = None
-) -> list[tuple[int, bytes, list[str]]]:
-    """Each command's exit code, stdout and lines of stderr: each in a process of its own that ends as Python does,
-    forked from one interpreter that was started with these variables. output: a file in place of stdout."""
-    started = [sys.executable, "-c", ONE_AFTER_ANOTHER, str(folder), output, *commands]
-    done = subprocess.run(started, env=os.environ | (variables or {}), capture_output=True, timeout=120)
+class Done(NamedTuple):
+    """A command's exit code, stdout and lines of stderr."""
+
+    code: int
+    stdout: bytes
+    stderr: list[str]
+
+
+def run_commands(folder: Path, commands: list[tuple[str, str, str]]) -> list[Done]:
+    """Each of (command, file in place of stdout, encoding) in a process of its own that ends as Python does, forked
+    from one interpreter whose streams are ASCII."""
+    started = [sys.executable, "-c", ONE_AFTER_ANOTHER, str(folder), json.dumps(commands)]
+    done = subprocess.run(started, env=os.environ | PLAIN, capture_output=True, timeout=120)
     codes = [int(code) for code in done.stdout.split()]
     assert len(codes) == len(commands), done.stderr
     said = [(folder / f"{number}.err").read_text(errors="replace").splitlines() for number in range(len(codes))]
-    shown = [b"" if output else (folder / f"{number}.out").read_bytes() for number in range(len(codes))]
-    return list(zip(codes, shown, said, strict=True))
+    shown = [b"" if one[1] else (folder / f"{number}.out").read_bytes() for number, one in enumerate(commands)]
+    return list(map(Done, codes, shown, said))
 
 
-@pytest.mark.parametrize("stream", [PLAIN, {"PYTHONIOENCODING": "cp1252"}])
-def test_a_stream_of_few_characters_ends_no_command(stream: dict[str, str], tmp_path: Path):
-    show, unknown = run_commands(tmp_path, "show gpt2-tiny", "nö", variables=stream)
-    assert (show[0], unknown[0]) == (0, 2), (show, unknown)
-    assert b"|-> norm   LayerNorm 48 with bias" in show[1]
-    assert not [line for line in (*show[2], *unknown[2]) if "UnicodeEncodeError" in line]
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str], Done]:
+    """All commands of this file that one interpreter can run."""
+    commands = [(words, "", encoding) for encoding in STREAMS.values() for words in ("show gpt2-tiny", "nö")]
+    commands += [(words, "/dev/full", "") for words in TOO_FULL] if os.path.exists("/dev/full") else []
+    return dict(zip(commands, run_commands(tmp_path_factory.mktemp("commands"), commands), strict=True))
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_a_stream_of_few_characters_ends_no_command(stream: str, finished):
+    show, unknown = (finished[words, "", STREAMS[stream]] for words in ("show gpt2-tiny", "nö"))
+    assert (show.code, unknown.code) == (0, 2), (show, unknown)
+    assert b"|-> norm   LayerNorm 48 with bias" in show.stdout
+    assert not [line for line in (*show.stderr, *unknown.stderr) if "UnicodeEncodeError" in line]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a device that is always full")
-def test_an_output_that_is_full_is_one_message(tmp_path: Path):
+def test_an_output_that_is_full_is_one_message(finished):
     """Also where the failure itself was to be printed there, and where Python flushes what is left at its end."""
-    commands = ("show gpt2-tiny", "models --json", "show nonsense --json")
-    for (found, _, said), code in zip(run_commands(tmp_path, *commands, output="/dev/full"), (5, 5, 2), strict=True):
+    for words, code in TOO_FULL.items():
+        found, _, said = finished[words, "/dev/full", ""]
         assert found == code, said
         assert len([one for one in said if "the output: no space is left" in one]) == (code == 5), said
         assert 1 <= len(said) <= MAX_MESSAGE_LINES, said

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,8 +36,14 @@ def bases(tmp_path_factory) -> dict[str, Path]:
     return {name: save_published(make().double(), home / name) for name, make in BASES.items()}
 
 
-def transformers_model(folder: Path) -> Any:
+@functools.cache
+def read_base(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+
+
+def transformers_model(folder: Path) -> Any:
+    """A copy of the published model: PEFT edits it in place."""
+    return copy.deepcopy(read_base(folder))
 
 
 def tokens() -> Tensor:

@@ -21,6 +21,8 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
 from tests.laws.subjects import EVERYBODY, keep_block_kinds_, own, random_tokens
 
+Case = tuple[torch.Tensor, torch.Tensor | None]
+"""Positions and segments (B,T)."""
 ATOL = 2e-5
 WIDE = 1e-7
 """Of a DeltaNet's generated code, which is judged in float64; what is left is one rounding of float32's cosines.
@@ -63,8 +65,7 @@ def judge(backend: str, name: str) -> None:
     decode(model, backend, ATOL)
     # Generating code takes seconds a graph: only the step that decoding lives on.
     if backend != "inductor" and name not in SCOPE_READ_ALIKE:
-        whole_rows(model, backend)
-        check_padded_and_packed_rows(model, backend, apart=EVERYBODY.index(name) % 4 == 1)
+        check_whole_rows(model, backend, apart=EVERYBODY.index(name) % 4 == 1)
 
 
 def scope_readers(model: Decoder) -> set[str]:
@@ -94,30 +95,24 @@ def compile_whole(function: Callable[..., Any], backend: str) -> Callable[..., A
     return torch.compile(function, fullgraph=True, backend=backend, dynamic=False, options=options)
 
 
-def whole_rows(model: Decoder, backend: str) -> None:
-    """One graph, and the eager logits."""
-    tokens = random_tokens(model, 2, 17)
-    compiled = compile_whole(model, backend)
-    torch.testing.assert_close(compiled(tokens), model(tokens), atol=ATOL, rtol=0)
+def check_whole_rows(model: Decoder, backend: str, *, apart: bool) -> None:
+    """Rows, and packed documents with padding before and between them, are one graph, and the eager logits. apart:
+    padding alone and documents alone too. (One graph for all: a quarter of tracing one is its parameters.)"""
 
-
-def check_padded_and_packed_rows(model: Decoder, backend: str, *, apart: bool) -> None:
-    """Packed documents with padding before and between them are one graph, and the eager logits. apart: so is each
-    alone (tracing takes a second)."""
-
-    def logits(tokens: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
-        return model(tokens, Scope(positions, segment_ids=segments))
+    def logits(tokens: torch.Tensor, cases: list[Case]) -> list[torch.Tensor]:
+        others = [model(tokens, Scope(positions, segment_ids=segments)) for positions, segments in cases]
+        return [model(tokens), *others]
 
     tokens = random_tokens(model, 2, 17)
     both = torch.tensor([[-1, -1, *range(9), *range(6)], [*range(9), -1, -1, *range(6)]])
     padded = torch.tensor([[-1, -1, *range(15)], [*range(17)]])
     packed, segments = torch.tensor([[*range(9), *range(8)]] * 2), torch.tensor([[0] * 9 + [1] * 8] * 2)
     both_segments = torch.tensor([[5, 5, *[0] * 9, *[1] * 6], [*[0] * 9, 7, 7, *[1] * 6]])
-    cases = [(both, both_segments), *([(padded, None), (packed, segments)] if apart else [])]
-    compiled = compile_whole(logits, backend)
-    for positions, documents in cases:
-        expected = logits(tokens, positions, documents)[positions >= 0]
-        torch.testing.assert_close(compiled(tokens, positions, documents)[positions >= 0], expected, atol=ATOL, rtol=0)
+    cases: list[Case] = [(both, both_segments), *([(padded, None), (packed, segments)] if apart else [])]
+    compiled, eager = compile_whole(logits, backend)(tokens, cases), logits(tokens, cases)
+    read = [torch.ones_like(both, dtype=torch.bool), *(positions >= 0 for positions, _ in cases)]
+    for ours, expected, here in zip(compiled, eager, read, strict=True):
+        torch.testing.assert_close(ours[here], expected[here], atol=ATOL, rtol=0)
 
 
 def decode(model: Decoder, backend: str, atol: float) -> None:
