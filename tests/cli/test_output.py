@@ -95,7 +95,7 @@ def run_commands(folder: Path, commands: list[tuple[str, str, str]]) -> list[Don
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str], Done]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str], Done]:
     """All commands of this file that one interpreter can run."""
     commands = [(words, "", encoding) for encoding in STREAMS.values() for words in ("show gpt2-tiny", "nö")]
     commands += [(words, "/dev/full", "") for words in TOO_FULL] if os.path.exists("/dev/full") else []
@@ -103,18 +103,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, s
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-def test_a_stream_of_few_characters_ends_no_command(stream: str, finished):
-    show, unknown = (finished[words, "", STREAMS[stream]] for words in ("show gpt2-tiny", "nö"))
+def test_a_stream_of_few_characters_ends_no_command(stream: str, results):
+    show, unknown = (results[words, "", STREAMS[stream]] for words in ("show gpt2-tiny", "nö"))
     assert (show.code, unknown.code) == (0, 2), (show, unknown)
     assert b"|-> norm   LayerNorm 48 with bias" in show.stdout
     assert not [line for line in (*show.stderr, *unknown.stderr) if "UnicodeEncodeError" in line]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a device that is always full")
-def test_an_output_that_is_full_is_one_message(finished):
+def test_an_output_that_is_full_is_one_message(results):
     """Also where the failure itself was to be printed there, and where Python flushes what is left at its end."""
     for words, code in TOO_FULL.items():
-        found, _, said = finished[words, "/dev/full", ""]
+        found, _, said = results[words, "/dev/full", ""]
         assert found == code, said
         assert len([one for one in said if "the output: no space is left" in one]) == (code == 5), said
         assert 1 <= len(said) <= MAX_MESSAGE_LINES, said
