@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llm_quest.layers import native
 from llm_quest.layers.linear import autocast_dtype
@@ -68,6 +69,7 @@ class RMSNormKernel(torch.autograd.Function):
         return y.view(x.shape)  # type: ignore[no-any-return]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         rows, weight, inverse = ctx.saved_tensors
         dx, dw = torch.ops.llm_quest.rms_norm_backward(as_rows(g.contiguous()), rows, weight, inverse, ctx.isa)
@@ -85,6 +87,7 @@ class SiluProductKernel(torch.autograd.Function):
         return torch.ops.llm_quest.silu_product(rows, ctx.isa).view(*gate_up.shape[:-1], -1)  # type: ignore[no-any-return]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
         (rows,) = ctx.saved_tensors
         d = torch.ops.llm_quest.silu_product_backward(as_rows(g.contiguous()), rows, ctx.isa)
@@ -101,6 +104,7 @@ class RotateKernel(torch.autograd.Function):
         return torch.ops.llm_quest.rotate(x, cos, sin, False, ctx.isa)  # type: ignore[no-any-return]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         g = g if g.stride(-1) == 1 else g.contiguous()
         return torch.ops.llm_quest.rotate(g, *ctx.saved_tensors, True, ctx.isa), None, None
@@ -127,6 +131,7 @@ class CausalAttentionKernel(torch.autograd.Function):
         return heads_of_groups(out, ctx.shapes[0])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         q, k, v, *weights = ctx.saved_tensors
         g = rows_of_groups(g, ctx.shapes[1][2])
