@@ -101,17 +101,18 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def process_settings() -> None:
-    """The form of products with few rows and the number of threads are set for the whole process; every test begins
-    with the package's own form and with one thread. (A fixture of a whole module that trains sets them before the test
-    begins.)"""
+    """The form of products with few rows, layers in C++ and the number of threads are set for the whole process; every
+    test begins with the package's own forms and with one thread. (A fixture of a whole module that trains sets them
+    before the test begins.)"""
     import torch
 
-    from llm_quest.layers import linear
+    from llm_quest.layers import linear, training_kernels
 
     torch.set_num_threads(1)
     linear.KERNEL_ROWS.clear()
     linear.FEW_ROWS.clear()
     linear.FEW_ROWS.update(FEW_ROWS)
+    training_kernels.TrainingKernels.enabled = False
 
 
 class LogCapture(logging.Handler):

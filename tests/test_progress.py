@@ -78,7 +78,8 @@ def test_an_evaluation_has_a_line_of_its_own(capsys):
     logger.start(0, 10)
     logger.log_metrics(ROW | {"eval/accuracy": 0.5, "eval/loss": 1.25})
     first, second = capsys.readouterr().err.splitlines()
-    assert "0.5" not in first
+    assert "accuracy" not in first
+    assert "held out" not in first
     assert second.endswith("step 3/10  held out: accuracy 0.5000  loss 1.2500")
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.trace_files import ROOT, STRETCHES, FileTrace
 
-AT_MOST = {"quest train tiny, to the first optimizer step": 78, "one GRPO rollout": 31}
+AT_MOST = {"quest train tiny, to the first optimizer step": 79, "one GRPO rollout": 32}
 
 
 @functools.cache

@@ -43,6 +43,17 @@ LISTED = {
         "test_numbers_of_x_keep_23_bits_of_their_group_s_largest": f"{COMPILER}; {INSTRUCTIONS}",
         "test_what_is_not_finite_stays_so_and_no_rows_are_no_result": COMPILER,
     },
+    "layers/test_training_kernels.py": {
+        "test_the_norm_is_the_plain_one": f"{COMPILER}; {INSTRUCTIONS}",
+        "test_the_gated_product_is_the_plain_one": f"{COMPILER}; {INSTRUCTIONS}",
+        "test_the_rotation_has_the_bits_of_the_plain_one": f"{COMPILER}; {INSTRUCTIONS}",
+        "test_causal_attention_is_the_definition": f"{COMPILER}; {INSTRUCTIONS}",
+        "test_the_cross_entropy_of_the_kernel_is_the_definition": f"{COMPILER}; {INSTRUCTIONS}",
+        "test_numbers_that_are_not_finite_are_not_hidden": f"{COMPILER}; {INSTRUCTIONS}",
+        "test_they_are_taken_in_float32_with_gradients_in_eager_passes_alone": COMPILER,
+        "test_layers_call_them": f"{COMPILER}; {INSTRUCTIONS}",
+        "test_a_model_is_as_near_to_its_gradients_in_float64_as_by_the_plain_forms": f"{COMPILER}; {INSTRUCTIONS}",
+    },
     "machine/test_compiler.py": {
         "test_a_compiler_that_works_is_found_and_loads_what_it_made": COMPILER,
         "test_without_a_compiler_the_message_says_what_to_do": "with an empty PATH, whatever there is",
@@ -58,6 +69,7 @@ LISTED = {
     },
     "recipes/test_auto.py": {
         "test_a_run_keeps_the_loop_in_cpp_and_one_from_before_it_goes_on_without": "expects what a compiler makes",
+        "test_a_run_keeps_the_training_kernels_and_says_where_they_cannot_be_had": "expects what a compiler makes",
     },
     "test_gpu_command.py": {"test_without_cuda_it_says_not_run_and_writes_nothing": "skipped where there is a GPU"},
     "train/test_muon_kernel.py": {
@@ -98,7 +110,8 @@ def find_replacements(node: ast.AST) -> set[str]:
 
 
 def reading_tests(file: Path) -> set[str]:
-    """The tests of a file that read the machine, themselves or through what the file defines."""
+    """The tests of a file that read the machine, themselves or through what the file defines; all of them where a mark
+    of the whole file does."""
     text = file.read_text(encoding="utf-8")
     if not any(word in text for word in READS):
         return set()
@@ -111,7 +124,7 @@ def reading_tests(file: Path) -> set[str]:
     reading = {name for name, names in parts.items() if names & READS}
     while more := {name for name, names in parts.items() if names & reading} - reading:
         reading |= more
-    return {name for name in reading if name.startswith("test_")}
+    return {name for name in (parts if "pytestmark" in reading else reading) if name.startswith("test_")}
 
 
 def test_every_test_that_reads_the_machine_is_listed() -> None:
