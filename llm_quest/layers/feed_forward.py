@@ -56,6 +56,6 @@ class GatedMLP(nn.Module):
             and type(self.gate_up) is PackedLinear
             and training_kernels.takes_training_kernel(x)
         ):
-            return self.down(training_kernels.silu_product_by_kernel(self.gate_up.stacked(x)))
+            return self.down(training_kernels.silu_product_by_kernel(self.gate_up.forward_fused(x)))
         gate, up = self.gate_up(x)
         return self.down(self.activation(gate) * up)

@@ -144,8 +144,8 @@ class PackedLinear(Linear):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         return super().forward(x).split_with_sizes(list(self.parts.values()), dim=-1)  # type: ignore[no-any-return]
 
-    def stacked(self, x: Tensor) -> Tensor:
-        """The parts side by side, as one tensor."""
+    def forward_fused(self, x: Tensor) -> Tensor:
+        """The outputs of all parts side by side, as one tensor. Forward hooks are not called."""
         return super().forward(x)
 
     def row_slice(self, name: str) -> slice:

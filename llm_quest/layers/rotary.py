@@ -275,7 +275,7 @@ def widen_tables(cos: Float[Tensor, "B T 1 pairs"], sin: Float[Tensor, "B T 1 pa
 def apply_rotary_emb(x: Float[Tensor, "B T H d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B T H d"]:
     """Half-split pairs: (a, b) -> (a cos - b sin, b cos + a sin), as (a, b) (cos, cos) + (b, a) (-sin, sin): five
     operators in place of eight. cos, sin: from `widen_tables`."""
-    if training_kernels.takes_training_kernel(x, cos, sin):
+    if not cos.requires_grad and training_kernels.takes_training_kernel(x, cos, sin):
         return training_kernels.rotate_by_kernel(x, cos, sin)
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((b, a), dim=-1) * sin

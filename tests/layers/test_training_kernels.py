@@ -82,6 +82,9 @@ def test_the_rotation_has_the_bits_of_the_plain_one(isa, batch, tables, heads, w
     packed = normal(batch, 7, heads * width + 5)  # heads that lie in wider rows, as in the output of one projection
     view = lambda x: x[..., 5:].unflatten(-1, (heads, width))  # noqa: E731
     kernel = training_kernels.rotate_by_kernel(view(packed), cos, sin)
+    learned = cos.clone().requires_grad_()
+    apply_rotary_emb(view(packed), learned, sin).sum().backward()
+    assert learned.grad is not None, "tables that are learned get their gradient from the plain form"
     set_training_kernels(False)
     assert torch.equal(kernel, apply_rotary_emb(view(packed), cos, sin))
     require_same_gradients(
