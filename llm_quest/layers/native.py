@@ -29,15 +29,9 @@ from llm_quest.errors import QuestWarning
 
 CPP_FILES = ("quantized_rows.cpp", "query_attention.cpp", "muon_step.cpp", "training_kernels.cpp")
 HEADERS = (
-    "quantized_tiles.h",
-    "query_tiles.h",
-    "muon_tiles.h",
-    "training_tiles.h",
-    "exponential.h",
-    "vectors.h",
-    "tensors.h",
-    "isa.h",
-)
+    "quantized_tiles.h", "query_tiles.h", "muon_tiles.h", "training_tiles.h", "tiles_by_isa.h", "exponential.h",
+    "vectors.h", "tensors.h", "isa.h",
+)  # fmt: skip
 SOURCES = [Path(__file__).with_name(name) for name in (*CPP_FILES, *HEADERS)]
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-Wall", "-ffp-contract=off")
 ISA = {"best": 0, "plain": 1, "avx2": 2, "avx512": 3, "vnni": 4}

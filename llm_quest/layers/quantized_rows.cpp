@@ -69,25 +69,10 @@ inline int64_t row_bytes(const Product& p) {
   return p.format == FLOATS ? p.width * sizeof(Scale) : p.format == INT8 ? p.width : p.width / 2;
 }
 
-namespace plain {
-#include "quantized_tiles.h"
-}  // namespace plain
+#define TILES "quantized_tiles.h"
+#include "tiles_by_isa.h"
 
 #ifdef VECTORS
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#include "quantized_tiles.h"
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl")
-namespace avx512 {
-#include "quantized_tiles.h"
-}  // namespace avx512
-#pragma GCC pop_options
-
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni")
 namespace vnni {

@@ -55,25 +55,8 @@ inline std::vector<int64_t> visible_slots(const Attention& a, int64_t row) {
   return seen;
 }
 
-namespace plain {
-#include "query_tiles.h"
-}  // namespace plain
-
-#ifdef VECTORS
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#include "query_tiles.h"
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl")
-namespace avx512 {
-#include "query_tiles.h"
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
+#define TILES "query_tiles.h"
+#include "tiles_by_isa.h"
 
 template <class Number>
 void attend_with(const Attention& a, int64_t isa, int64_t begin, int64_t end) {

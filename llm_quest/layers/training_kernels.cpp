@@ -52,25 +52,10 @@ struct CausalRows {
   float scale;
 };
 
-namespace plain {
-#include "training_tiles.h"
-}  // namespace plain
+#define TILES "training_tiles.h"
+#include "tiles_by_isa.h"
 
 #ifdef VECTORS
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#include "training_tiles.h"
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl")
-namespace avx512 {
-#include "training_tiles.h"
-}  // namespace avx512
-#pragma GCC pop_options
-
 #define BY_ISA(isa, ...)                            \
   do {                                              \
     if (isa == AVX512) avx512::__VA_ARGS__;         \
