@@ -191,8 +191,9 @@ def resolve_compile(given: Resolved[bool | str], machine: Machine, config: RunCo
 
 
 def resolve_muon_form(given: Resolved[str], machine: Machine, config: RunConfig) -> Resolved[str]:
-    """Resolve the key `muon_form`. A long run builds and measures the kernel in C++ first. Without the kernel, a form
-    that needs it is computed by its definition, and the reason says so."""
+    """Resolve the key `muon_form`, after the training kernels. A long run builds and measures the kernel in C++ first,
+    and so does a run with training kernels, which are built together with it. Without the kernel, a form that needs it
+    is computed by its definition, and the reason says so."""
     if given.value != "auto":
         resolved = given
     elif machine.profile is None:
@@ -200,7 +201,8 @@ def resolve_muon_form(given: Resolved[str], machine: Machine, config: RunConfig)
         resolved = Resolved("bfloat16" if fast else "float32", why)
     else:
         seconds = choices.estimate_run_seconds(machine.profile, machine.flops or 0.0, config.precision)
-        builds = config.optim == "muon" and seconds >= MUON_KERNEL_SECONDS
+        repays = seconds >= MUON_KERNEL_SECONDS or config.training_kernels is True
+        builds = config.optim == "muon" and repays
         resolved = choices.choose_muon_form(load_muon_rates(machine.log) if builds else machine.profile)
     if config.optim != "muon":
         return Resolved(resolved.value, "")
@@ -239,10 +241,10 @@ RESOLVERS: dict[str, tuple[str, Resolver]] = {
     "threads": ("threads", resolve_threads),
     "precision": ("precision", decide_precision),
     "compile": ("compiled", resolve_compile),
+    "training_kernels": ("layers in C++", resolve_training_kernels),
     "muon_form": ("Muon's iterations", resolve_muon_form),
     "few_row_products": ("products of few rows in the other order", resolve_few_rows),
     "few_row_kernel": ("products of few rows in C++", resolve_few_row_kernel),
-    "training_kernels": ("layers in C++", resolve_training_kernels),
 }
 """Key -> its label in the log and its resolver, in the order of resolving."""
 

@@ -196,9 +196,17 @@ def test_what_is_asked_for_is_not_decided(machine):
 
 
 @pytest.mark.parametrize(
-    ("optim", "flops", "measures"), [("muon", 1e18, True), ("muon", 1e12, False), ("adamw", 1e18, False)]
+    ("optim", "flops", "kernels", "measures"),
+    [
+        ("muon", 1e18, "false", True),
+        ("muon", 1e12, "false", False),
+        ("muon", 1e12, "true", True),
+        ("adamw", 1e18, "true", False),
+    ],
 )
-def test_a_long_run_with_muon_measures_its_kernel(machine, monkeypatch, optim, flops, measures):
+def test_a_run_with_muon_measures_its_kernel_if_it_is_long_or_builds_operators_anyway(
+    machine, monkeypatch, optim, flops, kernels, measures
+):
     machine("avx512_bf16")
     asked = []
 
@@ -209,7 +217,7 @@ def test_a_long_run_with_muon_measures_its_kernel(machine, monkeypatch, optim, f
 
     monkeypatch.setattr(auto, "load_muon_rates", load_muon_rates)
     monkeypatch.setattr(auto, "missing_kernel", lambda *machine: "")
-    found, said = make_choices(f"optim={optim}", flops=flops)
+    found, said = make_choices(f"optim={optim}", f"training_kernels={kernels}", flops=flops)
     assert bool(asked) == measures
     assert found["muon_form"] == ("kernel_bfloat16" if measures else "bfloat16")
     assert ("kernel_bfloat16 0.4 ms" in said.get("Muon's iterations", "")) == measures
