@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_quest.cache_dirs import write_to_cache
+from llm_quest.cache_dirs import cache_dir, write_to_cache
 from llm_quest.errors import QuestWarning
 
 CPP_FILES = ("quantized_rows.cpp", "query_attention.cpp", "muon_step.cpp", "training_kernels.cpp")
@@ -87,6 +87,13 @@ def describe_failure(error: Exception) -> str:
 
 def build_library() -> Path:
     """The path of the shared library, in the cache folder or in a temporary one where that cannot be written."""
+    name, command, link = build_plan()
+    return write_to_cache("native", lambda root: compile_library(root / name, command, link))
+
+
+def build_plan() -> tuple[str, list[str], list[str]]:
+    """The file name of the shared library, the compiler's command and what is linked. RuntimeError where the operators
+    are switched off."""
     if os.environ.get("LLM_QUEST_NATIVE", "1") == "0":
         raise RuntimeError("LLM_QUEST_NATIVE=0")
     from torch.utils import cpp_extension  # half a second to import
@@ -94,8 +101,17 @@ def build_library() -> Path:
     command = [cpp_extension.get_cxx_compiler(), *FLAGS, *(f"-I{path}" for path in cpp_extension.include_paths())]
     link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
     identity = "\n".join([torch.__version__, *command, *(source.read_text(encoding="utf-8") for source in SOURCES)])
-    name = f"operators-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    return write_to_cache("native", lambda root: compile_library(root / name, command, link))
+    return f"operators-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so", command, link
+
+
+def is_built() -> bool:
+    """Whether the operators are loaded, or lie in the cache folder. Builds nothing."""
+    if Library.loaded is not None:
+        return Library.loaded
+    try:
+        return (cache_dir("native") / build_plan()[0]).is_file()
+    except (OSError, RuntimeError, ImportError, subprocess.SubprocessError):
+        return False
 
 
 def compile_library(library: Path, command: Sequence[str], link: Sequence[str]) -> Path:

@@ -6,7 +6,7 @@ A choice that decides results in their last bits is written into a run's config 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -187,18 +187,24 @@ def choose_compile(profile: MachineProfile, compiler: CompilerTrial, flops: floa
     return Resolved(saved > cost, f"{text}, and compiling takes {rough_duration(cost)}, {source}")
 
 
-BUILD_SECONDS, TRAINING_KERNEL_GAIN = 25.0, 1.13
-"""Of compiling our operators; how many times as fast a training step in float32 is with them (`docs/benchmarks.md`)."""
+BUILD_SECONDS, LOAD_SECONDS, TRAINING_KERNEL_GAIN = 25.0, 2.0, 1.13
+"""Of compiling our operators, and of loading those that are built; how many times as fast a training step in float32 is
+with them (`docs/benchmarks.md`)."""
 
 
-def choose_training_kernels(profile: MachineProfile, flops: float, precision: str) -> Resolved[bool]:
-    """Whether a run of so many FLOPs is shorter with layers in C++ and the time of building them. They read
-    and write memory fewer times than the plain forms, on every processor with vectors of 8 numbers or more."""
+def choose_training_kernels(
+    profile: MachineProfile, flops: float, precision: str, is_built: Callable[[], bool]
+) -> Resolved[bool]:
+    """Whether a run of so many FLOPs is shorter with layers in C++ and the time of building or loading them. They read
+    and write memory fewer times than the plain forms, on every processor with vectors of 8 numbers or more. is_built:
+    whether loading is enough; asked where it matters."""
     if precision != "fp32" or not profile.machine.get("instructions", "").startswith("AVX"):
         return Resolved(False, "")
     seconds = estimate_run_seconds(profile, flops, precision)
     saved = seconds * (1 - 1 / TRAINING_KERNEL_GAIN)
     text = f"a run of about {rough_duration(seconds)} would be {rough_duration(saved)} shorter"
+    if saved > LOAD_SECONDS and is_built():
+        return Resolved(True, f"{text}, and they are built")
     return Resolved(saved > BUILD_SECONDS, f"{text}, and building them takes {rough_duration(BUILD_SECONDS)}")
 
 

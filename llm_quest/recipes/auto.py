@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from llm_quest.contracts import LogFn
+from llm_quest.layers import native
 from llm_quest.layers.linear import set_few_row_products
 from llm_quest.layers.muon_kernel import missing_kernel
 from llm_quest.layers.training_kernels import set_training_kernels
@@ -54,12 +55,13 @@ MUON_KERNEL_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class Machine:
-    """The device that choices are made for. flops: of the whole run on one process; None for a run that `auto` does not
-    compile."""
+    """The device that choices are made for. flops: of the whole run on one process; None where the recipe cannot tell
+    before the run. may_compile: whether `auto` may compile a run whose FLOPs are known."""
 
     device: torch.device
     flops: float | None
     log: LogFn
+    may_compile: bool = True
 
     @property
     def profile(self) -> MachineProfile | None:
@@ -67,12 +69,12 @@ class Machine:
         return load_profile(self.log) if self.device.type == "cpu" else None
 
 
-def resolve_auto(config: ConfigT, context: Context, flops: float | None = None) -> ConfigT:
+def resolve_auto(config: ConfigT, context: Context, flops: float | None = None, *, may_compile: bool = True) -> ConfigT:
     """Resolve every `auto` of a config, before anything reads it, and set what holds for the whole process
-    (threads)."""
+    (threads). flops, may_compile: as of `Machine`."""
     parallel = context.parallel
     chosen = parallel.broadcast(
-        choose_all(config, recorded_choices(config, context), Machine(parallel.device, flops, context.log))
+        choose_all(config, recorded_choices(config, context), Machine(parallel.device, flops, context.log, may_compile))
         if parallel.is_main_process
         else None
     )
@@ -173,7 +175,7 @@ def decide_precision(given: Resolved[str], machine: Machine, config: RunConfig |
 def resolve_compile(given: Resolved[bool | str], machine: Machine, config: RunConfig) -> Resolved[bool]:
     """Resolve the key `compile`: auto compiles where the run is long enough to repay it. Without a working compiler no
     run is compiled."""
-    if given.value == "auto" and machine.flops is None:
+    if given.value == "auto" and (machine.flops is None or not machine.may_compile):
         return Resolved(False, "")
     if given.value is False:
         return Resolved(False, given.reason)
@@ -231,9 +233,9 @@ def resolve_training_kernels(given: Resolved[bool | str], machine: Machine, conf
     """Resolve the key `training_kernels`, after precision and compilation, which leave them without use."""
     if given.value != "auto":
         return Resolved(bool(given.value), given.reason if given.value else "")
-    if machine.profile is None or config.compile is True:
+    if machine.profile is None or machine.flops is None or config.compile is True:
         return Resolved(False, "")
-    return choices.choose_training_kernels(machine.profile, machine.flops or 0.0, config.precision)
+    return choices.choose_training_kernels(machine.profile, machine.flops, config.precision, native.is_built)
 
 
 Resolver = Callable[[Resolved[Any], Machine, Any], Resolved[Any]]

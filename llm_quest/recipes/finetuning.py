@@ -25,7 +25,7 @@ from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.load_save import load
 from llm_quest.hub.load_tokenizer import load_tokenizer
-from llm_quest.models.build import family_of
+from llm_quest.models.build import count_parameters, family_of
 from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.recipes.assembly import (
     apply_techniques,
@@ -113,7 +113,6 @@ def begin_finetuning(
     """Resolve the config, and load or build the model with its tokenizer. UsageError for rows longer than its context.
     config: of a recipe with `model`, `tokenizer` and `sequence_length`. builtin_rows: the recipe's own, from which the
     tokenizer of a fresh model is trained where data.source says builtin."""
-    config = resolve_auto(config, context)
     require_trained_token_rows(config)
     if config.model.load is None:
         model, tokenizer = init_fresh_model(config, context, builtin_rows)
@@ -122,7 +121,17 @@ def begin_finetuning(
         model, tokenizer = load_for_finetuning(config.model)
         remove_value_head(model)  # of a run of PPO
     config = fit_sequence_length(config, context.settings, model.config.max_position_embeddings, context.log)
+    config = resolve_auto(config, context, estimate_run_flops(config, model, context), may_compile=False)
     return fix_template_date(config, context, tokenizer), model, tokenizer
+
+
+def estimate_run_flops(config: Any, model: Decoder, context: Context) -> float | None:
+    """About the FLOPs of a process in the whole run, with rows of `sequence_length` tokens. None for a plan, and for
+    epochs, whose steps are known when the data is read."""
+    if context.planning or config.num_train_epochs is not None:
+        return None
+    tokens = config.batch_size * config.sequence_length * config.max_steps
+    return 6.0 * count_parameters(model) * tokens / context.parallel.world_size
 
 
 def init_fresh_model(

@@ -181,6 +181,20 @@ def test_without_the_kernel_the_plain_form_computes_and_the_reason_is_told_once(
     assert torch.equal(made[0], made[1])
 
 
+def test_operators_are_built_where_the_cache_has_this_source_and_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_QUEST_CACHE", str(tmp_path))
+    monkeypatch.setattr(native.Library, "loaded", None)
+    assert not native.is_built()
+    (tmp_path / "native").mkdir()
+    (tmp_path / "native" / native.build_plan()[0]).write_bytes(b"")
+    assert native.is_built()
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-g"))
+    assert not native.is_built(), "of another command"
+    monkeypatch.setenv("LLM_QUEST_NATIVE", "0")
+    assert not native.is_built()
+    assert native.Library.loaded is None, "nothing was tried"
+
+
 def test_a_compiler_that_takes_too_long_is_one_sentence():
     late = subprocess.TimeoutExpired(["g++"], 0.1, stderr=b"a.h:1: warning: x\n" * 5000)
     assert native.describe_failure(late) == "the C++ compiler did not end within 0.1 s"

@@ -12,6 +12,7 @@ import torch
 from llm_quest.cli.chat import quantized_kinds, use_fast_weights
 from llm_quest.layers.quantized import QuantizedMatrix
 from llm_quest.machine.choices import (
+    Resolved,
     choose_compile,
     choose_few_row_kernel,
     choose_few_rows,
@@ -161,12 +162,19 @@ def test_a_run_is_compiled_where_it_repays(hours, precision, seconds, compiled):
 
 
 def test_layers_in_cpp_are_taken_in_float32_where_building_them_repays():
-    assert not choose_training_kernels(machine("avx2"), HOUR / 60, "fp32").value
-    assert "25 s" in choose_training_kernels(machine("avx2"), HOUR / 60, "fp32").reason
-    assert choose_training_kernels(machine("avx2"), HOUR, "fp32").value
-    assert not choose_training_kernels(machine("avx2"), HOUR, "bf16").value
+    def choose(flops: float, precision: str = "fp32", built: bool = False, profile: MachineProfile = machine("avx2")):
+        return choose_training_kernels(profile, flops, precision, lambda: built)
+
+    assert not choose(HOUR / 60).value
+    assert "25 s" in choose(HOUR / 60).reason
+    assert choose(HOUR / 60, built=True) == Resolved(
+        True, "a run of about 66 s would be 8 s shorter, and they are built"
+    )
+    assert not choose(HOUR / 3600, built=True).value, "loading them takes longer"
+    assert choose(HOUR).value
+    assert not choose(HOUR, "bf16", built=True).value
     without = replace(machine("avx2"), machine={**machine("avx2").machine, "instructions": "DEFAULT"})
-    assert not choose_training_kernels(without, HOUR, "fp32").value
+    assert not choose(HOUR, built=True, profile=without).value
 
 
 def test_without_a_compiler_no_run_is_compiled():

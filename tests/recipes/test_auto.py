@@ -20,11 +20,12 @@ from llm_quest.recipes.auto import CompileTimer, Machine, SlowStepNotice, choose
 from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.engine import slow_step_notices
 from llm_quest.recipes.pretrain import PretrainConfig
-from llm_quest.recipes.recipe import Context
+from llm_quest.recipes.recipe import Context, load_recipe
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.train.parallel import DistributedContext
 from tests.recipes.test_config import GOOD
 from tests.recipes.test_pretrain import CtrlC, run, weights
+from tests.recipes.tuned import WORDS, base, planning_context, write_rows
 
 MACHINES = Path(__file__).parents[1] / "machine" / "profiles"
 CPU = torch.device("cpu")
@@ -334,3 +335,26 @@ def test_one_process_with_several_threads_is_watched(two_threads, tmp_path):
     assert not slow_step_notices(replace(context, parallel=DistributedContext(world_size=2)))
     torch.set_num_threads(1)
     assert not slow_step_notices(context)
+
+
+@pytest.mark.parametrize("recipe", ["sft", "dpo", "kto", "reward", "classify"])
+def test_long_fine_tuning_takes_layers_in_cpp_where_its_length_is_known(recipe, machine, monkeypatch, tmp_path):
+    machine("avx2")
+    monkeypatch.setattr(auto, "set_training_kernels", lambda enabled: "")
+    monkeypatch.setattr(native, "is_built", lambda: False)
+    rows = [
+        {"prompt": f"say {a} {b}", "completion": a, "chosen": f"{a} {b}", "rejected": b, "text": a, "label": a[0] < "g"}
+        for a in WORDS for b in WORDS if a != b
+    ]  # fmt: skip
+    given = [f"model.load={base(tmp_path / 'model')}", f"data.source={write_rows(tmp_path / 'rows.jsonl', rows)}"]
+
+    def choices_of_job(*pairs: str, planning: bool = False) -> tuple[bool, bool]:
+        found, config, settings = load_recipe(recipe, [*given, "precision=fp32", "sequence_length=40", *pairs])
+        built = found.build(config, replace(planning_context(), settings=settings, planning=planning)).config
+        return built.training_kernels, built.compile
+
+    long = 10**9
+    assert choices_of_job(f"max_steps={long}") == (True, False)
+    assert choices_of_job(f"max_steps={long}", planning=True) == (False, False), "a plan builds nothing"
+    assert choices_of_job("num_train_epochs=1e6") == (False, False)
+    assert choices_of_job("max_steps=2", "warmup_steps=0") == (False, False)
