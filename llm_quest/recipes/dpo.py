@@ -34,6 +34,7 @@ from llm_quest.recipes.finetuning import (
     can_share_prompts,
     data_facts,
     pairs_loader,
+    pairs_read,
     prepare_preferences,
     set_generation_eos,
 )
@@ -146,12 +147,14 @@ def build_dpo(config: DpoConfig, context: Context) -> Job:
 
     def compute_reference() -> Callable[[Path], None]:
         """The reference's log-probabilities: of the held-out pairs always, so that what is measured on them stays
-        comparable; of the training pairs where nothing else computes them."""
+        comparable; of the training pairs that are read where nothing else computes them."""
         if not loss.traits.needs_reference:
             return save_nothing
         rows = [] if objective.reference is not None else list(pairs.train)
+        every = [*rows, *pairs.held_out]
+        needed = [*(pairs_read(config, row_loader) if rows else ()), *range(len(rows), len(every))]
         log_probs = reference_log_probs(
-            model, [*rows, *pairs.held_out], out, parallel, config.precision, log, share_prompts=share
+            model, every, out, parallel, config.precision, log, needed=needed, share_prompts=share
         )
         row_loader.source.reference_log_probs = log_probs.log_probs[: len(rows)] or None
         evaluator.pairs.reference_log_probs = log_probs.log_probs[len(rows) :]

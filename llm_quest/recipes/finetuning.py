@@ -15,7 +15,7 @@ from llm_quest.data.builtin_qa import builtin_preferences as builtin
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.conversation_forms import RowForm
 from llm_quest.data.document import DropReport
-from llm_quest.data.loader import ShardedLoader, repeat_by_weight, shuffle_indices
+from llm_quest.data.loader import ShardedLoader, epoch_indices, repeat_by_weight, shuffle_indices
 from llm_quest.data.preference_pairs import PreferenceDataset
 from llm_quest.data.preferences import Preference, TokenizedPreference, read_preferences, tokenize_preferences
 from llm_quest.data.records import Record
@@ -267,3 +267,9 @@ def pairs_loader(
     longest = max(len(one.answers) * one.length for one in data.train)
     rows = micro_batch_rows(config, parallel, longest)
     return make_sharded_loader(config, PreferenceDataset(data.train), parallel, rows)
+
+
+def pairs_read(config: PairBatchedConfig, loader: ShardedLoader[PreferenceDataset]) -> list[int]:
+    """The numbers of the pairs that a run of `max_steps` reads."""
+    size = len(loader.source)
+    return sorted(epoch_indices(size, loader.seed, range(min(size, config.max_steps * config.batch_size))))

@@ -47,6 +47,7 @@ from llm_quest.recipes.finetuning import (
     begin_finetuning,
     data_facts,
     pairs_loader,
+    pairs_read,
     set_generation_eos,
 )
 from llm_quest.recipes.recipe import Context, Job, Recipe
@@ -179,7 +180,8 @@ def build_kto(config: KtoConfig, context: Context) -> Job:
 
     def compute_reference() -> Callable[[Path], None]:
         every = [*rows.train, *rows.held_out]
-        log_probs = reference_log_probs(model, every, out, parallel, config.precision, log)
+        needed = [*pairs_read(config, row_loader), *range(len(rows.train), len(every))]
+        log_probs = reference_log_probs(model, every, out, parallel, config.precision, log, needed=needed)
         row_loader.source.reference_log_probs = log_probs.log_probs[: len(rows.train)]
         evaluator.rows.reference_log_probs = log_probs.log_probs[len(rows.train) :]
         return log_probs.save

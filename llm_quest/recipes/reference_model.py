@@ -66,7 +66,7 @@ def reference_without_adapters(model: Any) -> Iterator[Any]:
 @dataclass(frozen=True)
 class CachedLogProbs:
     """Log-probabilities of a reference model, computed once and kept on disk. log_probs: of each pair, a number for
-    each answer. key: what they were computed from. is_new: not on disk yet."""
+    each answer, NaN where it is not needed. key: what they were computed from. is_new: not all on disk yet."""
 
     log_probs: list[np.ndarray]
     key: str
@@ -84,25 +84,26 @@ class CachedLogProbs:
 
 def reference_log_probs(
     model: nn.Module, pairs: Sequence[TokenizedPreference], folder: Path, parallel: DistributedContext, precision: str,
-    log: LogFn, *, share_prompts: bool = False,
+    log: LogFn, *, needed: Sequence[int] | None = None, share_prompts: bool = False,
 ) -> CachedLogProbs:  # fmt: skip
     """The log-probability of each answer by the model as it is now: from the run folder if they were computed for this
-    model, these pairs and this precision; else computed, with each shared prompt read once. Call it before the model is
-    sharded."""
+    model, these pairs and this precision; else computed, with each shared prompt read once. needed: the numbers of the
+    pairs that the run reads; None: of all. Call it before the model is sharded."""
     key_parts = {"model": weights_hash(model), "pairs": PreferenceDataset(pairs).hash, "precision": precision}
     key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()
     flat = parallel.broadcast(load_log_probs(folder / REFERENCE_FILE, key) if parallel.is_main_process else None)
-    fresh = flat is None
-    if fresh:
-        log(f"reference: log-probabilities of {sum(len(pair.answers) for pair in pairs):,} answers, once")
+    ends = np.cumsum([len(pair.answers) for pair in pairs])
+    log_probs = np.split(np.full(ends[-1], np.nan, np.float32) if flat is None else flat, ends[:-1])
+    numbers = range(len(pairs)) if needed is None else needed
+    missing = [number for number in numbers if np.isnan(log_probs[number]).any()]
+    if missing:
+        log(f"reference: log-probabilities of {sum(len(pairs[n].answers) for n in missing):,} answers, once")
+        source = PreferenceDataset([pairs[number] for number in missing], share_prompts=share_prompts)
         with evaluation_mode(model), autocast(precision, parallel.device):
-            flat = np.concatenate(
-                compute_log_probs(
-                    model.to(parallel.device), PreferenceDataset(pairs, share_prompts=share_prompts), parallel.device
-                )
-            )
-    ends = np.cumsum([len(pair.answers) for pair in pairs])[:-1]
-    return CachedLogProbs(np.split(flat, ends), key, fresh)
+            computed = compute_log_probs(model.to(parallel.device), source, parallel.device)
+        for number, values in zip(missing, computed, strict=True):
+            log_probs[number] = values
+    return CachedLogProbs(log_probs, key, bool(missing))
 
 
 def compute_log_probs(model: nn.Module, source: PreferenceDataset, device: torch.device) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from llm_quest.cli.chat import load_text_model as opened_to_talk
 from llm_quest.data.preferences import Preference
@@ -87,6 +88,32 @@ def test_dpo_prefers_and_keeps_the_reference_it_computed_once(pairs: list[str], 
     start_run("dpo", DPO, out, *pairs, log=said.append)
     assert not any("reference:" in line for line in said)
     assert (out / "reference.safetensors").read_bytes() == kept
+
+
+@pytest.mark.parametrize("recipe", ["dpo", "kto"])
+def test_the_reference_scores_the_pairs_that_the_run_reads_and_more_when_it_goes_on(recipe, pairs, tmp_path: Path):
+    text, out, said = DPO.replace("dpo", recipe), tmp_path / recipe, list[str]()
+    options = [*pairs, "save_steps=5", "save_total_limit=9", "eval_steps=0", "lr_scheduler_type=constant"]
+
+    def log_probs(steps: int, out: Path = out) -> np.ndarray:
+        start_run(recipe, text, out, *options, f"max_steps={steps}", log=said.append)
+        return load_file(out / "reference.safetensors")["log_probs"]
+
+    def count_scored() -> int:
+        (line,) = [line for line in said if line.startswith("reference: log-probabilities of")]
+        said.clear()
+        return int(line.split()[3].replace(",", ""))
+
+    data = json.loads((log_probs(5), out / "data.json")[1].read_text())
+    few, held_out = load_file(out / "reference.safetensors")["log_probs"], data["held_out_rows"]
+    assert np.isfinite(few).sum() == 2 * (5 * 4 + held_out) == count_scored()
+    more = log_probs(9)
+    assert count_scored() == 2 * 4 * 4
+    assert np.array_equal(more[np.isfinite(few)], few[np.isfinite(few)]), "what is known is kept"
+    straight = log_probs(9, tmp_path / "straight")
+    np.testing.assert_allclose(straight, more, atol=1e-4)
+    both = [[row["loss"] for row in metrics(folder) if "loss" in row] for folder in (out, tmp_path / "straight")]
+    np.testing.assert_allclose(*both, atol=1e-4, equal_nan=False)
 
 
 @pytest.mark.parametrize(
