@@ -33,10 +33,10 @@ HEADERS = (
     "vectors.h", "tensors.h", "isa.h",
 )  # fmt: skip
 SOURCES = [Path(__file__).with_name(name) for name in (*CPP_FILES, *HEADERS)]
-FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-Wall", "-ffp-contract=off")
+FLAGS = ("-std=c++20", "-O3", "-fPIC", "-Wall", "-ffp-contract=off")
 ISA = {"best": 0, "plain": 1, "avx2": 2, "avx512": 3, "vnni": 4}
 """What the operator's last argument means."""
-COMPILE_SECONDS = 300  # 18 s of one core; a machine shared by many needs longer
+COMPILE_SECONDS = 300  # of one file, which takes 2 to 10 s of one core; a machine shared by many needs longer
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -115,26 +115,46 @@ def is_built() -> bool:
 
 
 def compile_library(library: Path, command: Sequence[str], link: Sequence[str]) -> Path:
-    """Compile a library that is not there. It is written under another name and then renamed, so that of two processes
-    that build it neither reads half a file. OSError where its disk is full; CalledProcessError of the compiler."""
+    """Compile a library that is not there, its files side by side. It is written under another name and then renamed,
+    so that of two processes that build it neither reads half a file. OSError where its disk is full; CalledProcessError
+    of the compiler."""
     if library.exists():
         return library
     if not shutil.which(command[0]):
         raise RuntimeError(f"no C++ compiler was found ({command[0]}); install g++, or set CXX")
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
-        done = subprocess.run(
-            [*command, *map(str, SOURCES[: len(CPP_FILES)]), "-o", str(made), *link],
-            capture_output=True,
-            text=True,
-            timeout=COMPILE_SECONDS,
-            env=os.environ | {"LC_ALL": "C"},
-        )
-        if done.returncode and (full := [code for code in DISK_FULL if os.strerror(code) in done.stderr]):
-            raise OSError(full[0], os.strerror(full[0]))
-        done.check_returncode()
+        objects = {source: str(Path(folder) / f"{source.stem}.o") for source in SOURCES[: len(CPP_FILES)]}
+        run_compilers([[*command, "-c", str(source), "-o", objects[source]] for source in objects])
+        run_compilers([[*command, "-shared", *objects.values(), "-o", str(made), *link]])
         made.replace(library)
     return library
+
+
+def run_compilers(commands: Sequence[Sequence[str]]) -> None:
+    """Run the commands of a compiler, at once as many as there are cores. OSError where the disk is full;
+    CalledProcessError of the first that fails. None is left running."""
+    waiting, running = list(commands), list[subprocess.Popen[str]]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                running.append(start_compiler(waiting.pop(0)))
+            _, printed = running[0].communicate(timeout=COMPILE_SECONDS)
+            done = running.pop(0)
+            if done.returncode and (full := [code for code in DISK_FULL if os.strerror(code) in printed]):
+                raise OSError(full[0], os.strerror(full[0]))
+            if done.returncode:
+                raise subprocess.CalledProcessError(done.returncode, done.args, stderr=printed)
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+
+
+def start_compiler(command: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"LC_ALL": "C"}
+    )
 
 
 def register_shapes() -> None:

@@ -188,8 +188,8 @@ def choose_compile(profile: MachineProfile, compiler: CompilerTrial, flops: floa
 
 
 BUILD_SECONDS, LOAD_SECONDS, TRAINING_KERNEL_GAIN = 25.0, 2.0, 1.13
-"""Of compiling our operators, and of loading those that are built; how many times as fast a training step in float32 is
-with them (`docs/benchmarks.md`)."""
+"""Of compiling our operators on one core (two halve it: the longest file takes two fifths), and of loading those that are
+built; how many times as fast a training step in float32 is with them (`docs/benchmarks.md`)."""
 
 
 def choose_training_kernels(
@@ -205,7 +205,8 @@ def choose_training_kernels(
     text = f"a run of about {rough_duration(seconds)} would be {rough_duration(saved)} shorter"
     if saved > LOAD_SECONDS and is_built():
         return Resolved(True, f"{text}, and they are built")
-    return Resolved(saved > BUILD_SECONDS, f"{text}, and building them takes {rough_duration(BUILD_SECONDS)}")
+    cost = BUILD_SECONDS / min(profile.threads, 2)
+    return Resolved(saved > cost, f"{text}, and building them takes {rough_duration(cost)}")
 
 
 def estimate_run_seconds(profile: MachineProfile, flops: float, precision: str) -> float:

@@ -30,7 +30,7 @@ STARTS_PROCESSES = {
     "experiments/worker_pool.py": "watches its stdin, which ends with the parent (experiments/worker.py)",
     "experiments/code_tree.py": "git in a copy of this package: it ends by itself",
     "machine/compiler.py": "a compiler with five lines: it ends by itself",
-    "layers/native.py": "a compiler with one file: it ends by itself",
+    "layers/native.py": "compilers with one file each, which end by themselves and are killed where one fails",
     "hub/wllama.py": "npm pack, which is given a time: it ends by itself",
     "cli/doctor.py": "git in this package's own checkout: it ends by itself",
 }

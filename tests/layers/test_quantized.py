@@ -3,7 +3,9 @@ operator's shape rule and gradient. Tests of the C++ kernel need a compiler and 
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -193,6 +195,23 @@ def test_operators_are_built_where_the_cache_has_this_source_and_compiler(tmp_pa
     monkeypatch.setenv("LLM_QUEST_NATIVE", "0")
     assert not native.is_built()
     assert native.Library.loaded is None, "nothing was tried"
+
+
+def test_files_are_compiled_side_by_side_and_none_goes_on_where_one_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    started = []
+    start = native.start_compiler
+    monkeypatch.setattr(native, "start_compiler", lambda args: started.append(start(args)) or started[-1])
+    meets = "import pathlib, sys, time\npathlib.Path(sys.argv[1]).touch()\n"
+    meets += "while not pathlib.Path(sys.argv[2]).exists(): time.sleep(0.01)"
+    both = [str(tmp_path / name) for name in "ab"]
+    native.run_compilers([[sys.executable, "-c", meets, *order] for order in (both, both[::-1])])
+    fails = "import sys; print('a.cpp:1: no such type', file=sys.stderr); sys.exit(1)"
+    commands = [[sys.executable, "-c", code] for code in (fails, "import time; time.sleep(60)", "raise 1")]
+    with pytest.raises(subprocess.CalledProcessError) as told:
+        native.run_compilers(commands)
+    assert native.describe_failure(told.value) == "a.cpp:1: no such type"
+    assert [process.returncode for process in started[2:]] == [1, -signal.SIGKILL], "the third did not begin"
 
 
 def test_a_compiler_that_takes_too_long_is_one_sentence():
