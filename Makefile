@@ -14,15 +14,16 @@ help:
 	@echo "make gpu          on a CUDA machine: every family's laws, attention kernels, speed (eight minutes)"
 	@echo "make bench        the benchmarks against the peers (long; wants a quiet machine)"
 
-# Stamps hold what was installed: a changed constraint or dependency installs again.
+# Stamps hold what was installed: a changed constraint or dependency installs again. --no-compile: Python compiles what it
+# imports, and pip would compile 20,000 files, one after another.
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("LLM Quest needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,dev,tensorboard,serve,book]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[test,dev,tensorboard,serve,book]'
 	touch $@
 
 install: $(VENV)/.base
