@@ -15,7 +15,6 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jaxtyping
-import torch
 from beartype import beartype
 from jaxtyping import install_import_hook, jaxtyped
 from torch import Tensor
@@ -48,10 +47,8 @@ def check_shapes(wanted: Any) -> Any:
     def check_and_call(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():  # or a set that grows with every test is traced and guarded
             return wanted(*args, **kwargs)
-        if kwargs or len(args) < num_places:
-            given = checks.describe_arguments(args, kwargs)
-        else:
-            given = describe_places(args)
+        by_place = not kwargs and len(args) >= num_places
+        given = describe_places(args) if by_place else checks.describe_arguments(args, kwargs)
         results = fitting.get(given)
         if results is None:
             checks.check_arguments(args, kwargs)
