@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
@@ -184,15 +185,22 @@ def format_part_share(card: ModelCard, part: str) -> str:
     return f"{card.parts.get(part, 0) / card.parameters:.1%}"
 
 
-def family_layers(family: Family) -> dict[str, str]:
+def family_layers(family: Family) -> Mapping[str, str]:
     """The layers that a family imports from layers/, and those of the families that it builds on which its models have
     -> the first sentence of each docstring."""
+    return layers_by_family(family.name)
+
+
+@functools.cache
+def layers_by_family(name: str) -> Mapping[str, str]:
+    """`family_layers`, found once."""
+    family = next(one for one in ALL_FAMILIES if one.name == name)
     module = inspect.getmodule(family.assemble)
     assert module is not None, "assemble is defined in the family's file"
     own = layer_imports(module)
     built_on: dict[str, str] = {}
-    for name in parent_families(module):
-        built_on |= family_layers(next(one for one in ALL_FAMILIES if one.name == name))
+    for parent in parent_families(module):
+        built_on |= layers_by_family(parent)
     used = set().union(*(layer_names_in(one.config) for one in family.presets if one.name.endswith("-tiny")))
     inherited = {name: text for name, text in built_on.items() if name in used}
     return {name: first_sentence(thing) for name, thing in own.items()} | inherited
