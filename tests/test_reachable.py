@@ -184,6 +184,7 @@ SET_ON_OTHERS = {
     "dont_write_bytecode": "sys",
     "jaxtyped": "jaxtyping",
     "__signature__": "inspect",
+    "subprocess": "a module of the package that imports it",
     "id2label": "transformers",
     **dict.fromkeys(("loss_weights", "neftune_noise_alpha"), "TRL"),
     "should_exit": "uvicorn",

@@ -188,8 +188,8 @@ def choose_compile(profile: MachineProfile, compiler: CompilerTrial, flops: floa
 
 
 BUILD_SECONDS, LOAD_SECONDS, TRAINING_KERNEL_GAIN = 25.0, 2.0, 1.13
-"""Of compiling our operators on one core (two halve it: the longest file takes two fifths), and of loading those that are
-built; how many times as fast a training step in float32 is with them (`docs/benchmarks.md`)."""
+"""Of compiling our operators on one core (two halve it: the longest file takes two fifths), and of loading those that
+are built; how many times as fast a training step in float32 is with them (`docs/benchmarks.md`)."""
 
 
 def choose_training_kernels(

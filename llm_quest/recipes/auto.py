@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,21 +69,35 @@ class Machine:
         return load_profile(self.log) if self.device.type == "cpu" else None
 
 
-def resolve_auto(config: ConfigT, context: Context, flops: float | None = None, *, may_compile: bool = True) -> ConfigT:
+def resolve_auto(
+    config: ConfigT,
+    context: Context,
+    flops: float | None = None,
+    *,
+    may_compile: bool = True,
+    keys: Iterable[str] | None = None,
+) -> ConfigT:
     """Resolve every `auto` of a config, before anything reads it, and set what holds for the whole process
-    (threads). flops, may_compile: as of `Machine`."""
+    (threads). flops, may_compile: as of `Machine`. keys: of `RESOLVERS`, those to resolve now; None: all."""
     parallel = context.parallel
+    machine = Machine(parallel.device, flops, context.log, may_compile)
     chosen = parallel.broadcast(
-        choose_all(config, recorded_choices(config, context), Machine(parallel.device, flops, context.log, may_compile))
-        if parallel.is_main_process
-        else None
+        choose_all(config, recorded_choices(config, context), machine, keys) if parallel.is_main_process else None
     )
-    torch.set_num_threads(chosen["threads"])
-    if missing := set_few_row_products(chosen["few_row_products"], chosen["few_row_kernel"]):
-        context.log(f"the loop in C++ for few rows cannot be had ({missing}): the last bits of sampled text may differ")
-    if missing := set_training_kernels(chosen["training_kernels"]):
-        context.log(f"the training kernels cannot be had ({missing}): layers are computed by their plain forms, slower")
+    set_for_process(chosen, context.log)
     return config.model_copy(update=chosen)
+
+
+def set_for_process(chosen: Mapping[str, Any], log: LogFn) -> None:
+    """Set what these choices hold for the whole process; log what cannot be had."""
+    if "threads" in chosen:
+        torch.set_num_threads(chosen["threads"])
+    if "few_row_products" in chosen:
+        missing = set_few_row_products(chosen["few_row_products"], chosen["few_row_kernel"])
+        if missing:
+            log(f"the loop in C++ for few rows cannot be had ({missing}): the last bits of sampled text may differ")
+    if "training_kernels" in chosen and (missing := set_training_kernels(chosen["training_kernels"])):
+        log(f"the training kernels cannot be had ({missing}): layers are computed by their plain forms, slower")
 
 
 def is_undecided(value: Any) -> bool:
@@ -109,10 +123,13 @@ def recorded_config(config: ConfigT, context: Context) -> ConfigT | None:
     return parse_recorded_config(type(config), settings)
 
 
-def choose_all(config: RunConfig, recorded: Mapping[str, Any], machine: Machine) -> dict[str, Any]:
-    """Resolve every key of RESOLVERS, and log each value with its reason."""
+def choose_all(
+    config: RunConfig, recorded: Mapping[str, Any], machine: Machine, keys: Iterable[str] | None = None
+) -> dict[str, Any]:
+    """Resolve these keys of RESOLVERS (None: all), and log each value with its reason."""
     chosen: dict[str, Any] = {}
-    for key, (label, resolve) in RESOLVERS.items():
+    for key in RESOLVERS if keys is None else keys:
+        label, resolve = RESOLVERS[key]
         value, reason = getattr(config, key), "asked for"
         if is_undecided(value):
             value, reason = recorded.get(key, value), KEPT
@@ -249,6 +266,8 @@ RESOLVERS: dict[str, tuple[str, Resolver]] = {
     "few_row_kernel": ("products of few rows in C++", resolve_few_row_kernel),
 }
 """Key -> its label in the log and its resolver, in the order of resolving."""
+LENGTH_KEYS = ("training_kernels", "muon_form")
+"""Keys that follow from the length of the run, and from keys before them."""
 
 
 class CompileTimer:

@@ -31,7 +31,6 @@ from llm_quest.eval.classification import ClassifierEvaluator, text_outputs
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.classification import TextClassificationLoss
 from llm_quest.recipes.assembly import (
-    count_epochs,
     load_split_rows,
     log_remarks,
     make_sharded_loader,
@@ -46,6 +45,7 @@ from llm_quest.recipes.finetuning import (
     StartModelConfig,
     apply_config_techniques,
     begin_finetuning,
+    count_steps,
 )
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.row_source import RowsConfig
@@ -117,7 +117,7 @@ def build_classify(config: ClassifyConfig, context: Context) -> Job:
         for side in (repeat_by_weight(learned), held_texts)
     )
     note_unmeasured(names, train.label_counts, held_out.label_counts, drop_report)
-    config = count_epochs(config, context.settings, len(train), log)
+    config = count_steps(config, context, model, len(train))
     loader = make_sharded_loader(config, train, parallel, micro_batch_rows(config, parallel, config.sequence_length))
     log(f"texts: {len(train):,} to train on, {len(held_out):,} held out, {len(names)} labels: {', '.join(names[:8])}")
     log_remarks(drop_report, log)

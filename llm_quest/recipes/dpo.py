@@ -22,7 +22,6 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.preference import PreferenceLoss, relative_log_probs, sequence_log_probs
 from llm_quest.objectives.preference_loss_numbers import make_preference_loss
 from llm_quest.objectives.preference_losses import PREFERENCE_LOSSES, PairwiseLoss
-from llm_quest.recipes.assembly import count_epochs
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, PositiveInt
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS, WINDOW
 from llm_quest.recipes.finetuning import (
@@ -32,6 +31,7 @@ from llm_quest.recipes.finetuning import (
     apply_config_techniques,
     begin_finetuning,
     can_share_prompts,
+    count_steps,
     data_facts,
     pairs_loader,
     pairs_read,
@@ -130,7 +130,7 @@ def build_dpo(config: DpoConfig, context: Context) -> Job:
     callbacks: list[Callback] = apply_config_techniques(config, model, log)
     loss = config.build_loss()
     objective = PreferenceLoss(model, loss, average_log_prob=config.average_log_prob, sft_weight=config.rpo_alpha)
-    config = count_epochs(config, context.settings, len(pairs.train), log)
+    config = count_steps(config, context, model, len(pairs.train))
     row_loader = pairs_loader(config, pairs, parallel)
     if loss.traits.sorts_batch:
         require_whole_step(config, row_loader.micro_batch_size)

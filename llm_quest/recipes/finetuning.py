@@ -29,6 +29,7 @@ from llm_quest.models.build import count_parameters, family_of
 from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.recipes.assembly import (
     apply_techniques,
+    count_epochs,
     fit_sequence_length,
     iter_config_records,
     load_any_tokenizer,
@@ -39,7 +40,7 @@ from llm_quest.recipes.assembly import (
     require_run_exists,
     source_name,
 )
-from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.auto import LENGTH_KEYS, RESOLVERS, resolve_auto
 from llm_quest.recipes.chat_template_config import ChatTemplateConfig, fix_template_date, open_chat_template
 from llm_quest.recipes.config_schema import BatchedConfig, ModelConfig, PositiveInt, RunConfig, TokenizerConfig
 from llm_quest.recipes.model_config import init_model
@@ -121,17 +122,25 @@ def begin_finetuning(
         model, tokenizer = load_for_finetuning(config.model)
         remove_value_head(model)  # of a run of PPO
     config = fit_sequence_length(config, context.settings, model.config.max_position_embeddings, context.log)
-    config = resolve_auto(config, context, estimate_run_flops(config, model, context), may_compile=False)
+    keys = [key for key in RESOLVERS if config.num_train_epochs is None or key not in LENGTH_KEYS]
+    config = resolve_auto(config, context, estimate_run_flops(config, model, context), may_compile=False, keys=keys)
     return fix_template_date(config, context, tokenizer), model, tokenizer
 
 
+def count_steps(config: Any, context: Context, model: Decoder, rows: int) -> Any:
+    """Replace num_train_epochs of a config by max_steps, and resolve what follows from the length of the run. rows: of
+    an epoch."""
+    if config.num_train_epochs is None:
+        return config
+    config = count_epochs(config, context.settings, rows, context.log)
+    flops = estimate_run_flops(config, model, context)
+    return resolve_auto(config, context, flops, may_compile=False, keys=LENGTH_KEYS)
+
+
 def estimate_run_flops(config: Any, model: Decoder, context: Context) -> float | None:
-    """About the FLOPs of a process in the whole run, with rows of `sequence_length` tokens. None for a plan, and for
-    epochs, whose steps are known when the data is read."""
-    if context.planning or config.num_train_epochs is not None:
-        return None
+    """About the FLOPs of a process in the whole run, with rows of `sequence_length` tokens. None for a plan."""
     tokens = config.batch_size * config.sequence_length * config.max_steps
-    return 6.0 * count_parameters(model) * tokens / context.parallel.world_size
+    return None if context.planning else 6.0 * count_parameters(model) * tokens / context.parallel.world_size
 
 
 def init_fresh_model(

@@ -25,7 +25,7 @@ from llm_quest.generation.stopping import end_token_ids
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.distillation import DistillationLoss
 from llm_quest.objectives.next_token import NextTokenLoss
-from llm_quest.recipes.assembly import count_epochs, load_split_rows, micro_batch_rows
+from llm_quest.recipes.assembly import load_split_rows, micro_batch_rows
 from llm_quest.recipes.auto import resolve_precision
 from llm_quest.recipes.auxiliary_losses import TeacherConfig, build_distillation_terms, teacher_hash
 from llm_quest.recipes.chat_template_config import open_chat_template
@@ -38,6 +38,7 @@ from llm_quest.recipes.finetuning import (
     StartModelConfig,
     apply_config_techniques,
     begin_finetuning,
+    count_steps,
     data_facts,
     set_generation_eos,
 )
@@ -84,7 +85,7 @@ def build_gkd(config: GkdConfig, context: Context) -> Job:
     config, model, tokenizer = begin_finetuning(config, context, builtin_instructions)
     data = prepare_questions(config, tokenizer)
     set_generation_eos(model, tokenizer, (one.answers[0][-1] for one in data.train))
-    config = count_epochs(config, context.settings, len(data.train), log)
+    config = count_steps(config, context, model, len(data.train))
     terms = build_distillation_terms(config, tokenizer, model.config.vocab_size, parallel, log)
     callbacks = apply_config_techniques(config, model, log)
     objective = NextTokenLoss(model, auxiliary=terms)

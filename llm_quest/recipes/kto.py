@@ -34,7 +34,7 @@ from llm_quest.objectives.kto import (
     reference_point,
 )
 from llm_quest.objectives.preference import sequence_log_probs
-from llm_quest.recipes.assembly import count_epochs, load_split_rows
+from llm_quest.recipes.assembly import load_split_rows
 from llm_quest.recipes.chat_template_config import open_chat_template
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
@@ -45,6 +45,7 @@ from llm_quest.recipes.finetuning import (
     StartModelConfig,
     apply_config_techniques,
     begin_finetuning,
+    count_steps,
     data_facts,
     pairs_loader,
     pairs_read,
@@ -166,7 +167,7 @@ def build_kto(config: KtoConfig, context: Context) -> Job:
     loss = config.build_loss()
     rows = prepare_unpaired(config, tokenizer, loss, log)
     set_generation_eos(model, tokenizer, (one.answers[0][-1] for one in rows.train))
-    config = count_epochs(config, context.settings, len(rows.train), log)
+    config = count_steps(config, context, model, len(rows.train))
     callbacks = apply_config_techniques(config, model, log)
     make_objective = partial(
         KTOLoss, loss=loss, desirable_weight=config.desirable_weight, undesirable_weight=config.undesirable_weight

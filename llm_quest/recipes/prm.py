@@ -21,7 +21,6 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.objectives.process_reward import ProcessRewardLoss
 from llm_quest.recipes.assembly import (
-    count_epochs,
     load_split_rows,
     log_remarks,
     make_sharded_loader,
@@ -30,7 +29,13 @@ from llm_quest.recipes.assembly import (
 )
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
-from llm_quest.recipes.finetuning import PairBatchedConfig, StartModelConfig, apply_config_techniques, begin_finetuning
+from llm_quest.recipes.finetuning import (
+    PairBatchedConfig,
+    StartModelConfig,
+    apply_config_techniques,
+    begin_finetuning,
+    count_steps,
+)
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.row_source import RowsConfig
 from llm_quest.rollouts.diagnostics import Diagnostics
@@ -65,7 +70,7 @@ def build_prm(config: PrmConfig, context: Context) -> Job:
     parallel, log = context.parallel, context.log
     config, model, tokenizer = begin_finetuning(config, context, no_builtin_rows)
     train, held_out, drop_report = prepare_steps(config, tokenizer)
-    config = count_epochs(config, context.settings, len(train), log)
+    config = count_steps(config, context, model, len(train))
     callbacks = apply_config_techniques(config, model, log, scores=True)
     add_step_head(model, tokenizer, config)
     source = StepDataset(train)

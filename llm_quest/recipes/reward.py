@@ -17,7 +17,6 @@ from llm_quest.errors import UsageError
 from llm_quest.eval.evaluators import PairsEvaluator
 from llm_quest.objectives.readouts import read_rewards
 from llm_quest.objectives.reward_model import RewardModelLoss
-from llm_quest.recipes.assembly import count_epochs
 from llm_quest.recipes.config_schema import NonNegativeInt
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
 from llm_quest.recipes.finetuning import (
@@ -26,6 +25,7 @@ from llm_quest.recipes.finetuning import (
     StartModelConfig,
     apply_config_techniques,
     begin_finetuning,
+    count_steps,
     data_facts,
     pairs_loader,
     prepare_preferences,
@@ -66,7 +66,7 @@ def build_reward(config: RewardConfig, context: Context) -> Job:
         raise UsageError(
             f"model.load={config.model.load} is a classifier of {head.outputs} classes: a reward model gives one number"
         )
-    config = count_epochs(config, context.settings, len(pairs.train), log)
+    config = count_steps(config, context, model, len(pairs.train))
     loader = pairs_loader(config, pairs, parallel)
     facts = data_facts(config.data, pairs.chat, pairs.drop_report, len(pairs.train), len(pairs.held_out), log)
     return Job(

@@ -28,7 +28,7 @@ from llm_quest.generation.generate import generate
 from llm_quest.generation.stopping import end_token_ids
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.next_token import AuxiliaryLoss, NextTokenLoss
-from llm_quest.recipes.assembly import count_epochs, load_split_rows, make_sharded_loader, micro_batch_rows
+from llm_quest.recipes.assembly import load_split_rows, make_sharded_loader, micro_batch_rows
 from llm_quest.recipes.auxiliary_losses import (
     NumberTokenLossConfig,
     TeacherConfig,
@@ -45,6 +45,7 @@ from llm_quest.recipes.finetuning import (
     StartModelConfig,
     apply_config_techniques,
     begin_finetuning,
+    count_steps,
     data_facts,
     set_generation_eos,
 )
@@ -89,7 +90,7 @@ def build_sft(config: SftConfig, context: Context) -> Job:
         model, tokenizer, (example.input_ids[example.last_answer_span[1] - 1] for example in data.train.examples)
     )
     micro_rows = micro_batch_rows(config, parallel, config.sequence_length)
-    config = count_epochs(config, context.settings, len(data.train), log)
+    config = count_steps(config, context, model, len(data.train))
     loader = make_sharded_loader(config, data.train, parallel, micro_rows)
     facts = data_facts(
         config.data, data.chat, data.drop_report, len(data.train.examples), len(data.held_out.examples), log

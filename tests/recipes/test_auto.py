@@ -356,5 +356,6 @@ def test_long_fine_tuning_takes_layers_in_cpp_where_its_length_is_known(recipe, 
     long = 10**9
     assert choices_of_job(f"max_steps={long}") == (True, False)
     assert choices_of_job(f"max_steps={long}", planning=True) == (False, False), "a plan builds nothing"
-    assert choices_of_job("num_train_epochs=1e6") == (False, False)
+    assert choices_of_job("num_train_epochs=1e8") == (True, False)
+    assert choices_of_job("num_train_epochs=1") == (False, False)
     assert choices_of_job("max_steps=2", "warmup_steps=0") == (False, False)
