@@ -55,8 +55,9 @@ def call_and_print(stdout: str, stderr: str, function: Callable[..., Any], *argu
 
 def skip_reports_of_tracing() -> None:
     """For its log torch.compile times the guards of each graph (35 ms) and tokenizes each file that it traces (0.7 s a
-    process), to name functions."""
+    process), to name functions; to each operator it writes the lines of code that led there."""
     from torch._dynamo import guards, symbolic_convert
 
     guards.profile_guard_manager = lambda *given: 0.0
     symbolic_convert.get_funcname = lambda *given: None
+    symbolic_convert.InstructionTranslatorBase.is_co_filename_from_nn_modules = lambda self: True

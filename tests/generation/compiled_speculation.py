@@ -29,8 +29,9 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 @functools.cache
-def target(name: str, dtype: torch.dtype = torch.float32) -> Decoder:
-    """A model with lookahead modules and weights large enough that tokens matter; made once, for its graphs stay."""
+def target(name: str, dtype: torch.dtype = torch.float64) -> Decoder:
+    """A model with lookahead modules and weights large enough that tokens matter; made once, for its graphs stay.
+    (In float64, where guesses are the model's own to the last; those with a ring or a state in float32.)"""
     model, generator = build(name, seed=1), torch.Generator().manual_seed(0)
     model = model if len(model.mtp_modules) else MultiTokenPrediction(2)(model)
     with torch.no_grad():
@@ -63,7 +64,10 @@ def same_texts(model: Decoder, draft: Decoder | str, prompts: list[list[int]], *
 
 
 def texts() -> dict[str, bool]:
-    llama, gemma, qwen = target("llama3.2-tiny"), target("gemma3-tiny"), target("qwen3.5-tiny")
+    llama, gemma, qwen = (
+        target("llama3.2-tiny"),
+        *(target(name, torch.float32) for name in ("gemma3-tiny", "qwen3.5-tiny")),
+    )
     draft, found = perturb(llama), {}
     for kind in ("model", "mtp", "ngram"):
         found[f"llama, {kind}"] = same_texts(llama, draft if kind == "model" else kind, RAGGED, max_new_tokens=40)
@@ -86,25 +90,28 @@ def ends() -> dict[str, bool]:
 
 
 def last_place() -> list[bool]:
-    """A lookahead of several tokens where one is wanted: the others are not read, for they have no place."""
+    """A lookahead of several tokens where one is wanted: the others are not read, for they have no place. (Three rows,
+    as in `ends`, whose graphs serve here.)"""
     model = target("gpt2-tiny")
     text = [number % 97 for number in range(model.config.max_position_embeddings - 1)]
     drafters = [DraftModelDrafter(model, model, GREEDY, compile=compile) for compile in (False, True)]
     found = []
     for length in (len(text), len(text) - 1, len(text) - 2):
-        task = DraftRequest([text[:length]], [len(text) + 2 - length], torch.zeros(1, 8), None)
+        texts = [text[:length]] * 3
+        task = DraftRequest(texts, [len(text) + 2 - length] * 3, torch.zeros(3, 8), None)
         for drafter in drafters:
-            drafter.prefill([text[:length]], 1, model.config.max_position_embeddings)
+            drafter.prefill(texts, 1, model.config.max_position_embeddings)
         eager, fast = (drafter.propose(task, lambda confidence: True).tokens for drafter in drafters)
         found.append(eager == fast and drafters[0].cached_lengths == drafters[1].cached_lengths)
     return found
 
 
 def acceptance_counts() -> dict[str, list[int]]:
-    """The model as its own draft, in float64: every guess that is tested is accepted."""
-    model, found = target("llama3.2-tiny", torch.float64), {}
-    for name, sampling in {"greedy": GREEDY, "sampled": SamplingParams(top_p=0.9, repetition_penalty=1.2)}.items():
-        tally = SpeculationStats()
+    """The model as its own draft, in float64: every guess that is tested is accepted. (Greedy by the model of `ends`,
+    whose graphs serve here.)"""
+    found, sampled = {}, SamplingParams(top_p=0.9, repetition_penalty=1.2)
+    for name, sampling in {"gpt2-tiny": GREEDY, "llama3.2-tiny": sampled}.items():
+        model, tally = target(name), SpeculationStats()
         generate_completions(
             model, RAGGED, sampling, StoppingCriteria(max_new_tokens=24), draft=model, compile=True, stats=tally
         )
@@ -114,7 +121,7 @@ def acceptance_counts() -> dict[str, list[int]]:
 
 def modules() -> list[bool]:
     """What compiled modules guess is what eager ones do, over cycles with rejections and a rest."""
-    model = target("llama3.2-tiny", torch.float64)
+    model = target("llama3.2-tiny")
     sides, drafters = (
         [TargetModel(model) for _ in range(2)],
         [MTPDrafter(model, GREEDY, compile=compile) for compile in (False, True)],
