@@ -41,24 +41,35 @@ def pair(request, tmp_path_factory):
     return request.param, theirs, quest.load(oracles.save_published(theirs, folder))
 
 
+def transformers_beams(theirs: Any, choice: dict[str, Any], **more: Any) -> list[list[int]]:
+    """What transformers appends to PROMPTS, 96 behind an end. One prompt at a time where it matters: left padding is
+    part of what its n-grams and its penalty read."""
+    reads_padding = {"no_repeat_ngram_size", "repetition_penalty"} & choice.keys()
+    appended = []
+    for prompts in [[prompt] for prompt in PROMPTS] if reads_padding else [PROMPTS]:
+        longest = max(map(len, prompts))
+        tokens = torch.tensor([[96] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        found = theirs.generate(
+            tokens, attention_mask=mask, max_new_tokens=12, do_sample=False, num_beams=4, num_return_sequences=2,
+            pad_token_id=96, **choice, **more,
+        )  # fmt: skip
+        appended += found[:, longest:].tolist()
+    return appended
+
+
 @pytest.mark.parametrize("manner", range(len(MANNERS)))
 def test_beam_search_finds_what_transformers_finds(pair, manner):
-    """Of a ragged batch; theirs reads one prompt at a time, for left padding is part of what its n-grams read. Another
-    model ends its texts in the same manner by other tokens."""
+    """Of a ragged batch. Another model ends its texts in the same manner by other tokens."""
     name, theirs, ours = pair
     eos = [(), (11,), (11, 40, 63)][(manner + [*FAMILIES].index(name)) % 3]
     manner = MANNERS[manner]
     rows = generate(ours, PROMPTS, max_new_tokens=12, temperature=0.0, num_beams=4, n=2, eos_token_id=eos, **manner)
-    for number, prompt in enumerate(PROMPTS):
-        expected = theirs.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12, do_sample=False,
-            num_beams=4, num_return_sequences=2, eos_token_id=list(eos) or None, pad_token_id=96, **manner,
-        )  # fmt: skip
-        for row, told in zip(rows[2 * number : 2 * number + 2], expected.tolist(), strict=True):
-            told = told[len(prompt) :]
-            assert row.tokens == told[: len(row.tokens)]
-            assert set(told[len(row.tokens) :]) <= {96}
-            assert (row.finish_reason == "eos") == (row.tokens[-1] in eos)
+    expected = transformers_beams(theirs, manner, eos_token_id=list(eos) or None)
+    for row, told in zip(rows, expected, strict=True):
+        assert row.tokens == told[: len(row.tokens)]
+        assert set(told[len(row.tokens) :]) <= {96}
+        assert (row.finish_reason == "eos") == (row.tokens[-1] in eos)
 
 
 def letters() -> tuple[Tokenizer, Any]:
@@ -83,18 +94,12 @@ def test_beams_that_reach_a_stop_string_end_as_in_transformers(pair, number):
         ours, PROMPTS, max_new_tokens=12, temperature=0.0, num_beams=4, n=2, eos_token_id=(11,), stop=stop,
         tokenizer=own, **manner,
     )  # fmt: skip
-    for number, prompt in enumerate(PROMPTS):
-        expected = theirs.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12, do_sample=False,
-            num_beams=4, num_return_sequences=2, eos_token_id=[11], pad_token_id=96, stop_strings=list(stop),
-            tokenizer=other, **manner,
-        )  # fmt: skip
-        for row, told in zip(rows[2 * number : 2 * number + 2], expected.tolist(), strict=True):
-            told = told[len(prompt) :]
-            assert row.tokens == told[: len(row.tokens)]
-            assert set(told[len(row.tokens) :]) <= {96}
-            text = own.decode(row.tokens)
-            assert (row.finish_reason == "stop") == (any(one in text for one in stop) and row.tokens[-1] != 11)
+    expected = transformers_beams(theirs, manner, eos_token_id=[11], stop_strings=list(stop), tokenizer=other)
+    for row, told in zip(rows, expected, strict=True):
+        assert row.tokens == told[: len(row.tokens)]
+        assert set(told[len(row.tokens) :]) <= {96}
+        text = own.decode(row.tokens)
+        assert (row.finish_reason == "stop") == (any(one in text for one in stop) and row.tokens[-1] != 11)
 
 
 def test_beams_end_at_a_stop_of_tokens(pair):
