@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm_quest.layers.experts import Experts, run_experts_grouped_mm
-from llm_quest.layers.initialize import materialize
+from llm_quest.layers.initialize import empty_containers, materialize
 from llm_quest.models.build import build_meta_model
 from llm_quest.scope import Scope
 
@@ -142,7 +142,7 @@ class PassCounter(OperatorFlops):
 def fake_copy(module: T, mode: FakeTensorMode) -> T:
     """The same module or batch on tensors without memory, of the same shapes, types and devices."""
     with FakeCopyMode(mode):
-        return copy.deepcopy(module)
+        return copy.deepcopy(module, empty_containers(module) if isinstance(module, nn.Module) else None)
 
 
 class ShapeCopyMode(TorchFunctionMode):
@@ -169,7 +169,7 @@ def shape_copy(module: Module, device: str = "meta") -> Module:
     operators cost a third of what they cost on PyTorch's fake tensors; it has no autocast."""
     with ShapeCopyMode(device) as mode:  # a parameter copies its data by other functions
         memo = {id(p): nn.Parameter(mode.copy_shape(p), p.requires_grad) for p in module.parameters()}
-        return copy.deepcopy(module, memo)
+        return copy.deepcopy(module, memo | empty_containers(module))
 
 
 def use_grouped_experts(model: nn.Module) -> None:

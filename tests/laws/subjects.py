@@ -156,14 +156,14 @@ def fresh(name: str) -> Decoder:
 
 
 @functools.cache
-def random_original(name: str) -> Decoder:
-    """What `own` copies, which takes half of building it."""
-    return randomize_(fresh(name))
+def random_original(name: str, dtype: torch.dtype) -> Decoder:
+    """What `own` copies, which takes a third of building it."""
+    return randomize_(fresh(name)).to(dtype)
 
 
 def own(name: str, dtype: torch.dtype = torch.float64) -> Decoder:
     """A model of one's own with every tensor random: free to be changed."""
-    return copy_module(random_original(name)).to(dtype)
+    return copy_module(random_original(name, dtype))
 
 
 @functools.cache

@@ -136,3 +136,22 @@ def test_models_that_differ_in_one_part_share_the_others():
         assert any("feed_forward" in path for path in differing)
         outputs = [one[f"blocks.{number}.mixer.layer.out.weight"] for number in (0, 1)]
         assert not torch.equal(*outputs), "each module has a stream of its own"
+
+
+def test_a_copy_shares_nothing_that_either_may_change():
+    """Hooks, sets and dictionaries too, empty ones and others."""
+    model = build("qwen3.5-tiny")
+    model.head.register_forward_hook(lambda module, args, out: out + 1)
+    model.blocks[0].shared = model.blocks[1].shared = {}
+    copied = copy_module(model)
+    for part, other in zip(model.modules(), copied.modules(), strict=True):
+        for name, value in vars(part).items():
+            if isinstance(value, dict | list | set):
+                assert type(vars(other)[name]) is type(value)
+                assert vars(other)[name] is not value, name
+                assert vars(other)[name].keys() == value.keys() if isinstance(value, dict) else True
+    assert copied.blocks[0].shared is copied.blocks[1].shared, "one object stays one"
+    tokens = torch.tensor([[3, 1, 4]])
+    torch.testing.assert_close(copied(tokens), model(tokens), rtol=0, atol=0)
+    copied.head._forward_hooks.clear()
+    torch.testing.assert_close(copied(tokens) + 1, model(tokens), rtol=0, atol=0)
