@@ -99,7 +99,9 @@ def run_commands(quick: bool) -> int:
     from typer.testing import CliRunner
 
     from llm_quest.cli.main import app
+    from tests.rendered import render_once
 
+    render_once()
     for line in commands_of(read_instructions(Path("extending.md"))):
         program, *arguments = shlex.split(line)
         if quick and (program == "pytest" or arguments[0] == "reproduce"):

@@ -196,9 +196,10 @@ def cost_fields(title: str, model: Any, context: int | None) -> dict[str, int]:
     image: dict[str, int] = {}
     if isinstance(model, VisionLanguageModel):
         image, config = image_cost_fields(nominal_image_tokens(config), sum(image_flops(config))), config.text_config
+        model = build_meta_model(config)
     context = context or min(config.max_position_embeddings, DEFAULT_CONTEXT)
     try:
-        cost = ModelCost.from_config(config)
+        cost = ModelCost(model, DTYPES["bfloat16"])
         linear, scores = (round(flops / context) for flops in cost.count_pass(context))
     except ValueError as error:
         raise UsageError(f"{title} cannot be shown at {context:,} tokens: {error}") from None

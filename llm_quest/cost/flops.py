@@ -164,12 +164,16 @@ class ShapeCopyMode(TorchFunctionMode):
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
 
 
-def shape_copy(module: Module, device: str = "meta") -> Module:
+def shape_copy(module: Module, device: str = "meta", blocks: nn.ModuleList | None = None) -> Module:
     """The same module with tensors of the same shapes and types and any values, on a device. On the meta device
-    operators cost a third of what they cost on PyTorch's fake tensors; it has no autocast."""
+    operators cost a third of what they cost on PyTorch's fake tensors; it has no autocast. blocks: those of its blocks
+    that the copy has, the others are not copied."""
     with ShapeCopyMode(device) as mode:  # a parameter copies its data by other functions
-        memo = {id(p): nn.Parameter(mode.copy_shape(p), p.requires_grad) for p in module.parameters()}
-        return copy.deepcopy(module, memo | empty_containers(module))
+        memo: dict[int, Any] = {id(p): nn.Parameter(mode.copy_shape(p), p.requires_grad) for p in module.parameters()}
+        memo |= empty_containers(module)
+        if blocks is not None:
+            memo[id(module.blocks)] = copy.deepcopy(blocks, memo)
+        return copy.deepcopy(module, memo)
 
 
 def use_grouped_experts(model: nn.Module) -> None:
@@ -190,15 +194,17 @@ class PassCost(Protocol):
 
 class ModelCost:
     """What passes over a decoder cost, with whatever techniques it carries: FLOPs of a forward pass, of training, of
-    cached decoding, and bytes of the cache. The model is copied without memory, with one block of each kind."""
+    cached decoding, and bytes of the cache. The model is copied without memory, with one block of each kind. dtype: in
+    place of the model's own."""
 
-    def __init__(self, model: Any):
-        self.model: Any = shape_copy(model).eval()
-        use_grouped_experts(self.model)
+    def __init__(self, model: Any, dtype: torch.dtype | None = None):
         kinds: dict[Any, list[nn.Module]] = {}
-        for block in self.model.blocks:
+        for block in model.blocks:
             kinds.setdefault(block_signature(block), []).append(block)
-        self.model.blocks = nn.ModuleList(alike[0] for alike in kinds.values())
+        self.model: Any = shape_copy(model, blocks=nn.ModuleList(alike[0] for alike in kinds.values())).eval()
+        if dtype is not None:
+            materialize(self.model, "meta", dtype)
+        use_grouped_experts(self.model)
         self.block_counts = tuple(len(alike) for alike in kinds.values())
         longest = model.config.max_position_embeddings
         self._forward = PiecewisePolynomial(lambda length: sum(self.count_pass(length)), longest, degree=2)
@@ -207,7 +213,7 @@ class ModelCost:
     @classmethod
     def from_config(cls, config: Any, dtype: torch.dtype = torch.bfloat16) -> ModelCost:
         """The cost of the model that a config describes, however large."""
-        return cls(materialize(build_meta_model(config), "meta", dtype))
+        return cls(build_meta_model(config), dtype)
 
     def forward(self, length: int) -> int:
         """One row of `length` tokens, forward."""

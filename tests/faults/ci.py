@@ -6,13 +6,20 @@ writer and in one recipe, signals in every phase of another."""
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
+import os
 import resource
-import subprocess
+import signal
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from llm_quest.recipes import RECIPES
+from tests.faults.kills import IMPORTED_BY_TRAINING
 
 
 def parts(seed: int) -> list[list[str]]:
@@ -29,19 +36,42 @@ def parts(seed: int) -> list[list[str]]:
 
 
 def run_part(words: Sequence[str], limit: float) -> bool:
-    """Run a part; show what it says where it fails. Whether it holds."""
-    command, begin = ["python", "-m", "tests.faults", *words], processor_seconds()
-    try:
-        done = subprocess.run(
-            [sys.executable, *command[1:]], timeout=limit, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        code, said = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        code, said = 124, error.stdout or b""
-    print(f"{' '.join(command)}: exit code {code}, {processor_seconds() - begin:.0f} s of the processor", flush=True)
+    """Run a part, in a process that is forked from this one; show what it says where it fails. Whether it holds."""
+    begin, until = processor_seconds(), time.monotonic() + limit
+    with tempfile.TemporaryFile() as output:
+        sys.stdout.flush()
+        if (pid := os.fork()) == 0:
+            run_forked_part(words, output.fileno())
+        while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
+            if time.monotonic() > until:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+        code = os.waitstatus_to_exitcode(ended[1])
+        output.seek(0)
+        said = output.read()
+    command = " ".join(["python", "-m", "tests.faults", *words])
+    print(f"{command}: exit code {code}, {processor_seconds() - begin:.0f} s of the processor", flush=True)
     if code:
         print(said.decode("utf-8", "replace")[-8000:], flush=True)
     return code == 0
+
+
+def run_forked_part(words: Sequence[str], output: int) -> NoReturn:
+    """The process of a part: what it prints goes to a file."""
+    from tests.faults.__main__ import main as run_faults
+
+    code = 1
+    try:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.argv = ["tests.faults", *words]
+        code = run_faults()
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def processor_seconds() -> float:
@@ -56,6 +86,9 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--limit", type=float, default=240.0, help="seconds of each part, by the clock")
     args = parser.parse_args(words)
     seed = args.seed
+    for name in (*IMPORTED_BY_TRAINING, "tests.faults.all_targets", "tests.faults.signals", "tests.faults.writers"):
+        importlib.import_module(name)  # once, and not in the process of each part
+    gc.freeze()
     failed = [words for words in parts(seed) if not run_part(words, args.limit)]
     for words in failed:
         print(f"repeat: python -m tests.faults {' '.join(words)}")

@@ -48,6 +48,8 @@ SETTINGS: dict[str, Sequence[str]] = {
 }
 """What is trained, of tests/recipes/every_recipe.py, for longer than there."""
 ROLLOUTS = ("grpo", "rpt")
+IMPORTED_BY_TRAINING = ("torch._dynamo", "torch.distributed.checkpoint", "matplotlib.figure")
+"""By the first step, a checkpoint and the report: seconds, in every process that is killed or resumes."""
 NEVER = 10**9
 HANG_SECONDS = 120.0
 PEER_SECONDS = 20.0
@@ -273,9 +275,8 @@ def main(words: Sequence[str]) -> int:
         recipes = [args.recipe] if args.recipe else ["pretrain", "grpo"]
         launch = torchrun_kills.start_warm if args.warm else torchrun_kills.start_torchrun
         return torchrun_kills.main(recipes, args.count, args.seed, launch)
-    processes.set_forkserver_preload(
-        ["tests.faults.kills", *(f"llm_quest.recipes.{name}" for name in SETTINGS if name != "rpt")]
-    )
+    recipes = (f"llm_quest.recipes.{name}" for name in SETTINGS if name != "rpt")
+    processes.set_forkserver_preload(["tests.faults.kills", *recipes, *IMPORTED_BY_TRAINING])
     faults = []
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
