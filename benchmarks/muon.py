@@ -1,5 +1,5 @@
-"""The step of Muon, its share of a training step, and torch.optim.Muon's: the shapes of `quest train quickstart` (2M,
-8 rows of 256 tokens) and `quest train pretrain` (11M, 32 rows).
+"""The step of Muon, its share of a training step, and torch.optim.Muon's: the shapes of `quest train quickstart` (2M; 8
+rows of 256 tokens, where the recipe has 6) and `quest train pretrain` (11M, 32 rows).
 
 OMP_NUM_THREADS=1 python -m benchmarks.muon [--pairs 5] [--shape 2m] [--alone] [--forms] [--kernels]
 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 python -m benchmarks.muon    without AVX512
