@@ -191,7 +191,7 @@ SET_ON_OTHERS = {
     "close_connection": "http.server",
     **dict.fromkeys(("pre_tokenizer", "normalizer", "post_processor"), "tokenizers"),
     **dict.fromkeys(("n_threads", "n_parallel", "n_batch", "n_ctx", "verbosity", "lora_adapters"), "llama.cpp"),
-    **dict.fromkeys(("profile_guard_manager", "get_funcname"), "torch._dynamo"),
+    **dict.fromkeys(("profile_guard_manager", "get_funcname", "is_co_filename_from_nn_modules"), "torch._dynamo"),
     **dict.fromkeys(("flash_attn_type", "cache_type_k", "cache_type_v"), "llama.cpp"),
 }
 """Attribute that a test sets on an object of somebody else's."""
