@@ -51,7 +51,7 @@ class TemplateServer:
                 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
                 self.owner, self.process = (
                     os.getpid(),
-                    subprocess.Popen([sys.executable, "-c", SERVER], text=True, encoding="utf-8", **pipes),
+                    subprocess.Popen([sys.executable, "-P", "-c", SERVER], text=True, encoding="utf-8", **pipes),
                 )
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()

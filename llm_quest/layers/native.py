@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,27 +135,48 @@ def compile_library(library: Path, command: Sequence[str], link: Sequence[str]) 
 def run_compilers(commands: Sequence[Sequence[str]]) -> None:
     """Run the commands of a compiler, at once as many as there are cores. OSError where the disk is full;
     CalledProcessError of the first that fails. None is left running."""
-    waiting, running = list(commands), list[subprocess.Popen[str]]()
+    waiting, running = list(commands), list[Compiler]()
     try:
         while waiting or running:
             while waiting and len(running) < (os.cpu_count() or 1):
-                running.append(start_compiler(waiting.pop(0)))
-            _, printed = running[0].communicate(timeout=COMPILE_SECONDS)
-            done = running.pop(0)
-            if done.returncode and (full := [code for code in DISK_FULL if os.strerror(code) in printed]):
-                raise OSError(full[0], os.strerror(full[0]))
-            if done.returncode:
-                raise subprocess.CalledProcessError(done.returncode, done.args, stderr=printed)
+                running.append(Compiler(waiting.pop(0)))
+            ended = next_ended(running)
+            running.remove(ended)
+            ended.check()
     finally:
-        for process in running:
-            process.kill()
-            process.communicate()
+        for one in running:
+            one.process.kill()
+            one.process.wait()
 
 
-def start_compiler(command: Sequence[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"LC_ALL": "C"}
-    )
+class Compiler:
+    """A command of the compiler while it runs. What it prints goes to a file, since a full pipe would stop it."""
+
+    def __init__(self, command: Sequence[str]):
+        self.printed = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=self.printed, env=os.environ | {"LC_ALL": "C"}
+        )
+
+    def check(self) -> None:
+        """OSError or CalledProcessError of an ended command that failed."""
+        self.printed.seek(0)
+        printed, failed = self.printed.read(), self.process.returncode
+        if failed and (full := [code for code in DISK_FULL if os.strerror(code) in printed]):
+            raise OSError(full[0], os.strerror(full[0]))
+        if failed:
+            raise subprocess.CalledProcessError(failed, self.process.args, stderr=printed)
+
+
+def next_ended(running: Sequence[Compiler]) -> Compiler:
+    """Wait until one of these commands has ended."""
+    deadline = time.monotonic() + COMPILE_SECONDS
+    while time.monotonic() < deadline:
+        for one in running:
+            if one.process.poll() is not None:
+                return one
+        time.sleep(0.02)
+    raise subprocess.TimeoutExpired(running[0].process.args, COMPILE_SECONDS)
 
 
 def register_shapes() -> None:

@@ -200,8 +200,8 @@ def test_operators_are_built_where_the_cache_has_this_source_and_compiler(tmp_pa
 def test_files_are_compiled_side_by_side_and_none_goes_on_where_one_fails(tmp_path, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     started = []
-    start = native.start_compiler
-    monkeypatch.setattr(native, "start_compiler", lambda args: started.append(start(args)) or started[-1])
+    start = native.Compiler
+    monkeypatch.setattr(native, "Compiler", lambda args: started.append(start(args)) or started[-1])
     meets = "import pathlib, sys, time\npathlib.Path(sys.argv[1]).touch()\n"
     meets += "while not pathlib.Path(sys.argv[2]).exists(): time.sleep(0.01)"
     both = [str(tmp_path / name) for name in "ab"]
@@ -211,7 +211,13 @@ def test_files_are_compiled_side_by_side_and_none_goes_on_where_one_fails(tmp_pa
     with pytest.raises(subprocess.CalledProcessError) as told:
         native.run_compilers(commands)
     assert native.describe_failure(told.value) == "a.cpp:1: no such type"
-    assert [process.returncode for process in started[2:]] == [1, -signal.SIGKILL], "the third did not begin"
+    assert [one.process.returncode for one in started[2:]] == [1, -signal.SIGKILL], "the third did not begin"
+    monkeypatch.setattr(native, "COMPILE_SECONDS", 0.1)
+    with pytest.raises(subprocess.TimeoutExpired):
+        native.run_compilers([commands[1]])
+    many = "import sys; sys.stderr.write('x' * 200_000)"  # more than a pipe holds
+    monkeypatch.setattr(native, "COMPILE_SECONDS", 60)
+    native.run_compilers([[*commands[1][:2], "import time; time.sleep(0.1)"], [*commands[1][:2], many]])
 
 
 def test_a_compiler_that_takes_too_long_is_one_sentence():
