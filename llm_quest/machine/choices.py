@@ -187,7 +187,7 @@ def choose_compile(profile: MachineProfile, compiler: CompilerTrial, flops: floa
     return Resolved(saved > cost, f"{text}, and compiling takes {rough_duration(cost)}, {source}")
 
 
-BUILD_SECONDS, LOAD_SECONDS, TRAINING_KERNEL_GAIN = 25.0, 2.0, 1.13
+BUILD_SECONDS, LOAD_SECONDS, TRAINING_KERNEL_GAIN = 40.0, 2.0, 1.13
 """Of compiling our operators on one core (two halve it: the longest file takes two fifths), and of loading those that
 are built; how many times as fast a training step in float32 is with them (`docs/benchmarks.md`)."""
 
