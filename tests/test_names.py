@@ -30,7 +30,7 @@ MAX_SHARED_NAMES = 6
 MAX_NAMES_TWICE = 13  # goal: 0, but for commands of the command line and functions of `api.py`
 MAX_ABSENT_TERMS = 14
 MAX_FILES = 494  # goal of the first design: 260
-MAX_LINES = 80_213  # goal of the first design: 35,000
+MAX_LINES = 80_208  # goal of the first design: 35,000
 MEDIAN_LENGTH, P90_LENGTH, MAX_LENGTH = 7, 18, 60
 """Lines of a function from `def` to its last one, its docstring included."""
 MAX_ATTENTION_ARGUMENTS = 10

@@ -37,7 +37,7 @@ SOURCES = [Path(__file__).with_name(name) for name in (*CPP_FILES, *HEADERS)]
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-Wall", "-ffp-contract=off")
 ISA = {"best": 0, "plain": 1, "avx2": 2, "avx512": 3, "vnni": 4}
 """What the operator's last argument means."""
-COMPILE_SECONDS = 300  # of one file, which takes 2 to 10 s of one core; a machine shared by many needs longer
+COMPILE_SECONDS = 300  # of one file, which takes 7 to 21 s of one core; a machine shared by many needs longer
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

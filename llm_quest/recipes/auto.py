@@ -56,12 +56,11 @@ MUON_KERNEL_SECONDS = 600.0
 @dataclass(frozen=True)
 class Machine:
     """The device that choices are made for. flops: of the whole run on one process; None where the recipe cannot tell
-    before the run. may_compile: whether `auto` may compile a run whose FLOPs are known."""
+    before the run: `auto` compiles none of these."""
 
     device: torch.device
     flops: float | None
     log: LogFn
-    may_compile: bool = True
 
     @property
     def profile(self) -> MachineProfile | None:
@@ -74,13 +73,12 @@ def resolve_auto(
     context: Context,
     flops: float | None = None,
     *,
-    may_compile: bool = True,
     keys: Iterable[str] | None = None,
 ) -> ConfigT:
     """Resolve every `auto` of a config, before anything reads it, and set what holds for the whole process
-    (threads). flops, may_compile: as of `Machine`. keys: of `RESOLVERS`, those to resolve now; None: all."""
+    (threads). flops: as of `Machine`. keys: of `RESOLVERS`, those to resolve now; None: all."""
     parallel = context.parallel
-    machine = Machine(parallel.device, flops, context.log, may_compile)
+    machine = Machine(parallel.device, flops, context.log)
     chosen = parallel.broadcast(
         choose_all(config, recorded_choices(config, context), machine, keys) if parallel.is_main_process else None
     )
@@ -192,7 +190,7 @@ def decide_precision(given: Resolved[str], machine: Machine, config: RunConfig |
 def resolve_compile(given: Resolved[bool | str], machine: Machine, config: RunConfig) -> Resolved[bool]:
     """Resolve the key `compile`: auto compiles where the run is long enough to repay it. Without a working compiler no
     run is compiled."""
-    if given.value == "auto" and (machine.flops is None or not machine.may_compile):
+    if given.value == "auto" and machine.flops is None:
         return Resolved(False, "")
     if given.value is False:
         return Resolved(False, given.reason)

@@ -111,9 +111,11 @@ def load_for_finetuning(config: StartModelConfig) -> tuple[Decoder, Tokenizer]:
 def begin_finetuning(
     config: Any, context: Context, builtin_rows: Callable[[], Iterator[Record]]
 ) -> tuple[Any, Decoder, Tokenizer]:
-    """Resolve the config, and load or build the model with its tokenizer. UsageError for rows longer than its context.
+    """Resolve the config, except what `count_steps` resolves when the rows are counted, and load or build the model
+    with its tokenizer. UsageError for rows longer than its context.
     config: of a recipe with `model`, `tokenizer` and `sequence_length`. builtin_rows: the recipe's own, from which the
     tokenizer of a fresh model is trained where data.source says builtin."""
+    config = resolve_auto(config, context, keys=[key for key in RESOLVERS if key not in LENGTH_KEYS])
     require_trained_token_rows(config)
     if config.model.load is None:
         model, tokenizer = init_fresh_model(config, context, builtin_rows)
@@ -122,19 +124,14 @@ def begin_finetuning(
         model, tokenizer = load_for_finetuning(config.model)
         remove_value_head(model)  # of a run of PPO
     config = fit_sequence_length(config, context.settings, model.config.max_position_embeddings, context.log)
-    keys = [key for key in RESOLVERS if config.num_train_epochs is None or key not in LENGTH_KEYS]
-    config = resolve_auto(config, context, estimate_run_flops(config, model, context), may_compile=False, keys=keys)
     return fix_template_date(config, context, tokenizer), model, tokenizer
 
 
 def count_steps(config: Any, context: Context, model: Decoder, rows: int) -> Any:
     """Replace num_train_epochs of a config by max_steps, and resolve what follows from the length of the run. rows: of
     an epoch."""
-    if config.num_train_epochs is None:
-        return config
     config = count_epochs(config, context.settings, rows, context.log)
-    flops = estimate_run_flops(config, model, context)
-    return resolve_auto(config, context, flops, may_compile=False, keys=LENGTH_KEYS)
+    return resolve_auto(config, context, estimate_run_flops(config, model, context), keys=LENGTH_KEYS)
 
 
 def estimate_run_flops(config: Any, model: Decoder, context: Context) -> float | None:

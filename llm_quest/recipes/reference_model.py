@@ -92,12 +92,12 @@ def reference_log_probs(
     key_parts = {"model": weights_hash(model), "pairs": PreferenceDataset(pairs).hash, "precision": precision}
     key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()
     flat = parallel.broadcast(load_log_probs(folder / REFERENCE_FILE, key) if parallel.is_main_process else None)
-    ends = np.cumsum([len(pair.answers) for pair in pairs])
-    log_probs = np.split(np.full(ends[-1], np.nan, np.float32) if flat is None else flat, ends[:-1])
+    sizes = [len(pair.answers) for pair in pairs]
+    log_probs = np.split(np.full(sum(sizes), np.nan, np.float32) if flat is None else flat, np.cumsum(sizes)[:-1])
     numbers = range(len(pairs)) if needed is None else needed
     missing = [number for number in numbers if np.isnan(log_probs[number]).any()]
     if missing:
-        log(f"reference: log-probabilities of {sum(len(pairs[n].answers) for n in missing):,} answers, once")
+        log(f"reference: log-probabilities of {sum(sizes[number] for number in missing):,} answers, once")
         source = PreferenceDataset([pairs[number] for number in missing], share_prompts=share_prompts)
         with evaluation_mode(model), autocast(precision, parallel.device):
             computed = compute_log_probs(model.to(parallel.device), source, parallel.device)

@@ -299,3 +299,11 @@ def test_held_out_measures_by_hand():
     rewards, lengths = [2, 0, 3, 1, 1, 1, 0, 1], [10, 20, 30, 5, 10, 10, 29, 9]
     assert found["reward_length_correlation"] == pytest.approx(np.corrcoef(rewards, lengths)[0, 1])
     assert found["loss"] == pytest.approx(torch.nn.functional.softplus(-torch.tensor([1.0, -1, 3, 0])).mean().item())
+
+
+def test_a_moving_reference_without_held_out_pairs_scores_nothing_beforehand(pairs: list[str], tmp_path: Path):
+    said: list[str] = []
+    options = [*pairs, "data.held_out=0", "sync_ref_model=true", "max_steps=2", "eval_steps=0"]
+    start_run("dpo", DPO, tmp_path / "dpo", *options, log=said.append)
+    assert not any(line.startswith("reference:") for line in said)
+    assert not (tmp_path / "dpo" / "reference.safetensors").exists()
