@@ -7,7 +7,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 .PHONY: quickstart test lint book bench-peers bench gpu install install-test clean help
 
 help:
-	@echo "make quickstart   set up and run the offline tour (about five minutes on a laptop)"
+	@echo "make quickstart   set up and run the offline tour (three to nine minutes on two cores)"
 	@echo "make test         set up and run the whole suite"
 	@echo "make book         build the book as a site, in site/ (every example runs)"
 	@echo "make lint         formatter, linter, type checker"
