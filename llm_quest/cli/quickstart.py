@@ -1,4 +1,4 @@
-"""`quest quickstart`: the whole workflow once, offline, in about five minutes.
+"""`quest quickstart`: the whole workflow once, offline, in three to nine minutes.
 
 Text, tokenizer, pretraining with an interruption and a resume, fine-tuning (SFT), preferences (DPO), a conversation,
 GRPO, export to the Hugging Face layout and back, reports.

@@ -38,7 +38,7 @@ def quickstart(
     threads: ThreadsOption = 0,
 ) -> None:
     """Run the whole workflow once, offline: tokenizer, pretraining, resume, SFT, DPO, a conversation, GRPO, export,
-    reports. About five minutes on two cores."""
+    reports. Three to nine minutes on two cores."""
     set_environment(threads)
     with show_progress(quiet):
         from llm_quest.cli.quickstart import run_quickstart
